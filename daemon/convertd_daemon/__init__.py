@@ -1,0 +1,1 @@
+"""The convertd daemon: four processes that convert disk images for callers without rights."""
