@@ -1,0 +1,116 @@
+# convertd: build, check, test.
+#
+# Every target does its own set-up, so that `make test` works on a fresh Debian 12, as root, from a
+# bare clone. What is done already is not done again.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := build
+MAKEFLAGS += --no-builtin-rules
+
+# Debian's interpreter: one under somebody's home can't be run by other users (decision 0003).
+PYTHON := /usr/bin/python3
+
+# Where the packages are installed: .venv, which may lead to a place that every user can reach.
+ENV := .venv
+# The build's own tools, whose protobuf is older than the one that is tested.
+TOOLS := build/tools
+
+SOURCES := pyproject.toml hatch_build.py LICENSE \
+  $(shell find proto daemon client -type f -not -name '*.pyc')
+
+# What the tests run: qemu-img, file systems of several kinds, and ways to watch and to hinder.
+DEBIAN_PACKAGES := acl bindfs btrfs-progs e2fsprogs libseccomp2 ntfs-3g python3-venv qemu-utils \
+  strace util-linux xfsprogs
+
+# Passed on: make test PYTEST_FLAGS='-k policy'
+PYTEST_FLAGS :=
+
+.PHONY: build test check demo coverage clean packages users contract
+
+# The wheel, and an environment that has it installed.
+build: $(ENV)/.installed
+
+# Everything: first the checks, then the tests, so that pytest has the last word.
+test: check packages users
+	$(ENV)/bin/pytest $(PYTEST_FLAGS)
+
+check: $(ENV)/.installed
+	$(ENV)/bin/ruff format --check
+	$(ENV)/bin/ruff check
+	$(ENV)/bin/mypy
+	$(ENV)/bin/lint-imports
+	$(ENV)/bin/buf lint
+	$(ENV)/bin/buf format --diff --exit-code
+	$(ENV)/bin/buf breaking --against proto/convertd-v1.binpb
+	$(ENV)/bin/deptry daemon client
+	$(ENV)/bin/codespell
+
+# A daemon, an unprivileged user, and an image converted.
+demo: $(ENV)/.installed packages users
+	PATH="$$(readlink -f $(ENV))/bin:$$PATH" examples/demo
+
+# The tests again, measured in every process that they start.
+coverage: $(ENV)/.installed packages users
+	rm -f .coverage .coverage.*
+	$(ENV)/bin/coverage run -m pytest $(PYTEST_FLAGS)
+	$(ENV)/bin/coverage combine --quiet
+	$(ENV)/bin/coverage report
+
+# The descriptor image that `make check` compares with. Refuses a change that breaks callers.
+contract: $(ENV)/.installed
+	$(ENV)/bin/buf breaking --against proto/convertd-v1.binpb
+	$(ENV)/bin/buf build --exclude-source-info -o proto/convertd-v1.binpb
+
+clean:
+	rm -rf "$$(readlink -m $(ENV))"
+	rm -rf $(ENV) build dist .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache \
+	  .pytest_cache .ruff_cache
+
+packages:
+	@missing=(); for package in $(DEBIAN_PACKAGES); do \
+	  state=$$(dpkg-query -W -f='$${db:Status-Status}' $$package 2>/dev/null) || state=none; \
+	  [[ $$state == installed ]] || missing+=($$package); \
+	done; \
+	if (( $${#missing[@]} )); then \
+	  apt-get update; \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$${missing[@]}"; \
+	fi
+
+# convertd runs the front, convertd-qemu runs qemu-img.
+users:
+	@for user in convertd convertd-qemu; do \
+	  getent passwd $$user >/dev/null || \
+	    useradd --system --user-group --no-create-home --shell /usr/sbin/nologin $$user; \
+	done
+
+# make, if it is run by somebody else than root, leaves Debian's packages to root.
+ifeq ($(shell id -u),0)
+$(TOOLS)/.made $(ENV)/.made: | packages
+endif
+
+$(TOOLS)/.made: pyproject.toml
+	[[ -x $(TOOLS)/bin/python ]] || $(PYTHON) -m venv $(TOOLS)
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' > $(TOOLS)/requires.txt
+	$(TOOLS)/bin/pip install --quiet --requirement $(TOOLS)/requires.txt
+	touch $@
+
+build/dist/.made: $(SOURCES) $(TOOLS)/.made
+	rm -rf build/dist build/generated
+	umask 022; $(TOOLS)/bin/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/dist .
+	touch $@
+
+$(ENV)/.made:
+	.ci/make-env $(PYTHON) $(ENV)
+	touch $@
+
+# All that the wheel and the tests need; then the wheel alone, whenever the sources have changed.
+$(ENV)/.needs: pyproject.toml | $(ENV)/.made build/dist/.made
+	umask 022; wheel=$$(echo build/dist/*.whl); \
+	$(ENV)/bin/pip install --quiet --group dev "$$wheel[daemon]"
+	touch $@
+
+$(ENV)/.installed: $(ENV)/.needs build/dist/.made
+	umask 022; $(ENV)/bin/pip install --quiet --no-deps --force-reinstall build/dist/*.whl
+	touch $@

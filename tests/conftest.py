@@ -1,0 +1,5 @@
+"""What every test has."""
+
+from __future__ import annotations
+
+pytest_plugins = ("forbid_skips", "pytester")
