@@ -1,0 +1,357 @@
+"""What the front, the broker and a job say to each other, and the sockets they say it on.
+
+Every channel is an AF_UNIX SOCK_SEQPACKET pair: a message arrives whole or not at all, and either
+end sees at once when the other is gone. One joins broker and front for as long as both live; one
+joins a job and the front, and *is* the job's life: whoever closes it ends the job.
+
+The broker takes the front for an enemy. It believes no more of a message than its types and the
+number of a connection that the broker itself accepted.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import enum
+import socket
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+from convertd_daemon import codec, errors, model
+
+T = TypeVar("T")
+
+MAX_MESSAGE_BYTES: Final = 160 * 1024
+"""Two paths of 4 KiB, each byte escaped to six, and then some. Below the default SO_SNDBUF."""
+
+
+class Closed(Exception):  # noqa: N818 - not a mistake but an end
+    """The other end of the channel is gone."""
+
+
+# --- front to broker ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """The front serves."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Convert:
+    """Somebody asks for a conversion. `call` is the front's own number for the call."""
+
+    call: int
+    connection: int
+    request: model.ConvertRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspect:
+    """Somebody asks about an image."""
+
+    call: int
+    connection: int
+    request: model.InspectRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListJobs:
+    """Somebody asks which jobs there are."""
+
+    call: int
+    connection: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelJob:
+    """Somebody wants a job to end."""
+
+    call: int
+    connection: int
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetAccess:
+    """Somebody asks what it may do."""
+
+    call: int
+    connection: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abandon:
+    """The caller of a Convert or Inspect that still waits is gone."""
+
+    call: int
+
+
+FROM_FRONT: Final = (Ready, Convert, Inspect, ListJobs, CancelJob, GetAccess, Abandon)
+
+# --- broker to front ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connected:
+    """Somebody connected; the connection comes along as a descriptor."""
+
+    connection: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting:
+    """The request is allowed and waits; `position` counts from 1."""
+
+    call: int
+    job_id: str
+    position: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """A job runs; the front's end of its channel comes along as a descriptor."""
+
+    call: int
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """The call ends with this condition."""
+
+    call: int
+    failure: errors.Failure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """The process of a started job is gone, or won't answer any more.
+
+    The failure is what the call ends with when the job itself did not say how it ended.
+    """
+
+    job_id: str
+    failure: errors.Failure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobEntry:
+    """One job in the answer to ListJobs. `started` and `queued` are Unix times in seconds."""
+
+    call: int
+    job_id: str
+    uid: int
+    source: str
+    dest: str
+    source_format: str
+    dest_format: str
+    label: str
+    state: JobState
+    position: int
+    queued: float
+    started: float | None
+
+
+class JobState(enum.StrEnum):
+    """What the broker knows of a job."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    CANCELLING = "cancelling"
+    UNKILLABLE = "unkillable"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """The call's answer is complete: the last of the jobs was sent, the job is being cancelled."""
+
+    call: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Versions:
+    """What runs here."""
+
+    daemon: str
+    qemu_img: str
+    kernel: str
+    landlock_abi: int
+    compressions: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccessReport:
+    """The answer to GetAccess."""
+
+    call: int
+    uid: int
+    gid: int
+    groups: frozenset[int]
+    rights: model.AccessRights
+    limits: model.Limits
+    versions: Versions
+
+
+FROM_BROKER: Final = (
+    Connected,
+    Waiting,
+    Started,
+    Refused,
+    Ended,
+    JobEntry,
+    Done,
+    AccessReport,
+)
+
+# --- to a job that was not forked ---------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What a job does that is started as a program, with its caller's own rights.
+
+    Exactly one of the requests is there. `qemu_img` is the program's absolute path.
+    """
+
+    qemu_img: str
+    convert: model.ConvertRequest | None
+    inspect: model.InspectRequest | None
+
+
+# --- job to front ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """The job knows what it will do."""
+
+    plan: model.Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progressed:
+    """The job is this far. Sent without waiting; some may be lost."""
+
+    progress: model.Progress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Succeeded:
+    """The conversion is published."""
+
+    published: model.Published
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspected:
+    """What the image is. `chain` begins with the image itself; `raw_json` is qemu-img's."""
+
+    chain: tuple[model.ImageInfo, ...]
+    raw_json: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """The job was not done."""
+
+    failure: errors.Failure
+
+
+FROM_JOB: Final = (Planned, Progressed, Succeeded, Inspected, Failed)
+
+# --- the socket --------------------------------------------------------------------------------
+
+
+class Channel:
+    """One end of a SOCK_SEQPACKET pair, with typed messages and descriptors.
+
+    Owns its socket. Not for two threads at once.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+
+    @classmethod
+    def pair(cls) -> tuple[Channel, Channel]:
+        """Make both ends of a new channel, close-on-exec."""
+        here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        return cls(here), cls(there)
+
+    def fileno(self) -> int:
+        """The descriptor, for a selector."""
+        return self.sock.fileno()
+
+    def close(self) -> None:
+        """Close this end."""
+        self.sock.close()
+
+    def __enter__(self) -> Channel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def send(self, message: object, *descriptors: int, wait: bool = True) -> bool:
+        """Send a message, with descriptors that the other end gets its own copies of.
+
+        With `wait` false, False says that there was no room and nothing was sent.
+
+        Raises:
+            Closed: the other end is gone.
+        """
+        return self.send_bytes(codec.encode(message), *descriptors, wait=wait)
+
+    def send_bytes(self, data: bytes, *descriptors: int, wait: bool = True) -> bool:
+        """Send an encoded message. See `send`."""
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
+        flags = socket.MSG_NOSIGNAL | (0 if wait else socket.MSG_DONTWAIT)
+        try:
+            self.sock.sendmsg([data], rights if descriptors else [], flags)
+        except BlockingIOError:
+            return False
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise Closed from error
+        return True
+
+    def receive(self, *kinds: type[T], wait: bool = True) -> tuple[T, list[int]]:
+        """Take one message of these kinds, and the descriptors that came with it (now ours).
+
+        Raises:
+            Closed: the other end is gone.
+            BlockingIOError: `wait` is false and there is nothing.
+            CodecError: the message is none of these. Its descriptors are closed.
+        """
+        flags = socket.MSG_CMSG_CLOEXEC | (0 if wait else socket.MSG_DONTWAIT)
+        try:
+            data, ancillary, seen, _ = self.sock.recvmsg(
+                MAX_MESSAGE_BYTES, socket.CMSG_SPACE(4 * 4), flags
+            )
+        except ConnectionResetError as error:
+            raise Closed from error
+        descriptors = _descriptors_in(ancillary)
+        if not data:
+            raise Closed
+        try:
+            if seen & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                raise codec.CodecError("a message that is too long")
+            return codec.decode(data, *kinds), descriptors
+        except codec.CodecError:
+            close_all(descriptors)
+            raise
+
+
+def close_all(descriptors: list[int]) -> None:
+    """Close descriptors that came along and are not wanted."""
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):
+            socket.close(descriptor)
+
+
+def _descriptors_in(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    descriptors = array.array("i")
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            usable = len(data) - len(data) % descriptors.itemsize
+            descriptors.frombytes(data[:usable])
+    return list(descriptors)

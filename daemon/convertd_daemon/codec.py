@@ -1,0 +1,151 @@
+"""Frozen dataclasses to bytes and back, strictly, with the standard library alone.
+
+The broker reads such bytes from a process that may have been taken over, as root. So there is one
+decoder, it is small, it builds nothing but the types it was told to expect, and anything that does
+not fit exactly is a `CodecError`. JSON, because its parser comes with the interpreter and a message
+can be read in a trace. The job may import only the standard library, which rules out msgspec.
+
+What a field may be: str, int, float, bool, None, an enum of strings, a tuple or frozenset of such,
+a dataclass of such, or one of these and None. A message is `[class name, {field: value}]`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import json
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+Decoder = Callable[[Any], Any]
+
+
+class CodecError(ValueError):
+    """Bytes that are not one of the messages expected."""
+
+
+def encode(message: object) -> bytes:
+    """Put a dataclass into bytes.
+
+    Raises:
+        CodecError: a text in it is not valid Unicode (a lone surrogate).
+    """
+    try:
+        tagged = [type(message).__name__, _plain(message)]
+        return json.dumps(tagged, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:
+        raise CodecError(str(error)) from error
+
+
+def decode(data: bytes, *kinds: type[T]) -> T:
+    """Make the one of `kinds` that the bytes name.
+
+    Raises:
+        CodecError: the bytes are no JSON, name another class, lack a field, have one too many, or
+            hold a value of another type.
+    """
+    try:
+        parsed = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CodecError(str(error)) from error
+    match parsed:
+        case [str(name), dict(fields)]:
+            for kind in kinds:
+                if kind.__name__ == name:
+                    return typing.cast("T", decoder_of(kind)(fields))
+    raise CodecError("not one of the messages expected here")
+
+
+def _plain(value: object) -> object:
+    """What json can write: dataclasses as objects, sets and tuples as arrays."""
+    if isinstance(value, tuple | frozenset):
+        return [_plain(item) for item in value]
+    if dataclasses.is_dataclass(value):
+        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    return value
+
+
+@functools.cache
+def decoder_of(kind: Any) -> Decoder:
+    """The function that makes a `kind` from parsed JSON, or raises CodecError.
+
+    Raises:
+        TypeError: a field of a type that is not listed in this module's docstring: our bug.
+    """
+    origin = typing.get_origin(kind)
+    if origin is types.UnionType:
+        return _optional(kind)
+    if origin in {tuple, frozenset}:
+        return _sequence(kind, origin)
+    if dataclasses.is_dataclass(kind):
+        return _fields(kind)
+    if isinstance(kind, type) and issubclass(kind, enum.StrEnum):
+        return _enum(kind)
+    if kind in {str, int, float, bool}:
+        return _scalar(kind)
+    raise TypeError(kind)
+
+
+def _scalar(kind: Any) -> Decoder:
+    # True is an int to isinstance(), and 1 a fine float: hence the exact types.
+    accepted = {int, float} if kind is float else {kind}
+
+    def decode_scalar(value: Any) -> Any:
+        if type(value) not in accepted:
+            raise CodecError(f"expected {kind.__name__}, found {type(value).__name__}")
+        return value
+
+    return decode_scalar
+
+
+def _enum(kind: type[enum.StrEnum]) -> Decoder:
+    def decode_enum(value: Any) -> Any:
+        try:
+            return kind(value)
+        except ValueError as error:
+            raise CodecError(str(error)) from error
+
+    return decode_enum
+
+
+def _optional(kind: Any) -> Decoder:
+    (inner,) = (decoder_of(item) for item in typing.get_args(kind) if item is not types.NoneType)
+
+    def decode_optional(value: Any) -> Any:
+        return None if value is None else inner(value)
+
+    return decode_optional
+
+
+def _sequence(kind: Any, origin: Any) -> Decoder:
+    match typing.get_args(kind):
+        case (item,) | (item, types.EllipsisType()):
+            every, count = decoder_of(item), None
+        case items:
+            # A tuple of a fixed shape; all of ours have one type throughout.
+            (item,) = set(items)
+            every, count = decoder_of(item), len(items)
+
+    def decode_sequence(value: Any) -> Any:
+        if not isinstance(value, list) or (count is not None and len(value) != count):
+            raise CodecError("expected an array of another shape")
+        return origin(every(item) for item in value)
+
+    return decode_sequence
+
+
+def _fields(kind: Any) -> Decoder:
+    hints = typing.get_type_hints(kind)
+    decoders = {item.name: decoder_of(hints[item.name]) for item in dataclasses.fields(kind)}
+
+    def decode_fields(value: Any) -> Any:
+        if not isinstance(value, dict) or value.keys() != decoders.keys():
+            raise CodecError(f"expected exactly the fields of {kind.__name__}")
+        return kind(**{name: decoders[name](item) for name, item in value.items()})
+
+    return decode_fields

@@ -1,0 +1,1 @@
+"""One job: open, ask, plan, run, check, publish. `pipeline` is the page to read first."""

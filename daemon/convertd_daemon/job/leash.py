@@ -1,0 +1,90 @@
+"""What ends a job before its work is done: its caller, the broker, its time.
+
+The job's channel leads to the front. When the front closes it, or dies, nobody waits for the result
+any more. The broker sends SIGTERM. Both are a `Cut`: the job ends without another word, and whoever
+cut it knows why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import signal
+import time
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from convertd_daemon import channel, errors, model
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Cut(BaseException):
+    """The job is to end at once. Not an Exception: nobody should handle it by accident."""
+
+
+class Leash:
+    """A job's end of its channel, and its time. Owns neither."""
+
+    def __init__(self, line: channel.Channel, duration_s: float) -> None:
+        self.line = line
+        self.duration_s = duration_s
+        self.started = time.monotonic()
+        self._poll = select.poll()
+        self._poll.register(line.fileno(), 0)
+        self._last_percent = -1
+
+    @property
+    def seconds(self) -> float:
+        """How long the job has run."""
+        return time.monotonic() - self.started
+
+    def check(self) -> None:
+        """Stop here if nobody waits for the result, or if it took too long.
+
+        Raises:
+            Cut: the channel is closed.
+            errors.DurationExceeded: the policy's `duration` is over.
+        """
+        if self._poll.poll(0):
+            raise Cut
+        if self.seconds > self.duration_s:
+            raise errors.DurationExceeded(duration_s=self.duration_s)
+
+    def tell(self, message: object) -> None:
+        """Send what must arrive.
+
+        Raises:
+            Cut: nobody is there to hear it.
+        """
+        try:
+            self.line.send(message)
+        except channel.Closed as error:
+            raise Cut from error
+
+    def progress(self, phase: model.Phase, percent: float = 0.0) -> None:
+        """Send how far the job is, or drop it if the front is behind: a job never waits for that."""
+        message = channel.Progressed(progress=model.Progress(phase=phase, percent=percent))
+        try:
+            self.line.send(message, wait=False)
+        except channel.Closed as error:
+            raise Cut from error
+
+
+def end_on_sigterm() -> None:
+    """Make SIGTERM a Cut, wherever the job is."""
+    signal.signal(signal.SIGTERM, _cut)
+
+
+def _cut(_number: int, _frame: Any) -> NoReturn:
+    raise Cut
+
+
+@contextlib.contextmanager
+def no_way_back() -> Iterator[None]:
+    """Hold SIGTERM back: what is published is reported, not taken back half-way."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

@@ -1,0 +1,90 @@
+"""How a job begins and ends: forked from the broker, or as a program of its own.
+
+As a program (`python -m convertd_daemon.job`) it reads one message, a grant to itself, from the
+channel on standard input, and answers there with the same events: that is how somebody converts with
+nobody's rights but his own, without a daemon.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+from convertd_daemon import channel, errors, model
+from convertd_daemon.job import leash, own, pipeline, qemu_img, rights
+from convertd_daemon.kernel import close_range, prctl
+from convertd_daemon.sandbox import seccomp
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+JobGrant = model.Grant | model.InspectGrant
+
+
+def forked(grant: JobGrant, line: channel.Channel, setup: qemu_img.Setup, broker: int) -> NoReturn:
+    """Be the job, in the child that the broker just forked. Never returns.
+
+    fork(2) gives a child all its parent has, close-on-exec or not; so the first act is to close
+    what belongs to the broker and to other jobs.
+    """
+    try:
+        close_range.close_all_but({0, 1, 2, line.fileno()})
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        rights.die_with(broker)
+        prctl.set_name("convertd-job")
+        os.umask(0o077)
+        _work(lambda: grant, line, setup)
+    except BaseException:
+        log.exception("job failed before its work")
+    finally:
+        logging.shutdown()
+        os._exit(0)
+
+
+def main() -> int:
+    """Be the job as a program of its own, with the caller's own rights."""
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
+    line = channel.Channel(socket.socket(fileno=os.dup(0)))
+    os.umask(0o077)
+    order, _ = line.receive(Order)
+    setup = qemu_img.Setup(
+        path=order.qemu_img, identity=None, seccomp=seccomp.compile_profile(seccomp.QEMU_IMG)
+    )
+    _work(lambda: own.grant(order), line, setup)
+    return 0
+
+
+def _work(asked: Callable[[], JobGrant], line: channel.Channel, setup: qemu_img.Setup) -> None:
+    """Do what is granted, and say how it ended, unless somebody cut it short and knows."""
+    leash.end_on_sigterm()
+    try:
+        grant = asked()
+        with qemu_img.opened(setup) as worker:
+            if isinstance(grant, model.Grant):
+                pipeline.convert(grant, leash.Leash(line, grant.limits.duration_s), worker)
+            else:
+                pipeline.inspect(grant, leash.Leash(line, grant.limits.inspect_s), worker)
+    except leash.Cut:
+        log.info("job cut short")
+    except errors.ConvertError as error:
+        _say_failed(line, error.failure())
+    except Exception:
+        error_id = secrets.token_hex(6)
+        log.exception("internal error id=%s", error_id)
+        _say_failed(line, errors.InternalError(error_id=error_id).failure())
+
+
+def _say_failed(line: channel.Channel, failure: errors.Failure) -> None:
+    try:
+        line.send(channel.Failed(failure=failure))
+    except channel.Closed:
+        log.info("nobody heard reason=%s message=%r", failure.reason, failure.message)

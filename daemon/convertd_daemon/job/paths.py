@@ -1,0 +1,218 @@
+"""From names to descriptors. After this module a path is never a string again.
+
+Fails closed. Each name is resolved once, by openat2(2), and what it led to is kept: whoever moves,
+swaps or links files meanwhile changes nothing for us. A root is resolved anew by each job, from `/`:
+a descriptor of it kept since the start would outlive an unmount or a swap of the root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import posixpath
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, NoReturn
+
+from convertd_daemon import errors, model
+from convertd_daemon.job import rights
+from convertd_daemon.kernel import locks
+from convertd_daemon.kernel.openat2 import Resolve, openat2
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+QEMU_LOCKS: Final = (100, 203)
+"""The first and last byte on which qemu takes its image locks. Source: qemu block/file-posix.c."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """An image, open for reading. Whoever holds this owns the descriptor."""
+
+    place: model.Place
+    fd: int
+    size_bytes: int
+    allocated_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """Where the result will be: a directory, open for fsync(2), and a name in it.
+
+    `existing` is what the name led to, if anything. `mount_table` lists the mounts, opened before
+    Landlock closed /proc, so that a message can name one.
+    """
+
+    place: model.Place
+    directory: int
+    name: str
+    existing: os.stat_result | None
+    setgid_group: int | None
+    mount_table: int
+
+
+@contextlib.contextmanager
+def open_source(place: model.Place, peer: model.Peer) -> Iterator[Source]:
+    """Open the image that a place names.
+
+    Raises:
+        errors.SourceNotFound, errors.AccessRefused, errors.SymlinkInPath, errors.OutsideRoot,
+        errors.NotAnImage, errors.ImageInUse, errors.ReadFailed: as they say.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            with rights.of(place.root, peer):
+                fd = _open_beneath(place, place.below)
+                stack.callback(os.close, fd)
+                _check_kind(place, os.fstat(fd))
+                # O_NONBLOCK: never wait for a FIFO's writer or a lease's holder.
+                image = _reopen(fd, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+                stack.callback(os.close, image)
+        except OSError as error:
+            _raise_for(error, place, peer, errors.SourceNotFound(path=place.path))
+        status = os.fstat(image)
+        yield Source(
+            place=place,
+            fd=image,
+            size_bytes=status.st_size,
+            allocated_bytes=status.st_blocks * 512,
+        )
+
+
+@contextlib.contextmanager
+def open_target(grant: model.Grant) -> Iterator[Target]:
+    """Open the directory in which the result will appear, and see what has its name now.
+
+    Raises:
+        errors.DirectoryNotFound, errors.DestExists, errors.NotYours, errors.ImageInUse, and what
+        open_source raises: as they say.
+    """
+    place = grant.dest
+    parent, name = posixpath.split(place.below)
+    with contextlib.ExitStack() as stack:
+        try:
+            with rights.of(place.root, grant.peer):
+                fd = _open_beneath(place, parent, os.O_DIRECTORY)
+                stack.callback(os.close, fd)
+            # fsync(2) wants a directory open for reading; that takes nothing from its mode.
+            directory = _reopen(fd, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, directory)
+            status = os.fstat(directory)
+            existing = _existing(grant, directory, name)
+        except OSError as error:
+            path = posixpath.dirname(place.path)
+            _raise_for(error, place, grant.peer, errors.DirectoryNotFound(path=path))
+        mount_table = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+        stack.callback(os.close, mount_table)
+        yield Target(
+            place=place,
+            directory=directory,
+            name=name,
+            existing=existing,
+            setgid_group=status.st_gid if status.st_mode & stat.S_ISGID else None,
+            mount_table=mount_table,
+        )
+
+
+def _existing(grant: model.Grant, directory: int, name: str) -> os.stat_result | None:
+    """What bears the result's name now, if it may be replaced."""
+    place = grant.dest
+    try:
+        fd = openat2(
+            directory,
+            name,
+            flags=os.O_PATH | os.O_NOFOLLOW,
+            resolve=Resolve.BENEATH | Resolve.NO_MAGICLINKS,
+        )
+    except FileNotFoundError:
+        return None
+    try:
+        status = os.fstat(fd)
+        if stat.S_ISLNK(status.st_mode):
+            raise errors.SymlinkInPath(path=place.path)
+        _check_kind(place, status)
+        if not grant.request.dest.overwrite:
+            raise errors.DestExists(path=place.path)
+        if grant.overwrite is model.Overwrite.OWN and status.st_uid != grant.peer.uid:
+            raise errors.NotYours(path=place.path)
+        _check_unlocked(fd, place)
+    finally:
+        os.close(fd)
+    return status
+
+
+def _check_unlocked(fd: int, place: model.Place) -> None:
+    """Refuse to replace the disk of a running qemu, which would go on writing into the void."""
+    file = _reopen(fd, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        if locks.find_lock(file, *QEMU_LOCKS):
+            raise errors.ImageInUse(path=place.path)
+    finally:
+        os.close(file)
+
+
+def _open_beneath(place: model.Place, below: str, flags: int = 0) -> int:
+    """Resolve a way below a root, and open what it leads to with O_PATH."""
+    root = place.root
+    if root.access is model.Access.OWN:
+        # Nobody's rights but our own: links are followed as every other program follows them.
+        path = posixpath.join(root.path, below)
+        return openat2(_AT_FDCWD, path, flags=os.O_PATH | flags, resolve=Resolve.NO_MAGICLINKS)
+    strictly = Resolve.NO_SYMLINKS | Resolve.NO_MAGICLINKS
+    top = openat2(_AT_FDCWD, root.path, flags=os.O_PATH | os.O_DIRECTORY, resolve=strictly)
+    try:
+        inside = strictly | Resolve.BENEATH | (Resolve(0) if root.mounts else Resolve.NO_XDEV)
+        return openat2(top, below or ".", flags=os.O_PATH | flags, resolve=inside)
+    finally:
+        os.close(top)
+
+
+_AT_FDCWD: Final = -100
+
+
+def _reopen(fd: int, flags: int) -> int:
+    """Open the inode that a descriptor leads to once more; the kernel checks its permissions."""
+    return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
+
+
+def _check_kind(place: model.Place, status: os.stat_result) -> None:
+    wanted = {
+        model.RootKind.FILES: (stat.S_ISREG, "a regular file"),
+        model.RootKind.BLOCK: (stat.S_ISBLK, "a block device"),
+    }
+    is_wanted, name = wanted[place.root.kind]
+    if not is_wanted(status.st_mode):
+        found = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+        raise errors.NotAnImage(path=place.path, found=found, wanted=name)
+
+
+_KINDS: Final = {
+    stat.S_IFREG: "a regular file",
+    stat.S_IFDIR: "a directory",
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def _raise_for(
+    error: OSError, place: model.Place, peer: model.Peer, absent: errors.NotFound
+) -> NoReturn:
+    """Say in the caller's terms why a place could not be opened."""
+    match error.errno:
+        case errno.ENOENT | errno.ENOTDIR:
+            raise absent from error
+        case errno.ELOOP:
+            raise errors.SymlinkInPath(path=place.path) from error
+        case errno.EXDEV:
+            raise errors.OutsideRoot(path=place.path, root=place.root.path) from error
+        case errno.EACCES | errno.EPERM:
+            whose = rights.name_of(place.root, peer)
+            raise errors.AccessRefused(path=place.path, rights=whose) from error
+        case errno.EWOULDBLOCK | errno.ETXTBSY:
+            raise errors.ImageInUse(path=place.path) from error
+    raise errors.ReadFailed(path=place.path, problem=os.strerror(error.errno or 0)) from error

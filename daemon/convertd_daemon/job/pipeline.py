@@ -1,0 +1,98 @@
+"""The way of one job, from a grant to a published image. Read this page first.
+
+Each step takes what the earlier ones made, so that none can be left out. Everything opened is closed,
+and everything unpublished gone, when the function is left, by whichever door.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+from convertd_daemon import channel, model
+from convertd_daemon.job import (
+    check,
+    direct,
+    leash,
+    paths,
+    plan,
+    probe,
+    publish,
+    qemu_img,
+    result,
+    run,
+    space,
+)
+from convertd_daemon.sandbox import confine, landlock
+
+
+def convert(grant: model.Grant, line: leash.Leash, worker: qemu_img.Worker) -> None:
+    """Convert one image, and tell the channel what becomes of it."""
+    line.progress(model.Phase.PREPARING)
+    with contextlib.ExitStack() as stack:
+        # 1. Open: names become descriptors, and the rest of the file system is closed to us.
+        source = stack.enter_context(paths.open_source(grant.source, grant.peer))
+        target = stack.enter_context(paths.open_target(grant))
+        made = stack.enter_context(result.create(grant, target, worker.setup.identity))
+        confine.confine_job(
+            worker.program,
+            (
+                landlock.Rule(where=source.fd, access=landlock.READ),
+                landlock.Rule(where=made.fd, access=landlock.WRITE),
+                landlock.Rule(where=target.directory, access=landlock.PUBLISH_IN),
+            ),
+        )
+        # 2. Ask what the source is.
+        stated = grant.request.source.format
+        info = probe.identify(source, stated, grant.read_formats, line, worker)
+        # 3. Plan.
+        facts = plan.Facts(
+            source_fd=source.fd,
+            dest_fd=made.fd,
+            source_direct=direct.read_refusal(source.fd),
+            dest_direct=direct.write_refusal(made.fd),
+        )
+        planned = plan.make(grant, info, facts)
+        space.check(target, planned.needed_bytes)
+        line.tell(channel.Planned(plan=planned))
+        if grant.request.validate_only:
+            line.tell(channel.Succeeded(published=_outcome(planned, line, 0)))
+            return
+        # 4. Run.
+        line.progress(model.Phase.CONVERTING)
+        warnings = run.convert(grant, planned, source, made, target, line, worker)
+        # 5. Check.
+        line.progress(model.Phase.VERIFYING if grant.request.verify else model.Phase.FLUSHING, 100)
+        check.check(grant, planned, target, made, line, worker)
+        if grant.request.verify:
+            check.compare(planned, source, target, made, line, worker)
+        # 6. Publish.
+        line.progress(model.Phase.PUBLISHING, 100)
+        publish.flush(target, made)
+        line.check()
+        with leash.no_way_back():
+            publish.name(grant, target, made)
+            allocated = os.fstat(made.fd).st_blocks * 512
+            published = _outcome(planned, line, allocated, warnings)
+            line.tell(channel.Succeeded(published=published))
+
+
+def inspect(grant: model.InspectGrant, line: leash.Leash, worker: qemu_img.Worker) -> None:
+    """Say what an image is."""
+    with paths.open_source(grant.source, grant.peer) as source:
+        readable = landlock.Rule(where=source.fd, access=landlock.READ)
+        confine.confine_job(worker.program, (readable,))
+        described, text = probe.describe(source, grant.request.source.format, line, worker)
+        probe.check_allowed(source, described, grant.read_formats)
+        line.tell(channel.Inspected(chain=(described,), raw_json=text))
+
+
+def _outcome(
+    planned: model.Plan, line: leash.Leash, allocated: int, warnings: tuple[str, ...] = ()
+) -> model.Published:
+    return model.Published(
+        plan=planned,
+        allocated_size_bytes=allocated,
+        seconds=line.seconds,
+        warnings=(*planned.warnings, *warnings),
+    )

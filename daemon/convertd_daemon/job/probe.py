@@ -1,0 +1,142 @@
+"""What an image is: qemu-img's answer, given inside the sandbox, and our judgement of it.
+
+There is no parser of image formats here. qemu parses, the kernel contains it, we judge what it
+says. What qemu-img writes to standard error about opening goes to the journal alone: it tells which
+files exist on the host.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import TYPE_CHECKING, Any, Final
+
+from convertd_daemon import errors, model
+from convertd_daemon.job import plan, qemu_img
+from convertd_daemon.sandbox import limits
+
+if TYPE_CHECKING:
+    from convertd_daemon.job.leash import Leash
+    from convertd_daemon.job.paths import Source
+    from convertd_daemon.job.qemu_img import Outcome, Worker
+
+log = logging.getLogger(__name__)
+
+LOCKED: Final = "lock"
+NOT_THIS_FORMAT: Final = ("image not in", "image is not in", "not a")
+NO_MEMORY: Final = "cannot allocate memory"
+
+
+def identify(
+    source: Source, stated: str, allowed: frozenset[str], leash: Leash, worker: Worker
+) -> model.ImageInfo:
+    """Find out what the source is, and whether this caller may have it read.
+
+    Raises:
+        errors.FormatNotAllowed: it is of a format that the policy does not allow.
+        errors.FormatMismatch, errors.ImageRefused, errors.ImageInUse, errors.Unsupported: as they
+            say; the same whether or not a file that the image names exists.
+    """
+    if stated == "raw":
+        return plan.raw_info(source.size_bytes, source.allocated_bytes)
+    described, _ = describe(source, stated, leash, worker)
+    check_allowed(source, described, allowed)
+    return described
+
+
+def check_allowed(source: Source, info: model.ImageInfo, allowed: frozenset[str]) -> None:
+    """Hold the format that was found against the policy.
+
+    Raises:
+        errors.FormatNotAllowed: the policy does not let this caller read it.
+    """
+    if info.format not in allowed:
+        raise errors.FormatNotAllowed(path=source.place.path, format=info.format)
+
+
+def describe(
+    source: Source, stated: str, leash: Leash, worker: Worker
+) -> tuple[model.ImageInfo, str]:
+    """What qemu-img says of an image, typed, and its own JSON.
+
+    Raises:
+        errors.FormatMismatch, errors.ImageRefused, errors.ImageInUse, errors.Unsupported: as above.
+    """
+    outcome = qemu_img.run(
+        worker, plan.info_argv(source.fd, stated), leash, read=(source.fd,), bounds=limits.INFO
+    )
+    path = source.place.path
+    if outcome.status != 0:
+        log.info("info failed path=%r status=%d said=%r", path, outcome.status, outcome.stderr)
+        raise _refusal(path, stated, outcome)
+    try:
+        info = _parse(json.loads(outcome.stdout), source)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        log.info("info unreadable path=%r error=%r", path, error)
+        problem = "qemu-img describes it in a way that convertd does not understand"
+        raise errors.ImageRefused(path=path, problem=problem) from error
+    if stated and info.format != stated:
+        raise errors.FormatMismatch(path=path, format=stated)
+    _judge(path, info)
+    return info, outcome.stdout.decode("utf-8", "replace")
+
+
+def result_info(fd: int, image_format: str, leash: Leash, worker: Worker) -> tuple[str, int]:
+    """Format and virtual size in bytes of what was written; ("", 0) if qemu-img can't read it."""
+    argv = plan.info_argv(fd, image_format)
+    outcome = qemu_img.run(worker, argv, leash, read=(fd,), bounds=limits.INFO)
+    if outcome.status != 0:
+        log.warning("result unreadable format=%s said=%r", image_format, outcome.stderr)
+        return "", 0
+    found = json.loads(outcome.stdout)
+    return str(found["format"]), int(found["virtual-size"])
+
+
+def _refusal(path: str, stated: str, outcome: Outcome) -> errors.ConvertError:
+    said = outcome.stderr.lower()
+    if LOCKED in said and "failed to get" in said:
+        return errors.ImageInUse(path=path)
+    if NO_MEMORY in said:
+        return errors.ImageRefused(path=path, problem="reading it takes more memory than allowed")
+    if outcome.status < 0:
+        return errors.ImageRefused(path=path, problem="qemu-img did not survive reading it")
+    if stated and any(phrase in said for phrase in NOT_THIS_FORMAT):
+        return errors.FormatMismatch(path=path, format=stated)
+    return errors.ImageRefused(
+        path=path, problem=f"qemu-img can't open it as {stated or 'any format'} by itself"
+    )
+
+
+def _judge(path: str, info: model.ImageInfo) -> None:
+    """Refuse what convertd does not convert, whatever qemu-img might make of it."""
+    details = dict(info.details)
+    if "data-file" in details:
+        raise errors.ImageRefused(path=path, problem="its data is in another file")
+    if info.backing_name:
+        raise errors.Unsupported(what=f"{path}: a backing file", why="not in this version")
+    if info.encrypted:
+        raise errors.Unsupported(what=f"{path}: encryption", why="not in this version")
+    if info.corrupt:
+        raise errors.ImageRefused(path=path, problem="it is marked as corrupt")
+
+
+def _parse(said: dict[str, Any], source: Source) -> model.ImageInfo:
+    """qemu-img's ImageInfo, as far as we use it. Source: qemu qapi/block-core.json."""
+    specific = said.get("format-specific", {}).get("data", {})
+    return model.ImageInfo(
+        format=str(said["format"]),
+        virtual_size_bytes=int(said["virtual-size"]),
+        actual_size_bytes=int(said.get("actual-size", source.allocated_bytes)),
+        cluster_size_bytes=int(said.get("cluster-size", 0)),
+        encrypted=bool(said.get("encrypted", False)),
+        dirty=bool(said.get("dirty-flag", False)),
+        corrupt=bool(specific.get("corrupt", False)),
+        backing_name=str(said.get("backing-filename", "")),
+        backing_format=str(said.get("backing-filename-format", "")),
+        snapshots=tuple(str(item["name"]) for item in said.get("snapshots", ())),
+        bitmaps=tuple(str(item["name"]) for item in specific.get("bitmaps", ())),
+        details=tuple(
+            (str(key), value if isinstance(value, str) else json.dumps(value))
+            for key, value in sorted(specific.items())
+        ),
+    )

@@ -1,0 +1,183 @@
+"""Run qemu-img in the sandbox, and listen to it until it ends.
+
+Fails closed: `sandbox.enter.spawn` either confines the program or does not start it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from convertd_daemon import errors
+from convertd_daemon.job import rights
+from convertd_daemon.sandbox import enter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from convertd_daemon.job.leash import Leash
+    from convertd_daemon.sandbox import limits
+
+log = logging.getLogger(__name__)
+
+MAX_OUTPUT_BYTES: Final = 1024 * 1024
+"""What is kept of each of qemu-img's outputs. The rest is read and dropped."""
+
+LOOK_S: Final = 1.0
+"""How often a program that says nothing is looked at."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """Which qemu-img there is, as whom it runs, and its compiled seccomp filter.
+
+    An identity of None keeps the job's own rights.
+    """
+
+    path: str
+    identity: enter.Identity | None
+    seccomp: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """A set-up with the program opened: one and the same through a job, whatever is upgraded."""
+
+    setup: Setup
+    program: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How qemu-img ended. `status` is as waitstatus_to_exitcode gives it: negative for a signal."""
+
+    status: int
+    stdout: bytes
+    stderr: str
+
+
+def run(
+    worker: Worker,
+    argv: tuple[str, ...],
+    leash: Leash,
+    *,
+    read: tuple[int, ...],
+    write: tuple[int, ...] = (),
+    bounds: limits.Limits,
+    listener: Callable[[bytes], None] | None = None,
+    watch: Callable[[enter.Child], None] | None = None,
+) -> Outcome:
+    """Run qemu-img to its end. Only the inodes in `read` and `write` exist for it.
+
+    `listener` gets its standard output as it comes; `watch` is called now and then, and ends the
+    run by raising. However this is left, the program is gone.
+
+    Raises:
+        Cut: nobody waits for the result any more.
+        errors.DurationExceeded: see Leash.check.
+    """
+    log.debug("run argv=%r", argv)
+    identity = worker.setup.identity
+    confinement = enter.Confinement(
+        identity=identity,
+        keep_read_search=any(_is_closed_to(identity, fd) for fd in read),
+        read=read,
+        write=write,
+        limits=bounds,
+        filter=worker.setup.seccomp,
+    )
+    inherit = (*read, *write)
+    with enter.spawn(worker.program, argv, confinement=confinement, inherit=inherit) as child:
+        return _Conversation(child, leash, listener, watch).hold()
+
+
+@contextlib.contextmanager
+def opened(setup: Setup) -> Iterator[Worker]:
+    """Open the program for the length of a job.
+
+    Raises:
+        errors.Unsupported: there is none.
+    """
+    try:
+        program = os.open(setup.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        problem = os.strerror(error.errno or 0)
+        raise errors.Unsupported(what="conversion", why=f"{setup.path}: {problem}") from error
+    try:
+        yield Worker(setup=setup, program=program)
+    finally:
+        os.close(program)
+
+
+def _is_closed_to(identity: enter.Identity | None, fd: int) -> bool:
+    """Whether the worker needs CAP_DAC_READ_SEARCH for this inode. Asks the kernel, as the worker."""
+    return identity is not None and not rights.can_read(identity, fd)
+
+
+class _Conversation:
+    """One program's outputs, its end, and the reasons to end it, in one poll loop."""
+
+    def __init__(
+        self,
+        child: enter.Child,
+        leash: Leash,
+        listener: Callable[[bytes], None] | None,
+        watch: Callable[[enter.Child], None] | None,
+    ) -> None:
+        self.child = child
+        self.leash = leash
+        self.listener = listener
+        self.watch = watch
+        self.heard = {child.stdout: bytearray(), child.stderr: bytearray()}
+        self.poll = select.poll()
+        for fd in self.heard:
+            self.poll.register(fd, select.POLLIN)
+        # POLLHUP comes unasked: the channel's other end is gone.
+        self.poll.register(leash.line.fileno(), 0)
+
+    def hold(self) -> Outcome:
+        """Listen until both outputs are closed, then take the exit status."""
+        unheard = set(self.heard)
+        looked = time.monotonic()
+        while unheard:
+            for fd, _ in self.poll.poll(LOOK_S * 1000):
+                if fd in unheard and not self._hear(fd):
+                    self.poll.unregister(fd)
+                    unheard.remove(fd)
+            self.leash.check()
+            if self.watch and time.monotonic() - looked >= LOOK_S:
+                looked = time.monotonic()
+                self.watch(self.child)
+        return Outcome(
+            status=self._status(),
+            stdout=bytes(self.heard[self.child.stdout]),
+            stderr=self.heard[self.child.stderr].decode("utf-8", "replace").strip(),
+        )
+
+    def _hear(self, fd: int) -> bool:
+        """Take what an output has; False at its end."""
+        try:
+            data = os.read(fd, 65536)
+        except BlockingIOError:
+            return True
+        kept = self.heard[fd]
+        kept += data[: MAX_OUTPUT_BYTES - len(kept)]
+        if fd == self.child.stdout and self.listener and data:
+            self.listener(data)
+        return bool(data)
+
+    def _status(self) -> int:
+        """Wait for the end of a program that has closed its outputs, on the same leash."""
+        ended = select.poll()
+        ended.register(self.child.pidfd, select.POLLIN)
+        ended.register(self.leash.line.fileno(), 0)
+        while not any(fd == self.child.pidfd for fd, _ in ended.poll(LOOK_S * 1000)):
+            self.leash.check()
+            if self.watch:
+                self.watch(self.child)
+        return self.child.wait()

@@ -1,0 +1,85 @@
+"""With whose rights the job touches the file system: the daemon's, or the caller's.
+
+Fails closed: where the caller's rights can't be taken on, nothing is opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from typing import TYPE_CHECKING
+
+from convertd_daemon import model
+from convertd_daemon.kernel import fsuid, prctl
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from convertd_daemon.sandbox import enter
+
+
+def die_with(parent: int) -> None:
+    """Ask the kernel to kill this process when its parent ends; do it now if that has happened.
+
+    Every change of a uid, setfsuid(2) included, disarms this. Source: PR_SET_PDEATHSIG(2const).
+    """
+    prctl.set_pdeathsig(signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def of(root: model.Root, peer: model.Peer) -> Iterator[None]:
+    """Take on the rights with which a root's files are opened and created.
+
+    For `access = "caller"` these are the caller's uid, gid and groups as the kernel told them at
+    connect: with a file-system uid that is not 0 the kernel takes CAP_DAC_*, CAP_FOWNER and CAP_CHOWN
+    out of the effective set until the uid is 0 again, unless the caller is root itself.
+    Source: setfsuid(2), capabilities(7).
+    """
+    if root.access is not model.Access.CALLER:
+        yield
+        return
+    with acting_as(peer.uid, peer.gid, peer.groups):
+        yield
+
+
+@contextlib.contextmanager
+def acting_as(uid: int, gid: int, groups: Iterable[int]) -> Iterator[None]:
+    """Use somebody else's ids for whatever touches the file system, and come back."""
+    parent = os.getppid()
+    own_groups = os.getgroups()
+    with contextlib.ExitStack() as undo:
+        undo.callback(die_with, parent)
+        undo.callback(os.setgroups, own_groups)
+        os.setgroups(sorted(groups))
+        undo.callback(fsuid.setfsgid, os.getegid())
+        fsuid.setfsgid(gid)
+        undo.callback(fsuid.setfsuid, os.geteuid())
+        fsuid.setfsuid(uid)
+        yield
+
+
+def name_of(root: model.Root, peer: model.Peer) -> str:
+    """Whose rights these are, for a message."""
+    match root.access:
+        case model.Access.DAEMON:
+            return "the daemon"
+        case model.Access.CALLER:
+            return f"uid {peer.uid}"
+        case model.Access.OWN:
+            return f"uid {os.geteuid()}"
+
+
+def can_read(identity: enter.Identity, fd: int) -> bool:
+    """Whether the kernel would let `identity`, without any capability, open an inode for reading.
+
+    Asked by opening it: only the kernel knows modes, ACLs and what a file system adds to them.
+    """
+    try:
+        with acting_as(identity.uid, identity.gid, identity.groups):
+            os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    except PermissionError:
+        return False
+    return True

@@ -1,0 +1,67 @@
+"""Whether the destination's file system has room, and the message when it has not."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING
+
+from convertd_daemon import errors
+
+if TYPE_CHECKING:
+    from convertd_daemon.job.paths import Target
+
+
+def check(target: Target, needed_bytes: int) -> None:
+    """Refuse a conversion that the file system can't hold as it is now.
+
+    Raises:
+        errors.NoSpace: `needed_bytes` are more than are free for us.
+    """
+    if needed_bytes > free_bytes(target):
+        raise no_space(target, needed_bytes)
+
+
+def free_bytes(target: Target) -> int:
+    """What an unprivileged user could still write there."""
+    status = os.fstatvfs(target.directory)
+    return status.f_bavail * status.f_frsize
+
+
+def no_space(target: Target, needed_bytes: int) -> errors.NoSpace:
+    """The condition, with the numbers of this moment."""
+    return errors.NoSpace(
+        path=target.place.path,
+        mount_point=mount_point(target),
+        needed_bytes=needed_bytes,
+        free_bytes=free_bytes(target),
+    )
+
+
+def raise_if_full(error: OSError, target: Target) -> None:
+    """Raise the condition that a full file system or a spent quota is, if that is the error."""
+    if error.errno == errno.ENOSPC:
+        raise no_space(target, os.fstat(target.directory).st_blksize) from error
+    if error.errno == errno.EDQUOT:
+        raise errors.QuotaExceeded(path=target.place.path) from error
+
+
+def mount_point(target: Target) -> str:
+    """The mount point under which the destination lies.
+
+    The longest that contains the path as written; the mount table was opened before the sandbox
+    closed /proc. Source: proc_pid_mountinfo(5).
+    """
+    path = target.place.path
+    with open(target.mount_table, closefd=False, errors="surrogateescape") as table:
+        table.seek(0)
+        points = [_unescape(line.split(" ")[4]) for line in table]
+    holding = (point for point in points if f"{path}/".startswith(f"{point.rstrip('/')}/"))
+    return max(holding, key=len, default="/")
+
+
+def _unescape(field: str) -> str:
+    """Undo the octal escapes of mountinfo: blank, tab, newline, backslash."""
+    for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        field = field.replace(code, character)
+    return field

@@ -1,0 +1,329 @@
+"""What passes between the stages of a conversion: plain, frozen values.
+
+Nothing here does anything. A stage takes the values that the earlier stages made, so that a stage
+can't be skipped: `connection → Peer → request → Grant → handles → ImageInfo → Plan → Published`.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Final
+
+MIB: Final = 1024 * 1024
+
+OVERFLOW_ID: Final = 65534
+"""What the kernel reports for an id that is not mapped in our user namespace: anybody."""
+
+FORMATS: Final = frozenset(
+    {"raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx", "qed", "parallels", "luks", "dmg"}
+)
+"""The formats that convertd knows, by qemu's names. A policy allows some of them."""
+
+WRITABLE_FORMATS: Final = FORMATS - {"dmg"}
+
+
+class CacheMode(enum.StrEnum):
+    """qemu's cache modes. `unsafe` is missing on purpose."""
+
+    AUTO = "auto"
+    NONE = "none"
+    WRITEBACK = "writeback"
+    WRITETHROUGH = "writethrough"
+    DIRECTSYNC = "directsync"
+
+
+class Compression(enum.StrEnum):
+    """How the clusters of the result are compressed."""
+
+    NONE = "none"
+    DEFAULT = "default"
+    ZLIB = "zlib"
+    ZSTD = "zstd"
+
+
+class Preallocation(enum.StrEnum):
+    """qemu's preallocation modes."""
+
+    OFF = "off"
+    METADATA = "metadata"
+    FALLOC = "falloc"
+    FULL = "full"
+
+
+class RootKind(enum.StrEnum):
+    """What a root holds, and so what may be opened in it."""
+
+    FILES = "files"
+    BLOCK = "block"
+
+
+class Access(enum.StrEnum):
+    """With whose rights the files of a root are opened."""
+
+    DAEMON = "daemon"
+    """The daemon's: whoever is granted the root may read all in it."""
+    CALLER = "caller"
+    """The caller's own uid, gid and groups, on top of the policy."""
+    OWN = "own"
+    """Those the process has. Only without a daemon; a policy can't say it."""
+
+
+class Overwrite(enum.StrEnum):
+    """Which existing files a grant lets its users replace."""
+
+    OWN = "own"
+    ANY = "any"
+
+
+class Phase(enum.StrEnum):
+    """Where a job is, in the order in which a job gets there."""
+
+    QUEUED = "queued"
+    PREPARING = "preparing"
+    CONVERTING = "converting"
+    FLUSHING = "flushing"
+    VERIFYING = "verifying"
+    PUBLISHING = "publishing"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """Who called connect(2), as the kernel says. The pid is for the log alone: it can be reused."""
+
+    uid: int
+    gid: int
+    groups: frozenset[int]
+    pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """The image to read, as the caller named it. An empty format means: find out, safely."""
+
+    path: str
+    format: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dest:
+    """The image to write, as the caller asked for it.
+
+    `mode` None means the root's; `group` empty means what the root's owner or a setgid directory
+    gives.
+    """
+
+    path: str
+    format: str
+    compression: Compression = Compression.NONE
+    preallocation: Preallocation = Preallocation.OFF
+    mode: int | None = None
+    group: str = ""
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertRequest:
+    """One conversion, as asked. Nothing in it has been checked beyond its types."""
+
+    source: Source
+    dest: Dest
+    cache_mode: CacheMode = CacheMode.AUTO
+    verify: bool = False
+    rate_limit_bytes_per_second: int = 0
+    validate_only: bool = False
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InspectRequest:
+    """One look at an image."""
+
+    source: Source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Owner:
+    """Whose the files are that are created in a root."""
+
+    uid: int
+    gid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Root:
+    """A directory that the policy opens to somebody, and how.
+
+    `path` is absolute and normal, without a trailing slash. `owner` None means the caller.
+    `mounts` allows mount points below the root to be crossed.
+    """
+
+    name: str
+    path: str
+    kind: RootKind = RootKind.FILES
+    access: Access
+    owner: Owner | None = None
+    mode: int = 0o600
+    mounts: bool = False
+    allow_is_zero: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A path that the policy allows: a root, and the way below it (never empty, never `..`)."""
+
+    root: Root
+    below: str
+
+    @property
+    def path(self) -> str:
+        """The path as the caller wrote it, for messages. Never opened."""
+        return f"{self.root.path.rstrip('/')}/{self.below}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the policy bounds, with the defaults that hold where it says nothing.
+
+    Sizes in bytes, times in seconds.
+    """
+
+    jobs: int = 4
+    jobs_per_user: int = 2
+    queue: int = 64
+    queue_per_user: int = 32
+    inspections: int = 8
+    inspections_per_user: int = 4
+    connections: int = 1024
+    connections_per_user: int = 128
+    virtual_size_bytes: int = 2 * 1024**4
+    memory_bytes: int = 1024**3
+    stall_s: float = 600.0
+    duration_s: float = 24 * 3600.0
+    inspect_s: float = 30.0
+    stop_grace_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """Leave to convert one image, and the rule that gave it.
+
+    Only `policy.decide` makes one (and `local`, for the caller's own rights), so whoever holds one
+    need not ask again. The formats are what the rule allows: the source's is judged once more when
+    it is known. Of a path that an image names, the longest root in `readable` and `closed` that
+    contains it decides, and must be one of `readable`.
+    """
+
+    rule: str
+    peer: Peer
+    request: ConvertRequest
+    source: Place
+    dest: Place
+    readable: tuple[Root, ...]
+    read_formats: frozenset[str]
+    overwrite: Overwrite
+    limits: Limits
+    closed: tuple[Root, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InspectGrant:
+    """Leave to look at one image. See Grant."""
+
+    rule: str
+    peer: Peer
+    request: InspectRequest
+    source: Place
+    readable: tuple[Root, ...]
+    read_formats: frozenset[str]
+    limits: Limits
+    closed: tuple[Root, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RootRights:
+    """What a rule lets a caller do in one root."""
+
+    root: Root
+    may_read: bool
+    may_write: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuleRights:
+    """What one rule of the policy gives a caller, for GetAccess."""
+
+    rule: str
+    roots: tuple[RootRights, ...]
+    read_formats: frozenset[str]
+    write_formats: frozenset[str]
+    overwrite: Overwrite
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccessRights:
+    """What a caller may do, rule by rule, in the order in which the rules are tried."""
+
+    is_operator: bool
+    rules: tuple[RuleRights, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageInfo:
+    """What qemu-img, contained, said of an image. Sizes in bytes."""
+
+    format: str
+    virtual_size_bytes: int
+    actual_size_bytes: int
+    cluster_size_bytes: int = 0
+    encrypted: bool = False
+    dirty: bool = False
+    corrupt: bool = False
+    backing_name: str = ""
+    backing_format: str = ""
+    snapshots: tuple[str, ...] = ()
+    bitmaps: tuple[str, ...] = ()
+    details: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChosenCache:
+    """A cache mode, and in one clause why it was chosen."""
+
+    mode: CacheMode
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything that is decided before qemu-img runs.
+
+    `argv` speaks of descriptors only, so it is safe to show. `needed_bytes` is what the destination
+    is expected to take at most, 0 where that can't be known.
+    """
+
+    source: ImageInfo
+    dest_format: str
+    source_cache: ChosenCache
+    dest_cache: ChosenCache
+    argv: tuple[str, ...]
+    needed_bytes: int
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a job is. `percent` counts the virtual size, 0 to 100."""
+
+    phase: Phase
+    percent: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """A conversion that is done and on disk, or (validate_only) that would be done."""
+
+    plan: Plan
+    allocated_size_bytes: int
+    seconds: float
+    warnings: tuple[str, ...] = field(default=())
