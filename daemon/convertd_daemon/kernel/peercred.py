@@ -1,0 +1,61 @@
+"""unix(7), SO_PEERCRED and SO_PEERGROUPS: who called connect(2)."""
+
+import ctypes
+import errno
+import os
+import socket
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+_UCRED: Final = "iII"
+_SO_PEERGROUPS: Final = 59  # asm-generic/socket.h, since Linux 4.13; Python has no name for it
+_NOBODY_YET: Final = 0xFFFFFFFF
+_GID_BYTES: Final = 4
+_FIRST_GUESS: Final = 64 * _GID_BYTES
+
+_getsockopt = ctypes.CDLL(None, use_errno=True).getsockopt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Credentials:
+    """A peer's identity at the moment of connect(2), in our user namespace.
+
+    The pid is for a log only: it may be another process by now. An id that our namespace does
+    not map reads as 65534.
+    """
+
+    pid: int
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+
+
+def peer_credentials(connection: socket.socket) -> Credentials:
+    """Ask the kernel who connected, supplementary groups included, however many there are.
+
+    Raises:
+        OSError: not a connected AF_UNIX socket.
+    """
+    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize(_UCRED))
+    pid, uid, gid = struct.unpack(_UCRED, data)
+    if pid <= 0 and uid == _NOBODY_YET:
+        # An unconnected socket is answered with (0, -1, -1) instead of an error.
+        raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+    return Credentials(pid=pid, uid=uid, gid=gid, groups=_peer_groups(connection.fileno()))
+
+
+def _peer_groups(descriptor: int) -> tuple[int, ...]:
+    # socket.getsockopt() ends at 1,024 bytes, which is 256 groups; the kernel allows 65,536.
+    length = ctypes.c_uint32(_FIRST_GUESS)
+    while True:
+        buffer = ctypes.create_string_buffer(length.value)
+        if not _getsockopt(
+            descriptor, socket.SOL_SOCKET, _SO_PEERGROUPS, buffer, ctypes.byref(length)
+        ):
+            return struct.unpack(f"{length.value // _GID_BYTES}I", buffer.raw[: length.value])
+        error = ctypes.get_errno()
+        # ERANGE: too short, and `length` says how much is needed. It can't change in between:
+        # the kernel keeps the peer's groups of the time of connect(2).
+        if error != errno.ERANGE or length.value <= len(buffer):
+            raise OSError(error, f"SO_PEERGROUPS: {os.strerror(error)}")
