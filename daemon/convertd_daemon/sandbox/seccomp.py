@@ -1,0 +1,310 @@
+"""Which system calls a process of ours may not make, and why. Fails closed.
+
+Deny-lists: Landlock and the uid hold what has a path, and these filters hold what Landlock does not
+govern. So that a list stays whole on a newer kernel, a call younger than the list answers ENOSYS,
+as if the kernel were as old as it.
+"""
+
+import errno
+import functools
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+from convertd_daemon.kernel import libseccomp, seccomp
+from convertd_daemon.kernel.libseccomp import Compare, Condition
+from convertd_daemon.sandbox import errors, limits
+
+# The youngest call these lists have been held against: file_setattr(2), Linux 6.17.
+NEWEST_CALL: Final = 469
+
+_INT: Final = 0xFFFFFFFF
+_CLONE_THREAD: Final = 0x00010000
+_AT_EMPTY_PATH: Final = 0x1000
+_AF_UNIX: Final = 1
+_PR_SET_PDEATHSIG: Final = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Calls (their names, blanks between), answered with an errno when all conditions hold."""
+
+    calls: str
+    why: str
+    answer: int = errno.EPERM
+    when: tuple[Condition, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """One kind of process, and all that is refused to it."""
+
+    name: str
+    refusals: tuple[Refusal, ...]
+
+
+def _is(argument: int, value: int) -> Condition:
+    """Hold for an int argument; the kernel reads the low 32 bits of the register."""
+    return Condition(argument=argument, compare=Compare.MASKED_EQ, value=value, mask=_INT)
+
+
+def _is_not(argument: int, value: int) -> Condition:
+    """Hold for anything else, high bits that the kernel would ignore included."""
+    return Condition(argument=argument, compare=Compare.NE, value=value)
+
+
+def _lacks(argument: int, flag: int) -> Condition:
+    """Hold when a flag is not set."""
+    return Condition(argument=argument, compare=Compare.MASKED_EQ, value=0, mask=flag)
+
+
+_NO_PROGRAM: Final = (
+    Refusal(calls="execve", why="starts no other program"),
+    Refusal(calls="fork vfork", why="stays one process, which one kill ends"),
+    Refusal(
+        calls="clone",
+        why="threads only, for the same reason",
+        when=(_lacks(0, _CLONE_THREAD),),
+    ),
+    Refusal(
+        calls="clone3",
+        why="its flags are in memory, where no filter reads; libc goes on with clone(2)",
+        answer=errno.ENOSYS,
+    ),
+)
+
+_NO_ONE_ELSE: Final = (
+    Refusal(
+        calls="kill tkill tgkill rt_sigqueueinfo rt_tgsigqueueinfo",
+        why="another job has the same uid; abort(3) ends by itself after EPERM",
+    ),
+    Refusal(
+        calls="pidfd_open pidfd_send_signal pidfd_getfd",
+        why="signals to others, and their descriptors",
+    ),
+    Refusal(
+        calls="ptrace process_vm_readv process_vm_writev process_madvise process_mrelease kcmp",
+        why="another's memory",
+    ),
+    Refusal(
+        calls="prlimit64",
+        why="RLIMIT_CPU=0 on another process of the same uid kills it, on every Landlock",
+        when=(_is_not(0, 0),),
+    ),
+    Refusal(
+        calls=(
+            "setpriority ioprio_set sched_setaffinity sched_setattr sched_setparam "
+            "sched_setscheduler migrate_pages move_pages"
+        ),
+        why="slows others, or undoes our niceness",
+    ),
+    Refusal(
+        calls="prctl",
+        why="a changed PR_SET_PDEATHSIG would let it outlive the process that must end it",
+        when=(_is(0, _PR_SET_PDEATHSIG),),
+    ),
+    Refusal(
+        calls=(
+            "shmget shmat shmctl semget semop semtimedop semctl msgget msgsnd msgrcv "
+            "msgctl mq_open mq_unlink"
+        ),
+        why="a way to other processes that has no path for Landlock to govern",
+    ),
+)
+
+_NO_IDENTITY: Final = (
+    Refusal(
+        calls=(
+            "setuid setgid setreuid setregid setresuid setresgid setfsuid setfsgid setgroups capset"
+        ),
+        why="who it is has been settled, and a change disarms PR_SET_PDEATHSIG",
+    ),
+    Refusal(
+        calls="add_key request_key keyctl",
+        why="keys go by uid, which two jobs share",
+    ),
+)
+
+_NO_FILE_BY_NAME: Final = (
+    Refusal(
+        calls="open_by_handle_at name_to_handle_at",
+        why="with CAP_DAC_READ_SEARCH it opens any inode of a file system, by number",
+    ),
+    Refusal(
+        calls=(
+            "chmod fchmod fchmodat fchmodat2 chown fchown lchown fchownat utime utimes "
+            "futimesat utimensat setxattr lsetxattr fsetxattr setxattrat removexattr "
+            "lremovexattr fremovexattr removexattrat file_setattr"
+        ),
+        why="Landlock does not govern metadata",
+    ),
+    Refusal(
+        calls="truncate",
+        why="Landlock governs it from ABI 3 only; ftruncate(2) is what qemu-img uses",
+    ),
+    Refusal(
+        calls="inotify_init inotify_init1 inotify_add_watch fanotify_init fanotify_mark",
+        why="Landlock does not govern watching",
+    ),
+    Refusal(
+        calls="memfd_create memfd_secret",
+        why="a file that Landlock never governs",
+    ),
+)
+
+# Numbers from asm-generic/ioctls.h, scsi/sg.h, linux/pr.h and linux/fs.h. Not FS_IOC_FSSETXATTR,
+# by which qemu-img asks for large extents on XFS.
+_FAR_REACHING_IOCTLS: Final = {
+    "TIOCSTI": 0x5412,
+    "TIOCLINUX": 0x541C,
+    "TIOCSETD": 0x5423,
+    "SG_IO": 0x2285,
+    "SCSI_IOCTL_SEND_COMMAND": 0x1,
+    "IOC_PR_REGISTER": 0x401870C8,
+    "IOC_PR_RESERVE": 0x401070C9,
+    "IOC_PR_RELEASE": 0x401070CA,
+    "IOC_PR_PREEMPT": 0x401870CB,
+    "IOC_PR_PREEMPT_ABORT": 0x401870CC,
+    "IOC_PR_CLEAR": 0x401070CD,
+    "FS_IOC_SETFLAGS": 0x40086602,
+    "FS_IOC_ENABLE_VERITY": 0x40806685,
+}
+
+_NO_FAR_REACHING_IOCTL: Final = tuple(
+    Refusal(
+        calls="ioctl",
+        why=f"{name} reaches further than reading and writing its descriptor",
+        when=(_is(1, number),),
+    )
+    for name, number in _FAR_REACHING_IOCTLS.items()
+)
+
+_NO_MACHINE: Final = (
+    Refusal(
+        calls=(
+            "mount umount2 move_mount open_tree open_tree_attr fsopen fsconfig fsmount "
+            "fspick mount_setattr statmount listmount pivot_root chroot"
+        ),
+        why="moves what paths mean",
+    ),
+    Refusal(
+        calls="unshare setns",
+        why="a user namespace of one's own opens most of the kernel to attack",
+    ),
+    Refusal(
+        calls=(
+            "bpf perf_event_open userfaultfd kexec_load kexec_file_load init_module "
+            "finit_module delete_module lookup_dcookie modify_ldt iopl ioperm personality "
+            "vhangup syslog"
+        ),
+        why="kernel surface that no conversion needs",
+    ),
+    Refusal(
+        calls=(
+            "swapon swapoff reboot acct quotactl quotactl_fd settimeofday clock_settime "
+            "clock_adjtime adjtimex sethostname setdomainname"
+        ),
+        why="the machine's, not ours",
+    ),
+    Refusal(
+        calls="io_uring_setup io_uring_enter io_uring_register",
+        why="its operations pass by every filter; users fall back",
+        answer=errno.ENOSYS,
+    ),
+)
+
+_COMMON: Final = (
+    *_NO_ONE_ELSE,
+    *_NO_IDENTITY,
+    *_NO_FILE_BY_NAME,
+    *_NO_FAR_REACHING_IOCTL,
+    *_NO_MACHINE,
+    *_NO_PROGRAM,
+)
+
+QEMU_IMG: Final = Profile(
+    name="qemu-img",
+    refusals=(
+        *_COMMON,
+        Refusal(
+            calls=(
+                "socket socketpair connect bind listen accept accept4 sendto sendmsg sendmmsg "
+                "recvfrom recvmsg recvmmsg"
+            ),
+            why="no network, and Landlock does not govern connect(2) to a socket that has a path",
+        ),
+        # The way in: we execute the opened qemu-img itself at PROGRAM_DESCRIPTOR, which closes on
+        # exec and can't be made again under RLIMIT_NOFILE. An absolute path is still heeded by the
+        # kernel whatever the descriptor is; Landlock's EXECUTE on two inodes is what ends that.
+        Refusal(
+            calls="execveat",
+            why="executes the program it is, once",
+            when=(_is_not(0, limits.PROGRAM_DESCRIPTOR),),
+        ),
+        Refusal(
+            calls="execveat",
+            why="executes a descriptor, not a name",
+            when=(_lacks(4, _AT_EMPTY_PATH),),
+        ),
+    ),
+)
+
+FRONT: Final = Profile(
+    name="front",
+    refusals=(
+        *_COMMON,
+        Refusal(calls="execveat", why="starts no other program"),
+        Refusal(
+            calls="socket socketpair",
+            why="speaks to local sockets only",
+            # What a kernel without that family answers, and what gRPC and libc are ready for.
+            answer=errno.EAFNOSUPPORT,
+            when=(_is_not(0, _AF_UNIX),),
+        ),
+    ),
+)
+
+
+@functools.cache
+def compile_profile(profile: Profile) -> bytes:
+    """Compile a profile to the bytes that load() takes. Slow (some ms): once, in the broker.
+
+    Raises:
+        FilterMissing: libseccomp is absent, or does not take the profile.
+    """
+    rules = [
+        libseccomp.Rule(call=call, answer=refusal.answer, conditions=refusal.when)
+        for refusal in profile.refusals
+        for call in refusal.calls.split()
+    ]
+    try:
+        return _refuse_younger() + libseccomp.compile_rules(rules)
+    except (OSError, LookupError) as error:
+        raise errors.FilterMissing(str(error)) from error
+
+
+def load(program: bytes) -> None:
+    """Bind the calling thread, for ever, to a compiled profile. Needs no_new_privs.
+
+    Raises:
+        OSError: the kernel does not take it; the thread is then not bound.
+    """
+    seccomp.set_mode_filter(program)
+
+
+def _refuse_younger() -> bytes:
+    """Give instructions to go first: ENOSYS for calls above NEWEST_CALL.
+
+    libseccomp has no rule on the number itself. Numbers with the x32 bit go on, to be killed.
+    """
+    load_word, jump_if_not_less, jump_if_greater, give = 0x20, 0x35, 0x25, 0x06
+    x32_bit, answer = 0x40000000, 0x00050000 | errno.ENOSYS
+    return b"".join(
+        struct.pack("HBBI", *instruction)
+        for instruction in (
+            (load_word, 0, 0, 0),  # struct seccomp_data: nr is first
+            (jump_if_not_less, 2, 0, x32_bit),
+            (jump_if_greater, 0, 1, NEWEST_CALL),
+            (give, 0, 0, answer),
+        )
+    )
