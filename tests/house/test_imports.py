@@ -1,0 +1,112 @@
+"""Who may import whom, by the contracts in pyproject.toml and by what really gets loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import grimp
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("convertd", "convertd_client", "convertd_daemon")
+LINT_IMPORTS = Path(sys.executable).with_name("lint-imports")
+
+# Where an import is added, and which one.
+TRESPASSES = {
+    "the broker loads gRPC": ("convertd_daemon/broker/__init__.py", "import grpc"),
+    "the broker loads protobuf": ("convertd_daemon/broker/__init__.py", "import google.protobuf"),
+    "a job loads the contract": ("convertd_daemon/job/__init__.py", "import convertd.v1"),
+    "a job needs a package": ("convertd_daemon/job/__init__.py", "import msgspec"),
+    "the front knows a job": ("convertd_daemon/front/__init__.py", "import convertd_daemon.job"),
+    "the broker knows the front": (
+        "convertd_daemon/broker/__init__.py",
+        "import convertd_daemon.front",
+    ),
+    "the policy opens files": ("convertd_daemon/policy.py", "import os"),
+    "the plan starts programs": ("convertd_daemon/job/plan.py", "import subprocess"),
+    "the client knows the front": (
+        "convertd_client/__init__.py",
+        "import convertd_daemon.front",
+    ),
+    "a system call knows the sandbox": (
+        "convertd_daemon/kernel/__init__.py",
+        "import convertd_daemon.sandbox",
+    ),
+}
+
+
+def lint(packages: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Judge the packages in a directory, or else the installed ones."""
+    environment = dict(os.environ)
+    if packages:
+        environment["PYTHONPATH"] = str(packages)
+    return subprocess.run(
+        [LINT_IMPORTS, "--config", ROOT / "pyproject.toml", "--no-cache"],
+        cwd=packages or ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the installed packages, to be changed."""
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        assert spec.origin is not None
+        shutil.copytree(Path(spec.origin).parent, tmp_path / name)
+    return tmp_path
+
+
+def test_every_import_keeps_to_the_contracts() -> None:
+    """As `make check` finds them."""
+    outcome = lint()
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+
+
+@pytest.mark.parametrize(("module", "statement"), TRESPASSES.values(), ids=TRESPASSES)
+def test_a_trespass_is_noticed(copy: Path, module: str, statement: str) -> None:
+    """The contracts really forbid what they seem to."""
+    with (copy / module).open("a") as file:
+        file.write(f"\n{statement}\n")
+    outcome = lint(copy)
+    assert outcome.returncode == 1, outcome.stdout + outcome.stderr
+    assert "BROKEN" in outcome.stdout
+
+
+def test_job_sandbox_and_kernel_import_the_standard_library_and_ours_alone() -> None:
+    """A job runs with the caller's own rights and nothing installed (`convertd_client.local`)."""
+    graph = grimp.build_graph("convertd_daemon", include_external_packages=True, cache_dir=None)
+    parts = ("convertd_daemon.job", "convertd_daemon.sandbox", "convertd_daemon.kernel")
+    imported = {
+        target.partition(".")[0]
+        for module in graph.modules
+        if module.startswith(parts)
+        for target in graph.find_modules_directly_imported_by(module)
+    }
+    assert imported - sys.stdlib_module_names == {"convertd_daemon"}
+
+
+@pytest.mark.parametrize("module", ["convertd_daemon.job.__main__", "convertd_daemon.broker.main"])
+def test_what_runs_as_root_has_no_grpc_in_memory(module: str) -> None:
+    """Whatever an import brings along counts too, so this asks the interpreter."""
+    script = f"import json, sys, {module}; print(json.dumps(sorted(sys.modules)))"
+    outcome = subprocess.run(
+        [sys.executable, "-I", "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    loaded = {name.partition(".")[0] for name in json.loads(outcome.stdout)}
+    assert not loaded & {"convertd", "google", "grpc"}

@@ -1,0 +1,73 @@
+"""The repository speaks of the project alone, and what it installs is for everyone."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# A checkout's place is nobody else's. Directories that every machine has say nothing.
+EVERYWHERE = {"/", "/home", "/mnt", "/opt", "/root", "/srv", "/tmp", "/usr/src", "/var/tmp"}  # noqa: S108 - names, not files
+OWN_PLACES = {str(ROOT), str(ROOT.parent)} - EVERYWHERE
+
+FORBIDDEN = re.compile(
+    "|".join(
+        (
+            r"/home/[a-z]",  # somebody's home
+            r"/Users/[A-Za-z]",
+            r"--(?:extra-)?index-url",  # somebody's package index
+            *(rf"(?<![\w./-]){re.escape(place)}(?![\w-])" for place in sorted(OWN_PLACES)),
+        )
+    )
+)
+
+
+def files() -> list[Path]:
+    """What is in git, or would be with the next commit."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    ).stdout
+    return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_no_file_names_a_place_on_somebodys_machine() -> None:
+    """Neither where it was written, nor a home, nor a package index."""
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in files()
+        if path != Path(__file__)
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1)
+        if FORBIDDEN.search(line)
+    ]
+    assert found == []
+
+
+def test_generated_code_is_not_in_git() -> None:
+    """The build makes it (docs/decisions/0001-generated-code.md)."""
+    assert [path for path in files() if "_pb2" in path.name] == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs uid 0 to become another, this is another")
+@pytest.mark.parametrize("module", ["convertd.v1.convert_pb2_grpc", "convertd_client"])
+def test_any_user_can_run_what_is_installed(module: str) -> None:
+    """The tests run programs of ours as users who own nothing."""
+    subprocess.run(
+        [
+            *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),
+            *(sys.executable, "-I", "-c", f"import {module}"),
+        ],
+        cwd="/",
+        check=True,
+        timeout=60,
+    )
