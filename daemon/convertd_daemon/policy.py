@@ -1,0 +1,183 @@
+"""Who may convert what. Fails closed: what no rule allows is refused.
+
+Pure: a policy, a caller and a request go in, a Grant or a refusal comes out. So the answer is the
+same whether or not a path exists, and a refused caller learns nothing but what it wrote itself.
+
+Three things hold, and the tests hold them:
+
+- One rule must allow all of a request. Two rules are never combined.
+- Of the roots that contain a path, the longest is the only one asked, whichever rules name it.
+- The first rule that allows a request is the one that counts. If the request leaves the source's
+  format open, that choice is made without it: the format is held against the same rule once it is
+  known, and no second rule is tried. A caller for whom that matters states the format.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from convertd_daemon import errors, model, validation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subjects:
+    """The users that a rule is for: by uid, or by a group that they are in."""
+
+    uids: frozenset[int] = frozenset()
+    gids: frozenset[int] = frozenset()
+
+    def include(self, peer: model.Peer) -> bool:
+        """Whether the caller is one of them.
+
+        A caller whose uid our user namespace doesn't map is nobody in particular, and is never one.
+        """
+        if peer.uid == model.OVERFLOW_ID:
+            return False
+        groups = (peer.groups | {peer.gid}) - {model.OVERFLOW_ID}
+        return peer.uid in self.uids or not self.gids.isdisjoint(groups)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """One grant of the policy file: who may read where, write where, and in which formats."""
+
+    name: str
+    subjects: Subjects
+    read: tuple[model.Root, ...]
+    write: tuple[model.Root, ...]
+    read_formats: frozenset[str]
+    write_formats: frozenset[str]
+    overwrite: model.Overwrite
+
+    def may_read(self, place: model.Place, format_name: str) -> bool:
+        """Whether an image may be read there; an empty format is one that is still unknown."""
+        return place.root in self.read and (not format_name or format_name in self.read_formats)
+
+    def may_write(self, place: model.Place, format_name: str) -> bool:
+        """Whether an image of that format may be written there."""
+        return place.root in self.write and format_name in self.write_formats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """What the policy file says, with every name resolved.
+
+    `roots` are all of them, also those that no rule names: they still hide what lies below from
+    the roots around them.
+    """
+
+    limits: model.Limits
+    operators: Subjects
+    roots: tuple[model.Root, ...]
+    rules: tuple[Rule, ...]
+    qemu_img: str
+
+    def place(self, path: str) -> model.Place | None:
+        """Find the root that decides about a path: the longest that contains it.
+
+        None if there is none, and for a root itself, which is no image.
+        """
+        around = [root for root in self.roots if f"{path}/".startswith(f"{root.path}/")]
+        root = max(around, key=lambda root: len(root.path), default=None)
+        if root is None or root.path == path:
+            return None
+        return model.Place(root=root, below=path.removeprefix(f"{root.path}/"))
+
+    def rules_for(self, peer: model.Peer) -> tuple[Rule, ...]:
+        """The rules that are for this caller, in the file's order."""
+        return tuple(rule for rule in self.rules if rule.subjects.include(peer))
+
+    def closed_to(self, rule: Rule) -> tuple[model.Root, ...]:
+        """The roots that a rule does not let its users read."""
+        return tuple(root for root in self.roots if root not in rule.read)
+
+
+def decide(policy: Policy, peer: model.Peer, request: model.ConvertRequest) -> model.Grant:
+    """Give leave for a conversion, by the first rule that allows both of its ends.
+
+    Raises:
+        errors.BadPath, errors.BadFormat, errors.BadOption: the request can't be meant.
+        errors.PermissionDenied: no rule allows it.
+    """
+    request = validation.checked_convert(request)
+    source = policy.place(request.source.path)
+    dest = policy.place(request.dest.path)
+    if source and dest:
+        for rule in policy.rules_for(peer):
+            reads = rule.may_read(source, request.source.format)
+            if reads and rule.may_write(dest, request.dest.format):
+                return model.Grant(
+                    rule=rule.name,
+                    peer=peer,
+                    request=request,
+                    source=source,
+                    dest=dest,
+                    readable=rule.read,
+                    closed=policy.closed_to(rule),
+                    read_formats=rule.read_formats,
+                    overwrite=rule.overwrite,
+                    limits=policy.limits,
+                )
+    whence = _quoted(request.source.path, request.source.format)
+    whither = _quoted(request.dest.path, request.dest.format)
+    raise errors.PermissionDenied(uid=peer.uid, action=f"convert {whence} to {whither}")
+
+
+def decide_inspect(
+    policy: Policy, peer: model.Peer, request: model.InspectRequest
+) -> model.InspectGrant:
+    """Give leave to look at an image, by the first rule that allows reading it.
+
+    Raises:
+        errors.BadPath, errors.BadFormat: the request can't be meant.
+        errors.PermissionDenied: no rule allows it.
+    """
+    request = validation.checked_inspect(request)
+    source = policy.place(request.source.path)
+    if source:
+        for rule in policy.rules_for(peer):
+            if rule.may_read(source, request.source.format):
+                return model.InspectGrant(
+                    rule=rule.name,
+                    peer=peer,
+                    request=request,
+                    source=source,
+                    readable=rule.read,
+                    closed=policy.closed_to(rule),
+                    read_formats=rule.read_formats,
+                    limits=policy.limits,
+                )
+    image = _quoted(request.source.path, request.source.format)
+    raise errors.PermissionDenied(uid=peer.uid, action=f"inspect {image}")
+
+
+def is_operator(policy: Policy, peer: model.Peer) -> bool:
+    """Whether the caller may see and cancel every job."""
+    return policy.operators.include(peer)
+
+
+def access_of(policy: Policy, peer: model.Peer) -> model.AccessRights:
+    """What the caller may do, for whoever asks about itself."""
+    return model.AccessRights(
+        is_operator=is_operator(policy, peer),
+        rules=tuple(_rights(rule) for rule in policy.rules_for(peer)),
+    )
+
+
+def _rights(rule: Rule) -> model.RuleRights:
+    named = dict.fromkeys(rule.read + rule.write)
+    return model.RuleRights(
+        rule=rule.name,
+        roots=tuple(
+            model.RootRights(root=root, may_read=root in rule.read, may_write=root in rule.write)
+            for root in named
+        ),
+        read_formats=rule.read_formats,
+        write_formats=rule.write_formats,
+        overwrite=rule.overwrite,
+    )
+
+
+def _quoted(path: str, format_name: str) -> str:
+    quoted = repr(validation.shown(path))
+    return f"{quoted} ({format_name})" if format_name else quoted

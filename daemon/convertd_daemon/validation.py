@@ -1,0 +1,156 @@
+"""What a request must be whatever the policy says: paths, formats, options that go together.
+
+Pure, and the standard library alone, so that a job without a daemon checks the same. Nothing here
+looks at the system, and so nothing here tells a caller what exists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Final
+
+from convertd_daemon import errors, model
+
+MAX_PATH_BYTES: Final = 4095
+"""PATH_MAX less its NUL. Source: path_resolution(7)."""
+MAX_NAME_BYTES: Final = 255
+"""NAME_MAX of every file system of Linux that holds images."""
+MAX_LABEL_CHARACTERS: Final = 256
+LEAST_RATE_BYTES_PER_SECOND: Final = model.MIB
+MAX_RATE_BYTES_PER_SECOND: Final = 2**63 - 1
+"""What qemu-img's -r takes at most."""
+MODE_BITS: Final = 0o666
+TEMPORARY_PREFIX: Final = ".convertd-"
+"""Names that convertd gives its own temporaries, and removes when nobody holds them."""
+
+PREALLOCATIONS: Final = {
+    "raw": frozenset(
+        {model.Preallocation.OFF, model.Preallocation.FALLOC, model.Preallocation.FULL}
+    ),
+    "qcow2": frozenset(model.Preallocation),
+}
+"""Which preallocation a format takes. One that is not listed takes none."""
+
+_GROUP: Final = re.compile(r"[a-z_][a-z0-9_.-]*\$?|[0-9]{1,10}")
+_SHOWN_CHARACTERS: Final = 256
+
+
+def checked_convert(request: model.ConvertRequest) -> model.ConvertRequest:
+    """Give a request back that can be meant, with the default compression spelled out.
+
+    Raises:
+        errors.BadPath, errors.BadFormat, errors.BadOption: it can't be meant.
+    """
+    _check_source(request.source)
+    _check_dest(request.dest)
+    _check_secret("source.encryption", request.source.format)
+    _check_secret("dest.encryption", request.dest.format)
+    _check_options(request)
+    if request.source.path == request.dest.path:
+        raise _bad_path("dest.path", request.dest.path, "is the source")
+    if request.dest.compression is not model.Compression.DEFAULT:
+        return request
+    dest = dataclasses.replace(request.dest, compression=model.Compression.ZLIB)
+    return dataclasses.replace(request, dest=dest)
+
+
+def checked_inspect(request: model.InspectRequest) -> model.InspectRequest:
+    """Give a request back that can be meant.
+
+    Raises:
+        errors.BadPath, errors.BadFormat: it can't be meant.
+    """
+    _check_source(request.source)
+    return request
+
+
+def shown(text: str) -> str:
+    """A caller's text in a form that fits into a message: valid, and not too long.
+
+    A reply's metadata ends at 8 KiB, and a path may have half of that.
+    """
+    text = text.encode("utf-8", "backslashreplace").decode()
+    if len(text) <= _SHOWN_CHARACTERS:
+        return text
+    half = _SHOWN_CHARACTERS // 2
+    return f"{text[:half]}…{text[-half:]}"
+
+
+def _check_source(source: model.Source) -> None:
+    _check_path("source.path", source.path)
+    if source.format:
+        _check_format("source.format", source.format, model.FORMATS)
+
+
+def _check_dest(dest: model.Dest) -> None:
+    _check_path("dest.path", dest.path)
+    if dest.path.rpartition("/")[2].startswith(TEMPORARY_PREFIX):
+        raise _bad_path("dest.path", dest.path, "has a name that convertd keeps for itself")
+    _check_format("dest.format", dest.format, model.WRITABLE_FORMATS)
+    _check_compression(dest)
+    _check_preallocation(dest)
+    if dest.mode is not None and not 0 <= dest.mode == dest.mode & MODE_BITS:
+        raise errors.BadOption(field="dest.mode", problem="has bits outside of 0666")
+    if dest.group and not _GROUP.fullmatch(dest.group):
+        problem = "is neither the name nor the number of a group"
+        raise errors.BadOption(field="dest.group", problem=problem)
+
+
+def _check_path(field: str, path: str) -> None:
+    data = path.encode("utf-8", "surrogatepass")
+    names = data.split(b"/")[1:]
+    problems = {
+        "is not valid UTF-8": data.decode("utf-8", "replace") != path,
+        "has a NUL in it": "\0" in path,
+        f"is longer than {MAX_PATH_BYTES} bytes": len(data) > MAX_PATH_BYTES,
+        "is not absolute": not path.startswith("/"),
+        "has '..' in it": b".." in names,
+        "has an empty name or '.' in it": b"" in names or b"." in names,
+        f"has a name longer than {MAX_NAME_BYTES} bytes": len(max(names, key=len, default=b""))
+        > MAX_NAME_BYTES,
+    }
+    for problem, found in problems.items():
+        if found:
+            raise _bad_path(field, path, problem)
+
+
+def _bad_path(field: str, path: str, problem: str) -> errors.BadPath:
+    return errors.BadPath(field=field, path=shown(path), problem=problem)
+
+
+def _check_format(field: str, name: str, usable: frozenset[str]) -> None:
+    if name not in usable:
+        raise errors.BadFormat(field=field, format=shown(name))
+
+
+def _check_secret(field: str, name: str) -> None:
+    if name == "luks":
+        raise errors.BadOption(field=field, problem="the format luks needs a passphrase")
+
+
+def _check_compression(dest: model.Dest) -> None:
+    if dest.compression is model.Compression.NONE:
+        return
+    if dest.format != "qcow2":
+        raise errors.BadOption(field="dest.compression", problem="is for the format qcow2 only")
+    if dest.preallocation is not model.Preallocation.OFF:
+        problem = "does not go with preallocation"
+        raise errors.BadOption(field="dest.compression", problem=problem)
+
+
+def _check_preallocation(dest: model.Dest) -> None:
+    possible = PREALLOCATIONS.get(dest.format, frozenset({model.Preallocation.OFF}))
+    if dest.preallocation not in possible:
+        problem = f"{dest.preallocation} is not possible with the format {dest.format}"
+        raise errors.BadOption(field="dest.preallocation", problem=problem)
+
+
+def _check_options(request: model.ConvertRequest) -> None:
+    rate = request.rate_limit_bytes_per_second
+    if rate and not LEAST_RATE_BYTES_PER_SECOND <= rate <= MAX_RATE_BYTES_PER_SECOND:
+        problem = f"must be 0 (no limit), or at least {LEAST_RATE_BYTES_PER_SECOND}"
+        raise errors.BadOption(field="rate_limit_bytes_per_second", problem=problem)
+    if len(request.label) > MAX_LABEL_CHARACTERS or not request.label.isprintable():
+        problem = f"must be at most {MAX_LABEL_CHARACTERS} printable characters"
+        raise errors.BadOption(field="label", problem=problem)
