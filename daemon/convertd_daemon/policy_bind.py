@@ -1,0 +1,174 @@
+"""From names to ids: a Document becomes a Policy.
+
+Pure: who has asked the system hands the answers in. Fails closed: what has no id grants nothing.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from convertd_daemon import model, policy, policy_toml
+from convertd_daemon import policy_values as values
+
+
+class Kind(enum.StrEnum):
+    """What a name is the name of."""
+
+    USER = "user"
+    GROUP = "group"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """Names whose ids must be asked for."""
+
+    users: frozenset[str] = frozenset()
+    groups: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ids:
+    """The ids of names. A name that is not in here does not exist."""
+
+    users: Mapping[str, int]
+    groups: Mapping[str, int]
+
+    def of(self, kind: Kind, account: values.Account) -> int | None:
+        """The uid or gid of an account, None if there is no such account."""
+        if account.number is not None:
+            return account.number
+        return (self.users if kind is Kind.USER else self.groups).get(account)
+
+
+def names_in(document: policy_toml.Document) -> Wanted:
+    """The names that a policy mentions."""
+    named = [(kind, account) for _, kind, account in _mentions(document) if account.number is None]
+    return Wanted(
+        users=frozenset(account for kind, account in named if kind is Kind.USER),
+        groups=frozenset(account for kind, account in named if kind is Kind.GROUP),
+    )
+
+
+def missing_names(document: policy_toml.Document, ids: Ids) -> tuple[policy_toml.PolicyError, ...]:
+    """The names that a policy mentions and the system doesn't know: mistakes, each with its key."""
+    return tuple(
+        policy_toml.PolicyError(key, f"there is no {kind} {account}")
+        for key, kind, account in _mentions(document)
+        if ids.of(kind, account) is None
+    )
+
+
+def bind(document: policy_toml.Document, ids: Ids) -> policy.Policy:
+    """Make a Policy, in which a name that doesn't exist grants nothing.
+
+    A user or group that doesn't exist is left out. A root whose owner doesn't exist is left out of
+    every rule: what would be created there could be given to nobody.
+
+    Raises:
+        policy_toml.PolicyError: a name has an id that nobody can have.
+    """
+    _check_ids(document, ids)
+    roots = {name: _root(name, table, ids) for name, table in document.roots.items()}
+    usable = {
+        name: root
+        for name, root in roots.items()
+        if root.owner or not document.roots[name].owner_accounts
+    }
+    return policy.Policy(
+        limits=_limits(document.limits),
+        operators=_subjects(document.operators, ids),
+        roots=tuple(roots.values()),
+        rules=tuple(_rule(key, grant, usable, ids) for key, grant in document.numbered_grants),
+        qemu_img=document.qemu_img,
+    )
+
+
+def _mentions(document: policy_toml.Document) -> Iterator[tuple[str, Kind, values.Account]]:
+    """Every user and group that a policy mentions, with its key."""
+    tables: list[tuple[str, policy_toml.OperatorsTable | policy_toml.GrantTable]]
+    tables = [("operators", document.operators), *document.numbered_grants]
+    for key, table in tables:
+        for kind, accounts in ((Kind.USER, table.users), (Kind.GROUP, table.groups)):
+            for number, account in enumerate(accounts):
+                yield f"{key}.{kind}s[{number}]", kind, account
+    for name, root in document.roots.items():
+        for kind, account in zip(Kind, root.owner_accounts or (), strict=False):
+            yield f"roots.{name}.owner", kind, account
+
+
+def _check_ids(document: policy_toml.Document, ids: Ids) -> None:
+    """Refuse a name whose id, as the system gave it, the policy couldn't have stated."""
+    for key, kind, account in _mentions(document):
+        try:
+            values.check_id(ids.of(kind, account) or 0)
+        except ValueError as error:
+            raise policy_toml.PolicyError(key, str(error)) from error
+
+
+def _root(name: str, table: policy_toml.RootTable, ids: Ids) -> model.Root:
+    return model.Root(
+        name=name,
+        path=table.path,
+        kind=table.kind,
+        access=model.Access(table.access),
+        owner=_owner(table, ids),
+        mode=policy_toml.DEFAULT_MODE if table.mode is None else table.mode,
+        mounts=bool(table.mounts),
+        allow_is_zero=bool(table.allow_is_zero),
+    )
+
+
+def _owner(table: policy_toml.RootTable, ids: Ids) -> model.Owner | None:
+    """Whose the files of a root are; None for the caller's, and for an owner that doesn't exist."""
+    if not table.owner_accounts:
+        return None
+    user, group = table.owner_accounts
+    uid, gid = ids.of(Kind.USER, user), ids.of(Kind.GROUP, group)
+    return None if uid is None or gid is None else model.Owner(uid=uid, gid=gid)
+
+
+def _subjects(
+    table: policy_toml.OperatorsTable | policy_toml.GrantTable, ids: Ids
+) -> policy.Subjects:
+    uids = (ids.of(Kind.USER, user) for user in table.users)
+    gids = (ids.of(Kind.GROUP, group) for group in table.groups)
+    return policy.Subjects(
+        uids=frozenset(uid for uid in uids if uid is not None),
+        gids=frozenset(gid for gid in gids if gid is not None),
+    )
+
+
+def _rule(
+    key: str, grant: policy_toml.GrantTable, usable: Mapping[str, model.Root], ids: Ids
+) -> policy.Rule:
+    formats = grant.formats or policy_toml.DEFAULT_FORMATS
+    return policy.Rule(
+        name=key,
+        subjects=_subjects(grant, ids),
+        read=tuple(usable[name] for name in grant.read if name in usable),
+        write=tuple(usable[name] for name in grant.write if name in usable),
+        read_formats=frozenset(grant.read_formats or formats),
+        write_formats=frozenset(grant.write_formats or formats),
+        overwrite=grant.overwrite,
+    )
+
+
+def _limits(table: policy_toml.LimitsTable) -> model.Limits:
+    return model.Limits(
+        jobs=table.jobs,
+        jobs_per_user=table.jobs_per_user,
+        queue=table.queue,
+        queue_per_user=table.queue_per_user,
+        inspections=table.inspections,
+        inspections_per_user=table.inspections_per_user,
+        connections=table.connections,
+        connections_per_user=table.connections_per_user,
+        virtual_size_bytes=table.virtual_size,
+        memory_bytes=table.memory,
+        stall_s=table.stall,
+        duration_s=table.duration,
+        inspect_s=table.inspect,
+        stop_grace_s=table.stop_grace,
+    )
