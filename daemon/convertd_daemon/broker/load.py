@@ -1,0 +1,133 @@
+"""The policy file, from the disk to a Policy.
+
+Fails closed: a file that others than root can change, itself or by a directory above it, is not
+read. The file is opened once; what is checked is what was opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from convertd_daemon import policy, policy_bind, policy_toml
+from convertd_daemon.broker import names
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DEFAULT_PATH: Final = "/etc/convertd/policy.toml"
+MAX_BYTES: Final = 1024 * 1024
+
+
+class LoadError(Exception):
+    """A policy that is not taken: the file, the key if it is about one, and the reason."""
+
+    def __init__(self, file: str, key: str, reason: str) -> None:
+        super().__init__(": ".join(filter(None, (file, key, reason))))
+        self.file = file
+        self.key = key
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A policy in force, the document it was made of, and what in that grants nothing."""
+
+    file: str
+    document: policy_toml.Document
+    ids: policy_bind.Ids
+    policy: policy.Policy
+    warnings: tuple[LoadError, ...]
+
+
+def load(path: str = DEFAULT_PATH, *, limit_s: float = names.LIMIT_S) -> Loaded:
+    """Read a policy and look its names up. A name that doesn't exist is a warning.
+
+    Blocks for up to `limit_s` seconds, and forks.
+
+    Raises:
+        LoadError: the file can't be read or trusted, or is not a policy, or the names could not be
+            looked up.
+    """
+    path = os.path.abspath(path)
+    text = _read(path)
+    try:
+        document = policy_toml.parse(text)
+        ids = names.resolve(policy_bind.names_in(document), limit_s=limit_s)
+        bound = policy_bind.bind(document, ids)
+    except policy_toml.PolicyError as error:
+        raise LoadError(path, error.key, error.reason) from error
+    except names.LookupFailed as error:
+        raise LoadError(path, "", str(error)) from error
+    return Loaded(
+        file=path,
+        document=document,
+        ids=ids,
+        policy=bound,
+        warnings=tuple(
+            LoadError(path, missing.key, missing.reason)
+            for missing in policy_bind.missing_names(document, ids)
+        ),
+    )
+
+
+def _read(path: str) -> bytes:
+    with _trusted(path) as fd, open(fd, "rb", closefd=False) as file:
+        text = file.read(MAX_BYTES + 1)
+    if len(text) > MAX_BYTES:
+        raise LoadError(path, "", f"is larger than {MAX_BYTES} bytes")
+    return text
+
+
+@contextlib.contextmanager
+def _trusted(path: str) -> Iterator[int]:
+    """Open a file that nobody but root can change, replace or redirect.
+
+    Every directory is opened below the one before, and none by a symbolic link, so what was checked
+    is what is read.
+    """
+    directory, so_far = None, "/"
+    with contextlib.ExitStack() as stack:
+        for name in ("/", *filter(None, os.path.dirname(path).split("/"))):
+            so_far = os.path.join(so_far, name)
+            directory = _open(path, so_far, directory, os.O_PATH | os.O_DIRECTORY)
+            stack.callback(os.close, directory)
+            _check_roots_alone(path, so_far, os.fstat(directory))
+        # O_NONBLOCK: a FIFO must not make us wait for its writer.
+        file = _open(path, path, directory, os.O_RDONLY | os.O_NONBLOCK)
+        stack.callback(os.close, file)
+        status = os.fstat(file)
+        _check_roots_alone(path, path, status)
+        if not stat.S_ISREG(status.st_mode):
+            raise LoadError(path, "", "is not a regular file")
+        yield file
+
+
+def _open(path: str, found: str, directory: int | None, flags: int) -> int:
+    """Open `found`, which is the next name on the way to `path`."""
+    name = os.path.basename(found) or "/"
+    try:
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    except OSError as error:
+        # With O_DIRECTORY a link gives ENOTDIR, without it ELOOP. Source: open(2).
+        if error.errno in {errno.ELOOP, errno.ENOTDIR}:
+            reason = f"{found} is a symbolic link or not a directory, and is not followed"
+        else:
+            reason = f"{found}: {os.strerror(error.errno or 0)}"
+        raise LoadError(path, "", reason) from error
+
+
+def _check_roots_alone(path: str, found: str, status: os.stat_result) -> None:
+    """Refuse what others than root can change. A sticky bit is no excuse.
+
+    Write permission by an access control list shows in the group's bits too. Source: acl(5).
+    """
+    if status.st_uid != 0:
+        raise LoadError(path, "", f"{found} belongs to uid {status.st_uid}, not to root")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        mode = stat.S_IMODE(status.st_mode)
+        raise LoadError(path, "", f"{found} can be written by others than root (mode {mode:04o})")

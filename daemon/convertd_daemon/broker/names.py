@@ -1,0 +1,102 @@
+"""The ids of users and groups, asked for in a child that may be given up.
+
+A name can lead to a directory service that doesn't answer, and getpwnam(3) has no time limit. So a
+forked child asks, and the broker waits only so long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import grp
+import json
+import os
+import pwd
+import select
+import signal
+import time
+from typing import TYPE_CHECKING, Final, NoReturn
+
+from convertd_daemon import policy_bind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+LIMIT_S: Final = 5.0
+_KILL_S: Final = 1.0
+
+
+class LookupFailed(Exception):
+    """The names could not be looked up; nothing is known of any of them."""
+
+
+def resolve(wanted: policy_bind.Wanted, *, limit_s: float = LIMIT_S) -> policy_bind.Ids:
+    """Ask the system for the ids of names. One that doesn't exist has none in the answer.
+
+    Blocks for up to `limit_s` seconds. Call it from a process without threads, for it forks.
+
+    Raises:
+        LookupFailed: there was no answer in time, or the lookup broke.
+    """
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    with contextlib.closing(open(reader, "rb", buffering=0)) as answer:
+        child = os.fork()
+        if child == 0:
+            _answer(writer, wanted, limit_s)
+        os.close(writer)
+        try:
+            text = _read_all(answer.fileno(), time.monotonic() + limit_s)
+        finally:
+            _end(child)
+    try:
+        found = json.loads(text)
+    except ValueError:
+        raise LookupFailed("the lookup of users and groups broke off") from None
+    return policy_bind.Ids(users=found["users"], groups=found["groups"])
+
+
+def _answer(writer: int, wanted: policy_bind.Wanted, limit_s: float) -> NoReturn:
+    """Look the names up and write them down: all that the child does."""
+    status = 1
+    try:
+        # Should the parent die meanwhile, the child still ends.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, limit_s + _KILL_S)
+        found = {
+            "users": _ids(wanted.users, lambda name: pwd.getpwnam(name).pw_uid),
+            "groups": _ids(wanted.groups, lambda name: grp.getgrnam(name).gr_gid),
+        }
+        with open(writer, "w", encoding="utf-8") as answer:
+            json.dump(found, answer)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def _ids(names: Iterable[str], look_up: Callable[[str], int]) -> dict[str, int]:
+    found = {}
+    for name in names:
+        with contextlib.suppress(KeyError):
+            found[name] = look_up(name)
+    return found
+
+
+def _read_all(reader: int, deadline: float) -> bytes:
+    """Read until the other end is closed."""
+    poller = select.poll()
+    poller.register(reader, select.POLLIN)
+    data = b""
+    while poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        if not (more := os.read(reader, 65536)):
+            return data
+        data += more
+    raise LookupFailed("users and groups could not be looked up in time")
+
+
+def _end(child: int) -> None:
+    """Kill and reap the child. One that can't be killed now is left to whoever reaps orphans."""
+    with contextlib.closing(open(os.pidfd_open(child), "rb", buffering=0)) as pidfd:
+        signal.pidfd_send_signal(pidfd.fileno(), signal.SIGKILL)
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        poller.poll(_KILL_S * 1000)
+    os.waitpid(child, os.WNOHANG)
