@@ -9,6 +9,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := build
 MAKEFLAGS += --no-builtin-rules
 
+export PATH := $(PATH):/usr/sbin:/sbin
+
 # Debian's interpreter: one under somebody's home can't be run by other users (decision 0003).
 PYTHON := /usr/bin/python3
 

@@ -97,7 +97,7 @@ def test_job_sandbox_and_kernel_import_the_standard_library_and_ours_alone() -> 
     assert imported - sys.stdlib_module_names == {"convertd_daemon"}
 
 
-@pytest.mark.parametrize("module", ["convertd_daemon.job.__main__", "convertd_daemon.broker.main"])
+@pytest.mark.parametrize("module", ["convertd_daemon.job.main", "convertd_daemon.broker.main"])
 def test_what_runs_as_root_has_no_grpc_in_memory(module: str) -> None:
     """Whatever an import brings along counts too, so this asks the interpreter."""
     script = f"import json, sys, {module}; print(json.dumps(sorted(sys.modules)))"
