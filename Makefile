@@ -84,7 +84,8 @@ packages:
 users:
 	@for user in convertd convertd-qemu; do \
 	  getent passwd $$user >/dev/null || \
-	    useradd --system --user-group --no-create-home --shell /usr/sbin/nologin $$user; \
+	    useradd --system --user-group --home-dir /nonexistent \
+	      --no-create-home --shell /usr/sbin/nologin $$user; \
 	done
 
 # make, if it is run by somebody else than root, leaves Debian's packages to root.
