@@ -15,17 +15,15 @@ import contextlib
 import enum
 import socket
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Any, Final, Self
 
 from convertd_daemon import codec, errors, model
-
-T = TypeVar("T")
 
 MAX_MESSAGE_BYTES: Final = 160 * 1024
 """Two paths of 4 KiB, each byte escaped to six, and then some. Below the default SO_SNDBUF."""
 
 
-class Closed(Exception):  # noqa: N818 - not a mistake but an end
+class Closed(Exception):
     """The other end of the channel is gone."""
 
 
@@ -286,7 +284,7 @@ class Channel:
         """Close this end."""
         self.sock.close()
 
-    def __enter__(self) -> Channel:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -314,7 +312,7 @@ class Channel:
             raise Closed from error
         return True
 
-    def receive(self, *kinds: type[T], wait: bool = True) -> tuple[T, list[int]]:
+    def receive(self, *kinds: type[Any], wait: bool = True) -> tuple[Any, list[int]]:
         """Take one message of these kinds, and the descriptors that came with it (now ours).
 
         Raises:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import functools
 import json
 import types
 import typing
@@ -70,13 +69,21 @@ def _plain(value: object) -> object:
     return value
 
 
-@functools.cache
 def decoder_of(kind: Any) -> Decoder:
-    """The function that makes a `kind` from parsed JSON, or raises CodecError.
+    """The function that makes a `kind` from parsed JSON, or raises CodecError. Made once a kind.
 
     Raises:
         TypeError: a field of a type that is not listed in this module's docstring: our bug.
     """
+    if kind not in _made:
+        _made[kind] = _make_decoder(kind)
+    return _made[kind]
+
+
+_made: dict[Any, Decoder] = {}
+
+
+def _make_decoder(kind: Any) -> Decoder:
     origin = typing.get_origin(kind)
     if origin is types.UnionType:
         return _optional(kind)

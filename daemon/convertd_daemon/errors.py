@@ -60,8 +60,8 @@ class Failure:
     @property
     def status(self) -> Status:
         """The gRPC status of the reason; INTERNAL for one that no condition has."""
-        condition = BY_REASON.get(self.reason)
-        return condition.status if condition else Status.INTERNAL
+        known = BY_REASON.get(self.reason, InternalError)
+        return known.status
 
 
 BY_REASON: dict[str, type[ConvertError]] = {}

@@ -7,7 +7,7 @@ can't be skipped: `connection → Peer → request → Grant → handles → Ima
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 MIB: Final = 1024 * 1024
@@ -287,6 +287,14 @@ class ImageInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Warned:
+    """Something that was not asked about and that the caller should know: for programs and people."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChosenCache:
     """A cache mode, and in one clause why it was chosen."""
 
@@ -298,17 +306,21 @@ class ChosenCache:
 class Plan:
     """Everything that is decided before qemu-img runs.
 
-    `argv` speaks of descriptors only, so it is safe to show. `needed_bytes` is what the destination
-    is expected to take at most, 0 where that can't be known.
+    `argv` speaks of descriptors only; `command` is the same for people, with the caller's paths.
+    `needed_bytes` is what the destination is expected to take, 0 where that can't be known.
     """
 
+    source_path: str
     source: ImageInfo
     dest_format: str
+    compression: Compression
     source_cache: ChosenCache
     dest_cache: ChosenCache
     argv: tuple[str, ...]
+    command: tuple[str, ...]
     needed_bytes: int
-    warnings: tuple[str, ...] = ()
+    available_bytes: int
+    warnings: tuple[Warned, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -321,9 +333,12 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """A conversion that is done and on disk, or (validate_only) that would be done."""
+    """A conversion that is done and on disk, or (`published` false) that would be done."""
 
     plan: Plan
+    published: bool
+    verified: bool
+    replaced: bool
     allocated_size_bytes: int
     seconds: float
-    warnings: tuple[str, ...] = field(default=())
+    warnings: tuple[Warned, ...]

@@ -214,10 +214,10 @@ def _value_of(kind: type[Any], value: object) -> object:
 _REWORDED: Final = (
     (r"Object missing required field `(?P<key>.*)`", r"is missing"),
     (r"Object contains unknown field `(?P<key>.*)`", r"is not a key of the policy"),
-    (r"Expected `object`, .*", r"must be a table"),
-    (r"Expected `array`, .*", r"must be a list in brackets"),
-    (r"Expected `str`, .*", r"must be a string in quotes"),
-    (r"Expected `bool`, .*", r"must be true or false"),
+    (r"Expected `object.*", r"must be a table"),
+    (r"Expected `array.*", r"must be a list in brackets"),
+    (r"Expected `str.*", r"must be a string in quotes"),
+    (r"Expected `bool.*", r"must be true or false"),
     (r"Invalid enum value (.*)", r"\1 is not one of the values that are possible here"),
 )
 """What msgspec says, and what we say."""

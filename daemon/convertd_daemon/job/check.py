@@ -12,9 +12,7 @@ from convertd_daemon.job import probe, qemu_img
 from convertd_daemon.sandbox import limits
 
 if TYPE_CHECKING:
-    from convertd_daemon.job.leash import Leash
-    from convertd_daemon.job.paths import Source, Target
-    from convertd_daemon.job.result import Result
+    from convertd_daemon.job.ends import Ends
 
 log = logging.getLogger(__name__)
 
@@ -22,21 +20,14 @@ LONG_S: Final = 2.0
 """A job that took this long can afford to have its result looked at: `info` takes 10 ms."""
 
 
-def check(
-    grant: model.Grant,
-    plan: model.Plan,
-    target: Target,
-    result: Result,
-    leash: Leash,
-    worker: qemu_img.Worker,
-) -> None:
+def check(grant: model.Grant, plan: model.Plan, ends: Ends, runner: qemu_img.Runner) -> None:
     """Check size or header of the result.
 
     Raises:
         errors.VerifyFailed: it can't be the source's image.
     """
-    size, path = plan.source.virtual_size_bytes, target.place.path
-    written = os.fstat(result.fd).st_size
+    size, path = plan.source.virtual_size_bytes, ends.target.place.path
+    written = os.fstat(ends.result.fd).st_size
     if plan.dest_format == "raw":
         if written != size:
             problem = f"has {written} bytes instead of {size}"
@@ -44,33 +35,25 @@ def check(
         return
     if written == 0:
         raise errors.VerifyFailed(path=path, problem="nothing was written")
-    if grant.request.verify or leash.seconds > LONG_S:
-        found = probe.result_info(result.fd, plan.dest_format, leash, worker)
+    if grant.request.verify or runner.leash.seconds > LONG_S:
+        found = probe.result_info(ends.result.fd, plan.dest_format, runner)
         if found != (plan.dest_format, size):
             problem = f"is {found[0] or 'unreadable'} of {found[1]} bytes, not {size}"
             raise errors.VerifyFailed(path=path, problem=problem)
 
 
-def compare(
-    plan: model.Plan,
-    source: Source,
-    target: Target,
-    result: Result,
-    leash: Leash,
-    worker: qemu_img.Worker,
-) -> None:
+def compare(plan: model.Plan, ends: Ends, runner: qemu_img.Runner) -> None:
     """Read source and result once more, and compare what a guest would see.
 
     Raises:
         errors.VerifyFailed: they differ.
         errors.ReadFailed: they could not be compared.
     """
-    argv = plans.compare_argv(plan.source, source.fd, plan, result.fd)
-    outcome = qemu_img.run(
-        worker, argv, leash, read=(source.fd, result.fd), bounds=limits.CONVERT
-    )
+    source, result, path = ends.source.fd, ends.result.fd, ends.target.place.path
+    argv = plans.compare_argv(plan, source, result)
+    outcome = runner.run(argv, qemu_img.Inodes(read=(source, result)), limits.CONVERT)
     if outcome.status == 1:
-        raise errors.VerifyFailed(path=target.place.path, problem="the contents are not the same")
+        raise errors.VerifyFailed(path=path, problem="the contents are not the same")
     if outcome.status != 0:
-        log.warning("compare failed path=%r said=%r", target.place.path, outcome.stderr)
-        raise errors.ReadFailed(path=target.place.path, problem="it could not be compared")
+        log.warning("compare failed path=%r said=%r", path, outcome.stderr)
+        raise errors.ReadFailed(path=path, problem="it could not be compared")

@@ -28,7 +28,9 @@ log = logging.getLogger(__name__)
 JobGrant = model.Grant | model.InspectGrant
 
 
-def forked(grant: JobGrant, line: channel.Channel, setup: qemu_img.Setup, broker: int) -> NoReturn:
+def forked(
+    job_id: str, grant: JobGrant, line: channel.Channel, setup: qemu_img.Setup, broker: int
+) -> NoReturn:
     """Be the job, in the child that the broker just forked. Never returns.
 
     fork(2) gives a child all its parent has, close-on-exec or not; so the first act is to close
@@ -42,6 +44,7 @@ def forked(grant: JobGrant, line: channel.Channel, setup: qemu_img.Setup, broker
         rights.die_with(broker)
         prctl.set_name("convertd-job")
         os.umask(0o077)
+        log.debug("job=%s pid=%d", job_id, os.getpid())
         _work(lambda: grant, line, setup)
     except BaseException:
         log.exception("job failed before its work")
@@ -55,7 +58,7 @@ def main() -> int:
     logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
     line = channel.Channel(socket.socket(fileno=os.dup(0)))
     os.umask(0o077)
-    order, _ = line.receive(Order)
+    order, _ = line.receive(channel.Order)
     setup = qemu_img.Setup(
         path=order.qemu_img, identity=None, seccomp=seccomp.compile_profile(seccomp.QEMU_IMG)
     )
@@ -70,9 +73,11 @@ def _work(asked: Callable[[], JobGrant], line: channel.Channel, setup: qemu_img.
         grant = asked()
         with qemu_img.opened(setup) as worker:
             if isinstance(grant, model.Grant):
-                pipeline.convert(grant, leash.Leash(line, grant.limits.duration_s), worker)
+                tether = leash.Leash(line, grant.limits.duration_s)
+                pipeline.convert(grant, qemu_img.Runner(worker, tether))
             else:
-                pipeline.inspect(grant, leash.Leash(line, grant.limits.inspect_s), worker)
+                tether = leash.Leash(line, grant.limits.inspect_s)
+                pipeline.inspect(grant, qemu_img.Runner(worker, tether))
     except leash.Cut:
         log.info("job cut short")
     except errors.ConvertError as error:

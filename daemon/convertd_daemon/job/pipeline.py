@@ -13,6 +13,7 @@ from convertd_daemon import channel, model
 from convertd_daemon.job import (
     check,
     direct,
+    ends,
     leash,
     paths,
     plan,
@@ -26,14 +27,16 @@ from convertd_daemon.job import (
 from convertd_daemon.sandbox import confine, landlock
 
 
-def convert(grant: model.Grant, line: leash.Leash, worker: qemu_img.Worker) -> None:
+def convert(grant: model.Grant, runner: qemu_img.Runner) -> None:
     """Convert one image, and tell the channel what becomes of it."""
+    worker, line = runner.worker, runner.leash
     line.progress(model.Phase.PREPARING)
     with contextlib.ExitStack() as stack:
         # 1. Open: names become descriptors, and the rest of the file system is closed to us.
         source = stack.enter_context(paths.open_source(grant.source, grant.peer))
         target = stack.enter_context(paths.open_target(grant))
         made = stack.enter_context(result.create(grant, target, worker.setup.identity))
+        both = ends.Ends(source=source, result=made, target=target)
         confine.confine_job(
             worker.program,
             (
@@ -44,55 +47,65 @@ def convert(grant: model.Grant, line: leash.Leash, worker: qemu_img.Worker) -> N
         )
         # 2. Ask what the source is.
         stated = grant.request.source.format
-        info = probe.identify(source, stated, grant.read_formats, line, worker)
+        info = probe.identify(source, stated, grant.read_formats, runner)
         # 3. Plan.
         facts = plan.Facts(
             source_fd=source.fd,
             dest_fd=made.fd,
             source_direct=direct.read_refusal(source.fd),
             dest_direct=direct.write_refusal(made.fd),
+            free_bytes=space.free_bytes(target),
         )
         planned = plan.make(grant, info, facts)
         space.check(target, planned.needed_bytes)
         line.tell(channel.Planned(plan=planned))
         if grant.request.validate_only:
-            line.tell(channel.Succeeded(published=_outcome(planned, line, 0)))
+            line.tell(channel.Succeeded(published=_validated(planned, line)))
             return
         # 4. Run.
         line.progress(model.Phase.CONVERTING)
-        warnings = run.convert(grant, planned, source, made, target, line, worker)
+        warnings = run.convert(grant, planned, both, runner)
         # 5. Check.
         line.progress(model.Phase.VERIFYING if grant.request.verify else model.Phase.FLUSHING, 100)
-        check.check(grant, planned, target, made, line, worker)
+        check.check(grant, planned, both, runner)
         if grant.request.verify:
-            check.compare(planned, source, target, made, line, worker)
+            check.compare(planned, both, runner)
         # 6. Publish.
         line.progress(model.Phase.PUBLISHING, 100)
         publish.flush(target, made)
         line.check()
         with leash.no_way_back():
-            publish.name(grant, target, made)
-            allocated = os.fstat(made.fd).st_blocks * 512
-            published = _outcome(planned, line, allocated, warnings)
+            replaced = publish.name(grant, target, made)
+            published = model.Published(
+                plan=planned,
+                published=True,
+                verified=grant.request.verify,
+                replaced=replaced,
+                allocated_size_bytes=os.fstat(made.fd).st_blocks * 512,
+                seconds=line.seconds,
+                warnings=(*planned.warnings, *warnings),
+            )
             line.tell(channel.Succeeded(published=published))
 
 
-def inspect(grant: model.InspectGrant, line: leash.Leash, worker: qemu_img.Worker) -> None:
+def inspect(grant: model.InspectGrant, runner: qemu_img.Runner) -> None:
     """Say what an image is."""
     with paths.open_source(grant.source, grant.peer) as source:
         readable = landlock.Rule(where=source.fd, access=landlock.READ)
-        confine.confine_job(worker.program, (readable,))
-        described, text = probe.describe(source, grant.request.source.format, line, worker)
+        confine.confine_job(runner.worker.program, (readable,))
+        described, text = probe.describe(source, grant.request.source.format, runner)
         probe.check_allowed(source, described, grant.read_formats)
-        line.tell(channel.Inspected(chain=(described,), raw_json=text))
+        runner.leash.tell(channel.Inspected(chain=(described,), raw_json=text))
 
 
-def _outcome(
-    planned: model.Plan, line: leash.Leash, allocated: int, warnings: tuple[str, ...] = ()
-) -> model.Published:
+def _validated(planned: model.Plan, line: leash.Leash) -> model.Published:
+    """The outcome of a request that was only to be checked."""
     return model.Published(
         plan=planned,
-        allocated_size_bytes=allocated,
+        published=False,
+        verified=False,
+        replaced=False,
+        allocated_size_bytes=0,
         seconds=line.seconds,
-        warnings=(*planned.warnings, *warnings),
+        warnings=planned.warnings,
     )

@@ -33,6 +33,7 @@ class Facts:
     dest_fd: int
     source_direct: str | None
     dest_direct: str | None
+    free_bytes: int
 
 
 def make(grant: model.Grant, info: model.ImageInfo, facts: Facts) -> model.Plan:
@@ -47,15 +48,22 @@ def make(grant: model.Grant, info: model.ImageInfo, facts: Facts) -> model.Plan:
         raise errors.ImageTooLarge(
             path=grant.source.path, size_bytes=info.virtual_size_bytes, limit_bytes=limit
         )
+    dest = grant.request.dest
     source_cache = _source_cache(facts)
     dest_cache = _dest_cache(grant, facts)
+    options = _options(grant, source_cache, dest_cache)
+    argv = (*options, graph(info.format, facts.source_fd), path_of(facts.dest_fd))
     return model.Plan(
+        source_path=grant.source.path,
         source=info,
-        dest_format=grant.request.dest.format,
+        dest_format=dest.format,
+        compression=dest.compression,
         source_cache=source_cache,
         dest_cache=dest_cache,
-        argv=_convert_argv(grant, info, facts, source_cache, dest_cache),
+        argv=argv,
+        command=(*options, "-f", info.format, grant.source.path, grant.dest.path),
         needed_bytes=_needed_bytes(grant, info),
+        available_bytes=facts.free_bytes,
         warnings=_warnings(info),
     )
 
@@ -66,14 +74,14 @@ def info_argv(fd: int, image_format: str) -> tuple[str, ...]:
     return ("qemu-img", "info", "--output=json", *stated, path_of(fd))
 
 
-def compare_argv(info: model.ImageInfo, source_fd: int, plan: model.Plan, dest_fd: int) -> tuple[str, ...]:
+def compare_argv(plan: model.Plan, source_fd: int, dest_fd: int) -> tuple[str, ...]:
     """`qemu-img compare` of what was read with what was written."""
     return (
         "qemu-img",
         "compare",
         "-T",
-        plan.source_cache.mode,
-        graph(info.format, source_fd),
+        plan.source_cache.mode.value,
+        graph(plan.source.format, source_fd),
         graph(plan.dest_format, dest_fd),
     )
 
@@ -130,12 +138,8 @@ def _dest_cache(grant: model.Grant, facts: Facts) -> model.ChosenCache:
     return model.ChosenCache(mode=asked, reason="asked for")
 
 
-def _convert_argv(
-    grant: model.Grant,
-    info: model.ImageInfo,
-    facts: Facts,
-    source_cache: model.ChosenCache,
-    dest_cache: model.ChosenCache,
+def _options(
+    grant: model.Grant, source_cache: model.ChosenCache, dest_cache: model.ChosenCache
 ) -> tuple[str, ...]:
     dest = grant.request.dest
     argv = ["qemu-img", "convert", "-p", "-t", dest_cache.mode.value]
@@ -150,7 +154,7 @@ def _convert_argv(
     options = _create_options(dest)
     if options:
         argv += ["-o", ",".join(options)]
-    return (*argv, graph(info.format, facts.source_fd), path_of(facts.dest_fd))
+    return tuple(argv)
 
 
 def compresses(dest: model.Dest) -> bool:
@@ -180,13 +184,18 @@ def _needed_bytes(grant: model.Grant, info: model.ImageInfo) -> int:
     return min(info.actual_size_bytes, info.virtual_size_bytes)
 
 
-def _warnings(info: model.ImageInfo) -> tuple[str, ...]:
+def _warnings(info: model.ImageInfo) -> tuple[model.Warned, ...]:
     """What a conversion leaves behind without a word from qemu-img."""
-    dropped = []
-    if info.snapshots:
-        dropped.append(f"{len(info.snapshots)} internal snapshots are not in the result")
-    if info.bitmaps:
-        dropped.append(f"{len(info.bitmaps)} bitmaps are not in the result")
+    possible = (
+        (info.snapshots, "SNAPSHOTS_DROPPED", f"{len(info.snapshots)} internal snapshots"),
+        (info.bitmaps, "BITMAPS_DROPPED", f"{len(info.bitmaps)} bitmaps"),
+    )
+    dropped = [
+        model.Warned(reason=reason, message=f"{what} of the source are not in the result")
+        for found, reason, what in possible
+        if found
+    ]
     if info.dirty:
-        dropped.append("the source was not closed cleanly: its dirty flag is set")
+        message = "the source was not closed cleanly: its dirty flag is set"
+        dropped.append(model.Warned(reason="SOURCE_DIRTY", message=message))
     return tuple(dropped)

@@ -16,11 +16,15 @@ from convertd_daemon.job import plan, qemu_img
 from convertd_daemon.sandbox import limits
 
 if TYPE_CHECKING:
-    from convertd_daemon.job.leash import Leash
+    from collections.abc import Iterator
+
     from convertd_daemon.job.paths import Source
-    from convertd_daemon.job.qemu_img import Outcome, Worker
+    from convertd_daemon.job.qemu_img import Outcome
 
 log = logging.getLogger(__name__)
+
+NAMES_A_FILE: Final = frozenset({"filename", "data-file"})
+"""The keys of format-specific information under which qemu tells the name of another file."""
 
 LOCKED: Final = "lock"
 NOT_THIS_FORMAT: Final = ("image not in", "image is not in", "not a")
@@ -28,7 +32,7 @@ NO_MEMORY: Final = "cannot allocate memory"
 
 
 def identify(
-    source: Source, stated: str, allowed: frozenset[str], leash: Leash, worker: Worker
+    source: Source, stated: str, allowed: frozenset[str], runner: qemu_img.Runner
 ) -> model.ImageInfo:
     """Find out what the source is, and whether this caller may have it read.
 
@@ -39,7 +43,7 @@ def identify(
     """
     if stated == "raw":
         return plan.raw_info(source.size_bytes, source.allocated_bytes)
-    described, _ = describe(source, stated, leash, worker)
+    described, _ = describe(source, stated, runner)
     check_allowed(source, described, allowed)
     return described
 
@@ -54,37 +58,36 @@ def check_allowed(source: Source, info: model.ImageInfo, allowed: frozenset[str]
         raise errors.FormatNotAllowed(path=source.place.path, format=info.format)
 
 
-def describe(
-    source: Source, stated: str, leash: Leash, worker: Worker
-) -> tuple[model.ImageInfo, str]:
+def describe(source: Source, stated: str, runner: qemu_img.Runner) -> tuple[model.ImageInfo, str]:
     """What qemu-img says of an image, typed, and its own JSON.
 
     Raises:
         errors.FormatMismatch, errors.ImageRefused, errors.ImageInUse, errors.Unsupported: as above.
     """
-    outcome = qemu_img.run(
-        worker, plan.info_argv(source.fd, stated), leash, read=(source.fd,), bounds=limits.INFO
-    )
+    inodes = qemu_img.Inodes(read=(source.fd,))
+    outcome = runner.run(plan.info_argv(source.fd, stated), inodes, limits.INFO)
     path = source.place.path
     if outcome.status != 0:
         log.info("info failed path=%r status=%d said=%r", path, outcome.status, outcome.stderr)
         raise _refusal(path, stated, outcome)
     try:
-        info = _parse(json.loads(outcome.stdout), source)
+        said = json.loads(outcome.stdout)
+        info = _parse(said, source)
+        has_data_file = "data-file" in said.get("format-specific", {}).get("data", {})
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         log.info("info unreadable path=%r error=%r", path, error)
         problem = "qemu-img describes it in a way that convertd does not understand"
         raise errors.ImageRefused(path=path, problem=problem) from error
     if stated and info.format != stated:
         raise errors.FormatMismatch(path=path, format=stated)
-    _judge(path, info)
-    return info, outcome.stdout.decode("utf-8", "replace")
+    _judge(path, info, has_data_file=has_data_file)
+    return info, json.dumps({**said, "filename": path})
 
 
-def result_info(fd: int, image_format: str, leash: Leash, worker: Worker) -> tuple[str, int]:
+def result_info(fd: int, image_format: str, runner: qemu_img.Runner) -> tuple[str, int]:
     """Format and virtual size in bytes of what was written; ("", 0) if qemu-img can't read it."""
     argv = plan.info_argv(fd, image_format)
-    outcome = qemu_img.run(worker, argv, leash, read=(fd,), bounds=limits.INFO)
+    outcome = runner.run(argv, qemu_img.Inodes(read=(fd,)), limits.INFO)
     if outcome.status != 0:
         log.warning("result unreadable format=%s said=%r", image_format, outcome.stderr)
         return "", 0
@@ -107,10 +110,9 @@ def _refusal(path: str, stated: str, outcome: Outcome) -> errors.ConvertError:
     )
 
 
-def _judge(path: str, info: model.ImageInfo) -> None:
+def _judge(path: str, info: model.ImageInfo, *, has_data_file: bool) -> None:
     """Refuse what convertd does not convert, whatever qemu-img might make of it."""
-    details = dict(info.details)
-    if "data-file" in details:
+    if has_data_file:
         raise errors.ImageRefused(path=path, problem="its data is in another file")
     if info.backing_name:
         raise errors.Unsupported(what=f"{path}: a backing file", why="not in this version")
@@ -135,8 +137,19 @@ def _parse(said: dict[str, Any], source: Source) -> model.ImageInfo:
         backing_format=str(said.get("backing-filename-format", "")),
         snapshots=tuple(str(item["name"]) for item in said.get("snapshots", ())),
         bitmaps=tuple(str(item["name"]) for item in specific.get("bitmaps", ())),
-        details=tuple(
-            (str(key), value if isinstance(value, str) else json.dumps(value))
-            for key, value in sorted(specific.items())
-        ),
+        details=tuple(_flat("", specific)),
     )
+
+
+def _flat(prefix: str, value: object) -> Iterator[tuple[str, str]]:
+    """What only the format has, its nested keys joined by dots, without the names of files."""
+    if isinstance(value, dict):
+        items = [(str(key), item) for key, item in sorted(value.items())]
+    elif isinstance(value, list):
+        items = [(str(index), item) for index, item in enumerate(value)]
+    else:
+        yield prefix, value if isinstance(value, str) else json.dumps(value)
+        return
+    for key, item in items:
+        if key not in NAMES_A_FILE:
+            yield from _flat(f"{prefix}.{key}" if prefix else key, item)

@@ -45,8 +45,11 @@ def flush(target: Target, result: Result) -> None:
         raise errors.WriteFailed(path=target.place.path, problem=problem) from error
 
 
-def name(grant: model.Grant, target: Target, result: Result) -> None:
+def name(grant: model.Grant, target: Target, result: Result) -> bool:
     """Give a flushed result the destination's name, and put that on disk too.
+
+    Returns:
+        Whether it took the place of an existing file.
 
     Raises:
         errors.DestExists, errors.NotYours: something has the name by now. Nothing is visible.
@@ -57,7 +60,7 @@ def name(grant: model.Grant, target: Target, result: Result) -> None:
     path = target.place.path
     try:
         with rights.of(target.place.root, grant.peer):
-            _take_name(grant, target, result)
+            replaced = _take_name(grant, target, result)
     except FileExistsError as error:
         raise errors.DestExists(path=path) from error
     except OSError as error:
@@ -69,6 +72,7 @@ def name(grant: model.Grant, target: Target, result: Result) -> None:
     except OSError as error:
         problem = os.strerror(error.errno or 0)
         raise errors.PublishedButNotDurable(path=path, problem=problem) from error
+    return replaced
 
 
 def _dress(result: Result) -> None:
@@ -80,8 +84,8 @@ def _dress(result: Result) -> None:
         os.fchown(result.fd, *wanted)
 
 
-def _take_name(grant: model.Grant, target: Target, result: Result) -> None:
-    """Make the name lead to the result, over what is there if that was asked for."""
+def _take_name(grant: model.Grant, target: Target, result: Result) -> bool:
+    """Make the name lead to the result, over what is there if that was asked for; was there any?"""
     try:
         _link(target, result, target.name)
     except FileExistsError:
@@ -90,29 +94,26 @@ def _take_name(grant: model.Grant, target: Target, result: Result) -> None:
     else:
         if result.temporary:
             os.unlink(result.temporary, dir_fd=target.directory)
-        return
+        return False
     temporary = result.temporary or results.temporary_name()
     if not result.temporary:
         results.sweep(target)
         _link(target, result, temporary)
     try:
         _check_replaceable(grant, target)
-        os.rename(
-            temporary, target.name, src_dir_fd=target.directory, dst_dir_fd=target.directory
-        )
+        os.rename(temporary, target.name, src_dir_fd=target.directory, dst_dir_fd=target.directory)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary, dir_fd=target.directory)
         raise
+    return True
 
 
 def _link(target: Target, result: Result, name: str) -> None:
     """Give the result one more name. Raises FileExistsError if something has it."""
     here = target.directory
     if result.temporary:
-        os.link(
-            result.temporary, name, src_dir_fd=here, dst_dir_fd=here, follow_symlinks=False
-        )
+        os.link(result.temporary, name, src_dir_fd=here, dst_dir_fd=here, follow_symlinks=False)
         return
     # Only with a dst_dir_fd does Python call linkat(2) with AT_SYMLINK_FOLLOW, which is what leads
     # from /proc/self/fd/N to the inode; otherwise it calls link(2), which links the symlink.

@@ -11,14 +11,14 @@ import os
 import select
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from convertd_daemon import errors
 from convertd_daemon.job import rights
 from convertd_daemon.sandbox import enter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from convertd_daemon.job.leash import Leash
     from convertd_daemon.sandbox import limits
@@ -61,41 +61,6 @@ class Outcome:
     stderr: str
 
 
-def run(
-    worker: Worker,
-    argv: tuple[str, ...],
-    leash: Leash,
-    *,
-    read: tuple[int, ...],
-    write: tuple[int, ...] = (),
-    bounds: limits.Limits,
-    listener: Callable[[bytes], None] | None = None,
-    watch: Callable[[enter.Child], None] | None = None,
-) -> Outcome:
-    """Run qemu-img to its end. Only the inodes in `read` and `write` exist for it.
-
-    `listener` gets its standard output as it comes; `watch` is called now and then, and ends the
-    run by raising. However this is left, the program is gone.
-
-    Raises:
-        Cut: nobody waits for the result any more.
-        errors.DurationExceeded: see Leash.check.
-    """
-    log.debug("run argv=%r", argv)
-    identity = worker.setup.identity
-    confinement = enter.Confinement(
-        identity=identity,
-        keep_read_search=any(_is_closed_to(identity, fd) for fd in read),
-        read=read,
-        write=write,
-        limits=bounds,
-        filter=worker.setup.seccomp,
-    )
-    inherit = (*read, *write)
-    with enter.spawn(worker.program, argv, confinement=confinement, inherit=inherit) as child:
-        return _Conversation(child, leash, listener, watch).hold()
-
-
 @contextlib.contextmanager
 def opened(setup: Setup) -> Iterator[Worker]:
     """Open the program for the length of a job.
@@ -114,6 +79,60 @@ def opened(setup: Setup) -> Iterator[Worker]:
         os.close(program)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inodes:
+    """The descriptors whose inodes exist for a run of qemu-img; it has no others."""
+
+    read: tuple[int, ...] = ()
+    write: tuple[int, ...] = ()
+
+
+class Listener(Protocol):
+    """Whoever follows a run of qemu-img while it lasts."""
+
+    def hear(self, data: bytes) -> None:
+        """Take a piece of its standard output."""
+
+    def look(self, child: enter.Child) -> None:
+        """Look at it, about once a second; raising ends the run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Runner:
+    """Runs qemu-img for one job: with its program, and on its leash."""
+
+    worker: Worker
+    leash: Leash
+
+    def run(
+        self,
+        argv: tuple[str, ...],
+        inodes: Inodes,
+        bounds: limits.Limits,
+        listener: Listener | None = None,
+    ) -> Outcome:
+        """Run qemu-img to its end. However this is left, the program is gone.
+
+        Raises:
+            Cut: nobody waits for the result any more.
+            errors.DurationExceeded: see Leash.check.
+        """
+        log.debug("run argv=%r", argv)
+        identity = self.worker.setup.identity
+        confinement = enter.Confinement(
+            identity=identity,
+            keep_read_search=any(_is_closed_to(identity, fd) for fd in inodes.read),
+            read=inodes.read,
+            write=inodes.write,
+            limits=bounds,
+            filter=self.worker.setup.seccomp,
+        )
+        inherit = (*inodes.read, *inodes.write)
+        program = self.worker.program
+        with enter.spawn(program, argv, confinement=confinement, inherit=inherit) as child:
+            return _Conversation(child, self.leash, listener).hold()
+
+
 def _is_closed_to(identity: enter.Identity | None, fd: int) -> bool:
     """Whether the worker needs CAP_DAC_READ_SEARCH for this inode. Asks the kernel, as the worker."""
     return identity is not None and not rights.can_read(identity, fd)
@@ -126,13 +145,11 @@ class _Conversation:
         self,
         child: enter.Child,
         leash: Leash,
-        listener: Callable[[bytes], None] | None,
-        watch: Callable[[enter.Child], None] | None,
+        listener: Listener | None,
     ) -> None:
         self.child = child
         self.leash = leash
         self.listener = listener
-        self.watch = watch
         self.heard = {child.stdout: bytearray(), child.stderr: bytearray()}
         self.poll = select.poll()
         for fd in self.heard:
@@ -150,9 +167,9 @@ class _Conversation:
                     self.poll.unregister(fd)
                     unheard.remove(fd)
             self.leash.check()
-            if self.watch and time.monotonic() - looked >= LOOK_S:
+            if self.listener and time.monotonic() - looked >= LOOK_S:
                 looked = time.monotonic()
-                self.watch(self.child)
+                self.listener.look(self.child)
         return Outcome(
             status=self._status(),
             stdout=bytes(self.heard[self.child.stdout]),
@@ -168,7 +185,7 @@ class _Conversation:
         kept = self.heard[fd]
         kept += data[: MAX_OUTPUT_BYTES - len(kept)]
         if fd == self.child.stdout and self.listener and data:
-            self.listener(data)
+            self.listener.hear(data)
         return bool(data)
 
     def _status(self) -> int:
@@ -178,6 +195,6 @@ class _Conversation:
         ended.register(self.leash.line.fileno(), 0)
         while not any(fd == self.child.pidfd for fd, _ in ended.poll(LOOK_S * 1000)):
             self.leash.check()
-            if self.watch:
-                self.watch(self.child)
+            if self.listener:
+                self.listener.look(self.child)
         return self.child.wait()

@@ -15,7 +15,7 @@ import grp
 import os
 import secrets
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from convertd_daemon import errors, model
 from convertd_daemon.job import rights
@@ -113,9 +113,7 @@ def _open_new(target: Target) -> tuple[int, str]:
 
 
 def _remove_if_unlocked(directory: int, name: str) -> None:
-    fd = os.open(
-        name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory
-    )
+    fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.unlink(name, dir_fd=directory)
@@ -165,7 +163,7 @@ def _group_of(peer: model.Peer, name: str) -> int:
     return gid
 
 
-def _raise_for(error: OSError, grant: model.Grant, target: Target) -> None:
+def _raise_for(error: OSError, grant: model.Grant, target: Target) -> NoReturn:
     path = target.place.path
     match error.errno:
         case errno.EACCES | errno.EPERM:

@@ -1,0 +1,519 @@
+"""The broker itself: what happens when somebody connects, asks, leaves, or ends.
+
+It parses one kind of bytes, small typed messages from the front, which it takes for an enemy: a
+message can name a connection that this process accepted, and acts with the rights of who is at its
+other end, and with no others.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import secrets
+import signal
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from convertd_daemon import channel, codec, errors, model, policy
+from convertd_daemon.broker import accept, front, jobs, loop, notify
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from convertd_daemon.broker.accept import Connection
+    from convertd_daemon.broker.listen import Listener
+    from convertd_daemon.job.qemu_img import Setup
+    from convertd_daemon.policy import Policy
+    from convertd_daemon.sandbox.identity import Identity
+
+log = logging.getLogger(__name__)
+
+ENDING_S: Final = 5.0
+"""How long a job that was told to end may take before it is killed, and after that before it is
+called unkillable."""
+
+FRONT_START_S: Final = 30.0
+FRONT_RESTARTS: Final = 5
+"""So many fronts may die before one has served; then the daemon gives up."""
+
+FRONT_STOP_S: Final = 5.0
+ACCEPTS_AT_ONCE: Final = 64
+OUT_OF_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Household:
+    """What the broker is given at the start and keeps."""
+
+    listener: Listener
+    private: str
+    front_user: Identity
+    setup: Setup
+    versions: channel.Versions
+    reload: Callable[[], Policy | None]
+
+
+class Broker:
+    """The daemon's state: who is connected, what is queued, what runs."""
+
+    def __init__(self, household: Household, rules: Policy) -> None:
+        """Begin with nobody connected."""
+        self.household = household
+        self.rules = rules
+        self.loop = loop.Loop()
+        self.connections = accept.Connections(rules.limits)
+        self.jobs = jobs.Jobs(rules.limits)
+        self.front: front.Front | None = None
+        self.fronts_lost = 0
+        self.stopping = False
+        self.ending_front = False
+        self.accepting = False
+        self.failed = ""
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT, or until the front can't be kept alive."""
+        self.loop.on_signals(
+            {
+                signal.SIGTERM: self.stop,
+                signal.SIGINT: self.stop,
+                signal.SIGHUP: self.reload,
+                signal.SIGCHLD: self.reap,
+            }
+        )
+        self.start_front()
+        self.loop.run()
+
+    # --- the front ---------------------------------------------------------------------------
+
+    def start_front(self) -> None:
+        """Start a front. Nobody is accepted until it says that it serves."""
+        started = front.start(self.household.front_user, self.household.private)
+        self.front = started
+        self.loop.watch(started.line.fileno(), loop.READ, self.hear_front)
+        self.loop.after(FRONT_START_S, lambda: self._give_up_on(started))
+
+    def _give_up_on(self, started: front.Front) -> None:
+        if self.front is started and not self.accepting and not self.stopping:
+            log.error("the front did not begin to serve within %d s", FRONT_START_S)
+            started.kill()
+
+    def send(self, message: object, descriptor: int | None = None) -> None:
+        """Send the front a message; a front that is gone or stuck is dealt with, not reported."""
+        if self.front is None:
+            channel.close_all([] if descriptor is None else [descriptor])
+            return
+        try:
+            self.front.send(message, descriptor)
+        except front.FrontIsStuck:
+            log.exception("the front does not read its messages")
+            self.front.kill()
+        except channel.Closed:
+            return  # its end is on its way to us as SIGCHLD
+        if self.front.is_behind:
+            self.loop.watch(self.front.line.fileno(), loop.READ | loop.WRITE, self.hear_front)
+
+    def hear_front(self, events: int) -> None:
+        """Catch up with sending, and take one message."""
+        if self.front is None:
+            return
+        try:
+            if events & loop.WRITE:
+                self.front.catch_up()
+                if not self.front.is_behind:
+                    self.loop.watch(self.front.line.fileno(), loop.READ, self.hear_front)
+            message, descriptors = self.front.line.receive(*channel.FROM_FRONT, wait=False)
+        except BlockingIOError:
+            return
+        except channel.Closed:
+            self.loop.forget(self.front.line.fileno())
+            return
+        except codec.CodecError:
+            # We made it and it does not speak our language: it is no longer ours.
+            log.exception("the front sent what is no message")
+            self.front.kill()
+            return
+        channel.close_all(descriptors)
+        self.obey(message)
+
+    def lose_front(self) -> None:
+        """The front's process is gone: so are its calls, and soon their jobs."""
+        if self.front is not None:
+            self.loop.forget(self.front.line.fileno())
+            self.front.close()
+            self.front = None
+        self.stop_accepting()
+        for connection in self.connections:
+            self.drop(connection)
+        if self.stopping:
+            return
+        self.fronts_lost += 1
+        if self.fronts_lost > FRONT_RESTARTS:
+            self.failed = "the front ended again and again; the journal has its last words"
+            self.loop.stop()
+            return
+        log.error("the front ended; starting another")
+        self.start_front()
+
+    # --- connections -------------------------------------------------------------------------
+
+    def start_accepting(self) -> None:
+        """Let people in."""
+        self.accepting = True
+        self.loop.watch(self.household.listener.sock.fileno(), loop.READ, self.accept)
+
+    def stop_accepting(self) -> None:
+        """Leave those who connect in the socket's backlog."""
+        self.accepting = False
+        self.loop.forget(self.household.listener.sock.fileno())
+
+    def accept(self, _events: int) -> None:
+        """Take whoever waits in the backlog, and hand each to the front."""
+        for _ in range(ACCEPTS_AT_ONCE):
+            try:
+                sock, _ = self.household.listener.sock.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in OUT_OF_DESCRIPTORS:
+                    log.warning("can't accept error=%s", error)
+                    self.stop_accepting()
+                    self.loop.after(1.0, self._accept_again)
+                    return
+                continue  # the peer was gone before we came. Source: accept(2)
+            self.admit(sock)
+
+    def _accept_again(self) -> None:
+        if self.front is not None and not self.accepting and not self.stopping:
+            self.start_accepting()
+
+    def admit(self, sock: socket.socket) -> None:
+        """Keep one descriptor of a connection, and send the front another."""
+        try:
+            connection = self.connections.admit(sock)
+            if connection is None:
+                return
+            theirs = os.dup(sock.fileno())
+        except OSError as error:
+            log.info("connection lost at once error=%s", error)
+            return
+        fd = sock.fileno()
+        self.loop.watch(fd, loop.PEER_GONE, lambda _events: self.drop(connection))
+        self.send(channel.Connected(connection=connection.number), theirs)
+
+    def drop(self, connection: Connection) -> None:
+        """A peer is gone: what it asked for is called off."""
+        self.loop.forget(connection.sock.fileno())
+        self.connections.drop(connection)
+        for job in self.jobs.of_connection(connection.number):
+            self.end(job, errors.CancelledByCaller())
+
+    # --- requests ----------------------------------------------------------------------------
+
+    def obey(self, message: object) -> None:
+        """Do what the front asks, as far as the peer of the connection it names may ask it."""
+        match message:
+            case channel.Ready():
+                self.serve()
+            case channel.Abandon(call=call):
+                self.abandon(call)
+            case (
+                channel.Convert(call=call, connection=number)
+                | channel.Inspect(call=call, connection=number)
+                | channel.ListJobs(call=call, connection=number)
+                | channel.CancelJob(call=call, connection=number)
+                | channel.GetAccess(call=call, connection=number)
+            ):
+                try:
+                    self.answer(message, call, self.peer_of(number))
+                except errors.ConvertError as error:
+                    self.refuse(call, error.failure())
+
+    def peer_of(self, number: int) -> model.Peer:
+        """Who is at the other end of a connection.
+
+        Raises:
+            errors.UnknownConnection: we know no such connection, or it has ended.
+        """
+        connection = self.connections.find(number)
+        if connection is None:
+            raise errors.UnknownConnection
+        return connection.peer
+
+    def answer(self, message: object, call: int, peer: model.Peer) -> None:
+        """Answer one request, or put it in its queue.
+
+        Raises:
+            errors.ConvertError: the request is refused, and why.
+        """
+        match message:
+            case channel.Convert(connection=number, request=request):
+                grant = self.judge(peer, request.source.path, lambda: self.may(peer, request))
+                self.enqueue(call, number, grant)
+            case channel.Inspect(connection=number, request=request):
+                look = self.judge(peer, request.source.path, lambda: self.may(peer, request))
+                self.enqueue(call, number, look)
+            case channel.ListJobs():
+                self.list_jobs(call, peer)
+            case channel.CancelJob(job_id=job_id):
+                self.cancel(call, peer, job_id)
+            case channel.GetAccess():
+                self.tell_access(call, peer)
+
+    def may(
+        self, peer: model.Peer, request: model.ConvertRequest | model.InspectRequest
+    ) -> model.Grant | model.InspectGrant:
+        """Ask the policy."""
+        if isinstance(request, model.ConvertRequest):
+            return policy.decide(self.rules, peer, request)
+        return policy.decide_inspect(self.rules, peer, request)
+
+    def judge(
+        self,
+        peer: model.Peer,
+        path: str,
+        decide: Callable[[], model.Grant | model.InspectGrant],
+    ) -> model.Grant | model.InspectGrant:
+        """Decide, and put a refusal on record.
+
+        Raises:
+            errors.ConvertError: the request is refused, and why.
+        """
+        try:
+            if self.stopping:
+                raise errors.Stopping
+            return decide()
+        except errors.ConvertError as error:
+            log.info(
+                "refused uid=%d gid=%d pid=%d source=%r reason=%s",
+                peer.uid,
+                peer.gid,
+                peer.pid,
+                path,
+                error.reason,
+            )
+            raise
+
+    def enqueue(self, call: int, connection: int, grant: model.Grant | model.InspectGrant) -> None:
+        """Put a granted request in line; it starts at once if there is a place.
+
+        Raises:
+            errors.QueueFull, errors.DestBusy: as they say.
+        """
+        if self.jobs.of_call(call) is not None:
+            raise errors.BadMessage(problem="this call has a job already")
+        job = self.jobs.add(call, connection, grant)
+        log.info(
+            "granted job=%s uid=%d gid=%d pid=%d rule=%s source=%r dest=%r",
+            job.job_id,
+            grant.peer.uid,
+            grant.peer.gid,
+            grant.peer.pid,
+            grant.rule,
+            grant.request.source.path,
+            job.entry(call).dest,
+        )
+        self.advance()
+
+    def advance(self) -> None:
+        """Start whatever has a place, and tell the others where they stand."""
+        for lane in (self.jobs.conversions, self.jobs.looks):
+            while not self.stopping and (job := lane.next()) is not None:
+                self.start(job)
+        for job in self.jobs.moved():
+            self.send(channel.Waiting(call=job.call, job_id=job.job_id, position=job.position))
+        conversions = self.jobs.conversions
+        notify.status(f"{conversions.running} conversions running, {len(conversions)} queued")
+
+    def start(self, job: jobs.Job) -> None:
+        """Fork a job, and give the front the other end of its channel."""
+        try:
+            line = job.fork(self.household.setup)
+        except OSError:
+            error_id = secrets.token_hex(6)
+            log.exception("could not fork a job id=%s", error_id)
+            self.refuse(job.call, errors.InternalError(error_id=error_id).failure())
+            self.jobs.remove(job)
+            return
+        descriptor = line.sock.detach()
+        self.send(channel.Started(call=job.call, job_id=job.job_id), descriptor)
+        duration_s = job.grant.limits.duration_s
+        overdue = errors.DurationExceeded(duration_s=duration_s)
+        # The job minds its time itself; this is for one that can't, being stuck in the kernel.
+        self.loop.after(duration_s + ENDING_S, lambda: self.end(job, overdue))
+
+    def refuse(self, call: int, failure: errors.Failure) -> None:
+        """End a call with a condition."""
+        self.send(channel.Refused(call=call, failure=failure))
+
+    def list_jobs(self, call: int, peer: model.Peer) -> None:
+        """Send the jobs that a peer may see: its own, or all to an operator."""
+        everybody = policy.is_operator(self.rules, peer)
+        for job in self.jobs:
+            if everybody or job.uid == peer.uid:
+                self.send(job.entry(call))
+        self.send(channel.Done(call=call))
+
+    def cancel(self, call: int, peer: model.Peer, job_id: str) -> None:
+        """Cancel a job for its owner or an operator; the answer shows the job.
+
+        Raises:
+            errors.JobNotFound: there is none, or it is somebody else's.
+        """
+        job = self.jobs.find(job_id)
+        own = job is not None and job.uid == peer.uid
+        if job is None or not (own or policy.is_operator(self.rules, peer)):
+            raise errors.JobNotFound(job_id=job_id[:64])
+        log.info("cancelled job=%s by uid=%d", job.job_id, peer.uid)
+        entry = job.entry(call)
+        self.end(job, errors.CancelledByCaller() if own else errors.CancelledByOperator())
+        self.send(entry)
+        self.send(channel.Done(call=call))
+
+    def tell_access(self, call: int, peer: model.Peer) -> None:
+        """Say who we take the peer for, and what it may do."""
+        self.send(
+            channel.AccessReport(
+                call=call,
+                uid=peer.uid,
+                gid=peer.gid,
+                groups=peer.groups,
+                rights=policy.access_of(self.rules, peer),
+                limits=self.rules.limits,
+                versions=self.household.versions,
+            )
+        )
+
+    def abandon(self, call: int) -> None:
+        """A call is over for the front. If its job is not, it is soon: its channel is closed."""
+        job = self.jobs.of_call(call)
+        if job is not None:
+            self.end(job, errors.CancelledByCaller())
+
+    # --- ends --------------------------------------------------------------------------------
+
+    def end(self, job: jobs.Job, why: errors.ConvertError) -> None:
+        """Take a job out of the queue, or have its process end: first asked, then killed."""
+        if self.jobs.find(job.job_id) is not job or job.ending is not None:
+            return
+        job.ending = why.failure()
+        if job.state is jobs.State.WAITING:
+            self.jobs.remove(job)
+            self.refuse(job.call, job.ending)
+            self.advance()
+            return
+        job.state = jobs.State.ENDING
+        job.signal(signal.SIGTERM)
+        self.loop.after(ENDING_S, lambda: self._kill(job))
+
+    def _kill(self, job: jobs.Job) -> None:
+        if self.jobs.find(job.job_id) is job:
+            job.signal(signal.SIGKILL)
+            self.loop.after(ENDING_S, lambda: self._call_unkillable(job))
+
+    def _call_unkillable(self, job: jobs.Job) -> None:
+        """A process in state D: its caller is told, its place stays taken, the job list says so."""
+        if self.jobs.find(job.job_id) is job and job.ending is not None:
+            log.error("job can't be killed job=%s pid=%d", job.job_id, job.pid)
+            job.state = jobs.State.UNKILLABLE
+            self.send(channel.Ended(job_id=job.job_id, failure=job.ending))
+
+    def reap(self) -> None:
+        """Take the exit status of whatever has ended: jobs, the front, orphans of either."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                break
+            if pid == 0:
+                break
+            self.bury(pid, os.waitstatus_to_exitcode(status))
+        if self.stopping:
+            self.stop_if_done()
+
+    def bury(self, pid: int, status: int) -> None:
+        """One process is gone. Of an orphan nothing need be known."""
+        if self.front is not None and pid == self.front.pid:
+            log.info("front ended pid=%d status=%d", pid, status)
+            self.lose_front()
+            return
+        job = self.jobs.of_process(pid)
+        if job is None:
+            return
+        failure = job.ending or self._unexplained(job, status)
+        self.jobs.remove(job)
+        self.send(channel.Ended(job_id=job.job_id, failure=failure))
+        self.advance()
+
+    def _unexplained(self, job: jobs.Job, status: int) -> errors.Failure:
+        """What the caller is told if the job said nothing itself. Most jobs did."""
+        if status == -signal.SIGKILL:
+            log.warning("job was killed job=%s pid=%d", job.job_id, job.pid)
+            return errors.OutOfMemory().failure()
+        error_id = job.job_id
+        if status != 0:
+            log.error("job ended job=%s status=%d id=%s", job.job_id, status, error_id)
+        return errors.InternalError(error_id=error_id).failure()
+
+    # --- the service -------------------------------------------------------------------------
+
+    def serve(self) -> None:
+        """The front serves: so do we."""
+        if self.accepting or self.stopping:
+            return
+        self.fronts_lost = 0
+        self.start_accepting()
+        notify.ready()
+        log.info("serving versions=%s", self.household.versions)
+
+    def reload(self) -> None:
+        """Take a new policy, or keep the one in force. Running jobs keep theirs."""
+        notify.reloading()
+        rules = self.household.reload()
+        if rules is not None:
+            self.rules = rules
+            self.connections.limits = rules.limits
+            self.jobs.bound(rules.limits)
+            self.advance()
+        notify.ready()
+
+    def stop(self) -> None:
+        """Take no more, let what runs finish for a while; asked twice, end it now."""
+        if self.stopping:
+            self.end_all()
+            return
+        self.stopping = True
+        notify.stopping()
+        self.stop_accepting()
+        self.household.listener.close()
+        for job in self.jobs:
+            if job.state is jobs.State.WAITING:
+                self.end(job, errors.Stopping())
+        log.info("stopping running=%d", len(self.jobs))
+        self.loop.after(self.rules.limits.stop_grace_s, self.end_all)
+        self.stop_if_done()
+
+    def end_all(self) -> None:
+        """The grace is over."""
+        for job in self.jobs:
+            self.end(job, errors.Stopping())
+
+    def stop_if_done(self) -> None:
+        """When no job is left, end the front, and with it the loop."""
+        if len(self.jobs):
+            return
+        if self.front is None:
+            self.loop.stop()
+            return
+        if self.ending_front:
+            return
+        ending, self.ending_front = self.front, True
+        # The front sends what it still has to say, and ends when our end is closed.
+        self.loop.forget(ending.line.fileno())
+        ending.line.sock.shutdown(socket.SHUT_RDWR)
+        self.loop.after(FRONT_STOP_S, lambda: self._kill_front(ending))
+
+    def _kill_front(self, ending: front.Front) -> None:
+        if self.front is ending:
+            ending.kill()

@@ -1,0 +1,193 @@
+"""The broker's table of jobs: who asked for what, and the process that does it."""
+
+from __future__ import annotations
+
+import enum
+import os
+import secrets
+import signal
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from convertd_daemon import channel, errors, model
+from convertd_daemon.broker import queue
+from convertd_daemon.job import main as job_main
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from convertd_daemon.job.qemu_img import Setup
+
+
+class State(enum.Enum):
+    """How far a job is, for the broker."""
+
+    WAITING = channel.JobState.QUEUED
+    RUNNING = channel.JobState.RUNNING
+    ENDING = channel.JobState.CANCELLING
+    UNKILLABLE = channel.JobState.UNKILLABLE
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Job:
+    """One request that was granted, until its process is gone."""
+
+    job_id: str
+    call: int
+    connection: int
+    grant: model.Grant | model.InspectGrant
+    lane: queue.Lane[Job]
+    queued: float = field(default_factory=time.time)
+    state: State = State.WAITING
+    position: int = 0
+    pid: int = 0
+    started: float | None = None
+    ending: errors.Failure | None = None
+
+    @property
+    def uid(self) -> int:
+        """Who asked for it."""
+        return self.grant.peer.uid
+
+    @property
+    def writes(self) -> str:
+        """The path of the destination that it will publish, empty if none."""
+        if isinstance(self.grant, model.Grant) and not self.grant.request.validate_only:
+            return self.grant.dest.path
+        return ""
+
+    def fork(self, setup: Setup) -> channel.Channel:
+        """Start the job's process, and give the end of its channel that is for the front.
+
+        Raises:
+            OSError: no process, or no descriptors, to be had.
+        """
+        ours, theirs = channel.Channel.pair()
+        broker = os.getpid()
+        try:
+            self.pid = os.fork()
+        except BaseException:
+            ours.close()
+            theirs.close()
+            raise
+        if self.pid == 0:
+            # Not ours.close(): the job's first act closes all but its own.
+            job_main.forked(self.job_id, self.grant, theirs, setup, broker)
+        theirs.close()
+        self.state, self.started = State.RUNNING, time.time()
+        return ours
+
+    def signal(self, number: signal.Signals) -> None:
+        """Signal the process. It is our child and not reaped yet, so the pid is its own."""
+        os.kill(self.pid, number)
+
+    def entry(self, call: int) -> channel.JobEntry:
+        """The job as ListJobs tells of it."""
+        request = self.grant.request
+        dest = request.dest if isinstance(request, model.ConvertRequest) else None
+        return channel.JobEntry(
+            call=call,
+            job_id=self.job_id,
+            uid=self.uid,
+            source=request.source.path,
+            source_format=request.source.format,
+            dest=dest.path if dest else "",
+            dest_format=dest.format if dest else "",
+            label=request.label if isinstance(request, model.ConvertRequest) else "",
+            state=self.state.value,
+            position=self.position,
+            queued=self.queued,
+            started=self.started,
+        )
+
+
+class Jobs:
+    """All jobs, and the two lanes in which they wait.
+
+    Conversions queue in one; whatever is only a look (Inspect, validate_only) goes by the other, and
+    so never waits behind a conversion.
+    """
+
+    def __init__(self, limits: model.Limits) -> None:
+        """Begin with none."""
+        self.conversions: queue.Lane[Job] = queue.Lane(**_conversion_bounds(limits))
+        self.looks: queue.Lane[Job] = queue.Lane(**_look_bounds(limits))
+        self._by_id: dict[str, Job] = {}
+
+    def bound(self, limits: model.Limits) -> None:
+        """Take the bounds of a policy that was reloaded."""
+        self.conversions.bound(**_conversion_bounds(limits))
+        self.looks.bound(**_look_bounds(limits))
+
+    def __iter__(self) -> Iterator[Job]:
+        return iter(tuple(self._by_id.values()))
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def add(self, call: int, connection: int, grant: model.Grant | model.InspectGrant) -> Job:
+        """Put a granted request in its queue.
+
+        Raises:
+            errors.QueueFull: too many wait.
+            errors.DestBusy: another job is about to publish, or publishing, that destination.
+        """
+        is_look = isinstance(grant, model.InspectGrant) or grant.request.validate_only
+        lane = self.looks if is_look else self.conversions
+        job = Job(
+            job_id=secrets.token_hex(6), call=call, connection=connection, grant=grant, lane=lane
+        )
+        if job.writes and any(other.writes == job.writes for other in self):
+            raise errors.DestBusy(path=job.writes)
+        lane.join(job)
+        self._by_id[job.job_id] = job
+        return job
+
+    def remove(self, job: Job) -> None:
+        """Forget a job, wherever it was, and free its place."""
+        del self._by_id[job.job_id]
+        if not job.lane.leave(job):
+            job.lane.done(job)
+
+    def find(self, job_id: str) -> Job | None:
+        """The job of that id."""
+        return self._by_id.get(job_id)
+
+    def of_call(self, call: int) -> Job | None:
+        """The job of a call of the front's."""
+        return next((job for job in self if job.call == call), None)
+
+    def of_process(self, pid: int) -> Job | None:
+        """The job whose process that is."""
+        return next((job for job in self if job.pid == pid), None)
+
+    def of_connection(self, connection: int) -> list[Job]:
+        """The jobs that were asked for over a connection."""
+        return [job for job in self if job.connection == connection]
+
+    def moved(self) -> Iterator[Job]:
+        """Number those that wait anew, and give each whose position is another than before."""
+        for lane in (self.conversions, self.looks):
+            for position, job in enumerate(lane.in_order(), start=1):
+                if job.position != position:
+                    job.position = position
+                    yield job
+
+
+def _conversion_bounds(limits: model.Limits) -> dict[str, int]:
+    return {
+        "places": limits.jobs,
+        "places_per_user": limits.jobs_per_user,
+        "waiting": limits.queue,
+        "per_user": limits.queue_per_user,
+    }
+
+
+def _look_bounds(limits: model.Limits) -> dict[str, int]:
+    return {
+        "places": limits.inspections,
+        "places_per_user": limits.inspections_per_user,
+        "waiting": limits.queue,
+        "per_user": limits.queue_per_user,
+    }

@@ -1,0 +1,103 @@
+"""The public socket: systemd's, or one of our own."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+from dataclasses import dataclass
+from typing import Final
+
+from convertd_daemon.broker.startup import CantStart
+
+FIRST_PASSED: Final = 3
+"""The first descriptor that systemd passes. Source: sd_listen_fds(3)."""
+
+BACKLOG: Final = 1024
+
+MODE: Final = 0o666
+"""Anybody may connect and be refused by name; the policy decides, not the socket's mode."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listener:
+    """The listening socket, and its path if it is ours to remove."""
+
+    sock: socket.socket
+    own_path: str
+
+    def close(self) -> None:
+        """Stop listening. A path that systemd made stays: the next start is behind it."""
+        if self.own_path:
+            os.unlink(self.own_path)
+        self.sock.close()
+
+
+def listen(path: str) -> Listener:
+    """Take the socket that systemd passed, or make one at `path`.
+
+    Raises:
+        CantStart: what was passed is not one listening local socket, or another daemon listens at
+            the path, or something else is there.
+    """
+    passed = _passed()
+    if passed is not None:
+        return Listener(sock=passed, own_path="")
+    return Listener(sock=_make(path), own_path=path)
+
+
+def _passed() -> socket.socket | None:
+    """The descriptor by socket activation. The variables are taken out, so that no child sees them."""
+    pid = os.environ.pop("LISTEN_PID", "")
+    count = os.environ.pop("LISTEN_FDS", "")
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if pid != str(os.getpid()) or not count.isdecimal() or int(count) == 0:
+        return None
+    if int(count) != 1:
+        raise CantStart(f"systemd passed {count} sockets, not one")
+    os.set_inheritable(FIRST_PASSED, False)
+    sock = socket.socket(fileno=FIRST_PASSED)
+    listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    if (sock.family, sock.type, listening) != (socket.AF_UNIX, socket.SOCK_STREAM, 1):
+        raise CantStart("what systemd passed is not a listening AF_UNIX stream socket")
+    sock.setblocking(False)
+    return sock
+
+
+def _make(path: str) -> socket.socket:
+    """Bind, set the mode, listen: until listen(2) whoever connects is refused."""
+    _clear(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        sock.bind(path)
+        os.chmod(path, MODE)
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise CantStart(f"can't listen at {path}: {os.strerror(error.errno or 0)}") from error
+    return sock
+
+
+def _clear(path: str) -> None:
+    """Remove a socket that nobody listens at, and nothing else.
+
+    Raises:
+        CantStart: somebody listens, or it is no socket, or its directory is anybody's.
+    """
+    directory = os.stat(os.path.dirname(path))
+    if directory.st_uid != 0 or (
+        directory.st_mode & 0o022 and not directory.st_mode & stat.S_ISVTX
+    ):
+        raise CantStart(f"{os.path.dirname(path)}: others than root may put a socket there")
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(found.st_mode):
+        raise CantStart(f"{path}: exists, and is no socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        answer = probe.connect_ex(path)
+    if answer != errno.ECONNREFUSED:
+        raise CantStart(f"{path}: another daemon listens there")
+    os.unlink(path)

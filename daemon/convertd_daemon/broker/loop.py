@@ -1,0 +1,93 @@
+"""One thread, one epoll: what is ready, what is due, which signals came."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import os
+import select
+import signal
+import socket
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Handler = Callable[[int], None]
+
+READ = select.EPOLLIN
+WRITE = select.EPOLLOUT
+PEER_GONE = select.EPOLLRDHUP
+
+
+class Loop:
+    """Calls handlers with the events of their descriptors, one after the other, until stopped.
+
+    A handler that raises ends the loop: what a handler can expect to go wrong it deals with.
+    """
+
+    def __init__(self) -> None:
+        """Begin with nothing to watch."""
+        self._epoll = select.epoll()
+        self._handlers: dict[int, Handler] = {}
+        self._due: list[tuple[float, int, Callable[[], None]]] = []
+        self._tie = itertools.count()
+        self._signals: dict[int, Callable[[], None]] = {}
+        self._running = True
+
+    def watch(self, fd: int, events: int, handler: Handler) -> None:
+        """Call the handler when one of the events, or a hang-up, is there; or change what to wait for."""
+        if fd in self._handlers:
+            self._epoll.modify(fd, events)
+        else:
+            self._epoll.register(fd, events)
+        self._handlers[fd] = handler
+
+    def forget(self, fd: int) -> None:
+        """Watch a descriptor no longer. Before it is closed: others may hold copies of it."""
+        if self._handlers.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def after(self, seconds: float, action: Callable[[], None]) -> None:
+        """Call something once, later. It checks itself whether it is still wanted."""
+        heapq.heappush(self._due, (time.monotonic() + seconds, next(self._tie), action))
+
+    def on_signals(self, actions: dict[int, Callable[[], None]]) -> None:
+        """Call something when a signal came, from the loop, never in between."""
+        reader, writer = socket.socketpair()
+        reader.setblocking(False)
+        writer.setblocking(False)
+        self._signals = actions
+        self._signal_ends = (reader, writer)
+        for number in actions:
+            signal.signal(number, _noted_by_the_wakeup_fd)
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        self.watch(reader.fileno(), READ, self._signalled)
+
+    def stop(self) -> None:
+        """Return from `run` after the present handler."""
+        self._running = False
+
+    def run(self) -> None:
+        """Serve until `stop`."""
+        while self._running:
+            for fd, events in self._epoll.poll(self._patience()):
+                # An earlier handler of this round may have closed what this event was for.
+                handler = self._handlers.get(fd)
+                if handler is not None:
+                    handler(events)
+            while self._due and self._due[0][0] <= time.monotonic():
+                _, _, action = heapq.heappop(self._due)
+                action()
+
+    def _patience(self) -> float | None:
+        return max(0.0, self._due[0][0] - time.monotonic()) if self._due else None
+
+    def _signalled(self, _events: int) -> None:
+        for number in set(os.read(self._signal_ends[0].fileno(), 4096)):
+            self._signals[number]()
+
+
+def _noted_by_the_wakeup_fd(_number: int, _frame: Any) -> None:
+    """Python calls this after it wrote the number to the wakeup descriptor. Nothing is left to do."""

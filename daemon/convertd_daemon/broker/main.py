@@ -1,0 +1,147 @@
+"""The command `convertd`: start the daemon, or check a policy."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import logging
+import os
+import shutil
+import sys
+from typing import TYPE_CHECKING, Final
+
+from convertd_daemon import channel
+from convertd_daemon.broker import broker, listen, load, selftest, startup
+from convertd_daemon.job.qemu_img import Setup
+from convertd_daemon.kernel import prctl
+from convertd_daemon.sandbox import errors as sandbox_errors
+from convertd_daemon.sandbox import limits, narrow, seccomp
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from convertd_daemon.policy import Policy
+
+log = logging.getLogger("convertd")
+
+DEFAULT_SOCKET: Final = "/run/convertd/convertd.sock"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command, and give its exit status."""
+    asked = _parser().parse_args(arguments)
+    if asked.command == "check":
+        # Only here: the daemon has no use for what prints well.
+        from convertd_daemon.broker import check  # noqa: PLC0415
+
+        return check.run(asked.policy)
+    logging.basicConfig(
+        level=logging.DEBUG if asked.verbose else logging.INFO,
+        format="%(levelname)s %(name)s[%(process)d] %(message)s",
+        stream=sys.stderr,
+    )
+    try:
+        return serve(asked.policy, os.path.abspath(asked.socket))
+    except (
+        startup.CantStart,
+        load.LoadError,
+        sandbox_errors.SandboxError,
+        OSError,
+    ) as error:
+        print(f"convertd: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="convertd",
+        description="Convert disk images for services that have no right to do it themselves.",
+    )
+    parser.add_argument("command", nargs="?", choices=["check"], help="explain a policy and exit")
+    parser.add_argument(
+        "--policy", default=load.DEFAULT_PATH, metavar="FILE", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--socket",
+        default=DEFAULT_SOCKET,
+        metavar="PATH",
+        help="where to listen, unless systemd passes a socket; default: %(default)s",
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="log each step")
+    version = importlib.metadata.version("convertd")
+    parser.add_argument("--version", action="version", version=f"convertd {version}")
+    return parser
+
+
+def serve(policy_path: str, socket_path: str) -> int:
+    """Start, serve until told to stop, and give the exit status.
+
+    Raises:
+        CantStart, LoadError, SandboxError, OSError: the daemon can't start, and the one line why.
+    """
+    landlock_abi = startup.check_kernel()
+    front_user, worker_user = startup.user(startup.FRONT_USER), startup.user(startup.WORKER_USER)
+    loaded = load.load(policy_path)
+    _warn(loaded)
+    startup.check_program(loaded.policy.qemu_img)
+    limits.raise_descriptors()
+    setup = Setup(
+        path=loaded.policy.qemu_img,
+        identity=worker_user,
+        seccomp=seccomp.compile_profile(seccomp.QEMU_IMG),
+    )
+    os.umask(0o077)
+    listener = listen.listen(socket_path)
+    try:
+        private = startup.private_directory(socket_path, front_user)
+        narrow.narrow_broker()
+        prctl.set_child_subreaper()
+        tested = selftest.run(setup, private)
+        household = broker.Household(
+            listener=listener,
+            private=private,
+            front_user=front_user,
+            setup=setup,
+            versions=_versions(tested, landlock_abi),
+            reload=_reloader(policy_path),
+        )
+    except BaseException:
+        listener.close()
+        raise
+    running = broker.Broker(household, loaded.policy)
+    running.run()
+    shutil.rmtree(private, ignore_errors=True)
+    if running.failed:
+        raise startup.CantStart(running.failed)
+    return 0
+
+
+def _versions(tested: selftest.SelfTest, landlock_abi: int) -> channel.Versions:
+    return channel.Versions(
+        daemon=importlib.metadata.version("convertd"),
+        qemu_img=tested.qemu_version,
+        kernel=os.uname().release,
+        landlock_abi=landlock_abi,
+        compressions=tested.compressions,
+    )
+
+
+def _reloader(path: str) -> Callable[[], Policy | None]:
+    """Give what loads the policy anew: the new one, or None to keep the old."""
+
+    def reload() -> Policy | None:
+        try:
+            loaded = load.load(path)
+        except load.LoadError as error:
+            log.error("policy not reloaded, the old one stays in force: %s", error)  # noqa: TRY400
+            return None
+        _warn(loaded)
+        log.info("policy reloaded file=%r", path)
+        return loaded.policy
+
+    return reload
+
+
+def _warn(loaded: load.Loaded) -> None:
+    for warning in loaded.warnings:
+        log.warning("%s", warning)

@@ -1,0 +1,121 @@
+"""Convert 64 KiB in the sandbox before serving anybody: what does not work now never will.
+
+Runs in a child, as a job does, and by a job's code: the same rights, the same Landlock, the same
+seccomp filter.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, NoReturn
+
+from convertd_daemon import channel, errors
+from convertd_daemon.broker.startup import CantStart
+from convertd_daemon.job import leash, plan, qemu_img, rights
+from convertd_daemon.kernel import close_range
+from convertd_daemon.sandbox import limits
+
+if TYPE_CHECKING:
+    from convertd_daemon.job.qemu_img import Setup
+
+log = logging.getLogger(__name__)
+
+SIZE_BYTES: Final = 64 * 1024
+LIMIT_S: Final = 20.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelfTest:
+    """What the self-test learnt of the qemu-img that is installed."""
+
+    qemu_version: str
+    compressions: tuple[str, ...]
+
+
+def run(setup: Setup, directory: str) -> SelfTest:
+    """Convert in `directory`, which only needs to take files.
+
+    Raises:
+        CantStart: the conversion failed; the line says of what.
+    """
+    ours, theirs = channel.Channel.pair()
+    broker = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        _be_the_child(setup, directory, theirs, broker)
+    theirs.close()
+    with ours:
+        ours.sock.settimeout(LIMIT_S)
+        try:
+            answer, _ = ours.receive(SelfTest, channel.Failed)
+        except (channel.Closed, TimeoutError) as error:
+            os.kill(pid, signal.SIGKILL)
+            raise CantStart("the self-test gave no answer; the lines above say more") from error
+        finally:
+            os.waitpid(pid, 0)
+    if isinstance(answer, channel.Failed):
+        raise CantStart(f"the self-test failed: {answer.failure.message}")
+    return SelfTest(qemu_version=answer.qemu_version, compressions=answer.compressions)
+
+
+def _be_the_child(setup: Setup, directory: str, line: channel.Channel, broker: int) -> NoReturn:
+    try:
+        close_range.close_all_but({0, 1, 2, line.fileno()})
+        rights.die_with(broker)
+        with qemu_img.opened(setup) as worker:
+            runner = qemu_img.Runner(worker, leash.Leash(line, LIMIT_S))
+            line.send(_convert_all(runner, directory))
+    except errors.ConvertError as error:
+        line.send(channel.Failed(failure=error.failure()))
+    except BaseException:
+        log.exception("self-test")
+    finally:
+        os._exit(0)
+
+
+def _convert_all(runner: qemu_img.Runner, directory: str) -> SelfTest:
+    said = runner.run(("qemu-img", "--version"), qemu_img.Inodes(), limits.INFO)
+    _convert(runner, directory, "zlib")
+    compressions = ["zlib"]
+    try:
+        _convert(runner, directory, "zstd")
+        compressions += ["zstd"]
+    except errors.ConversionFailed:
+        log.warning("this qemu-img has no zstd")
+    return SelfTest(qemu_version=_version_in(said.stdout), compressions=tuple(compressions))
+
+
+def _convert(runner: qemu_img.Runner, directory: str, compression: str) -> None:
+    """One conversion from one unnamed inode to another, the source readable by root alone."""
+    flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
+    source, dest = os.open(directory, flags, 0o600), os.open(directory, flags, 0o600)
+    try:
+        os.ftruncate(source, SIZE_BYTES)
+        os.pwrite(source, os.urandom(SIZE_BYTES // 2), 0)
+        identity = runner.worker.setup.identity
+        if identity is not None:
+            os.fchown(dest, -1, identity.gid)
+            os.fchmod(dest, 0o060)
+        argv = ("qemu-img", "convert", "-c", "-O", "qcow2", "-o", f"compression_type={compression}")
+        outcome = runner.run(
+            (*argv, plan.graph("raw", source), plan.path_of(dest)),
+            qemu_img.Inodes(read=(source,), write=(dest,)),
+            limits.CONVERT,
+        )
+        if outcome.status != 0 or os.fstat(dest).st_size <= SIZE_BYTES // 2:
+            problem = outcome.stderr or f"status {outcome.status}"
+            raise errors.ConversionFailed(path=directory, problem=problem)
+    finally:
+        os.close(source)
+        os.close(dest)
+
+
+def _version_in(said: bytes) -> str:
+    """The version in the first line of `qemu-img --version`, or that line as it is."""
+    line = said.decode("utf-8", "replace").partition("\n")[0]
+    match = re.search(r"version (\S+)", line)
+    return match[1] if match else line

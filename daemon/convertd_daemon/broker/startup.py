@@ -1,0 +1,96 @@
+"""What must be there before the daemon serves anybody. Fails closed, with one clear line."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import stat
+from pathlib import Path
+from typing import Final
+
+from convertd_daemon.kernel import landlock
+from convertd_daemon.sandbox.identity import Identity
+
+FRONT_USER: Final = "convertd"
+WORKER_USER: Final = "convertd-qemu"
+
+PROTECTED_HARDLINKS: Final = Path("/proc/sys/fs/protected_hardlinks")
+
+
+class CantStart(Exception):
+    """The one line that says why the daemon does not start."""
+
+
+def user(name: str) -> Identity:
+    """Find one of the two users that the daemon's processes run as.
+
+    Raises:
+        CantStart: there is none, or it is root.
+    """
+    try:
+        entry = pwd.getpwnam(name)
+        return Identity(uid=entry.pw_uid, gid=entry.pw_gid)
+    except KeyError as error:
+        how = f"useradd --system --user-group --no-create-home --shell /usr/sbin/nologin {name}"
+        raise CantStart(f"there is no user {name}; make it with: {how}") from error
+    except ValueError as error:
+        raise CantStart(f"the user {name} must not be root: {error}") from error
+
+
+def check_kernel() -> int:
+    """Check what the kernel must give, and tell its Landlock ABI.
+
+    Raises:
+        CantStart: Landlock is missing or off, or hard links to others' files are allowed.
+    """
+    if os.geteuid() != 0:
+        raise CantStart("the daemon must be started as root; see docs/operations.md")
+    if PROTECTED_HARDLINKS.read_text(encoding="ascii").strip() != "1":
+        how = "sysctl -w fs.protected_hardlinks=1"
+        raise CantStart(f"fs.protected_hardlinks is off; turn it on with: {how}")
+    abi = landlock.abi()
+    if abi < 1:
+        raise CantStart(
+            "this kernel has no Landlock, or has it off: it takes Linux 5.13 and landlock in lsm="
+        )
+    return abi
+
+
+def check_program(path: str) -> None:
+    """Check that there is a qemu-img, and that nobody but root can change it.
+
+    Raises:
+        CantStart: there is none, or others could replace it.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise CantStart(f"{path}: {os.strerror(error.errno or 0)} (package qemu-utils)") from error
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != 0 or status.st_mode & 0o022:
+        raise CantStart(f"{path}: is not a program that only root can write")
+
+
+def private_directory(socket_path: str, front: Identity) -> str:
+    """Make the directory that only the front can enter, beside the public socket.
+
+    Raises:
+        CantStart: something else has that name.
+    """
+    path = f"{socket_path}.private"
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise CantStart(f"can't make {path}: {os.strerror(error.errno or 0)}") from error
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if os.fstat(fd).st_uid not in {0, front.uid}:
+            raise CantStart(f"{path}: belongs to somebody else")
+        for name in os.listdir(fd):
+            os.unlink(name, dir_fd=fd)
+        os.fchmod(fd, 0o700)
+        os.fchown(fd, front.uid, front.gid)
+    finally:
+        os.close(fd)
+    return path

@@ -1,0 +1,1 @@
+"""The process that knows gRPC, and has no right to anything. See `main`."""

@@ -1,0 +1,201 @@
+"""The front's side of its channel to the broker, and of each job's channel.
+
+A `Call` collects what broker and job say of one gRPC call. Progress that nobody has read yet is
+replaced by newer progress, so a peer that reads slowly costs one message, not memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import itertools
+import logging
+import socket
+from typing import TYPE_CHECKING, Any, Final
+
+from convertd_daemon import channel, codec, errors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from convertd_daemon.front.relay import Relay
+
+log = logging.getLogger(__name__)
+
+REPLACED_BY_NEWER: Final = (channel.Progressed, channel.Waiting)
+
+
+class BrokerIsGone(Exception):
+    """The broker's end of the channel closed: nothing more will be heard."""
+
+
+class Call:
+    """What is said about one call, in order. Used by one coroutine at a time."""
+
+    def __init__(self, link: Link, number: int) -> None:
+        """Belongs to a link, which hands it what it hears."""
+        self.number = number
+        self.job_id = ""
+        self.over = False
+        self._link = link
+        self._heard: collections.deque[object] = collections.deque()
+        self._news = asyncio.Event()
+        self._line: channel.Channel | None = None
+
+    def hear(self, message: object) -> None:
+        """Take in a message from the broker or the job."""
+        replaces = isinstance(message, REPLACED_BY_NEWER)
+        if replaces and self._heard and type(self._heard[-1]) is type(message):
+            self._heard.pop()
+        self._heard.append(message)
+        self._news.set()
+
+    async def next(self) -> Any:
+        """Wait for the next message.
+
+        Raises:
+            BrokerIsGone: there will be none.
+        """
+        while not self._heard:
+            if self._link.closed:
+                raise BrokerIsGone
+            self._news.clear()
+            await self._news.wait()
+        return self._heard.popleft()
+
+    def wake(self) -> None:
+        """Let whoever waits see that the link is closed."""
+        self._news.set()
+
+    def follow(self, job_id: str, descriptor: int) -> None:
+        """Listen to a job's channel from now on. Owns the descriptor."""
+        self.job_id = job_id
+        self._line = channel.Channel(socket.socket(fileno=descriptor))
+        asyncio.get_running_loop().add_reader(descriptor, self._listen)
+
+    def _listen(self) -> None:
+        assert self._line is not None
+        try:
+            while True:
+                message, descriptors = self._line.receive(*channel.FROM_JOB, wait=False)
+                channel.close_all(descriptors)
+                self.hear(message)
+        except BlockingIOError:
+            return
+        except channel.Closed:
+            # How it ended, if it did not say so itself, is for the broker to tell.
+            asyncio.get_running_loop().remove_reader(self._line.fileno())
+        except codec.CodecError:
+            log.exception("a job sent what is no message job=%s", self.job_id)
+            self.hang_up()
+
+    def hang_up(self) -> None:
+        """Close the job's channel: if the job still runs, that ends it."""
+        if self._line is not None:
+            asyncio.get_running_loop().remove_reader(self._line.fileno())
+            self._line.close()
+            self._line = None
+
+
+class Link:
+    """The channel to the broker. Owns it."""
+
+    def __init__(self, line: channel.Channel, relay: Relay) -> None:
+        """Hand new connections to the relay."""
+        self.line = line
+        self.relay = relay
+        self.closed = False
+        self.ended = asyncio.Event()
+        self._calls: dict[int, Call] = {}
+        self._numbers = itertools.count(1)
+        self._behind: collections.deque[bytes] = collections.deque()
+        asyncio.get_running_loop().add_reader(line.fileno(), self._listen)
+
+    def call_of_job(self, job_id: str) -> Call | None:
+        """The call that a job belongs to."""
+        return next((call for call in self._calls.values() if call.job_id == job_id), None)
+
+    @contextlib.contextmanager
+    def call(self, make: Callable[[int], object]) -> Iterator[Call]:
+        """Ask the broker something; when the block is left, by whichever way, the call is over.
+
+        If nobody said that it ended, the broker is told that nobody wants it any more.
+        """
+        call = Call(self, next(self._numbers))
+        self._calls[call.number] = call
+        try:
+            self.send(make(call.number))
+            yield call
+        finally:
+            del self._calls[call.number]
+            call.hang_up()
+            if not call.over:
+                self.send(channel.Abandon(call=call.number))
+
+    def send(self, message: object) -> None:
+        """Send to the broker, later if there is no room now."""
+        self._behind.append(codec.encode(message))
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while self._behind:
+                if not self.line.send_bytes(self._behind[0], wait=False):
+                    loop.add_writer(self.line.fileno(), self._catch_up)
+                    return
+                self._behind.popleft()
+        except channel.Closed:
+            self._close()
+            return
+        loop.remove_writer(self.line.fileno())
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                message, descriptors = self.line.receive(*channel.FROM_BROKER, wait=False)
+                self._deal(message, descriptors)
+        except BlockingIOError:
+            return
+        except channel.Closed:
+            self._close()
+
+    def _deal(self, message: Any, descriptors: list[int]) -> None:
+        match message:
+            case channel.Connected(connection=number):
+                self.relay.carry(number, descriptors.pop())
+            case channel.Ended(job_id=job_id):
+                call = self.call_of_job(job_id)
+                if call is not None:
+                    call.hear(message)
+            case _:
+                call = self._calls.get(message.call)
+                if call is None:
+                    log.debug("for a call that is over: %s", message)
+                elif isinstance(message, channel.Started):
+                    call.follow(message.job_id, descriptors.pop())
+                else:
+                    call.hear(message)
+        # A job whose caller is gone ends with this.
+        channel.close_all(descriptors)
+
+    def _close(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self.line.fileno())
+        loop.remove_writer(self.line.fileno())
+        self.closed = True
+        self._behind.clear()
+        for call in self._calls.values():
+            call.wake()
+        self.ended.set()
+
+
+def is_last(message: object) -> errors.Failure | None:
+    """The failure with which a message ends a call; None if it does not."""
+    match message:
+        case channel.Refused(failure=failure) | channel.Failed(failure=failure):
+            return failure
+        case channel.Ended(failure=failure):
+            return failure
+    return None

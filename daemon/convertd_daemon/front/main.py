@@ -1,0 +1,74 @@
+"""How the front begins and ends.
+
+It is executed by the broker, as a user of its own and with one descriptor: its channel. It imports all
+it will ever need, locks itself in, and only then makes a gRPC server, whose threads inherit the lock:
+Landlock, no_new_privs and seccomp bind a thread and those it starts, not those that run already.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures.thread
+import encodings.idna
+import importlib
+import linecache
+import logging
+import socket
+import sys
+import uuid
+import zoneinfo
+from typing import Final
+
+from convertd_daemon import channel
+from convertd_daemon.front import link, relay, server
+from convertd_daemon.kernel import prctl
+from convertd_daemon.sandbox import confine, seccomp
+
+log = logging.getLogger(__name__)
+
+CHANNEL_DESCRIPTOR: Final = 3
+
+LATE: Final = (
+    concurrent.futures.thread,
+    encodings.idna,
+    uuid,
+    zoneinfo,
+    importlib.import_module("_strptime"),
+)
+"""Used by nobody here, but imported late by others: after the lock no file can be opened."""
+
+GRACE_S: Final = 1.0
+"""For replies that are on their way when the broker is gone or stops."""
+
+
+def main() -> int:
+    """Serve until the broker's end of the channel closes."""
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(levelname)s %(name)s[%(process)d] %(message)s",
+        stream=sys.stderr,
+    )
+    private = sys.argv[1]
+    line = channel.Channel(socket.socket(fileno=CHANNEL_DESCRIPTOR))
+    prctl.set_name("convertd-front")
+    _remember_sources()
+    confine.confine_front(private, seccomp.compile_profile(seccomp.FRONT))
+    asyncio.run(_serve(line, f"{private}/grpc.sock"))
+    return 0
+
+
+def _remember_sources() -> None:
+    """Read the source of our modules, for tracebacks: later no file can be read."""
+    for name, module in tuple(sys.modules.items()):
+        if name.startswith("convertd"):
+            linecache.getlines(getattr(module, "__file__", None) or "")
+
+
+async def _serve(line: channel.Channel, path: str) -> None:
+    carrier = relay.Relay(path)
+    broker = link.Link(line, carrier)
+    serving = await server.start(path, broker, carrier)
+    broker.send(channel.Ready())
+    await broker.ended.wait()
+    await serving.stop(GRACE_S)
+    await carrier.drain(GRACE_S)

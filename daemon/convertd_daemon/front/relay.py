@@ -1,0 +1,115 @@
+"""Carry each connection's bytes between the peer and gRPC, so that a call tells whose it is.
+
+grpcio can neither adopt an accepted socket nor tell a peer's credentials. So gRPC listens at a path
+that only this process can reach, and each connection is carried there over a socket bound to a fresh
+abstract name: `context.peer()` of a call is that name, and a table leads from it to the number that the
+broker gave the connection. The name means nothing and is no secret: every uid can read it in
+/proc/net/unix, and nobody else can connect to where it counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import socket
+from typing import Final
+
+log = logging.getLogger(__name__)
+
+BUFFER_BYTES: Final = 64 * 1024
+"""What may wait in each direction before the other side is not read any more."""
+
+
+class Relay:
+    """The connections that are being carried, by the name that gRPC knows them under."""
+
+    def __init__(self, upstream_path: str) -> None:
+        """Carry to the gRPC server at this path."""
+        self.upstream_path = upstream_path
+        self._numbers: dict[str, int] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def connection_of(self, grpc_peer: str) -> int | None:
+        """The broker's number for what gRPC calls a peer; None for one that is not ours."""
+        return self._numbers.get(grpc_peer)
+
+    def carry(self, number: int, descriptor: int) -> None:
+        """Carry a connection until either side ends it. Owns the descriptor from now on."""
+        task = asyncio.get_running_loop().create_task(self._carry(number, descriptor))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def drain(self, seconds: float) -> None:
+        """Let connections that are ending end, for so long."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=seconds)
+
+    async def _carry(self, number: int, descriptor: int) -> None:
+        loop = asyncio.get_running_loop()
+        name = f"convertd-{secrets.token_hex(16)}"
+        peer = f"unix-abstract:{name}"
+        downstream = socket.socket(fileno=descriptor)
+        with contextlib.ExitStack() as stack:
+            stack.callback(_end, downstream)
+            downstream.setblocking(False)
+            upstream = stack.enter_context(
+                socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            )
+            upstream.bind(f"\0{name}")
+            self._numbers[peer] = number
+            # First forget the name, then close: nobody may find it under somebody else's number.
+            stack.callback(self._numbers.pop, peer, None)
+            try:
+                await _connect(loop, upstream, self.upstream_path)
+                await _join(loop, downstream, upstream)
+            except OSError as error:
+                log.debug("connection %d ended error=%s", number, error)
+
+
+async def _connect(loop: asyncio.AbstractEventLoop, sock: socket.socket, path: str) -> None:
+    """Connect; a backlog that is full, which AF_UNIX answers with EAGAIN, has room a little later."""
+    pause_s = 0.001
+    while True:
+        try:
+            sock.connect(path)
+        except BlockingIOError:
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, 0.1)
+        else:
+            return
+
+
+async def _join(loop: asyncio.AbstractEventLoop, one: socket.socket, other: socket.socket) -> None:
+    """Carry both ways until one side ends; then the connection is over, both ways."""
+    ways = {
+        loop.create_task(_pump(loop, one, other)),
+        loop.create_task(_pump(loop, other, one)),
+    }
+    try:
+        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for way in ways:
+            way.cancel()
+        await asyncio.gather(*ways, return_exceptions=True)
+
+
+async def _pump(
+    loop: asyncio.AbstractEventLoop, source: socket.socket, sink: socket.socket
+) -> None:
+    """Carry one way. What one side sends before the other listens waits in the kernel."""
+    buffer = bytearray(BUFFER_BYTES)
+    view = memoryview(buffer)
+    while count := await loop.sock_recv_into(source, buffer):
+        await loop.sock_sendall(sink, view[:count])
+
+
+def _end(sock: socket.socket) -> None:
+    """End a connection of which the broker holds a copy: close() alone would leave it open."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+    sock.close()

@@ -1,0 +1,47 @@
+"""The gRPC server: its limits, and the services on it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from convertd_daemon.front import service
+
+if TYPE_CHECKING:
+    from convertd_daemon.front.link import Link
+    from convertd_daemon.front.relay import Relay
+
+OPTIONS: Final = (
+    # A request is two paths and a few words.
+    ("grpc.max_receive_message_length", 256 * 1024),
+    ("grpc.max_send_message_length", 4 * 1024 * 1024),
+    ("grpc.max_metadata_size", 8 * 1024),
+    ("grpc.absolute_max_metadata_size", 16 * 1024),
+    # Not maximum_concurrent_rpcs, with which one client locks all others out.
+    ("grpc.max_concurrent_streams", 32),
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 15 * 60 * 1000),
+    ("grpc.keepalive_time_ms", 30_000),
+    # keepalive_timeout_ms is ignored; this one decides.
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.so_reuseport", 0),
+)
+
+
+async def start(path: str, broker: Link, relay: Relay) -> grpc.aio.Server:
+    """Make the server and listen at the internal path."""
+    server = grpc.aio.server(options=OPTIONS)
+    server.add_generic_rpc_handlers((service.ConvertService(broker, relay).handler(),))
+    checks = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    names = (service.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    for name in ("", service.SERVICE):
+        await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+    server.add_insecure_port(f"unix:{path}")
+    await server.start()
+    return server

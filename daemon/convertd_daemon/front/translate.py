@@ -1,0 +1,284 @@
+"""Between the messages of the contract and the values that the rest of the daemon speaks of.
+
+Nothing is judged here but whether a message says something that has a value on the other side.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from convertd.v1 import convert_pb2 as pb
+from convertd_daemon import channel, errors, model
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+E = TypeVar("E", bound=enum.StrEnum)
+
+NOT_YET: Final = "not in this version"
+
+CACHE_MODES: Final = {
+    pb.CACHE_MODE_UNSPECIFIED: model.CacheMode.AUTO,
+    pb.CACHE_MODE_AUTO: model.CacheMode.AUTO,
+    pb.CACHE_MODE_NONE: model.CacheMode.NONE,
+    pb.CACHE_MODE_WRITEBACK: model.CacheMode.WRITEBACK,
+    pb.CACHE_MODE_WRITETHROUGH: model.CacheMode.WRITETHROUGH,
+    pb.CACHE_MODE_DIRECTSYNC: model.CacheMode.DIRECTSYNC,
+}
+COMPRESSIONS: Final = {
+    pb.COMPRESSION_UNSPECIFIED: model.Compression.NONE,
+    pb.COMPRESSION_NONE: model.Compression.NONE,
+    pb.COMPRESSION_DEFAULT: model.Compression.DEFAULT,
+    pb.COMPRESSION_ZLIB: model.Compression.ZLIB,
+    pb.COMPRESSION_ZSTD: model.Compression.ZSTD,
+}
+PREALLOCATIONS: Final = {
+    pb.PREALLOCATION_UNSPECIFIED: model.Preallocation.OFF,
+    pb.PREALLOCATION_OFF: model.Preallocation.OFF,
+    pb.PREALLOCATION_METADATA: model.Preallocation.METADATA,
+    pb.PREALLOCATION_FALLOC: model.Preallocation.FALLOC,
+    pb.PREALLOCATION_FULL: model.Preallocation.FULL,
+}
+CACHE_MODES_OUT: Final = {mode: number for number, mode in CACHE_MODES.items()}
+COMPRESSIONS_OUT: Final = {mode.value: number for number, mode in COMPRESSIONS.items()}
+PHASES: Final = {
+    model.Phase.QUEUED: pb.PHASE_QUEUED,
+    model.Phase.PREPARING: pb.PHASE_PREPARING,
+    model.Phase.CONVERTING: pb.PHASE_CONVERTING,
+    model.Phase.FLUSHING: pb.PHASE_FLUSHING,
+    model.Phase.VERIFYING: pb.PHASE_VERIFYING,
+    model.Phase.PUBLISHING: pb.PHASE_PUBLISHING,
+}
+STATES: Final = {
+    channel.JobState.QUEUED: pb.JOB_STATE_QUEUED,
+    channel.JobState.RUNNING: pb.JOB_STATE_RUNNING,
+    channel.JobState.CANCELLING: pb.JOB_STATE_CANCELLING,
+    channel.JobState.UNKILLABLE: pb.JOB_STATE_UNKILLABLE,
+}
+KINDS: Final = {
+    model.RootKind.FILES: pb.ROOT_KIND_FILE,
+    model.RootKind.BLOCK: pb.ROOT_KIND_BLOCK,
+}
+ACCESSES: Final = {
+    model.Access.DAEMON: pb.ROOT_ACCESS_DAEMON,
+    model.Access.CALLER: pb.ROOT_ACCESS_CALLER,
+}
+OVERWRITES: Final = {
+    model.Overwrite.OWN: pb.OVERWRITE_SCOPE_OWN,
+    model.Overwrite.ANY: pb.OVERWRITE_SCOPE_ANY,
+}
+
+
+# --- requests ----------------------------------------------------------------------------------
+
+
+def convert_request(message: pb.ConvertRequest) -> model.ConvertRequest:
+    """What a ConvertRequest asks for.
+
+    Raises:
+        errors.BadOption: a value of an enum that this version does not know.
+        errors.Unsupported: a field that this version does not do.
+    """
+    return model.ConvertRequest(
+        source=_source(message.source),
+        dest=_dest(message.dest),
+        cache_mode=_known(CACHE_MODES, message.cache_mode, "cache_mode"),
+        verify=message.verify,
+        rate_limit_bytes_per_second=message.rate_limit_bytes_per_second,
+        validate_only=message.validate_only,
+        label=message.label,
+    )
+
+
+def inspect_request(message: pb.InspectRequest) -> model.InspectRequest:
+    """What an InspectRequest asks for.
+
+    Raises:
+        errors.Unsupported: a field that this version does not do.
+    """
+    return model.InspectRequest(source=_source(message.source))
+
+
+def _source(message: pb.Source) -> model.Source:
+    if message.HasField("encryption"):
+        raise errors.Unsupported(what="source.encryption", why=NOT_YET)
+    return model.Source(path=message.path, format=message.format)
+
+
+def _dest(message: pb.Destination) -> model.Dest:
+    if message.HasField("encryption"):
+        raise errors.Unsupported(what="dest.encryption", why=NOT_YET)
+    options = message.WhichOneof("options")
+    if options is not None:
+        raise errors.Unsupported(what=f"dest.{options}", why=NOT_YET)
+    if message.is_zero:
+        raise errors.Unsupported(what="dest.is_zero", why=NOT_YET)
+    return model.Dest(
+        path=message.path,
+        format=message.format,
+        compression=_known(COMPRESSIONS, message.compression, "dest.compression"),
+        preallocation=_known(PREALLOCATIONS, message.preallocation, "dest.preallocation"),
+        mode=message.mode if message.HasField("mode") else None,
+        group=message.group,
+        overwrite=message.overwrite,
+    )
+
+
+def _known(table: Mapping[Any, E], number: int, field: str) -> E:
+    try:
+        return table[number]
+    except KeyError as error:
+        raise errors.BadOption(field=field, problem=f"has no value {number}") from error
+
+
+# --- replies -----------------------------------------------------------------------------------
+
+
+def plan(value: model.Plan) -> pb.Plan:
+    """A plan, for people and programs to read."""
+    return pb.Plan(
+        source_format=value.source.format,
+        dest_format=value.dest_format,
+        virtual_size_bytes=value.source.virtual_size_bytes,
+        dest_cache=_cache(value.dest_cache),
+        source_cache=_cache(value.source_cache),
+        command=value.argv,
+        compression=COMPRESSIONS_OUT[value.compression],
+        needed_bytes=value.needed_bytes,
+        available_bytes=value.available_bytes,
+        chain=[_member(value.source_path, value.source)],
+    )
+
+
+def started(job_id: str, value: model.Plan) -> pb.ConvertResponse:
+    """The first event of a conversion that runs."""
+    event = pb.ConvertStarted(job_id=job_id, plan=plan(value))
+    return pb.ConvertResponse(started=event)
+
+
+def result(job_id: str, value: model.Published, queued_s: float) -> pb.ConvertResponse:
+    """The last event of a conversion that succeeded."""
+    planned = value.plan
+    speed = planned.source.virtual_size_bytes / value.seconds if value.seconds else 0.0
+    event = pb.ConvertResult(
+        job_id=job_id,
+        published=value.published,
+        source_format=planned.source.format,
+        dest_format=planned.dest_format,
+        virtual_size_bytes=planned.source.virtual_size_bytes,
+        allocated_size_bytes=value.allocated_size_bytes,
+        dest_cache=_cache(planned.dest_cache),
+        source_cache=_cache(planned.source_cache),
+        warnings=[pb.Warning(reason=item.reason, message=item.message) for item in value.warnings],
+        elapsed_seconds=value.seconds,
+        queued_seconds=queued_s,
+        bytes_per_second=speed if value.published else 0.0,
+        verified=value.verified,
+        replaced=value.replaced,
+    )
+    return pb.ConvertResponse(result=event)
+
+
+def _cache(value: model.ChosenCache) -> pb.CacheChoice:
+    return pb.CacheChoice(mode=CACHE_MODES_OUT[value.mode], reason=value.reason)
+
+
+def _member(path: str, info: model.ImageInfo) -> pb.ImageMember:
+    return pb.ImageMember(
+        path=path,
+        format=info.format,
+        virtual_size_bytes=info.virtual_size_bytes,
+        actual_size_bytes=info.actual_size_bytes,
+        encrypted=info.encrypted,
+    )
+
+
+def inspected(path: str, message: channel.Inspected) -> pb.InspectResponse:
+    """What an image is."""
+    top = message.chain[0]
+    return pb.InspectResponse(
+        path=path,
+        format=top.format,
+        virtual_size_bytes=top.virtual_size_bytes,
+        actual_size_bytes=top.actual_size_bytes,
+        cluster_size_bytes=top.cluster_size_bytes,
+        encrypted=top.encrypted,
+        dirty=top.dirty,
+        corrupt=top.corrupt,
+        backing_filename=top.backing_name,
+        backing_format=top.backing_format,
+        backing_chain_complete=not top.backing_name,
+        snapshots=[pb.Snapshot(name=name) for name in top.snapshots],
+        bitmaps=[pb.Bitmap(name=name) for name in top.bitmaps],
+        format_specific=dict(top.details),
+        qemu_img_json=message.raw_json,
+    )
+
+
+def job(entry: channel.JobEntry, progress: pb.ConvertProgress | None) -> pb.Job:
+    """One line of the list of jobs."""
+    message = pb.Job(
+        job_id=entry.job_id,
+        uid=entry.uid,
+        source_path=entry.source,
+        source_format=entry.source_format,
+        dest_path=entry.dest,
+        dest_format=entry.dest_format,
+        state=STATES[entry.state],
+        label=entry.label,
+        progress=progress,
+    )
+    message.create_time.FromNanoseconds(int(entry.queued * 1e9))
+    if entry.started is not None:
+        message.start_time.FromNanoseconds(int(entry.started * 1e9))
+    return message
+
+
+def access(report: channel.AccessReport) -> pb.GetAccessResponse:
+    """Who the daemon takes the caller for, and what that may do."""
+    rules = report.rights.rules
+    return pb.GetAccessResponse(
+        uid=report.uid,
+        gid=report.gid,
+        groups=sorted(report.groups),
+        is_operator=report.rights.is_operator,
+        grants=[_grant(rule) for rule in rules],
+        limits=pb.Limits(
+            jobs=report.limits.jobs,
+            jobs_per_user=report.limits.jobs_per_user,
+            queue=report.limits.queue,
+            virtual_size_bytes=report.limits.virtual_size_bytes,
+            stall_seconds=report.limits.stall_s,
+            duration_seconds=report.limits.duration_s,
+        ),
+        versions=pb.Versions(
+            daemon=report.versions.daemon,
+            qemu_img=report.versions.qemu_img,
+            landlock_abi=report.versions.landlock_abi,
+            kernel=report.versions.kernel,
+        ),
+        source_formats=sorted(set().union(*(rule.read_formats for rule in rules))),
+        dest_formats=sorted(set().union(*(rule.write_formats for rule in rules))),
+        compressions=[COMPRESSIONS_OUT[name] for name in report.versions.compressions],
+    )
+
+
+def _grant(rule: model.RuleRights) -> pb.Grant:
+    return pb.Grant(
+        roots=[
+            pb.GrantedRoot(
+                name=item.root.name,
+                path=item.root.path,
+                kind=KINDS[item.root.kind],
+                access=ACCESSES[item.root.access],
+                may_read=item.may_read,
+                may_write=item.may_write,
+                allow_is_zero=item.root.allow_is_zero,
+            )
+            for item in rule.roots
+        ],
+        read_formats=sorted(rule.read_formats),
+        write_formats=sorted(rule.write_formats),
+        overwrite=OVERWRITES[rule.overwrite],
+    )
