@@ -1,0 +1,376 @@
+"""Who may convert what: deny by default, one rule for both ends, the longest root alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from convertd_daemon import errors, model, policy
+
+ROOTS = {
+    path: model.Root(name=path.replace("/", "_"), path=path, access=model.Access.DAEMON)
+    for path in ("/a", "/a/b", "/a/b/c", "/ab", "/d")
+}
+PATHS = ("/a", "/a/x", "/a/b", "/a/b/x", "/a/b/c/x", "/a/bc", "/ab/x", "/d/x", "/d/y/z", "/e/x")
+UIDS = (0, 1, 2, model.OVERFLOW_ID)
+GIDS = (10, 11, model.OVERFLOW_ID)
+FORMATS = ("raw", "qcow2", "vmdk")
+
+
+def subsets(values: tuple[int, ...]) -> st.SearchStrategy[frozenset[int]]:
+    """Some of the values."""
+    return st.frozensets(st.sampled_from(values))
+
+
+some_roots = st.lists(st.sampled_from(list(ROOTS.values())), unique=True).map(tuple)
+some_formats = st.frozensets(st.sampled_from(FORMATS))
+some_subjects = st.builds(policy.Subjects, uids=subsets(UIDS), gids=subsets(GIDS))
+some_rules = st.builds(
+    policy.Rule,
+    name=st.uuids().map(str),
+    subjects=some_subjects,
+    read=some_roots,
+    write=some_roots,
+    read_formats=some_formats,
+    write_formats=some_formats,
+    overwrite=st.sampled_from(model.Overwrite),
+)
+some_policies = st.builds(
+    policy.Policy,
+    limits=st.just(model.Limits()),
+    operators=some_subjects,
+    roots=st.permutations(list(ROOTS.values())).map(tuple),
+    rules=st.lists(some_rules, max_size=4).map(tuple),
+    qemu_img=st.just("/usr/bin/qemu-img"),
+)
+some_peers = st.builds(
+    model.Peer,
+    uid=st.sampled_from(UIDS),
+    gid=st.sampled_from(GIDS),
+    groups=subsets(GIDS),
+    pid=st.just(1),
+)
+some_sources = st.builds(
+    model.Source, path=st.sampled_from(PATHS), format=st.sampled_from(("", *FORMATS))
+)
+some_dests = st.builds(model.Dest, path=st.sampled_from(PATHS), format=st.sampled_from(FORMATS))
+some_requests = st.builds(model.ConvertRequest, source=some_sources, dest=some_dests).filter(
+    lambda request: request.source.path != request.dest.path
+)
+some_inspections = st.builds(model.InspectRequest, source=some_sources)
+
+PEER = model.Peer(uid=1, gid=10, groups=frozenset({10}), pid=1)
+
+
+def rule(**changes: object) -> policy.Rule:
+    """A rule that allows uid 1 all that the tests below ask for, but for the changes."""
+    wide = policy.Rule(
+        name="grants[0]",
+        subjects=policy.Subjects(uids=frozenset({1})),
+        read=(ROOTS["/a"], ROOTS["/d"]),
+        write=(ROOTS["/a"], ROOTS["/d"]),
+        read_formats=frozenset({"raw", "qcow2"}),
+        write_formats=frozenset({"raw", "qcow2"}),
+        overwrite=model.Overwrite.OWN,
+    )
+    return dataclasses.replace(wide, **changes)  # type: ignore[arg-type]
+
+
+def policy_of(*rules: policy.Rule) -> policy.Policy:
+    """A policy of these rules, with all the roots."""
+    return policy.Policy(
+        limits=model.Limits(jobs=3),
+        operators=policy.Subjects(uids=frozenset({7}), gids=frozenset({70})),
+        roots=tuple(ROOTS.values()),
+        rules=rules,
+        qemu_img="/usr/bin/qemu-img",
+    )
+
+
+def request(
+    source: str = "/a/x", dest: str = "/d/x", source_format: str = "raw", dest_format: str = "qcow2"
+) -> model.ConvertRequest:
+    """A request that the rule above allows."""
+    return model.ConvertRequest(
+        source=model.Source(path=source, format=source_format),
+        dest=model.Dest(path=dest, format=dest_format),
+    )
+
+
+def decision(
+    a_policy: policy.Policy, peer: model.Peer, asked: model.ConvertRequest
+) -> model.Grant | None:
+    """The grant, or None for a refusal."""
+    try:
+        return policy.decide(a_policy, peer, asked)
+    except errors.PermissionDenied:
+        return None
+
+
+def inspection(
+    a_policy: policy.Policy, peer: model.Peer, asked: model.InspectRequest
+) -> model.InspectGrant | None:
+    """The grant, or None for a refusal."""
+    try:
+        return policy.decide_inspect(a_policy, peer, asked)
+    except errors.PermissionDenied:
+        return None
+
+
+def root_of(path: str) -> model.Root | None:
+    """Which root decides about a path, found in another way than the policy does."""
+    for parent in pathlib.PurePosixPath(path).parents:
+        if str(parent) in ROOTS:
+            return None if path in ROOTS else ROOTS[str(parent)]
+    return None
+
+
+def allows(a_rule: policy.Rule, peer: model.Peer, asked: model.ConvertRequest) -> bool:
+    """Whether a rule allows a request, said in another way than the policy does."""
+    by_uid = peer.uid in a_rule.subjects.uids
+    mapped = {peer.gid, *peer.groups}.difference({model.OVERFLOW_ID})
+    by_group = bool(mapped.intersection(a_rule.subjects.gids))
+    return (
+        (by_uid or by_group)
+        and peer.uid != model.OVERFLOW_ID
+        and root_of(asked.source.path) in a_rule.read
+        and root_of(asked.dest.path) in a_rule.write
+        and asked.source.format in {"", *a_rule.read_formats}
+        and asked.dest.format in a_rule.write_formats
+    )
+
+
+@given(some_policies, some_peers, some_requests)
+def test_a_grant_is_given_exactly_where_one_rule_allows_user_roots_and_formats(
+    a_policy: policy.Policy, peer: model.Peer, asked: model.ConvertRequest
+) -> None:
+    """No request yields a grant outside of its users, roots or formats; none inside is refused."""
+    first = next((each for each in a_policy.rules if allows(each, peer, asked)), None)
+    grant = decision(a_policy, peer, asked)
+    assert (grant and grant.rule) == (first and first.name)
+
+
+@given(some_policies, some_peers, some_requests)
+def test_two_grants_never_combine(
+    a_policy: policy.Policy, peer: model.Peer, asked: model.ConvertRequest
+) -> None:
+    """All rules together allow what one of them alone allows, and nothing else."""
+    alone = [
+        decision(dataclasses.replace(a_policy, rules=(each,)), peer, asked)
+        for each in a_policy.rules
+    ]
+    assert decision(a_policy, peer, asked) == next((grant for grant in alone if grant), None)
+
+
+@given(some_policies, some_peers, some_requests)
+def test_a_grant_holds_what_its_rule_says_and_what_was_asked(
+    a_policy: policy.Policy, peer: model.Peer, asked: model.ConvertRequest
+) -> None:
+    """A grant carries nothing of another rule, caller or request."""
+    if grant := decision(a_policy, peer, asked):
+        (origin,) = (each for each in a_policy.rules if each.name == grant.rule)
+        assert (grant.peer, grant.request, grant.limits) == (peer, asked, a_policy.limits)
+        assert (grant.source.path, grant.dest.path) == (asked.source.path, asked.dest.path)
+        assert (grant.source.root, grant.dest.root) == (
+            root_of(asked.source.path),
+            root_of(asked.dest.path),
+        )
+        assert (grant.readable, grant.read_formats) == (origin.read, origin.read_formats)
+        assert grant.overwrite is origin.overwrite
+        assert {*grant.readable, *grant.closed} == set(a_policy.roots)
+        assert not {*grant.readable} & {*grant.closed}
+
+
+@given(some_policies, some_peers, some_inspections)
+def test_an_image_may_be_inspected_exactly_where_one_rule_allows_reading_it(
+    a_policy: policy.Policy, peer: model.Peer, asked: model.InspectRequest
+) -> None:
+    """To inspect is to read."""
+    readers = [
+        dataclasses.replace(each, write=(ROOTS["/d"],), write_formats=frozenset({"raw"}))
+        for each in a_policy.rules
+    ]
+    as_source = model.ConvertRequest(
+        source=asked.source, dest=model.Dest(path="/d/elsewhere", format="raw")
+    )
+    first = next((each for each in readers if allows(each, peer, as_source)), None)
+    grant = inspection(a_policy, peer, asked)
+    assert (grant and grant.rule) == (first and first.name)
+    if grant and first:
+        assert (grant.peer, grant.request, grant.limits) == (peer, asked, a_policy.limits)
+        assert (grant.source.path, grant.source.root) == (
+            asked.source.path,
+            root_of(asked.source.path),
+        )
+        assert (grant.readable, grant.read_formats) == (first.read, first.read_formats)
+        assert {*grant.readable, *grant.closed} == set(a_policy.roots)
+
+
+@given(some_peers, some_requests)
+def test_without_rules_everything_is_refused(peer: model.Peer, asked: model.ConvertRequest) -> None:
+    """Deny is what the policy starts from."""
+    with pytest.raises(errors.PermissionDenied):
+        policy.decide(policy_of(), peer, asked)
+    with pytest.raises(errors.PermissionDenied):
+        policy.decide_inspect(policy_of(), peer, model.InspectRequest(source=asked.source))
+
+
+def test_what_a_rule_allows_is_granted() -> None:
+    """The control: the rule that the tests below narrow allows the request that they make."""
+    grant = policy.decide(policy_of(rule()), PEER, request())
+    assert (grant.source.below, grant.dest.below) == ("x", "x")
+    assert (grant.source.root, grant.dest.root) == (ROOTS["/a"], ROOTS["/d"])
+
+
+@pytest.mark.parametrize(
+    "narrowed",
+    [
+        pytest.param({"subjects": policy.Subjects(uids=frozenset({2}))}, id="for-another-uid"),
+        pytest.param({"subjects": policy.Subjects(gids=frozenset({11}))}, id="for-another-group"),
+        pytest.param({"read": (ROOTS["/d"],)}, id="reading-elsewhere"),
+        pytest.param({"write": (ROOTS["/a"],)}, id="writing-elsewhere"),
+        pytest.param({"read_formats": frozenset({"qcow2"})}, id="reading-another-format"),
+        pytest.param({"write_formats": frozenset({"raw"})}, id="writing-another-format"),
+    ],
+)
+def test_a_rule_does_not_allow(narrowed: dict[str, object]) -> None:
+    """Each part of a rule is needed."""
+    with pytest.raises(errors.PermissionDenied):
+        policy.decide(policy_of(rule(**narrowed)), PEER, request())
+
+
+@pytest.mark.parametrize(
+    "peer",
+    [
+        pytest.param(model.Peer(uid=5, gid=10, groups=frozenset(), pid=1), id="primary"),
+        pytest.param(
+            model.Peer(uid=5, gid=9, groups=frozenset({8, 10}), pid=1), id="supplementary"
+        ),
+    ],
+)
+def test_a_rule_for_a_group_holds_for_its_members_by(peer: model.Peer) -> None:
+    """The kernel says of which groups a caller is."""
+    grouped = rule(subjects=policy.Subjects(gids=frozenset({10})))
+    assert policy.decide(policy_of(grouped), peer, request()).rule == "grants[0]"
+
+
+def test_a_uid_that_is_not_mapped_is_nobody_even_if_a_rule_named_it() -> None:
+    """65534 is what the kernel says for any uid of another user namespace."""
+    anybody = policy.Subjects(uids=frozenset({65534}), gids=frozenset({10, 65534}))
+    unmapped = model.Peer(uid=65534, gid=65534, groups=frozenset({10, 65534}), pid=1)
+    open_to_it = dataclasses.replace(policy_of(rule(subjects=anybody)), operators=anybody)
+    assert decision(open_to_it, unmapped, request()) is None
+    assert not policy.is_operator(open_to_it, unmapped)
+
+
+def test_a_group_that_is_not_mapped_makes_nobody_a_member() -> None:
+    """65534 is what the kernel says for any gid of another user namespace, too."""
+    grouped = rule(subjects=policy.Subjects(gids=frozenset({65534})))
+    for gid, groups in ((65534, frozenset[int]()), (9, frozenset({65534}))):
+        peer = model.Peer(uid=5, gid=gid, groups=groups, pid=1)
+        assert decision(policy_of(grouped), peer, request()) is None
+
+
+def test_a_nested_root_that_a_rule_does_not_name_is_closed_to_it() -> None:
+    """The longest root is the only one asked: /a allows nothing in /a/b."""
+    assert decision(policy_of(rule()), PEER, request(source="/a/b/x")) is None
+    assert decision(policy_of(rule()), PEER, request(dest="/a/b/x", source="/d/x")) is None
+
+
+def test_a_path_that_only_begins_like_a_root_is_not_in_it() -> None:
+    """/ab is not below /a."""
+    assert decision(policy_of(rule()), PEER, request(source="/ab/x")) is None
+
+
+@pytest.mark.parametrize("path", ["/a", "/d"])
+def test_a_root_itself_is_no_image(path: str) -> None:
+    """And the answer doesn't tell that it is a root."""
+    with pytest.raises(errors.PermissionDenied):
+        policy.decide(policy_of(rule()), PEER, request(source=path, dest="/d/x"))
+    with pytest.raises(errors.PermissionDenied):
+        policy.decide(policy_of(rule()), PEER, request(source="/a/x", dest=path))
+
+
+def test_an_open_source_format_is_left_to_the_first_rule_that_allows_the_paths() -> None:
+    """Probing later is held against that rule, and no second one is tried."""
+    first = rule(name="grants[0]", read_formats=frozenset({"raw"}))
+    second = rule(name="grants[1]", read_formats=frozenset({"vmdk"}))
+    probed = policy.decide(policy_of(first, second), PEER, request(source_format=""))
+    stated = policy.decide(policy_of(first, second), PEER, request(source_format="vmdk"))
+    assert (probed.rule, probed.read_formats) == ("grants[0]", frozenset({"raw"}))
+    assert (stated.rule, stated.read_formats) == ("grants[1]", frozenset({"vmdk"}))
+
+
+def test_the_default_compression_is_the_policys() -> None:
+    """Whoever holds a grant need not ask what "default" means."""
+    asked = request()
+    dest = dataclasses.replace(asked.dest, compression=model.Compression.DEFAULT)
+    grant = policy.decide(policy_of(rule()), PEER, dataclasses.replace(asked, dest=dest))
+    assert grant.request.dest.compression is model.Compression.ZLIB
+
+
+def test_a_refusal_holds_only_what_the_caller_wrote() -> None:
+    """No root, no rule, nothing about what exists."""
+    with pytest.raises(errors.PermissionDenied) as refusal:
+        policy.decide(policy_of(), PEER, request(source="/a/x\ny", source_format=""))
+    assert refusal.value.values() == {
+        "uid": 1,
+        "action": "convert '/a/x\\ny' to '/d/x' (qcow2)",
+    }
+    with pytest.raises(errors.PermissionDenied, match=r"uid 1 to inspect '/a/x' \(raw\)"):
+        policy.decide_inspect(
+            policy_of(), PEER, model.InspectRequest(source=model.Source(path="/a/x", format="raw"))
+        )
+
+
+def test_a_refusal_of_the_longest_paths_fits_into_a_reply() -> None:
+    """A reply's metadata ends at 8 KiB."""
+    path = "/a" + "/very-long" * 400
+    with pytest.raises(errors.PermissionDenied) as refusal:
+        policy.decide(policy_of(), PEER, request(source=path, dest=f"{path}er"))
+    assert len(str(refusal.value)) < 1024
+
+
+@pytest.mark.parametrize(
+    ("peer", "expected"),
+    [
+        pytest.param(model.Peer(uid=7, gid=1, groups=frozenset(), pid=1), True, id="by-uid"),
+        pytest.param(model.Peer(uid=8, gid=1, groups=frozenset({70}), pid=1), True, id="by-group"),
+        pytest.param(PEER, False, id="not-somebody-else"),
+    ],
+)
+def test_an_operator_is_known(peer: model.Peer, expected: bool) -> None:  # noqa: FBT001
+    """Operators see and cancel every job."""
+    assert policy.is_operator(policy_of(rule()), peer) is expected
+
+
+def test_to_be_an_operator_is_no_right_to_convert() -> None:
+    """Only rules give that."""
+    operator = model.Peer(uid=7, gid=7, groups=frozenset(), pid=1)
+    assert decision(policy_of(rule()), operator, request()) is None
+
+
+def test_a_caller_learns_its_own_rules_and_no_others() -> None:
+    """What GetAccess tells."""
+    own = rule(read=(ROOTS["/a"],), write=(ROOTS["/d"], ROOTS["/a"]))
+    others = rule(name="grants[1]", subjects=policy.Subjects(uids=frozenset({2})))
+    rights = policy.access_of(policy_of(own, others), PEER)
+    assert rights == model.AccessRights(
+        is_operator=False,
+        rules=(
+            model.RuleRights(
+                rule="grants[0]",
+                roots=(
+                    model.RootRights(root=ROOTS["/a"], may_read=True, may_write=True),
+                    model.RootRights(root=ROOTS["/d"], may_read=False, may_write=True),
+                ),
+                read_formats=frozenset({"raw", "qcow2"}),
+                write_formats=frozenset({"raw", "qcow2"}),
+                overwrite=model.Overwrite.OWN,
+            ),
+        ),
+    )
