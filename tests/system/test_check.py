@@ -1,0 +1,191 @@
+"""`convertd check`: in words who may do what, and exit status 1 with file, key and reason."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from convertd_daemon.broker import check
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+POLICY = """
+[limits]
+stop_grace = "0 s"
+[operators]
+users = ["root"]
+[roots.images]
+path = "{directory}/images"
+access = "daemon"
+owner = "root:0"
+mode = "0640"
+mounts = true
+[roots.own]
+path = "{directory}/own"
+access = "caller"
+[roots.volumes]
+path = "/dev/no-such-group-of-volumes"
+kind = "block"
+access = "daemon"
+[[grants]]
+users = ["root", 1234]
+groups = ["root"]
+read = ["images", "volumes"]
+write = ["own"]
+read_formats = ["vmdk"]
+overwrite = "any"
+[[grants]]
+groups = [36]
+read = ["own"]
+"""
+
+TOLD = """\
+{directory}/policy.toml:
+
+Roots
+  images: image files in {directory}/images
+    They are opened with the daemon's rights, whosever they are.
+    What is created belongs to uid 0, gid 0, mode 0640 unless asked otherwise.
+    What is mounted below is used too.
+  own: image files in {directory}/own
+    They are opened with the rights of whoever asks.
+    What is created belongs to whoever asks, mode 0600 unless asked otherwise.
+    What is mounted below is out of reach.
+  volumes: block devices in /dev/no-such-group-of-volumes
+    They are opened with the daemon's rights, whosever they are.
+    Nothing is created here. Callers who say a device reads as zeroes are not believed.
+
+Grants
+  grants[0]: user root (uid 0) or uid 1234 or any member of group root (gid 0) may
+    read vmdk in images, volumes
+    write qcow2, raw in own
+    replace any file that is there, if asked to.
+  grants[1]: any member of gid 36 may
+    read qcow2, raw in own
+    and write nowhere: it may inspect images, but not convert them.
+
+Operators
+  user root (uid 0) may see and cancel every job. That alone is no right to convert.
+
+Limits, at most
+  4 conversions at once, 2 of one user
+  64 conversions that wait, 32 of one user
+  8 inspections at once, 4 of one user
+  30 s for an inspection
+  1024 connections, 128 of one user
+  2 TiB of virtual size
+  1 GiB of memory for qemu-img
+  10 min without progress, 1 d in all
+  0 s for running jobs when the daemon is stopped
+
+Program
+  /usr/bin/qemu-img
+"""
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A directory that, with all above it, only root can write; with the roots of the policy."""
+    path = Path(tempfile.mkdtemp(prefix="convertd-test-", dir="/run"))
+    (path / "images").mkdir()
+    (path / "own").mkdir()
+    yield path
+    shutil.rmtree(path)
+
+
+def checked(directory: Path, text: str = POLICY) -> int:
+    """The exit status for a policy."""
+    path = directory / "policy.toml"
+    path.write_text(text.replace("{directory}", str(directory)), encoding="utf-8")
+    return check.run(str(path))
+
+
+def test_a_policy_is_told_in_words(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every root, grant and operator, with whose rights."""
+    checked(directory)
+    assert capsys.readouterr().out == TOLD.replace("{directory}", str(directory))
+
+
+def test_an_empty_policy_lets_nobody_do_anything(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And says so."""
+    checked(directory, "")
+    told = capsys.readouterr().out
+    assert "Grants\n  none: nobody may convert anything\n" in told
+    assert "nobody: each caller sees and cancels its own jobs only.\n" in told
+
+
+def test_a_policy_that_works_here_passes(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A root that is not there is told: it may yet be mounted or made."""
+    assert checked(directory) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{directory}/policy.toml: roots.volumes.path: /dev/no-such-group")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        pytest.param("[limits]\njobs = 0", "limits.jobs: must be from 1 to 256", id="limit"),
+        pytest.param(
+            '[operators]\ngroups = ["no-such-group"]',
+            "operators.groups[0]: there is no group no-such-group",
+            id="name",
+        ),
+    ],
+)
+def test_a_mistake_is_told_with_file_and_key_in_a(
+    directory: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    """And the exit status is 1."""
+    assert checked(directory, text) == 1
+    assert capsys.readouterr().err == f"{directory}/policy.toml: {message}\n"
+
+
+def test_a_user_that_does_not_exist_is_marked_in_the_words_too(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where one reads who may do what."""
+    checked(directory, '[operators]\nusers = ["no-such-user"]')
+    assert "user no-such-user (which does not exist) may see" in capsys.readouterr().out
+
+
+def test_a_root_that_only_a_missing_owner_could_own_is_told_as_closed(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No grant reaches it."""
+    assert checked(directory, POLICY.replace("root:0", "no-such-user:0")) == 1
+    assert "read vmdk in volumes\n" in capsys.readouterr().out
+
+
+def test_a_qemu_img_that_is_not_there_is_told(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The daemon would not start."""
+    assert checked(directory, 'qemu_img = "/no/such/program"') == 1
+    assert capsys.readouterr().err.startswith("/no/such/program: No such file or directory")
+
+
+def test_a_root_that_is_a_file_or_behind_a_link_is_told(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing in it could be opened."""
+    (directory / "own").rmdir()
+    (directory / "own").symlink_to(directory / "images")
+    (directory / "images").rmdir()
+    (directory / "images").write_text("", encoding="ascii")
+    checked(directory)
+    told = capsys.readouterr().err
+    assert f"roots.images.path: {directory}/images is not a directory\n" in told
+    (directory / "images").unlink()
+    (directory / "images").mkdir()
+    checked(directory)
+    told = capsys.readouterr().err
+    assert f"roots.own.path: {directory}/own leads over a symbolic link" in told

@@ -1,0 +1,216 @@
+"""The policy file on a real file system, and real lookups of names."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from convertd_daemon import policy_bind
+from convertd_daemon.broker import load, names
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+POLICY = """
+[roots.images]
+path = "/srv/images"
+access = "daemon"
+[[grants]]
+users = ["root", "no-such-user"]
+groups = ["root", "no-such-group"]
+read = ["images"]
+"""
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A directory that, with all above it, only root can write: not so /tmp."""
+    path = Path(tempfile.mkdtemp(prefix="convertd-test-", dir="/run"))
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def file(directory: Path) -> Path:
+    """A policy that is fine."""
+    path = directory / "policy.toml"
+    path.write_text(POLICY, encoding="utf-8")
+    path.chmod(0o644)
+    return path
+
+
+def refusal(path: Path | str) -> load.LoadError:
+    """Why a policy is not taken; and it leaves no descriptor open."""
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(load.LoadError) as refused:
+        load.load(str(path))
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+    return refused.value
+
+
+def test_a_policy_is_loaded_with_its_names_looked_up(file: Path) -> None:
+    """What does not exist is a warning, and grants nobody."""
+    loaded = load.load(str(file))
+    assert loaded.policy.rules[0].subjects.uids == loaded.policy.rules[0].subjects.gids == {0}
+    assert [str(warning) for warning in loaded.warnings] == [
+        f"{file}: grants[0].users[1]: there is no user no-such-user",
+        f"{file}: grants[0].groups[1]: there is no group no-such-group",
+    ]
+
+
+def test_a_relative_path_is_taken_from_the_working_directory(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the messages name the whole of it."""
+    monkeypatch.chdir(file.parent)
+    assert load.load(file.name).file == str(file)
+
+
+def test_a_mistake_names_file_key_and_reason(file: Path) -> None:
+    """In this order, parted by colons."""
+    file.write_text("[limits]\njobs = 0", encoding="utf-8")
+    refused = refusal(file)
+    assert (refused.file, refused.key) == (str(file), "limits.jobs")
+    assert str(refused) == f"{file}: limits.jobs: must be from 1 to 256"
+
+
+def test_a_name_that_stands_for_anybody_is_a_mistake(file: Path) -> None:
+    """`nobody` is the uid that every unmapped one reads as."""
+    assert pwd.getpwnam("nobody").pw_uid == 65534
+    file.write_text('[operators]\nusers = ["nobody"]', encoding="utf-8")
+    assert refusal(file).key == "operators.users[0]"
+
+
+@pytest.mark.parametrize("mode", [0o664, 0o646, 0o777])
+def test_a_file_is_refused_that_others_can_write_with_mode(file: Path, mode: int) -> None:
+    """They would decide who may do what."""
+    file.chmod(mode)
+    assert f"{file} can be written by others than root (mode {mode:04o})" in str(refusal(file))
+
+
+@pytest.mark.parametrize("mode", [0o775, 0o757, 0o1777])
+def test_a_directory_above_is_refused_that_others_can_write_with_mode(
+    directory: Path, mode: int
+) -> None:
+    """They could put another file in its place. A sticky bit is no excuse."""
+    above = directory / "etc"
+    (above / "convertd").mkdir(parents=True)
+    file = above / "convertd" / "policy.toml"
+    file.write_text(POLICY, encoding="utf-8")
+    assert load.load(str(file)).file
+    above.chmod(mode)
+    assert f"{above} can be written by others" in str(refusal(file))
+
+
+def test_an_access_control_list_that_lets_another_write_is_refused(file: Path) -> None:
+    """The mask shows in the group's bits."""
+    subprocess.run(["setfacl", "-m", "u:1234:rw", str(file)], check=True)
+    assert "can be written by others" in str(refusal(file))
+
+
+@pytest.mark.parametrize("which", ["file", "directory"])
+def test_what_belongs_to_another_is_refused(file: Path, which: str) -> None:
+    """An owner can give itself the right to write."""
+    owned = {"file": file, "directory": file.parent}[which]
+    os.chown(owned, 1234, 1234)
+    assert f"{owned} belongs to uid 1234, not to root" in str(refusal(file))
+
+
+def test_no_link_is_followed_to_the_file(directory: Path, file: Path) -> None:
+    """Whoever has the link would choose the policy."""
+    link = directory / "link.toml"
+    link.symlink_to(file)
+    assert f"{link} is a symbolic link" in str(refusal(link))
+
+
+def test_no_link_is_followed_on_the_way(directory: Path, file: Path) -> None:
+    """Nor here."""
+    (directory / "real").mkdir()
+    (directory / "link").symlink_to(directory / "real")
+    file.rename(directory / "real" / "policy.toml")
+    assert f"{directory}/link is a symbolic link" in str(
+        refusal(directory / "link" / "policy.toml")
+    )
+
+
+def test_a_file_that_is_not_there_is_told(directory: Path) -> None:
+    """By the name that is missing."""
+    missing = directory / "no" / "policy.toml"
+    assert str(refusal(missing)) == f"{missing}: {directory}/no: No such file or directory"
+
+
+@pytest.mark.parametrize("kind", ["directory", "fifo"])
+def test_what_is_no_file_is_refused_and_not_waited_for(directory: Path, kind: str) -> None:
+    """Opening a FIFO would wait for its writer."""
+    path = directory / "policy.toml"
+    {"directory": path.mkdir, "fifo": lambda: os.mkfifo(path)}[kind]()
+    assert "is not a regular file" in str(refusal(path))
+
+
+def test_a_file_without_end_is_refused(file: Path) -> None:
+    """A policy has a page, not a megabyte."""
+    file.write_text("#" * (load.MAX_BYTES + 1), encoding="ascii")
+    assert "is larger than 1048576 bytes" in str(refusal(file))
+
+
+def test_the_largest_file_is_read(file: Path) -> None:
+    """To its last byte."""
+    file.write_text(POLICY.rjust(load.MAX_BYTES), encoding="ascii")
+    assert len(load.load(str(file)).policy.rules) == 1
+
+
+def test_a_name_that_breaks_the_lookup_is_no_answer() -> None:
+    """An answer that is not whole is none: it would grant less, or more, than it should."""
+    wanted = policy_bind.Wanted(users=frozenset({"root", "a\0b"}))
+    with pytest.raises(names.LookupFailed, match="broke off"):
+        names.resolve(wanted)
+
+
+HANGING = """
+    import os, socket, sys, time
+    from convertd_daemon.broker import load
+    # The C library asks nscd first, and waits for its answer for five seconds.
+    os.mkdir("/run/nscd")
+    nscd = socket.socket(socket.AF_UNIX)
+    nscd.bind("/run/nscd/socket")
+    nscd.listen()
+    with open("/run/policy.toml", "w") as file:
+        file.write('[operators]\\nusers = ["root"]')
+    began = time.monotonic()
+    try:
+        load.load("/run/policy.toml", limit_s=0.5)
+    except load.LoadError as error:
+        print(error, time.monotonic() - began < 2.5, sep="|")
+    try:
+        os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        print("no child is left")
+"""
+
+
+def test_a_directory_service_that_hangs_is_not_waited_for() -> None:
+    """In a mount namespace of its own, nscd accepts and never answers."""
+    script = textwrap.dedent(HANGING)
+    inside = f'mount -t tmpfs -o mode=755 none /run && exec "{sys.executable}" -c "$0"'
+    began = time.monotonic()
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", inside, script],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.splitlines() == [
+        "/run/policy.toml: users and groups could not be looked up in time|True",
+        "no child is left",
+    ]
+    assert time.monotonic() - began < 20
