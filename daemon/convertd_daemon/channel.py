@@ -14,6 +14,7 @@ import array
 import contextlib
 import enum
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
@@ -191,6 +192,7 @@ class AccessReport:
     versions: Versions
 
 
+ToFront = Connected | Waiting | Started | Refused | Ended | JobEntry | Done | AccessReport
 FROM_BROKER: Final = (
     Connected,
     Waiting,
@@ -328,15 +330,22 @@ class Channel:
         except ConnectionResetError as error:
             raise Closed from error
         descriptors = _descriptors_in(ancillary)
+        if data and not seen & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            with _closing_on_error(descriptors):
+                return codec.decode(data, *kinds), descriptors
+        close_all(descriptors)
         if not data:
             raise Closed
-        try:
-            if seen & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-                raise codec.CodecError("a message that is too long")
-            return codec.decode(data, *kinds), descriptors
-        except codec.CodecError:
-            close_all(descriptors)
-            raise
+        raise codec.CodecError("a message that is too long")
+
+
+@contextlib.contextmanager
+def _closing_on_error(descriptors: list[int]) -> Iterator[None]:
+    try:
+        yield
+    except codec.CodecError:
+        close_all(descriptors)
+        raise
 
 
 def close_all(descriptors: list[int]) -> None:

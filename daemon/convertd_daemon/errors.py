@@ -23,7 +23,6 @@ outsiders may rely on. `Failure` is a condition on its way through a channel.
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import re
 from dataclasses import dataclass
@@ -60,8 +59,7 @@ class Failure:
     @property
     def status(self) -> Status:
         """The gRPC status of the reason; INTERNAL for one that no condition has."""
-        known = BY_REASON.get(self.reason, InternalError)
-        return known.status
+        return BY_REASON.get(self.reason, InternalError).status
 
 
 BY_REASON: dict[str, type[ConvertError]] = {}
@@ -91,12 +89,10 @@ class ConvertError(Exception):
 
     def values(self) -> dict[str, object]:
         """The condition's values by name, as they stand in the sentence."""
-        if not dataclasses.is_dataclass(self):
-            return {}
-        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return {name: getattr(self, name) for name in getattr(self, "__dataclass_fields__", ())}
 
     def failure(self) -> Failure:
-        """This condition as it passes between processes."""
+        """The condition as it passes between processes."""
         values = tuple((name, str(value)) for name, value in self.values().items())
         return Failure(reason=self.reason, message=str(self), values=values)
 
@@ -467,7 +463,7 @@ class DurationExceeded(DeadlineExceeded):
 
 
 class Unimplemented(ConvertError):
-    """This convertd, qemu-img or kernel can't do that."""
+    """Not with the convertd, the qemu-img or the kernel that is here."""
 
     status = Status.UNIMPLEMENTED
 

@@ -288,7 +288,7 @@ class ImageInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Warned:
-    """Something that was not asked about and that the caller should know: for programs and people."""
+    """Something that was not asked about and that the caller should know."""
 
     reason: str
     message: str

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
     from convertd_daemon.broker.accept import Connection
     from convertd_daemon.broker.listen import Listener
-    from convertd_daemon.job.qemu_img import Setup
     from convertd_daemon.policy import Policy
     from convertd_daemon.sandbox.identity import Identity
+    from convertd_daemon.sandbox.setup import Setup
 
 log = logging.getLogger(__name__)
 

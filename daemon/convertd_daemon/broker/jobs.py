@@ -17,7 +17,7 @@ from convertd_daemon.job import main as job_main
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from convertd_daemon.job.qemu_img import Setup
+    from convertd_daemon.sandbox.setup import Setup
 
 
 class State(enum.Enum):
@@ -105,8 +105,8 @@ class Job:
 class Jobs:
     """All jobs, and the two lanes in which they wait.
 
-    Conversions queue in one; whatever is only a look (Inspect, validate_only) goes by the other, and
-    so never waits behind a conversion.
+    Conversions queue in one; whatever is only a look (Inspect, validate_only) goes by the other,
+    and so never waits behind a conversion.
     """
 
     def __init__(self, limits: model.Limits) -> None:

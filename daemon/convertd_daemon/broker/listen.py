@@ -48,7 +48,7 @@ def listen(path: str) -> Listener:
 
 
 def _passed() -> socket.socket | None:
-    """The descriptor by socket activation. The variables are taken out, so that no child sees them."""
+    """The descriptor by socket activation. No child will see the variables that told of it."""
     pid = os.environ.pop("LISTEN_PID", "")
     count = os.environ.pop("LISTEN_FDS", "")
     os.environ.pop("LISTEN_FDNAMES", None)

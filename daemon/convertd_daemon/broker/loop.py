@@ -9,7 +9,7 @@ import select
 import signal
 import socket
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +37,7 @@ class Loop:
         self._running = True
 
     def watch(self, fd: int, events: int, handler: Handler) -> None:
-        """Call the handler when one of the events, or a hang-up, is there; or change what to wait for."""
+        """Call the handler at one of the events, or a hang-up; or change what to wait for."""
         if fd in self._handlers:
             self._epoll.modify(fd, events)
         else:
@@ -89,5 +89,5 @@ class Loop:
             self._signals[number]()
 
 
-def _noted_by_the_wakeup_fd(_number: int, _frame: Any) -> None:
-    """Python calls this after it wrote the number to the wakeup descriptor. Nothing is left to do."""
+def _noted_by_the_wakeup_fd(_number: int, _frame: object) -> None:
+    """Do nothing: Python has written the number to the wakeup descriptor already."""

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Final
 
 from convertd_daemon import channel
 from convertd_daemon.broker import broker, listen, load, selftest, startup
-from convertd_daemon.job.qemu_img import Setup
 from convertd_daemon.kernel import prctl
 from convertd_daemon.sandbox import errors as sandbox_errors
 from convertd_daemon.sandbox import limits, narrow, seccomp
+from convertd_daemon.sandbox.setup import Setup
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         sandbox_errors.SandboxError,
         OSError,
     ) as error:
-        print(f"convertd: {error}", file=sys.stderr)
+        sys.stderr.write(f"convertd: {error}\n")
         return 1
 
 

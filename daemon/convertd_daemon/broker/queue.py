@@ -1,4 +1,4 @@
-"""Who is next: round robin over users, so that one who asks often waits behind nobody but himself."""
+"""Who is next: round robin over users, so that who asks often makes nobody wait but himself."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from convertd_daemon.kernel import close_range
 from convertd_daemon.sandbox import limits
 
 if TYPE_CHECKING:
-    from convertd_daemon.job.qemu_img import Setup
+    from convertd_daemon.sandbox.setup import Setup
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import logging
 import socket
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from convertd_daemon import channel, codec, errors
 
@@ -51,7 +51,7 @@ class Call:
         self._heard.append(message)
         self._news.set()
 
-    async def next(self) -> Any:
+    async def next(self) -> object:
         """Wait for the next message.
 
         Raises:
@@ -75,7 +75,8 @@ class Call:
         asyncio.get_running_loop().add_reader(descriptor, self._listen)
 
     def _listen(self) -> None:
-        assert self._line is not None
+        if self._line is None:
+            return
         try:
             while True:
                 message, descriptors = self._line.receive(*channel.FROM_JOB, wait=False)
@@ -161,7 +162,7 @@ class Link:
         except channel.Closed:
             self._close()
 
-    def _deal(self, message: Any, descriptors: list[int]) -> None:
+    def _deal(self, message: channel.ToFront, descriptors: list[int]) -> None:
         match message:
             case channel.Connected(connection=number):
                 self.relay.carry(number, descriptors.pop())

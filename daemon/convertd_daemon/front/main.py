@@ -1,8 +1,8 @@
 """How the front begins and ends.
 
-It is executed by the broker, as a user of its own and with one descriptor: its channel. It imports all
-it will ever need, locks itself in, and only then makes a gRPC server, whose threads inherit the lock:
-Landlock, no_new_privs and seccomp bind a thread and those it starts, not those that run already.
+It is executed by the broker, as a user of its own and with one descriptor: its channel. It imports
+all it will ever need, locks itself in, and only then makes a gRPC server, whose threads inherit the
+lock: Landlock, no_new_privs and seccomp bind a thread and those it starts, none that runs already.
 """
 
 from __future__ import annotations

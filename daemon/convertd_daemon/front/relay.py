@@ -1,10 +1,10 @@
 """Carry each connection's bytes between the peer and gRPC, so that a call tells whose it is.
 
 grpcio can neither adopt an accepted socket nor tell a peer's credentials. So gRPC listens at a path
-that only this process can reach, and each connection is carried there over a socket bound to a fresh
-abstract name: `context.peer()` of a call is that name, and a table leads from it to the number that the
-broker gave the connection. The name means nothing and is no secret: every uid can read it in
-/proc/net/unix, and nobody else can connect to where it counts.
+that only this process can reach, and each connection is carried there over a socket bound to a
+fresh abstract name: `context.peer()` of a call is that name, and a table leads from it to the
+number that the broker gave the connection. The name means nothing and is no secret: every uid can
+read it in /proc/net/unix, and nobody else can connect to where it counts.
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ class Relay:
             # First forget the name, then close: nobody may find it under somebody else's number.
             stack.callback(self._numbers.pop, peer, None)
             try:
-                await _connect(loop, upstream, self.upstream_path)
+                await _connect(upstream, self.upstream_path)
                 await _join(loop, downstream, upstream)
             except OSError as error:
                 log.debug("connection %d ended error=%s", number, error)
 
 
-async def _connect(loop: asyncio.AbstractEventLoop, sock: socket.socket, path: str) -> None:
-    """Connect; a backlog that is full, which AF_UNIX answers with EAGAIN, has room a little later."""
+async def _connect(sock: socket.socket, path: str) -> None:
+    """Connect; a full backlog, which AF_UNIX answers with EAGAIN, has room a little later."""
     pause_s = 0.001
     while True:
         try:

@@ -6,10 +6,10 @@ import functools
 import logging
 import secrets
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from convertd.v1 import convert_pb2 as pb
 from convertd_daemon import channel, errors, model
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
 
 log = logging.getLogger(__name__)
+
+Q = TypeVar("Q", bound=Message)
+R = TypeVar("R", bound=Message)
 
 SERVICE: Final = "convertd.v1.ConvertService"
 
@@ -43,44 +46,41 @@ class ConvertService:
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The calls by name, as gRPC wants them."""
-        unary = {
-            "Inspect": (self.inspect, pb.InspectRequest),
-            "ListJobs": (self.list_jobs, pb.ListJobsRequest),
-            "CancelJob": (self.cancel_job, pb.CancelJobRequest),
-            "GetAccess": (self.get_access, pb.GetAccessRequest),
-            "GetStats": (self.get_stats, pb.GetStatsRequest),
-        }
-        handlers = {
-            name: grpc.unary_unary_rpc_method_handler(
-                functools.partial(self._unary, method),
-                request_deserializer=functools.partial(_parse, kind),
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            "Inspect": self._unary(self.inspect, pb.InspectRequest),
+            "ListJobs": self._unary(self.list_jobs, pb.ListJobsRequest),
+            "CancelJob": self._unary(self.cancel_job, pb.CancelJobRequest),
+            "GetAccess": self._unary(self.get_access, pb.GetAccessRequest),
+            "GetStats": self._unary(self.get_stats, pb.GetStatsRequest),
+            "Convert": grpc.unary_stream_rpc_method_handler(
+                self._convert,
+                request_deserializer=_parser(pb.ConvertRequest),
                 response_serializer=_serialize,
-            )
-            for name, (method, kind) in unary.items()
+            ),
         }
-        handlers["Convert"] = grpc.unary_stream_rpc_method_handler(
-            self._convert,
-            request_deserializer=functools.partial(_parse, pb.ConvertRequest),
-            response_serializer=_serialize,
-        )
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
-    async def _unary(
-        self, method: Callable[[Any, int], Awaitable[Any]], request: object, context: Context
-    ) -> Any:
-        try:
-            return await method(_parsed(request), self._connection_of(context))
-        except Exception as error:
-            await _fail(context, error)
+    def _unary(
+        self, method: Callable[[Q, int], Awaitable[R]], kind: type[Q]
+    ) -> grpc.RpcMethodHandler[Q | Unparsable, R]:
+        async def answer(request: Q | Unparsable, context: Context) -> R:
+            try:
+                return await method(_parsed(request), self._connection_of(context))
+            except Exception as error:  # noqa: BLE001 - no traceback goes to a caller
+                await _fail(context, error)
+
+        return grpc.unary_unary_rpc_method_handler(
+            answer, request_deserializer=_parser(kind), response_serializer=_serialize
+        )
 
     async def _convert(
-        self, request: object, context: Context
+        self, request: pb.ConvertRequest | Unparsable, context: Context
     ) -> AsyncIterator[pb.ConvertResponse]:
         try:
             events = self.convert(_parsed(request), self._connection_of(context))
             async for event in events:
                 yield event
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - no traceback goes to a caller
             await _fail(context, error)
 
     def _connection_of(self, context: Context) -> int:
@@ -135,7 +135,7 @@ class ConvertService:
             return pb.CancelJobResponse(job=jobs[0])
 
     async def _jobs(self, call: Call) -> AsyncIterator[pb.Job]:
-        while not isinstance(said := await _next(call), channel.Done):
+        while isinstance(said := await _next(call), channel.JobEntry):
             yield translate.job(said, self.progress.get(said.job_id))
 
     async def get_access(
@@ -143,7 +143,8 @@ class ConvertService:
     ) -> pb.GetAccessResponse:
         """GetAccess: who the caller is, and what it may do."""
         with self.broker.call(functools.partial(_access_message, connection)) as call:
-            report = await _next(call)
+            while not isinstance(report := await _next(call), channel.AccessReport):
+                log.error("not an answer to GetAccess: %s", report)
             call.over = True
             return translate.access(report)
 
@@ -219,7 +220,7 @@ class Ends(Exception):
         self.failure = failure
 
 
-async def _next(call: Call) -> Any:
+async def _next(call: Call) -> object:
     """The next message about a call that is not its failure.
 
     Raises:
@@ -235,7 +236,7 @@ async def _next(call: Call) -> Any:
     raise Ends(failure)
 
 
-async def _fail(context: Context, error: Exception) -> None:
+async def _fail(context: Context, error: Exception) -> NoReturn:
     """End a call as the table of conditions says; whatever is not in it is a bug."""
     match error:
         case grpc.aio.AbortError():
@@ -252,15 +253,19 @@ async def _fail(context: Context, error: Exception) -> None:
             await status.abort(context, errors.InternalError(error_id=error_id).failure())
 
 
-def _parse(kind: Any, data: bytes) -> object:
-    """Parse a request. gRPC would answer bytes that are none with UNKNOWN and no reason."""
-    try:
-        return kind.FromString(data)
-    except DecodeError:
-        return Unparsable()
+def _parser(kind: type[Q]) -> Callable[[bytes], Q | Unparsable]:
+    """Give what parses a request. gRPC answers bytes that are none with UNKNOWN and no reason."""
+
+    def parse(data: bytes) -> Q | Unparsable:
+        try:
+            return kind.FromString(data)
+        except DecodeError:
+            return Unparsable()
+
+    return parse
 
 
-def _parsed(request: Any) -> Any:
+def _parsed(request: Q | Unparsable) -> Q:
     """The request, if it is one.
 
     Raises:
@@ -271,9 +276,8 @@ def _parsed(request: Any) -> Any:
     return request
 
 
-def _serialize(message: Any) -> bytes:
-    data: bytes = message.SerializeToString()
-    return data
+def _serialize(message: Message) -> bytes:
+    return message.SerializeToString()
 
 
 def _convert_message(connection: int, request: model.ConvertRequest, call: int) -> object:

@@ -11,7 +11,7 @@ import contextlib
 import select
 import signal
 import time
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from convertd_daemon import channel, errors, model
 
@@ -63,7 +63,7 @@ class Leash:
             raise Cut from error
 
     def progress(self, phase: model.Phase, percent: float = 0.0) -> None:
-        """Send how far the job is, or drop it if the front is behind: a job never waits for that."""
+        """Send how far the job is; dropped if the front is behind: a job never waits for that."""
         message = channel.Progressed(progress=model.Progress(phase=phase, percent=percent))
         try:
             self.line.send(message, wait=False)
@@ -76,7 +76,7 @@ def end_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, _cut)
 
 
-def _cut(_number: int, _frame: Any) -> NoReturn:
+def _cut(_number: int, _frame: object) -> NoReturn:
     raise Cut
 
 

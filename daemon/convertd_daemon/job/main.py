@@ -1,8 +1,8 @@
 """How a job begins and ends: forked from the broker, or as a program of its own.
 
-As a program (`python -m convertd_daemon.job`) it reads one message, a grant to itself, from the
-channel on standard input, and answers there with the same events: that is how somebody converts with
-nobody's rights but his own, without a daemon.
+As a program (`python -m convertd_daemon.job`) it reads one message, its order, from the channel on
+standard input, and answers there with the same events: that is how somebody converts with nobody's
+rights but his own, without a daemon.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from convertd_daemon import channel, errors, model
 from convertd_daemon.job import leash, own, pipeline, qemu_img, rights
 from convertd_daemon.kernel import close_range, prctl
 from convertd_daemon.sandbox import seccomp
+from convertd_daemon.sandbox.setup import Setup
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +30,7 @@ JobGrant = model.Grant | model.InspectGrant
 
 
 def forked(
-    job_id: str, grant: JobGrant, line: channel.Channel, setup: qemu_img.Setup, broker: int
+    job_id: str, grant: JobGrant, line: channel.Channel, setup: Setup, broker: int
 ) -> NoReturn:
     """Be the job, in the child that the broker just forked. Never returns.
 
@@ -59,14 +60,14 @@ def main() -> int:
     line = channel.Channel(socket.socket(fileno=os.dup(0)))
     os.umask(0o077)
     order, _ = line.receive(channel.Order)
-    setup = qemu_img.Setup(
+    setup = Setup(
         path=order.qemu_img, identity=None, seccomp=seccomp.compile_profile(seccomp.QEMU_IMG)
     )
     _work(lambda: own.grant(order), line, setup)
     return 0
 
 
-def _work(asked: Callable[[], JobGrant], line: channel.Channel, setup: qemu_img.Setup) -> None:
+def _work(asked: Callable[[], JobGrant], line: channel.Channel, setup: Setup) -> None:
     """Do what is granted, and say how it ended, unless somebody cut it short and knows."""
     leash.end_on_sigterm()
     try:

@@ -1,7 +1,7 @@
 """The grant that somebody has without a daemon: to whatever its own rights allow.
 
-Nothing is decided here that the kernel does not decide again: the job runs with its caller's uid and
-no capability of the daemon's.
+Nothing is decided here that the kernel does not decide again: the job runs with its caller's uid
+and no capability of the daemon's.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """From names to descriptors. After this module a path is never a string again.
 
 Fails closed. Each name is resolved once, by openat2(2), and what it led to is kept: whoever moves,
-swaps or links files meanwhile changes nothing for us. A root is resolved anew by each job, from `/`:
-a descriptor of it kept since the start would outlive an unmount or a swap of the root.
+swaps or links files meanwhile changes nothing for us. A root is resolved anew by each job, from
+`/`: a descriptor of it kept since the start would outlive an unmount or a swap of the root.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The way of one job, from a grant to a published image. Read this page first.
 
-Each step takes what the earlier ones made, so that none can be left out. Everything opened is closed,
-and everything unpublished gone, when the function is left, by whichever door.
+Each step takes what the earlier ones made, so that none can be left out. Everything opened is
+closed, and everything unpublished gone, when the function is left, by whichever door.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 What holds, and what does not:
 
-- Before the name appears, everything the result consists of is on disk (fsync of the descriptor that
-  has been open since before the first write), with its owner and its mode.
+- Before the name appears, everything the result consists of is on disk (fsync of the descriptor
+  that has been open since before the first write), with its owner and its mode.
 - The name appears by linkat(2), which refuses a name that exists. To overwrite, the result is given
   a temporary name and rename(2) puts it over the old file: a reader sees the old one whole or the
   new one whole. A kill between the two leaves a complete temporary, which the next job that
@@ -85,7 +85,7 @@ def _dress(result: Result) -> None:
 
 
 def _take_name(grant: model.Grant, target: Target, result: Result) -> bool:
-    """Make the name lead to the result, over what is there if that was asked for; was there any?"""
+    """Make the name lead to the result; True if it was another file's before."""
     try:
         _link(target, result, target.name)
     except FileExistsError:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from convertd_daemon.job.leash import Leash
     from convertd_daemon.sandbox import limits
+    from convertd_daemon.sandbox.setup import Setup
 
 log = logging.getLogger(__name__)
 
@@ -30,18 +31,6 @@ MAX_OUTPUT_BYTES: Final = 1024 * 1024
 
 LOOK_S: Final = 1.0
 """How often a program that says nothing is looked at."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
-    """Which qemu-img there is, as whom it runs, and its compiled seccomp filter.
-
-    An identity of None keeps the job's own rights.
-    """
-
-    path: str
-    identity: enter.Identity | None
-    seccomp: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +123,7 @@ class Runner:
 
 
 def _is_closed_to(identity: enter.Identity | None, fd: int) -> bool:
-    """Whether the worker needs CAP_DAC_READ_SEARCH for this inode. Asks the kernel, as the worker."""
+    """Whether the worker needs CAP_DAC_READ_SEARCH for an inode: the kernel is asked, as it."""
     return identity is not None and not rights.can_read(identity, fd)
 
 

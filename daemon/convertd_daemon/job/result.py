@@ -128,7 +128,7 @@ def _unlink(grant: model.Grant, target: Target, name: str) -> None:
 
 
 def _open_to(worker: Identity, fd: int, owner: int) -> None:
-    """Let the worker's group write the inode: it is its owner's from the first byte, quota and all."""
+    """Let the worker's group write the inode, which is its owner's from the first byte."""
     # A default ACL of the directory would mask the group's bits.
     with contextlib.suppress(OSError):
         os.removexattr(fd, _ACL)

@@ -34,8 +34,8 @@ def of(root: model.Root, peer: model.Peer) -> Iterator[None]:
     """Take on the rights with which a root's files are opened and created.
 
     For `access = "caller"` these are the caller's uid, gid and groups as the kernel told them at
-    connect: with a file-system uid that is not 0 the kernel takes CAP_DAC_*, CAP_FOWNER and CAP_CHOWN
-    out of the effective set until the uid is 0 again, unless the caller is root itself.
+    connect: with a file-system uid that is not 0 the kernel takes CAP_DAC_*, CAP_FOWNER and
+    CAP_CHOWN out of the effective set until the uid is 0 again, unless the caller is root itself.
     Source: setfsuid(2), capabilities(7).
     """
     if root.access is not model.Access.CALLER:

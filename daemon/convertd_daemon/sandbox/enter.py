@@ -271,7 +271,7 @@ def _arrange_descriptors(ends: _Ends) -> None:
     for number, descriptor in enumerate((ends.null, ends.stdout, ends.stderr)):
         os.dup2(descriptor, number)
     for descriptor in ends.inherit:
-        os.set_inheritable(descriptor, True)  # noqa: FBT003 - os names no such keyword
+        os.set_inheritable(descriptor, True)
     limits.raise_descriptors()
     os.dup2(ends.program, limits.PROGRAM_DESCRIPTOR, inheritable=False)
 

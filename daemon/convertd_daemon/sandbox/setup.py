@@ -1,0 +1,17 @@
+"""What a job needs to know before it can start qemu-img in the sandbox."""
+
+from dataclasses import dataclass
+
+from convertd_daemon.sandbox.identity import Identity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """Which qemu-img there is, as whom it runs, and its compiled seccomp filter.
+
+    An identity of None keeps the job's own rights.
+    """
+
+    path: str
+    identity: Identity | None
+    seccomp: bytes
