@@ -124,6 +124,7 @@ def spawn(
     with contextlib.ExitStack() as ours:
         with contextlib.ExitStack() as theirs:
             with _failing_as(Stage.PREPARE):
+                _check_standard_descriptors()
                 stdout, stdout_end = _pipe(ours, theirs)
                 stderr, stderr_end = _pipe(ours, theirs)
                 report, report_end = _pipe(ours, theirs)
@@ -182,10 +183,14 @@ def _ruleset(program: int, confinement: Confinement) -> int:
     return landlock.ruleset(rules, abi=confinement.abi)
 
 
-def _check_numbers(ends: _Ends) -> None:
-    """Make sure that none of the child's dup2(2) hits a descriptor that is still needed."""
+def _check_standard_descriptors() -> None:
+    """Make sure that no number is free which the child's dup2(2) will overwrite."""
     for standard in range(_FIRST_FREE):
-        os.fstat(standard)  # a closed one would have been given to one of `ends`
+        os.fstat(standard)
+
+
+def _check_numbers(ends: _Ends) -> None:
+    """Make sure that the program's place is not one that the child still needs."""
     if max(ends.descriptors()) >= limits.PROGRAM_DESCRIPTOR:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
