@@ -1,0 +1,278 @@
+"""Processes of ours that go on running: broker, front and job give up what they don't need."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from children import errno_of, in_child
+
+from convertd_daemon.kernel import capabilities, prctl
+from convertd_daemon.kernel.capabilities import Capability
+from convertd_daemon.sandbox import confine, errors, identity, landlock, narrow, seccomp
+from convertd_daemon.sandbox.identity import Identity
+
+FRONT = Identity(uid=1501, gid=1501)
+
+
+def status_of_threads() -> list[dict[str, str]]:
+    """Read what the kernel shows of every thread."""
+    return [
+        dict(line.split(":\t", 1) for line in (task / "status").read_text().splitlines())
+        for task in Path("/proc/self/task").iterdir()
+    ]
+
+
+class TestBroker:
+    """narrow_broker()."""
+
+    def test_seven_capabilities_are_left(self) -> None:
+        """And no way to more: bounding set, ambient set, no_new_privs."""
+
+        def act() -> dict[str, str]:
+            every = frozenset(capabilities.capget().permitted)
+            capabilities.capset(
+                capabilities.Sets(effective=every, permitted=every, inheritable=every)
+            )
+            prctl.cap_ambient_raise(Capability.SYS_ADMIN)
+            narrow.narrow_broker()
+            return status_of_threads()[0]
+
+        status = in_child(act)
+        seven = sum(1 << capability for capability in narrow.BROKER)
+        assert seven.bit_count() == 7
+        assert [int(status[name], 16) for name in ("CapPrm", "CapEff", "CapBnd")] == [seven] * 3
+        assert [int(status[name], 16) for name in ("CapInh", "CapAmb")] == [0, 0]
+        assert status["NoNewPrivs"] == "1"
+
+    def test_narrowing_twice_changes_nothing(self) -> None:
+        """As under a unit that has narrowed already, without CAP_SETPCAP."""
+
+        def act() -> bool:
+            narrow.narrow_broker()
+            once = capabilities.capget()
+            narrow.narrow_broker()
+            return capabilities.capget() == once
+
+        assert in_child(act)
+
+    def test_without_a_capability_that_it_needs_it_does_not_start(self) -> None:
+        """All that are missing are named."""
+
+        def act() -> str:
+            few = narrow.BROKER - {Capability.KILL, Capability.CHOWN}
+            capabilities.capset(capabilities.Sets(effective=few, permitted=few))
+            with pytest.raises(errors.CapabilityMissing) as refused:
+                narrow.narrow_broker()
+            return str(refused.value)
+
+        assert in_child(act) == "this process lacks CAP_CHOWN, CAP_KILL"
+
+    def test_a_bounding_set_that_can_not_be_narrowed_is_an_error(self) -> None:
+        """Not silently left wide."""
+
+        def act() -> str:
+            capabilities.capset(capabilities.Sets(effective=narrow.BROKER, permitted=narrow.BROKER))
+            with pytest.raises(errors.CapabilityMissing) as refused:
+                narrow.narrow_broker()
+            return str(refused.value)
+
+        assert in_child(act) == "this process lacks CAP_SETPCAP"
+
+    def test_it_can_still_do_its_work(self, tmp_path: Path) -> None:
+        """Read what is another's, give away, end another's process."""
+        (tmp_path / "file").touch(0o000)
+        os.chown(tmp_path / "file", 4321, 4321)
+
+        def act() -> tuple[list[str], int]:
+            narrow.narrow_broker()
+            victim = os.fork()
+            if victim == 0:
+                identity.assume(FRONT)
+                identity.limit_capabilities(())
+                signal.pause()
+            name = tmp_path / "file"
+            results = [
+                errno_of(lambda: os.open(name, os.O_RDWR)),
+                errno_of(lambda: os.chown(name, 1234, 1234)),
+                errno_of(lambda: os.chmod(name, 0o600)),
+                errno_of(lambda: os.kill(victim, signal.SIGKILL)),
+                errno_of(lambda: os.mknod(tmp_path / "disk", 0o60600, os.makedev(7, 0))),
+                errno_of(lambda: socket.sethostname("x")),
+            ]
+            return results, os.waitpid(victim, 0)[1]
+
+        assert in_child(act) == ([*["done"] * 4, "EPERM", "EPERM"], signal.SIGKILL)
+
+
+class TestFront:
+    """confine_front()."""
+
+    @pytest.fixture
+    def private(self, tmp_path: Path) -> Path:
+        """Give the front's own directory."""
+        os.chown(tmp_path, FRONT.uid, FRONT.gid)
+        return tmp_path
+
+    @pytest.fixture
+    def confine_here(self, private: Path) -> Callable[[], None]:
+        """Give what makes a child the front, in its directory."""
+        compiled = seccomp.compile_profile(seccomp.FRONT)
+        directory = os.open(private, os.O_PATH)
+
+        def enter() -> None:
+            identity.assume(FRONT)
+            identity.limit_capabilities(())
+            confine.confine_front(directory, compiled)
+            os.fchdir(directory)
+
+        return enter
+
+    def test_its_own_sockets_and_threads_work(self, confine_here: Callable[[], None]) -> None:
+        """Bind in its directory, connect, unlink; start threads afterwards; randomness."""
+
+        def act() -> bytes:
+            confine_here()
+            with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as client:
+                server.bind("own")
+                server.listen()
+                client.bind("")  # an abstract name, as the relay's upstream ends have
+                accepting = threading.Thread(target=lambda: server.accept()[0].sendall(b"hello"))
+                accepting.start()
+                client.connect("own")
+                accepting.join()
+                os.unlink("own")
+                with open("/dev/urandom", "rb") as random:
+                    return client.recv(9) + random.read(0)
+
+        assert in_child(act) == b"hello"
+
+    def test_nothing_else_does(self, confine_here: Callable[[], None]) -> None:
+        """Files, programs, networks, other processes."""
+        parent = os.getpid()
+
+        def act() -> dict[str, str]:
+            confine_here()
+            return {
+                "read": errno_of(lambda: os.open("/etc/passwd", os.O_RDONLY)),
+                "proc": errno_of(lambda: os.open("/proc/self/status", os.O_RDONLY)),
+                "create": errno_of(lambda: os.open("file", os.O_CREAT | os.O_WRONLY)),
+                "mkdir": errno_of(lambda: os.mkdir("directory")),
+                "program": errno_of(lambda: os.execv("/bin/true", ["true"])),
+                "fork": errno_of(os.fork),
+                "tcp": errno_of(socket.socket),
+                "signal": errno_of(lambda: os.kill(parent, 0)),
+                "chmod": errno_of(lambda: os.chmod(".", 0o700)),
+                "namespace": errno_of(unshare_user_namespace),
+            }
+
+        assert in_child(act) == {
+            "read": "EACCES",
+            "proc": "EACCES",
+            "create": "EACCES",
+            "mkdir": "EACCES",
+            "program": "EPERM",
+            "fork": "EPERM",
+            "tcp": "EAFNOSUPPORT",
+            "signal": "EPERM",
+            "chmod": "EPERM",
+            "namespace": "EPERM",
+        }
+
+    def test_every_thread_that_starts_later_is_confined(
+        self, confine_here: Callable[[], None]
+    ) -> None:
+        """Shown by the kernel, which we ask from outside."""
+        read_end, write_end = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                confine_here()
+                for _ in range(3):
+                    threading.Thread(target=signal.pause, daemon=True).start()
+                os.write(write_end, b"x")
+                signal.pause()
+            finally:
+                os._exit(1)
+        os.close(write_end)
+        assert os.read(read_end, 1) == b"x"
+        tasks = [
+            dict(line.split(":\t", 1) for line in (task / "status").read_text().splitlines())
+            for task in Path(f"/proc/{pid}/task").iterdir()
+        ]
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        assert len(tasks) == 4
+        for task in tasks:
+            assert (task["NoNewPrivs"], task["Seccomp"]) == ("1", "2")
+            assert [int(task[name], 16) for name in ("CapPrm", "CapEff", "CapAmb")] == [0] * 3
+            assert task["Uid"].split() == [str(FRONT.uid)] * 4
+
+
+def unshare_user_namespace() -> None:
+    """Call unshare(CLONE_NEWUSER)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(0x10000000):
+        raise OSError(ctypes.get_errno(), "unshare")
+
+
+@pytest.mark.parametrize("what", ["front", "job"])
+def test_a_process_with_threads_is_not_half_confined(qemu_img: int, what: str) -> None:
+    """The others would stay free."""
+    enter = {
+        "front": functools.partial(confine.confine_front, "/", b""),
+        "job": functools.partial(confine.confine_job, qemu_img, ()),
+    }[what]
+
+    def act() -> bool:
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+        with pytest.raises(ValueError, match="several threads"):
+            enter()
+        return prctl.get_no_new_privs()
+
+    assert in_child(act) is False
+
+
+def test_a_job_reaches_its_own_places_only(qemu_img: int, tmp_path: Path) -> None:
+    """Read here, publish there, and signal nobody outside, though it has the broker's rights."""
+    for name in ("read", "write", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("x")
+    parent = os.getpid()
+
+    def act() -> dict[str, str]:
+        narrow.narrow_broker()
+        rules = [
+            landlock.Rule(where=str(tmp_path / "read"), access=landlock.READ_BENEATH),
+            landlock.Rule(where=str(tmp_path / "write"), access=landlock.PUBLISH_IN),
+        ]
+        confine.confine_job(qemu_img, rules)
+        create = os.O_CREAT | os.O_WRONLY
+        return {
+            "read": errno_of(lambda: os.open(tmp_path / "read" / "file", os.O_RDONLY)),
+            "write to read": errno_of(lambda: os.open(tmp_path / "read" / "file", os.O_RDWR)),
+            "create": errno_of(lambda: os.open(tmp_path / "write" / "new", create)),
+            "remove": errno_of(lambda: os.unlink(tmp_path / "write" / "file")),
+            "create elsewhere": errno_of(lambda: os.open(tmp_path / "other" / "n", create)),
+            "read elsewhere": errno_of(lambda: os.open(tmp_path / "other" / "file", os.O_RDONLY)),
+            "another program": errno_of(lambda: os.execv("/bin/true", ["true"])),
+            "the broker": errno_of(lambda: os.kill(parent, 0)),
+        }
+
+    assert in_child(act) == {
+        "read": "done",
+        "write to read": "EACCES",
+        "create": "done",
+        "remove": "done",
+        "create elsewhere": "EACCES",
+        "read elsewhere": "EACCES",
+        "another program": "EACCES",
+        "the broker": "EPERM",
+    }

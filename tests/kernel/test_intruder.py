@@ -1,0 +1,327 @@
+"""What a qemu-img that an image has taken over can do: a Python in its place tries."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from children import in_child
+
+from convertd_daemon.kernel import capabilities
+from convertd_daemon.sandbox import enter, narrow
+
+if TYPE_CHECKING:
+    from intruder import Intruder
+
+
+# The scripts below make system calls by number.
+pytestmark = pytest.mark.skipif(
+    platform.machine() != "x86_64", reason=f"needs x86_64, this is {platform.machine()}"
+)
+
+ALL_ABIS = pytest.mark.parametrize("abi", [1, 2, 3, 4, 5, 6, None])
+RIGHTS = pytest.mark.parametrize("read_search", [False, True], ids=["no cap", "read_search"])
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """Give a directory in which everybody may do everything, as far as its mode goes."""
+    directory = Path("/var/tmp") / f"convertd-intruder-{os.getpid()}"  # noqa: S108
+    directory.mkdir(mode=0o777)
+    directory.chmod(0o777)
+    file = directory / "file"
+    file.write_text("x")
+    file.chmod(0o666)
+    os.chown(file, 1500, 1500)  # even what belongs to the worker's own uid
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(directory / "socket"))
+        (directory / "socket").chmod(0o777)
+        server.listen()
+        yield directory
+    for path in directory.iterdir():
+        path.unlink()
+    directory.rmdir()
+
+
+@ALL_ABIS
+@RIGHTS
+def test_no_file_is_within_reach(
+    intruder: Intruder, public: Path, abi: int | None, *, read_search: bool
+) -> None:
+    """Neither by name, nor by number, nor its metadata; even one that the uid owns."""
+    script = f"""
+file, link = {str(public / "file")!r}, {str(public / "new")!r}
+directory = {str(public)!r}
+handle = ctypes.create_string_buffer(b"\\x80" + bytes(7) + bytes(128))
+attempt("read", lambda: os.open(file, os.O_RDONLY))
+attempt("write", lambda: os.open(file, os.O_WRONLY))
+attempt("read /etc/passwd", lambda: os.open("/etc/passwd", os.O_RDONLY))
+attempt("read /proc", lambda: os.open("/proc/self/status", os.O_RDONLY))
+attempt("list", lambda: os.listdir(directory))
+attempt("create", lambda: os.open(link, os.O_CREAT | os.O_WRONLY))
+attempt("unnamed", lambda: os.open(directory, os.O_TMPFILE | os.O_WRONLY))
+attempt("mkdir", lambda: os.mkdir(link))
+attempt("symlink", lambda: os.symlink(file, link))
+attempt("link", lambda: os.link(file, link))
+attempt("rename", lambda: os.rename(file, link))
+attempt("unlink", lambda: os.unlink(file))
+attempt("mkfifo", lambda: os.mkfifo(link))
+attempt("truncate", lambda: os.truncate(file, 0))
+attempt("chmod", lambda: os.chmod(file, 0o777))
+attempt("chown", lambda: os.chown(file, 1500, 1500))
+attempt("utime", lambda: os.utime(file))
+attempt("setxattr", lambda: os.setxattr(file, "user.a", b"x"))
+attempt("removexattr", lambda: os.removexattr(file, "user.a"))
+attempt("by handle", lambda: call(304, -100, handle, os.O_RDONLY))
+attempt("to handle", lambda: call(303, -100, file.encode(), handle, handle, 0))
+attempt("inotify", lambda: call(294, 0))
+attempt("chroot", lambda: os.chroot(directory))
+attempt("memfd", lambda: os.memfd_create("m"))
+"""
+    governed_by_landlock = {
+        "read", "write", "read /etc/passwd", "read /proc", "list", "create", "unnamed", "mkdir",
+        "symlink", "link", "rename", "unlink", "mkfifo",
+    }  # fmt: skip
+    outcomes = intruder.but(keep_read_search=read_search, abi=abi).tries(script)
+    assert len(outcomes) == 24
+    assert outcomes == {
+        name: "EACCES" if name in governed_by_landlock else "EPERM" for name in outcomes
+    }
+    assert (public / "file").read_text() == "x"
+    assert sorted(os.listdir(public)) == ["file", "socket"]
+
+
+@ALL_ABIS
+def test_no_other_process_is_within_reach(intruder: Intruder, abi: int | None) -> None:
+    """Not even one of the same uid, which another job's qemu-img is."""
+    victim = os.fork()
+    if victim == 0:
+        os.setresuid(1500, 1500, 1500)
+        signal.pause()
+    script = f"""
+victim, limit = {victim}, (ctypes.c_uint64 * 2)(0, 0)
+attempt("kill", lambda: os.kill(victim, 0))
+attempt("kill all", lambda: os.kill(-1, 0))
+attempt("tkill", lambda: call(200, victim, 0))
+attempt("tgkill", lambda: call(234, victim, victim, 0))
+attempt("sigqueue", lambda: call(129, victim, 9, limit))
+attempt("pidfd", lambda: os.pidfd_open(victim))
+attempt("ptrace", lambda: call(101, 16, victim, 0, 0))
+attempt("traceme", lambda: call(101, 0, 0, 0, 0))
+attempt("read memory", lambda: call(310, victim, None, 0, None, 0, 0))
+attempt("write memory", lambda: call(311, victim, None, 0, None, 0, 0))
+attempt("prlimit", lambda: call(302, victim, 0, limit, None))
+attempt("prlimit, high bits", lambda: call(302, victim | 1 << 40, 0, limit, None))
+attempt("priority", lambda: os.setpriority(os.PRIO_PROCESS, victim, 19))
+attempt("own priority", lambda: os.setpriority(os.PRIO_PROCESS, 0, 19))
+attempt("affinity", lambda: os.sched_setaffinity(victim, [0]))
+attempt("scheduler", lambda: os.sched_setscheduler(victim, os.SCHED_BATCH, os.sched_param(0)))
+attempt("ioprio", lambda: call(251, 1, victim, 3 << 13))
+attempt("shared memory", lambda: call(29, 0, 4096, 0o1666))
+attempt("disarm", lambda: call(157, 1, 0, 0, 0, 0))
+"""
+    try:
+        outcomes = intruder.but(abi=abi).tries(script)
+    finally:
+        os.kill(victim, signal.SIGKILL)
+        _, status = os.waitpid(victim, 0)
+    assert outcomes == dict.fromkeys(outcomes, "EPERM")
+    assert len(outcomes) == 19
+    assert status == signal.SIGKILL
+
+
+@ALL_ABIS
+def test_no_socket_is_within_reach(intruder: Intruder, public: Path, abi: int | None) -> None:
+    """None can be made; Landlock does not govern one that has a path."""
+    script = f"""
+def connect(family, address):
+    with socket.socket(family) as client:
+        client.connect(address)
+
+attempt("path", lambda: connect(socket.AF_UNIX, {str(public / "socket")!r}))
+attempt("abstract", lambda: connect(socket.AF_UNIX, "\\0name"))
+attempt("tcp", lambda: connect(socket.AF_INET, ("127.0.0.1", 22)))
+attempt("netlink", lambda: socket.socket(socket.AF_NETLINK))
+attempt("pair", lambda: socket.socketpair())
+"""
+    outcomes = intruder.but(abi=abi).tries(script)
+    assert outcomes == dict.fromkeys(["path", "abstract", "tcp", "netlink", "pair"], "EPERM")
+
+
+@ALL_ABIS
+def test_no_other_program_is_within_reach(intruder: Intruder, abi: int | None) -> None:
+    """Whatever the way; descriptor 1000 is gone and can't come back."""
+    script = """
+argv = (ctypes.c_char_p * 2)(b"sh", None)
+def execveat(descriptor, path, flags):
+    call(322, descriptor, path, argv, None, flags)
+
+attempt("execve", lambda: os.execv("/bin/sh", ["sh"]))
+attempt("execve itself", lambda: os.execv(sys.executable, ["python3"]))
+attempt("execveat, no descriptor", lambda: execveat(-100, b"/bin/sh", 0))
+attempt("execveat, another descriptor", lambda: execveat(0, b"", 0x1000))
+attempt("execveat, high bits", lambda: execveat(1000 | 1 << 40, b"", 0x1000))
+attempt("execveat, without the flag", lambda: execveat(1000, b"/bin/sh", 0))
+attempt("execveat, 1000", lambda: execveat(1000, b"", 0x1000))
+attempt("execveat, 1000 and a path", lambda: execveat(1000, b"/bin/sh", 0x1000))
+attempt("dup2", lambda: os.dup2(0, 1000))
+attempt("limit", lambda: call(302, 0, 7, (ctypes.c_uint64 * 2)(1024, 1024), None))
+attempt("fork", os.fork)
+attempt("vfork", lambda: call(58))
+attempt("clone", lambda: call(56, signal.SIGCHLD, 0, 0, 0, 0))
+attempt("clone3", lambda: call(435, None, 0))
+attempt("user namespace", lambda: call(272, 0x10000000))
+attempt("io_uring", lambda: call(425, 8, None))
+attempt("thread", lambda: threading.Thread(target=id, args=(1,)).start())
+"""
+    assert intruder.but(abi=abi).tries(script) == {
+        "execve": "EPERM",
+        "execve itself": "EPERM",
+        "execveat, no descriptor": "EPERM",
+        "execveat, another descriptor": "EPERM",
+        "execveat, high bits": "EPERM",
+        "execveat, without the flag": "EPERM",
+        "execveat, 1000": "EBADF",
+        "execveat, 1000 and a path": "EACCES",
+        "dup2": "EBADF",
+        "limit": "EPERM",
+        "fork": "EPERM",
+        "vfork": "EPERM",
+        "clone": "EPERM",
+        "clone3": "ENOSYS",
+        "user namespace": "EPERM",
+        "io_uring": "ENOSYS",
+        "thread": "done",
+    }
+
+
+@pytest.mark.parametrize(("abi", "expected"), [(4, "ENOTTY"), (5, "EACCES"), (None, "EACCES")])
+def test_no_ioctl_reaches_another_device(
+    intruder: Intruder, abi: int | None, expected: str
+) -> None:
+    """By Landlock from ABI 5; those that reach furthest by seccomp, always."""
+    script = """
+import fcntl
+null = os.open("/dev/null", os.O_RDWR)
+attempt("size", lambda: fcntl.ioctl(null, 0x80081272, bytes(8)))
+attempt("push input", lambda: fcntl.ioctl(null, 0x5412, b"x"))
+attempt("scsi", lambda: fcntl.ioctl(null, 0x2285, bytes(88)))
+attempt("a disk", lambda: os.open("/dev/loop0", os.O_RDONLY))
+"""
+    assert intruder.but(abi=abi, keep_read_search=True).tries(script) == {
+        "size": expected,
+        "push input": "EPERM",
+        "scsi": "EPERM",
+        "a disk": "EACCES",
+    }
+
+
+def test_it_sees_nothing_of_ours(intruder: Intruder) -> None:
+    """Neither environment, nor descriptors but its own, nor handlers."""
+    ours, theirs = os.open("/dev/zero", os.O_RDONLY), os.open("/dev/zero", os.O_RDONLY)
+    os.set_inheritable(ours, True)
+    script = """
+import fcntl, json, os
+def flags(number):
+    try:
+        return fcntl.fcntl(number, fcntl.F_GETFD)
+    except OSError:
+        return None
+descriptors = [number for number in range(1100) if flags(number) is not None]
+print(json.dumps([dict(os.environ), descriptors, os.read(0, 1).decode()]))
+"""
+
+    def act() -> str:
+        os.environ["OURS"] = "x"
+        with intruder.start(script, inherit=(theirs,)) as child:
+            child.wait()
+            return os.read(child.stdout, 65536).decode()
+
+    environment, descriptors, stdin = json.loads(in_child(act))
+    # Python adds LC_CTYPE to its own environment where the locale is C. Source: PEP 538.
+    environment.pop("LC_CTYPE", None)
+    assert environment == {"LC_ALL": "C", "MALLOC_ARENA_MAX": "1", "PATH": "/usr/bin:/bin"}
+    assert descriptors == [0, 1, 2, theirs]
+    assert stdin == ""
+
+
+@RIGHTS
+@pytest.mark.parametrize("whose", ["worker", "root without a right", "caller"])
+def test_the_kernel_shows_it_confined(intruder: Intruder, whose: str, *, read_search: bool) -> None:
+    """/proc/PID/status and limits: uid, capabilities, no_new_privs, seccomp, signals, limits."""
+    groups = (1600, 1700)
+    whom = {
+        "worker": enter.Identity(uid=1500, gid=1500, groups=groups),
+        "root without a right": None,
+        "caller": enter.Identity(uid=1234, gid=1234),
+    }[whose]
+
+    def act() -> tuple[dict[str, str], dict[str, list[str]], int]:
+        narrow.narrow_broker()
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+        wait, go = os.pipe()
+        script = f"import os; print(1, flush=True); os.read({wait}, 1)"
+        changed = intruder.but(identity=whom, keep_read_search=read_search)
+        with changed.start(script, inherit=(wait,)) as child:
+            os.set_blocking(child.stdout, True)
+            assert os.read(child.stdout, 9) == b"1\n"
+            lines = Path(f"/proc/{child.pid}/status").read_text().splitlines()
+            rows = Path(f"/proc/{child.pid}/limits").read_text().splitlines()
+            limits = {row[:25].strip(): row[26:].split()[:2] for row in rows[1:]}
+            nice = os.getpriority(os.PRIO_PROCESS, child.pid)
+            os.write(go, b"x")
+            assert child.wait() == 0
+        return dict(line.split(":\t", 1) for line in lines), limits, nice
+
+    status, limits, nice = in_child(act)
+    uid = {"worker": 1500, "root without a right": 0, "caller": 1234}[whose]
+    assert status["Uid"].split() == [str(uid)] * 4
+    assert status["Gid"].split() == [str(uid)] * 4
+    if whose == "worker":
+        assert status["Groups"].split() == ["1600", "1700"]
+    kept = 1 << capabilities.Capability.DAC_READ_SEARCH if read_search else 0
+    for name in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
+        assert int(status[name], 16) == kept, name
+    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+    ignored_by_python = 1 << (signal.SIGPIPE - 1) | 1 << (signal.SIGXFSZ - 1)
+    assert int(status["SigIgn"], 16) & ~ignored_by_python & ~(1 << 24) == 0
+    assert int(status["SigBlk"], 16) == 0
+    assert int(status["SigCgt"], 16) & 1 << (signal.SIGTERM - 1) == 0
+    gib = str(1 << 30)
+    assert limits["Max address space"] == [gib, gib]
+    assert limits["Max open files"] == ["256", "256"]
+    assert limits["Max core file size"] == ["1", "1"]
+    assert limits["Max cpu time"] == ["30", "30"]
+    assert nice == 19
+
+
+def test_a_write_right_is_not_more_than_that(intruder: Intruder, public: Path) -> None:
+    """The inode can be written and cut through its descriptor, and not renamed or chmod-ed."""
+    descriptor = os.open(public / "file", os.O_RDWR)
+    script = f"""
+name = "/proc/self/fd/{descriptor}"
+attempt("open", lambda: os.open(name, os.O_RDWR | os.O_TRUNC))
+attempt("cut", lambda: os.ftruncate({descriptor}, 0))
+attempt("chmod", lambda: os.fchmod({descriptor}, 0o777))
+attempt("chown", lambda: os.fchown({descriptor}, 1500, 1500))
+attempt("setxattr", lambda: os.setxattr({descriptor}, "user.a", b"x"))
+attempt("run", lambda: os.execv(name, ["x"]))
+"""
+    assert intruder.but(write=(descriptor,)).tries(script, inherit=(descriptor,)) == {
+        "open": "done",
+        "cut": "done",
+        "chmod": "EPERM",
+        "chown": "EPERM",
+        "setxattr": "EPERM",
+        "run": "EPERM",
+    }
+    os.close(descriptor)

@@ -1,0 +1,371 @@
+"""The thin wrappers: what the kernel does for them, tried on the kernel."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import resource
+import signal
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from children import in_child
+
+from convertd_daemon.kernel import (
+    capabilities,
+    clock_getcpuclockid,
+    close_range,
+    execveat,
+    fsuid,
+    locks,
+    openat2,
+    peercred,
+    prctl,
+    syscall,
+    unshare,
+)
+from convertd_daemon.kernel.capabilities import Capability
+from convertd_daemon.kernel.openat2 import Resolve
+
+
+def is_open(descriptor: int) -> bool:
+    """Tell whether a descriptor is open."""
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
+
+
+class TestOpenat2:
+    """openat2(2)."""
+
+    @pytest.fixture
+    def root(self, tmp_path: Path) -> Iterator[int]:
+        """Give a directory with a file, a link to it, and links that lead out."""
+        (tmp_path / "inside").mkdir()
+        (tmp_path / "inside" / "file").write_text("x")
+        (tmp_path / "inside" / "link").symlink_to("file")
+        (tmp_path / "inside" / "out").symlink_to("/etc/passwd")
+        directory = os.open(tmp_path / "inside", os.O_PATH | os.O_DIRECTORY)
+        yield directory
+        os.close(directory)
+
+    def test_a_plain_name_gives_a_descriptor_that_exec_closes(self, root: int) -> None:
+        """O_CLOEXEC is always added."""
+        opened = openat2.openat2(root, "file", flags=os.O_RDONLY, resolve=Resolve.BENEATH)
+        assert os.read(opened, 9) == b"x"
+        assert not os.get_inheritable(opened)
+
+    @pytest.mark.parametrize(
+        ("path", "resolve", "expected"),
+        [
+            ("link", Resolve.NO_SYMLINKS, errno.ELOOP),
+            ("out", Resolve.BENEATH, errno.EXDEV),
+            ("../inside/file", Resolve.BENEATH, errno.EXDEV),
+            ("/etc/passwd", Resolve.BENEATH, errno.EXDEV),
+            ("absent", Resolve.BENEATH, errno.ENOENT),
+        ],
+        ids=["a link", "a link out", "dots out", "an absolute path", "nothing"],
+    )
+    def test_the_kernel_refuses(
+        self, root: int, path: str, resolve: Resolve, expected: int
+    ) -> None:
+        """The errno is the kernel's, and the path is in the error."""
+        with pytest.raises(OSError, match=path) as refused:
+            openat2.openat2(root, path, flags=os.O_RDONLY, resolve=resolve)
+        assert refused.value.errno == expected
+
+    def test_another_mount_is_refused(self) -> None:
+        """/proc is one, below /."""
+        with pytest.raises(OSError, match="proc") as refused:
+            openat2.openat2(-100, "/proc/version", flags=os.O_RDONLY, resolve=Resolve.NO_XDEV)
+        assert refused.value.errno == errno.EXDEV
+
+    def test_a_name_is_never_cut_at_a_nul(self, root: int) -> None:
+        """The kernel would open what is before it."""
+        with pytest.raises(ValueError, match="null"):
+            openat2.openat2(root, "file\0x", flags=os.O_RDONLY, resolve=Resolve.BENEATH)
+
+    def test_a_rename_elsewhere_is_waited_out(
+        self, root: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """EAGAIN is retried; the answer that follows counts."""
+        answers = [errno.EAGAIN, errno.EINTR, errno.EAGAIN]
+        real = syscall.call
+
+        def busy(name: str, *arguments: int | bytes) -> int:
+            if answers:
+                raise OSError(answers.pop(), "busy")
+            return real(name, *arguments)
+
+        monkeypatch.setattr(syscall, "call", busy)
+        assert openat2.openat2(root, "file", flags=os.O_RDONLY, resolve=Resolve.BENEATH) > 2
+
+    def test_someone_who_renames_for_ever_does_not_hold_us_for_ever(
+        self, root: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """EAGAIN is the answer in the end."""
+
+        def busy(*_: object) -> int:
+            raise OSError(errno.EAGAIN, "busy")
+
+        monkeypatch.setattr(syscall, "call", busy)
+        with pytest.raises(BlockingIOError):
+            openat2.openat2(root, "file", flags=os.O_RDONLY, resolve=Resolve.BENEATH)
+
+
+class TestNumbers:
+    """syscall(2)."""
+
+    def test_an_error_names_the_call(self) -> None:
+        """And has the kernel's errno."""
+        with pytest.raises(OSError, match="close_range") as refused:
+            syscall.call("close_range", 9, 8, 0)
+        assert refused.value.errno == errno.EINVAL
+
+    def test_another_architecture_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A guess would make some other system call."""
+        other = os.uname_result(("Linux", "host", "6.1", "1", "s390x"))
+        monkeypatch.setattr(os, "uname", lambda: other)
+        assert syscall.number("openat2") == 437  # one number on all
+        with pytest.raises(OSError, match="s390x") as refused:
+            syscall.number("setfsuid")
+        assert refused.value.errno == errno.ENOSYS
+
+    def test_a_32_bit_python_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The kernel calls the machine x86_64 then, too."""
+        monkeypatch.setattr(ctypes, "sizeof", lambda _: 4)
+        with pytest.raises(OSError, match="seccomp"):
+            syscall.number("seccomp")
+
+
+class TestPeer:
+    """SO_PEERCRED and SO_PEERGROUPS."""
+
+    @pytest.mark.parametrize("count", [0, 1, 255, 256, 257, 3000])
+    def test_all_groups_are_told_however_many(self, count: int) -> None:
+        """Python's own getsockopt() ends at 256."""
+        groups = tuple(range(10_000, 10_000 + count))
+
+        def connect() -> peercred.Credentials:
+            os.setgroups(groups)
+            os.setresgid(1234, 1234, 1234)
+            os.setresuid(1234, 1234, 1234)
+            one, other = socket.socketpair()  # who made a pair is each end's peer
+            with one, other:
+                return peercred.peer_credentials(one)
+
+        peer = in_child(connect)
+        assert (peer.uid, peer.gid, peer.groups) == (1234, 1234, groups)
+        assert peer.pid > 0
+
+    def test_a_socket_that_nobody_connected_is_an_error(self) -> None:
+        """The kernel answers uid -1, which is nobody's."""
+        with socket.socket(socket.AF_UNIX) as alone, pytest.raises(OSError, match="not connected"):
+            peercred.peer_credentials(alone)
+
+    def test_a_socket_of_another_family_is_an_error(self) -> None:
+        """TCP has no credentials."""
+        with socket.socket() as alone, pytest.raises(OSError):  # noqa: PT011
+            peercred.peer_credentials(alone)
+
+
+class TestIdentity:
+    """setfsuid(2), setfsgid(2), capabilities, prctl(2)."""
+
+    def test_files_are_made_with_the_fsuid(self, tmp_path: Path) -> None:
+        """And its right to open them counts, not root's."""
+        tmp_path.chmod(0o777)
+        (tmp_path / "roots").touch(0o600)
+
+        def act() -> tuple[int, int, str, bool]:
+            fsuid.setfsgid(1234)
+            fsuid.setfsuid(1234)
+            made = os.open("made", os.O_CREAT | os.O_WRONLY, 0o600, dir_fd=directory)
+            owner = os.fstat(made)
+            try:
+                os.open("roots", os.O_RDONLY, dir_fd=directory)
+            except PermissionError:
+                refused = "refused"
+            else:
+                refused = "opened"
+            fsuid.setfsuid(0)
+            fsuid.setfsgid(0)
+            back = Capability.DAC_OVERRIDE in capabilities.capget().effective
+            return owner.st_uid, owner.st_gid, refused, back
+
+        directory = os.open(tmp_path, os.O_PATH)
+        assert in_child(act) == (1234, 1234, "refused", True)
+
+    @pytest.mark.parametrize("change", [fsuid.setfsuid, fsuid.setfsgid])
+    def test_an_fsuid_that_was_not_taken_is_an_error(self, change: Callable[[int], None]) -> None:
+        """The system call itself reports nothing."""
+
+        def act() -> int | None:
+            os.setresgid(1234, 1234, 1234)
+            os.setresuid(1234, 1234, 1234)
+            try:
+                change(4321)
+            except OSError as error:
+                return error.errno
+            return None
+
+        assert in_child(act) == errno.EPERM
+
+    def test_capabilities_can_be_given_up_and_not_taken_back(self) -> None:
+        """capset(2) sets exactly what it is given."""
+
+        def act() -> tuple[capabilities.Sets, int | None]:
+            few = frozenset({Capability.KILL, Capability.CHOWN, 38})
+            capabilities.capset(capabilities.Sets(effective=few, permitted=few))
+            left = capabilities.capget()
+            more = few | {Capability.SYS_ADMIN}
+            try:
+                capabilities.capset(capabilities.Sets(effective=more, permitted=more))
+            except PermissionError as error:
+                return left, error.errno
+            return left, None
+
+        few = frozenset({0, 5, 38})
+        expected = capabilities.Sets(effective=few, permitted=few)
+        assert in_child(act) == (expected, errno.EPERM)
+
+    def test_what_prctl_sets_the_kernel_shows(self) -> None:
+        """In /proc/self/status, and to the getters."""
+
+        def act() -> dict[str, str]:
+            prctl.set_no_new_privs()
+            prctl.set_name("a name that is too long")
+            prctl.set_pdeathsig(signal.SIGTERM)
+            prctl.set_child_subreaper()
+            prctl.set_dumpable(dumpable=False)
+            prctl.capbset_drop(Capability.SYS_ADMIN)
+            lines = Path("/proc/self/status").read_text().splitlines()
+            status = dict(line.split(":\t", 1) for line in lines)
+            return status | {
+                "nnp": str(prctl.get_no_new_privs()),
+                "pdeathsig": str(prctl.get_pdeathsig()),
+                "bound": str(prctl.capbset_read(Capability.SYS_ADMIN)),
+            }
+
+        status = in_child(act)
+        assert status["Name"] == "a name that is "
+        assert (status["NoNewPrivs"], status["nnp"]) == ("1", "True")
+        assert (status["pdeathsig"], status["bound"]) == ("15", "False")
+
+    def test_setfsuid_disarms_the_parents_death_signal(self) -> None:
+        """So it is armed after the last change of identity."""
+
+        def act() -> int:
+            prctl.set_pdeathsig(signal.SIGKILL)
+            fsuid.setfsuid(1234)
+            return prctl.get_pdeathsig()
+
+        assert in_child(act) == 0
+
+
+class TestDescriptors:
+    """close_range(2), execveat(2), F_OFD_GETLK."""
+
+    def test_all_but_some_descriptors_are_closed(self) -> None:
+        """Also those between them."""
+        pipes = [end for _ in range(4) for end in os.pipe()]
+
+        def act() -> list[bool]:
+            others = {number for number in range(256) if is_open(number)} - set(pipes)
+            close_range.close_all_but({*others, pipes[2], pipes[5]})
+            return [is_open(end) for end in pipes]
+
+        assert in_child(act) == [end in {pipes[2], pipes[5]} for end in pipes]
+
+    def test_a_descriptor_is_executed_with_just_this_environment(self) -> None:
+        """No path is looked up."""
+        read_end, write_end = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.dup2(write_end, 1)
+            program = os.open("/usr/bin/env", os.O_RDONLY | os.O_CLOEXEC)
+            execveat.execveat(program, ["env"], {"A": "1", "B": "x=y"})
+        os.close(write_end)
+        with os.fdopen(read_end) as pipe:
+            assert pipe.read() == "A=1\nB=x=y\n"
+        assert os.waitpid(pid, 0)[1] == 0
+
+    def test_an_argument_is_never_cut_at_a_nul(self) -> None:
+        """The program would see another one."""
+        with pytest.raises(ValueError, match="null"):
+            execveat.execveat(0, ["a\0b"], {})
+
+    def test_what_can_not_be_executed_is_an_error(self, tmp_path: Path) -> None:
+        """And the process goes on as it was."""
+        (tmp_path / "data").write_text("x")
+        with (tmp_path / "data").open() as data, pytest.raises(PermissionError):
+            execveat.execveat(data.fileno(), ["data"], {})
+
+    @pytest.mark.parametrize("kind", [fcntl.F_RDLCK, fcntl.F_WRLCK])
+    def test_anothers_lock_in_the_range_is_seen(self, tmp_path: Path, kind: int) -> None:
+        """Locks of open file descriptions, as qemu takes them, even of our own process."""
+        path = tmp_path / "image"
+        path.touch()
+        with path.open("r+b") as theirs, path.open("rb") as ours:
+            assert not locks.is_locked(ours.fileno(), 100, 203)
+            flock = struct.pack("hhqqi4x", kind, os.SEEK_SET, 201, 1, 0)
+            fcntl.fcntl(theirs, fcntl.F_OFD_SETLK, flock)
+            assert locks.is_locked(ours.fileno(), 100, 203)
+            assert not locks.is_locked(ours.fileno(), 100, 200)
+            assert not locks.is_locked(theirs.fileno(), 100, 203)  # one's own is none
+            assert locks.find_lock(ours.fileno(), 100, 203) == locks.Lock(
+                kind=locks.Kind(kind), start_byte=201, length_bytes=1, pid=-1
+            )
+
+    def test_a_lock_can_not_be_asked_of_a_mere_path(self, tmp_path: Path) -> None:
+        """An error, not "no"."""
+        descriptor = os.open(tmp_path, os.O_PATH)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            locks.is_locked(descriptor, 100, 203)
+
+
+class TestProcesses:
+    """unshare(2) as a question, and another process's processor time."""
+
+    def test_a_second_thread_is_noticed(self) -> None:
+        """Also by a process whose threads Python did not start."""
+
+        def act() -> tuple[bool, bool]:
+            alone = unshare.is_single_threaded()
+            end = threading.Event()
+            threading.Thread(target=end.wait, daemon=True).start()
+            return alone, unshare.is_single_threaded()
+
+        assert in_child(act) == (True, False)
+
+    def test_processor_time_of_another_process(self) -> None:
+        """It grows while the other computes, and needs no /proc."""
+        pid = os.fork()
+        if pid == 0:
+            os.setresuid(1234, 1234, 1234)
+            while True:
+                pass
+        try:
+            deadline = time.monotonic() + 30
+            while clock_getcpuclockid.cpu_time_s(pid) < 0.02:
+                assert time.monotonic() < deadline
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            used = os.wait4(pid, 0)[2]
+        assert used.ru_utime + used.ru_stime > 0.01
+        with pytest.raises(OSError, match="Invalid"):
+            clock_getcpuclockid.cpu_time_s(pid)
+
+    def test_no_limit_here_outlives_a_test(self) -> None:
+        """What can't be undone happens in children."""
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[1] > 1000
+        assert not prctl.get_no_new_privs()
