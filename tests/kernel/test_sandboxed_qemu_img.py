@@ -10,7 +10,7 @@ import select
 import signal
 import stat
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -35,18 +35,20 @@ class Images:
     dest: int
     dest_directory: int
 
-    def convert(self, program: int, confinement: Confinement) -> tuple[int, str]:
+    def convert(
+        self, program: int, confinement: Confinement, options: Sequence[str] = ("-O", "qcow2")
+    ) -> tuple[int, str]:
         """Run raw to qcow2 in the sandbox; give the status and what stderr said."""
         ends = [f"/proc/self/fd/{number}" for number in (self.source, self.dest)]
-        argv = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-m", "16", "-W", *ends]
+        argv = ["qemu-img", "convert", "-f", "raw", "-m", "16", "-W", *options, *ends]
         inherit = (self.source, self.dest)
         with enter.spawn(program, argv, confinement=confinement, inherit=inherit) as child:
             return finish(child)
 
-    def same(self) -> bool:
+    def same(self, dest_format: str = "qcow2") -> bool:
         """Compare the result with the source, outside of any sandbox."""
         paths = [f"/proc/{os.getpid()}/fd/{number}" for number in (self.source, self.dest)]
-        compare = ["qemu-img", "compare", "-f", "raw", "-F", "qcow2", *paths]
+        compare = ["qemu-img", "compare", "-f", "raw", "-F", dest_format, *paths]
         return subprocess.run(compare, check=False, capture_output=True).returncode == 0
 
 
@@ -98,6 +100,37 @@ def test_another_users_private_image_is_converted(
     older = dataclasses.replace(confinement, abi=abi)
     assert in_child(lambda: images.convert(qemu_img, older)) == (0, "")
     assert images.same()
+
+
+FORMATS = (
+    "raw",
+    "raw -o preallocation=falloc",
+    "raw -S 0",
+    "raw -t none -T none",
+    "qcow2 -c",
+    "qcow2 -c -o compression_type=zstd",
+    "qcow2 -o preallocation=metadata",
+    "qcow2 -o preallocation=full",
+    "qcow2 -o cluster_size=2M,extended_l2=on",
+    "qcow2 -o compat=0.10",
+    "qcow2 -t none -T none",
+    "qed",
+    "vdi",
+    "vhdx",
+    "vpc -o force_size=on",
+    "parallels",
+    "vmdk -o subformat=streamOptimized",
+)
+
+
+@pytest.mark.parametrize("options", FORMATS)
+def test_every_format_of_one_file_is_written(
+    images: Images, qemu_img: int, confinement: Confinement, options: str
+) -> None:
+    """Nothing that a conversion needs is refused."""
+    arguments = ["-O", *options.split()]
+    assert in_child(lambda: images.convert(qemu_img, confinement, arguments)) == (0, "")
+    assert images.same(arguments[1])
 
 
 def test_without_the_capability_another_users_image_is_not_read(
