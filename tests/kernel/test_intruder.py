@@ -126,6 +126,10 @@ attempt("scheduler", lambda: os.sched_setscheduler(victim, os.SCHED_BATCH, os.sc
 attempt("ioprio", lambda: call(251, 1, victim, 3 << 13))
 attempt("shared memory", lambda: call(29, 0, 4096, 0o1666))
 attempt("disarm", lambda: call(157, 1, 0, 0, 0, 0))
+attempt("owner of a pipe", lambda: call(72, 1, 8, victim))
+attempt("owner of a pipe, extended", lambda: call(72, 1, 15, limit))
+attempt("signal of a pipe", lambda: call(72, 1, 10, 9))
+attempt("owner by ioctl", lambda: call(16, 1, 0x8901, limit))
 """
     try:
         outcomes = intruder.but(abi=abi).tries(script)
@@ -133,7 +137,7 @@ attempt("disarm", lambda: call(157, 1, 0, 0, 0, 0))
         os.kill(victim, signal.SIGKILL)
         _, status = os.waitpid(victim, 0)
     assert outcomes == dict.fromkeys(outcomes, "EPERM")
-    assert len(outcomes) == 19
+    assert len(outcomes) == 23
     assert status == signal.SIGKILL
 
 
@@ -213,12 +217,16 @@ null = os.open("/dev/null", os.O_RDWR)
 attempt("size", lambda: fcntl.ioctl(null, 0x80081272, bytes(8)))
 attempt("push input", lambda: fcntl.ioctl(null, 0x5412, b"x"))
 attempt("scsi", lambda: fcntl.ioctl(null, 0x2285, bytes(88)))
+attempt("nvme", lambda: fcntl.ioctl(null, 0xC0484E41, bytes(72)))
+attempt("loop", lambda: fcntl.ioctl(null, 0x4C04, bytes(232)))
+attempt("reserve", lambda: fcntl.ioctl(null, 0x401070C9, bytes(16)))
+attempt("lease", lambda: fcntl.fcntl(null, 1024, 0))
 attempt("a disk", lambda: os.open("/dev/loop0", os.O_RDONLY))
 """
     assert intruder.but(abi=abi, keep_read_search=True).tries(script) == {
         "size": expected,
         "push input": "EPERM",
-        "scsi": "EPERM",
+        **dict.fromkeys(["scsi", "nvme", "loop", "reserve", "lease"], "EPERM"),
         "a disk": "EACCES",
     }
 

@@ -111,8 +111,10 @@ def spawn(
     """Execute a program, given as a descriptor open for reading, in the sandbox.
 
     `inherit` are descriptors that keep their numbers in it; besides them it has the standard
-    three: /dev/null and two pipes. When this returns, the program has been executed. It is killed
-    when the calling process dies, as long as that has CAP_KILL or the same uid.
+    three: /dev/null and two pipes. What such a descriptor was opened for, it can be used for, as
+    Landlock judges at open(2) only: pass a source read-only. When this returns, the program has
+    been executed. It is killed when the calling process dies, as long as that has CAP_KILL or the
+    same uid.
 
     Raises:
         NotConfined: a step failed, and the program was not executed.
@@ -139,7 +141,7 @@ def spawn(
                     inherit=inherit,
                 )
                 _check_numbers(ends)
-            with _failing_as(Stage.FORK):
+            with _failing_as(Stage.FORK), _signals_blocked():
                 pid = _fork(ends, argv, confinement)
                 ours.callback(_put_down, pid)
                 pidfd = _kept(ours, os.pidfd_open(pid))
@@ -195,15 +197,24 @@ def _check_numbers(ends: _Ends) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
-def _fork(ends: _Ends, argv: Sequence[str], confinement: Confinement) -> int:
-    # Blocked meanwhile: the child still has our handlers, and our wakeup descriptor to write to.
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Hold signals back in the parent until the child is in safe hands; in the child, for good.
+
+    The child still has our handlers, and our wakeup descriptor to write to; and a handler that
+    raises here would leave behind a child that nobody knows.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
-        pid = os.fork()
-        if pid == 0:
-            _become(ends, argv, confinement)
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _fork(ends: _Ends, argv: Sequence[str], confinement: Confinement) -> int:
+    pid = os.fork()
+    if pid == 0:
+        _become(ends, argv, confinement)
     return pid
 
 

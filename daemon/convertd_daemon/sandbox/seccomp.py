@@ -43,9 +43,9 @@ class Profile:
     refusals: tuple[Refusal, ...]
 
 
-def _is(argument: int, value: int) -> Condition:
+def _is(argument: int, value: int, *, mask: int = _INT) -> Condition:
     """Hold for an int argument; the kernel reads the low 32 bits of the register."""
-    return Condition(argument=argument, compare=Compare.MASKED_EQ, value=value, mask=_INT)
+    return Condition(argument=argument, compare=Compare.MASKED_EQ, value=value, mask=mask)
 
 
 def _is_not(argument: int, value: int) -> Condition:
@@ -152,31 +152,45 @@ _NO_FILE_BY_NAME: Final = (
     ),
 )
 
-# Numbers from asm-generic/ioctls.h, scsi/sg.h, linux/pr.h and linux/fs.h. Not FS_IOC_FSSETXATTR,
-# by which qemu-img asks for large extents on XFS.
-_FAR_REACHING_IOCTLS: Final = {
-    "TIOCSTI": 0x5412,
-    "TIOCLINUX": 0x541C,
-    "TIOCSETD": 0x5423,
-    "SG_IO": 0x2285,
-    "SCSI_IOCTL_SEND_COMMAND": 0x1,
-    "IOC_PR_REGISTER": 0x401870C8,
-    "IOC_PR_RESERVE": 0x401070C9,
-    "IOC_PR_RELEASE": 0x401070CA,
-    "IOC_PR_PREEMPT": 0x401870CB,
-    "IOC_PR_PREEMPT_ABORT": 0x401870CC,
-    "IOC_PR_CLEAR": 0x401070CD,
-    "FS_IOC_SETFLAGS": 0x40086602,
-    "FS_IOC_ENABLE_VERITY": 0x40806685,
+# ioctl(2)s by number, and whole families by the byte that says whose they are. What qemu-img asks
+# of files and block devices is in others. Source: the headers named, ioctl-number.rst.
+_IOCTLS: Final = {
+    0x1: "SCSI_IOCTL_SEND_COMMAND: commands of one's own to a disk",
+    0x5412: "TIOCSTI: types on somebody's terminal",
+    0x541C: "TIOCLINUX: the same on a console",
+    0x5423: "TIOCSETD: loads line disciplines",
+    0x8901: "FIOSETOWN: has signals sent to another process",
+    0x8902: "SIOCSPGRP: the same",
+    0x40086602: "FS_IOC_SETFLAGS: makes a file immutable, or append-only",
+    0x40806685: "FS_IOC_ENABLE_VERITY: makes a file read-only for ever",
+}
+_IOCTL_FAMILIES: Final = {
+    0x22: "scsi/sg.h: commands of one's own to a disk",
+    0x4C: "linux/loop.h: moves a loop device over other parts of its file",
+    0x4E: "linux/nvme_ioctl.h: commands of one's own to a disk",
+    0x53: "linux/cdrom.h, scsi/scsi.h: ejects, locks, resets",
+    0x70: "linux/pr.h: reserves a shared disk, against the hosts that share it",
 }
 
-_NO_FAR_REACHING_IOCTL: Final = tuple(
-    Refusal(
-        calls="ioctl",
-        why=f"{name} reaches further than reading and writing its descriptor",
-        when=(_is(1, number),),
-    )
-    for name, number in _FAR_REACHING_IOCTLS.items()
+_NO_FAR_REACHING_IOCTL: Final = (
+    *(Refusal(calls="ioctl", why=why, when=(_is(1, number),)) for number, why in _IOCTLS.items()),
+    *(
+        Refusal(calls="ioctl", why=why, when=(_is(1, family << 8, mask=0xFF00),))
+        for family, why in _IOCTL_FAMILIES.items()
+    ),
+)
+
+# fcntl(2) has a second way to signal and to hold up others. Source: F_SETOWN(2const) and its kin.
+_FCNTLS: Final = {
+    8: "F_SETOWN: has signals sent to another process",
+    10: "F_SETSIG: chooses which one, SIGKILL too",
+    15: "F_SETOWN_EX: the same",
+    1024: "F_SETLEASE: whoever opens the file waits for up to 45 s",
+    1026: "F_NOTIFY: Landlock does not govern watching",
+}
+
+_NO_FAR_REACHING_FCNTL: Final = tuple(
+    Refusal(calls="fcntl", why=why, when=(_is(1, number),)) for number, why in _FCNTLS.items()
 )
 
 _NO_MACHINE: Final = (
@@ -218,6 +232,7 @@ _COMMON: Final = (
     *_NO_IDENTITY,
     *_NO_FILE_BY_NAME,
     *_NO_FAR_REACHING_IOCTL,
+    *_NO_FAR_REACHING_FCNTL,
     *_NO_MACHINE,
     *_NO_PROGRAM,
 )
