@@ -1,0 +1,257 @@
+"""Every way in which a call can fail, as the caller sees it.
+
+    ConvertError
+    ├── Unauthenticated
+    ├── PermissionDenied
+    ├── InvalidArgument
+    ├── NotFound
+    ├── AlreadyExists
+    ├── FailedPrecondition
+    │   └── ImageRefused             the image itself is at fault
+    ├── ResourceExhausted
+    │   ├── QueueFull                the same call may pass in a while
+    │   └── NoSpace                  the destination's file system is too small
+    ├── DataLoss
+    │   └── PublishedButNotDurable   the result is there, whole; a power cut may undo its name
+    ├── Aborted
+    ├── Cancelled
+    ├── DeadlineExceeded
+    ├── Unimplemented
+    ├── Unavailable                  nothing was done; the same call may pass later
+    │   └── Unreachable              the daemon was not reached, or a question to it got lost
+    ├── Internal
+    └── OutcomeUnknown               the connection broke: the result may be there or not
+
+One class for each gRPC status, so that `except` reads like the contract; `reason` tells the
+conditions of a status apart. A class of its own has only a condition after which a caller acts
+differently. Whatever the error, a destination is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Final
+
+
+class ConvertError(Exception):
+    """A call that did not do what was asked.
+
+    `message` is one sentence for people, `reason` is for programs (UPPER_SNAKE_CASE, stable), and
+    `metadata` has every value that the message names, as text. Such texts may hold what others
+    chose, file names for one: escape them before you show them on a terminal.
+    """
+
+    status: ClassVar[str] = "UNKNOWN"
+    """The gRPC status, by name."""
+
+    def __init__(
+        self, message: str, *, reason: str, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.reason = reason
+        self.metadata: Mapping[str, str] = dict(metadata or {})
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle whole: services hand exceptions from process to process."""
+        return _restored, (type(self), self.message, self.reason, dict(self.metadata))
+
+
+def _restored(
+    kind: type[ConvertError], message: str, reason: str, metadata: dict[str, str]
+) -> ConvertError:
+    return kind(message, reason=reason, metadata=metadata)
+
+
+class Unauthenticated(ConvertError):
+    """The daemon does not know who calls."""
+
+    status = "UNAUTHENTICATED"
+
+
+class PermissionDenied(ConvertError):
+    """The policy does not allow it. It is the same answer whether or not the files exist."""
+
+    status = "PERMISSION_DENIED"
+
+
+class InvalidArgument(ConvertError):
+    """The request can't be meant, whatever the state of things. Raised by the client too."""
+
+    status = "INVALID_ARGUMENT"
+
+
+class NotFound(ConvertError):
+    """Allowed, but not there."""
+
+    status = "NOT_FOUND"
+
+
+class AlreadyExists(ConvertError):
+    """The destination exists, and `overwrite` was not asked for."""
+
+    status = "ALREADY_EXISTS"
+
+
+class FailedPrecondition(ConvertError):
+    """The request is fine, the state of things is not. Repeating it changes nothing."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class ImageRefused(FailedPrecondition):
+    """The image is at fault: unreadable as what it should be, or it refers to other files."""
+
+
+class ResourceExhausted(ConvertError):
+    """Something ran out. The same request may pass later."""
+
+    status = "RESOURCE_EXHAUSTED"
+
+
+class QueueFull(ResourceExhausted):
+    """Too many requests wait already, of yours or in all."""
+
+
+class NoSpace(ResourceExhausted):
+    """The file system is too full; metadata has `needed_bytes`, `free_bytes`, `mount_point`."""
+
+
+class DataLoss(ConvertError):
+    """Data could not be read or written. Nothing was published, except as a subclass says."""
+
+    status = "DATA_LOSS"
+
+
+class PublishedButNotDurable(DataLoss):
+    """The result is complete and in place, but a crash of the machine may still undo its name."""
+
+
+class Aborted(ConvertError):
+    """Somebody or something else came between."""
+
+    status = "ABORTED"
+
+
+class Cancelled(ConvertError):
+    """The caller cancelled the job. Nothing was published."""
+
+    status = "CANCELLED"
+
+
+class DeadlineExceeded(ConvertError):
+    """It took too long: for the policy, or (reason TIMEOUT) for the call's own `timeout`."""
+
+    status = "DEADLINE_EXCEEDED"
+
+
+class Unimplemented(ConvertError):
+    """The client, the daemon, its qemu-img or its kernel lacks it."""
+
+    status = "UNIMPLEMENTED"
+
+
+class Unavailable(ConvertError):
+    """Not now. Nothing was done, and the same call may pass later."""
+
+    status = "UNAVAILABLE"
+
+
+class Unreachable(Unavailable):
+    """The daemon could not be reached, so nothing was done.
+
+    The reason is SOCKET_MISSING, CONNECTION_REFUSED, NOT_A_SOCKET, SOCKET_NOT_PERMITTED,
+    NOT_ANSWERING, or, for a call that changes nothing, CONNECTION_LOST.
+    """
+
+
+class Internal(ConvertError):
+    """A bug in convertd; the id in the message finds its traceback in the daemon's log."""
+
+    status = "INTERNAL"
+
+
+class OutcomeUnknown(ConvertError):
+    """The daemon's answer got lost: the conversion was done or it was not.
+
+    Look at the destination before the call is made again. It is there whole, or not at all.
+    """
+
+
+BY_STATUS: Final[Mapping[str, type[ConvertError]]] = {
+    kind.status: kind
+    for kind in (
+        Unauthenticated,
+        PermissionDenied,
+        InvalidArgument,
+        NotFound,
+        AlreadyExists,
+        FailedPrecondition,
+        ResourceExhausted,
+        DataLoss,
+        Aborted,
+        Cancelled,
+        DeadlineExceeded,
+        Unimplemented,
+        Unavailable,
+        Internal,
+    )
+}
+"""The class of every status that the daemon uses."""
+
+BY_REASON: Final[Mapping[str, type[ConvertError]]] = {
+    "UNKNOWN_CONNECTION": Unauthenticated,
+    "PERMISSION_DENIED": PermissionDenied,
+    "FORMAT_NOT_ALLOWED": PermissionDenied,
+    "BAD_PATH": InvalidArgument,
+    "BAD_FORMAT": InvalidArgument,
+    "BAD_OPTION": InvalidArgument,
+    "BAD_MESSAGE": InvalidArgument,
+    "SOURCE_NOT_FOUND": NotFound,
+    "DIRECTORY_NOT_FOUND": NotFound,
+    "JOB_NOT_FOUND": NotFound,
+    "DEST_EXISTS": AlreadyExists,
+    "ACCESS_REFUSED": FailedPrecondition,
+    "SYMLINK_IN_PATH": FailedPrecondition,
+    "OUTSIDE_ROOT": FailedPrecondition,
+    "NOT_AN_IMAGE": FailedPrecondition,
+    "READ_ONLY_FILE_SYSTEM": FailedPrecondition,
+    "NOT_YOURS": FailedPrecondition,
+    "IMAGE_REFUSED": ImageRefused,
+    "FORMAT_MISMATCH": ImageRefused,
+    "IMAGE_TOO_LARGE": ImageRefused,
+    "IMAGE_IN_USE": FailedPrecondition,
+    "CONVERSION_FAILED": FailedPrecondition,
+    "QUEUE_FULL": QueueFull,
+    "NO_SPACE": NoSpace,
+    "QUOTA_EXCEEDED": ResourceExhausted,
+    "OUT_OF_MEMORY": ResourceExhausted,
+    "READ_FAILED": DataLoss,
+    "WRITE_FAILED": DataLoss,
+    "VERIFY_FAILED": DataLoss,
+    "PUBLISHED_BUT_NOT_DURABLE": PublishedButNotDurable,
+    "DEST_BUSY": Aborted,
+    "CANCELLED_BY_OPERATOR": Aborted,
+    "NAME_REPLACED": Aborted,
+    "CANCELLED_BY_CALLER": Cancelled,
+    "STALLED": DeadlineExceeded,
+    "DURATION_EXCEEDED": DeadlineExceeded,
+    "UNSUPPORTED": Unimplemented,
+    "STOPPING": Unavailable,
+    "INTERNAL_ERROR": Internal,
+}
+"""The class of every reason that a daemon or a job gives. A newer daemon may know more."""
+
+
+def of_status(status: str, reason: str, message: str, metadata: Mapping[str, str]) -> ConvertError:
+    """Make the error for what a daemon answered. A reason not known here goes by its status."""
+    kind = BY_REASON.get(reason, ConvertError)
+    if kind.status != status:
+        kind = BY_STATUS.get(status, ConvertError)
+    return kind(message, reason=reason, metadata=metadata)
+
+
+def of_reason(reason: str, message: str, metadata: Mapping[str, str]) -> ConvertError:
+    """Make the error for what a job says, which has no word of statuses."""
+    kind = BY_REASON.get(reason, Internal)
+    return kind(message, reason=reason, metadata=metadata)
