@@ -1,0 +1,233 @@
+"""The daemon's client, for threads."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Self, TypeVar, Unpack
+
+import grpc
+
+from convertd.v1 import convert_pb2 as pb
+from convertd.v1 import convert_pb2_grpc as pb_grpc
+from convertd_client import answers, conversion, ending, errors, results, sockets, wire
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+
+class Client:
+    """A connection to the daemon.
+
+    `socket` is the daemon's socket; by default what $CONVERTD_SOCKET says, else
+    /run/convertd/convertd.sock. `wait_for_ready` is how many seconds a call waits for a daemon
+    that is not there, as while it restarts; 0 fails at once. Each call may say otherwise. A call
+    that reached a daemon is never made again.
+
+    Use it as a context manager, or close it. Any number of threads may use one. It connects with
+    the first call, and the daemon takes it for whoever made that call: make a new one after fork
+    or a change of uid.
+    """
+
+    def __init__(
+        self,
+        socket: str | os.PathLike[str] | None = None,
+        *,
+        wait_for_ready: float = sockets.DEFAULT_WAIT_S,
+    ) -> None:
+        self.socket = sockets.path_of(socket)
+        self._wait_s = wait_for_ready
+        self._channel = grpc.insecure_channel(wire.target(self.socket), wire.CHANNEL_OPTIONS)
+        self._stub = pb_grpc.ConvertServiceStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Disconnect. Conversions that run are cancelled."""
+        self._channel.close()
+
+    def convert(  # noqa: PLR0913 - each argument but two may be left out
+        self,
+        source: conversion.Path,
+        dest: conversion.Path,
+        *,
+        dest_format: str,
+        on_progress: Callable[[results.Progress], None] | None = None,
+        timeout: float | None = None,
+        wait_for_ready: float | None = None,
+        **options: Unpack[conversion.ConvertOptions],
+    ) -> results.ConvertResult:
+        """Convert the image `source` into a new image `dest`, which is there whole or not at all.
+
+        Paths are absolute. `on_progress` is called in this thread. `timeout` is in seconds, and
+        includes the time in the queue; None is without limit. Leaving the call in any way, Ctrl-C
+        and an exception of `on_progress` included, cancels the job. The options are those of
+        `conversion.ConvertOptions`.
+
+        Raises:
+            errors.ConvertError: see `errors`.
+        """
+        request = wire.convert_request(conversion.asked(source, dest, dest_format, options))
+        reading = wire.Reading(on_progress)
+        waiting = self._waiting(wait_for_ready)
+        call = self._stub.Convert(request, timeout=timeout, wait_for_ready=waiting.allowed)
+        with waiting.watch(call, converting=True):
+            for response in call:
+                waiting.end()
+                reading.take(response)
+        return reading.result()
+
+    def inspect(
+        self,
+        path: conversion.Path,
+        format: str | None = None,  # noqa: A002 - the contract's word, and Nova's
+        *,
+        timeout: float | None = sockets.DEFAULT_TIMEOUT_S,
+        wait_for_ready: float | None = None,
+    ) -> results.ImageInfo:
+        """Say what the image at `path` is. Only its headers are read.
+
+        Raises:
+            errors.ConvertError: see `errors`.
+        """
+        request = wire.inspect_request(conversion.path_text("source.path", path), format or "")
+        answer = self._answer(self._stub.Inspect, request, timeout, wait_for_ready)
+        return answers.image(answer)
+
+    def jobs(
+        self,
+        *,
+        timeout: float | None = sockets.DEFAULT_TIMEOUT_S,
+        wait_for_ready: float | None = None,
+    ) -> tuple[results.Job, ...]:
+        """List the caller's conversions that wait or run, oldest first; an operator's: all.
+
+        Raises:
+            errors.ConvertError: see `errors`.
+        """
+        request = pb.ListJobsRequest()
+        answer = self._answer(self._stub.ListJobs, request, timeout, wait_for_ready)
+        return tuple(answers.job(job) for job in answer.jobs)
+
+    def cancel(
+        self,
+        job_id: str,
+        *,
+        timeout: float | None = sockets.DEFAULT_TIMEOUT_S,
+        wait_for_ready: float | None = None,
+    ) -> results.Job:
+        """Tell a job to end, and give it back as it was then. Does not wait for its end.
+
+        Raises:
+            errors.NotFound: there is no such job, or it is another's.
+            errors.ConvertError: see `errors`.
+        """
+        request = pb.CancelJobRequest(job_id=job_id)
+        answer = self._answer(self._stub.CancelJob, request, timeout, wait_for_ready)
+        return answers.job(answer.job)
+
+    def access(
+        self,
+        *,
+        timeout: float | None = sockets.DEFAULT_TIMEOUT_S,
+        wait_for_ready: float | None = None,
+    ) -> results.Access:
+        """Say whom the daemon takes this caller for, and what that caller may do.
+
+        Raises:
+            errors.ConvertError: see `errors`.
+        """
+        request = pb.GetAccessRequest()
+        answer = self._answer(self._stub.GetAccess, request, timeout, wait_for_ready)
+        return answers.access(answer)
+
+    def _answer(
+        self,
+        method: grpc.UnaryUnaryMultiCallable[Request, Response],
+        request: Request,
+        timeout_s: float | None,
+        wait_s: float | None,
+    ) -> Response:
+        waiting = self._waiting(wait_s)
+        call = method.future(request, timeout=timeout_s, wait_for_ready=waiting.allowed)
+        with waiting.watch(call, converting=False):
+            return call.result()
+
+    def _waiting(self, wait_s: float | None) -> _Waiting:
+        refused = sockets.refusal(self.socket)
+        if refused is not None:
+            raise refused
+        return _Waiting(self._channel, self.socket, self._wait_s if wait_s is None else wait_s)
+
+
+class _Waiting:
+    """Waits for a daemon that is not there, but not for ever.
+
+    gRPC holds a call back until there is a connection, and knows no other bound for that than the
+    call's deadline. So the call is made once, and called off if there is none after `wait_s`.
+    Whether there is one is asked of gRPC only then.
+    """
+
+    def __init__(self, channel: grpc.Channel, path: str, wait_s: float) -> None:
+        self._channel = channel
+        self._path = path
+        self._wait_s = wait_s
+        self._answered = threading.Event()
+        self._called_off = False
+
+    @property
+    def allowed(self) -> bool:
+        """Whether the call may wait at all."""
+        return self._wait_s > 0
+
+    def end(self) -> None:
+        """The daemon answers: it is there."""
+        self._answered.set()
+
+    @contextlib.contextmanager
+    def watch(self, call: grpc.Call, *, converting: bool) -> Iterator[None]:
+        """Run the call's body, turn how it failed into our errors, and leave no call behind."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(call.cancel)
+            stack.callback(self._answered.set)
+            if self.allowed:
+                threading.Thread(target=self._call_off, args=(call,), daemon=True).start()
+            try:
+                yield
+            except (grpc.RpcError, grpc.FutureCancelledError) as error:
+                raise self._error(call, converting=converting) from error
+
+    def _call_off(self, call: grpc.Call) -> None:
+        if self._answered.wait(self._wait_s) or self._is_connected():
+            return
+        self._called_off = True
+        call.cancel()
+
+    def _is_connected(self) -> bool:
+        states: queue.SimpleQueue[grpc.ChannelConnectivity] = queue.SimpleQueue()
+        hear = states.put
+        self._channel.subscribe(hear)
+        try:
+            return states.get() is grpc.ChannelConnectivity.READY
+        finally:
+            self._channel.unsubscribe(hear)
+
+    def _error(self, call: grpc.Call, *, converting: bool) -> errors.ConvertError:
+        return ending.error(
+            ending.Ending(
+                socket=self._path,
+                code=call.code(),
+                text=call.details() or "",
+                metadata=tuple(call.trailing_metadata() or ()),
+                converting=converting,
+                answered=self._answered.is_set(),
+                called_off=self._called_off,
+            )
+        )
