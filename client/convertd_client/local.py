@@ -1,0 +1,63 @@
+"""Convert with the caller's own rights: no daemon, no root, nothing installed beyond convertd.
+
+The job program that the daemon runs for each conversion is run here by the caller itself: the same
+steps, qemu-img in the same sandbox, the same guarantee that `dest` is there whole or not at all.
+Each call starts one process and waits for its end. Needs qemu-img, and a kernel with Landlock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Unpack
+
+from convertd_client import conversion, job, order, results
+
+
+def convert(
+    source: conversion.Path,
+    dest: conversion.Path,
+    *,
+    dest_format: str,
+    on_progress: Callable[[results.Progress], None] | None = None,
+    timeout: float | None = None,
+    **options: Unpack[conversion.ConvertOptions],
+) -> results.ConvertResult:
+    """Convert the image `source` into a new image `dest`, which is there whole or not at all.
+
+    Paths may be relative. Otherwise as `Client.convert`.
+
+    Raises:
+        errors.ConvertError: see `errors`.
+    """
+    return conversion_of(source, dest, dest_format, options).run(on_progress, timeout)
+
+
+def conversion_of(
+    source: conversion.Path,
+    dest: conversion.Path,
+    dest_format: str,
+    options: conversion.ConvertOptions,
+) -> job.Conversion:
+    """Make a conversion that is not running yet, and that another thread can cancel.
+
+    Raises:
+        errors.InvalidArgument, errors.Unimplemented: it can't be asked for.
+    """
+    paths = conversion.absolute(source), conversion.absolute(dest)
+    asked = conversion.asked(*paths, dest_format, options)
+    return job.Conversion(order.convert(asked, job.qemu_img()))
+
+
+def inspect(
+    path: conversion.Path,
+    format: str | None = None,  # noqa: A002 - the contract's word, and Nova's
+    *,
+    timeout: float | None = None,
+) -> results.ImageInfo:
+    """Say what the image at `path` is. Only its headers are read.
+
+    Raises:
+        errors.ConvertError: see `errors`.
+    """
+    text = conversion.path_text("source.path", conversion.absolute(path))
+    return job.inspect(text, order.inspect(text, format or "", job.qemu_img()), timeout)

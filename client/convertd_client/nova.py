@@ -1,0 +1,149 @@
+"""The four functions of OpenStack Nova's `nova.privsep.qemu`, done by convertd.
+
+The names and arguments are those of Nova 34 (2026.2), and what comes out is the same image, with
+the same cache mode, flushed likewise. What differs is in docs/client.md: the errors, foremost, are
+this package's.
+
+`convert_image` and `privileged_qemu_img_info` ask the daemon, at $CONVERTD_SOCKET or its usual
+place; the policy must name the caller. The `unprivileged_` two need no daemon.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Mapping
+from typing import Final
+
+from convertd_client import client, conversion, local, order, results
+
+Encryption = Mapping[str, str]
+
+DIRECT_BYTES: Final = 4096
+"""How much Nova writes to see whether direct I/O works."""
+
+CREATE_MODE: Final = 0o644
+"""With what mode qemu-img creates files. Source: qemu block/file-posix.c, raw_co_create."""
+
+
+def convert_image(  # noqa: PLR0913, PLR0917 - the arguments are Nova's
+    source: str,
+    dest: str,
+    in_format: str | None,
+    out_format: str,
+    instances_path: str,
+    compress: bool,  # noqa: FBT001 - as above
+    src_encryption: Encryption | None = None,
+    dest_encryption: Encryption | None = None,
+) -> results.ConvertResult:
+    """Convert an image with the daemon's rights. An existing `dest` is replaced.
+
+    The result's mode and owner are what the daemon's policy says. Nova's own function returns
+    nothing; the result is for whoever wants to know, the cache mode for instance.
+
+    Raises:
+        errors.Unimplemented: encryption is asked for.
+        errors.ConvertError: it was not done.
+    """
+    _refuse_encryption(src_encryption, dest_encryption)
+    options = _options(in_format, instances_path, compress=compress)
+    paths = conversion.absolute(source), conversion.absolute(dest)
+    with client.Client() as daemon:
+        return daemon.convert(*paths, dest_format=out_format, **options)
+
+
+def unprivileged_convert_image(  # noqa: PLR0913, PLR0917 - the arguments are Nova's
+    source: str,
+    dest: str,
+    in_format: str | None,
+    out_format: str,
+    instances_path: str,
+    compress: bool,  # noqa: FBT001 - as above
+    src_encryption: Encryption | None = None,
+    dest_encryption: Encryption | None = None,
+) -> results.ConvertResult:
+    """Convert an image with the caller's own rights. An existing `dest` is replaced.
+
+    The result's mode is what qemu-img would have given it.
+
+    Raises:
+        errors.Unimplemented: encryption is asked for.
+        errors.ConvertError: it was not done.
+    """
+    _refuse_encryption(src_encryption, dest_encryption)
+    options = _options(in_format, instances_path, compress=compress)
+    options["mode"] = CREATE_MODE & ~_umask()
+    return local.convert(source, dest, dest_format=out_format, **options)
+
+
+def privileged_qemu_img_info(path: str, format: str | None = None) -> str:  # noqa: A002 - Nova's
+    """`qemu-img info --output=json` of an image, with the daemon's rights: the JSON as text.
+
+    Raises:
+        errors.ConvertError: the image can't be read.
+    """
+    with client.Client() as daemon:
+        return daemon.inspect(conversion.absolute(_image(path)), format).qemu_img_json
+
+
+def unprivileged_qemu_img_info(path: str, format: str | None = None) -> str:  # noqa: A002 - Nova's
+    """`qemu-img info --output=json` of an image, with the caller's own rights: the JSON as text.
+
+    Raises:
+        errors.ConvertError: the image can't be read.
+    """
+    return local.inspect(_image(path), format).qemu_img_json
+
+
+def _options(
+    in_format: str | None, instances_path: str, *, compress: bool
+) -> conversion.ConvertOptions:
+    return conversion.ConvertOptions(
+        source_format=in_format,
+        # qemu-img's -c alone, whatever a policy may prefer.
+        compression="zlib" if compress else None,
+        cache_mode=_cache_mode(instances_path),
+        overwrite=True,
+    )
+
+
+def _cache_mode(instances_path: str) -> str:
+    """The cache mode that comes to the same as Nova's.
+
+    Nova asks whether instances_path takes direct writes: then it is `none`, else `writeback`. But
+    the destination may lie elsewhere, and where it takes none, Nova fails. So `none` is left to
+    `auto`, which is `none` wherever that works. Where we may not ask, `auto` is the answer too.
+    """
+    try:
+        fd = os.open(instances_path, os.O_TMPFILE | os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        # What Nova takes for "no". EOPNOTSUPP is about O_TMPFILE alone.
+        return "writeback" if error.errno in {errno.EINVAL, errno.ENOENT} else "auto"
+    try:
+        with mmap.mmap(-1, DIRECT_BYTES) as block:
+            os.write(fd, block)
+    except OSError as error:
+        return "writeback" if error.errno == errno.EINVAL else "auto"
+    finally:
+        os.close(fd)
+    return "auto"
+
+
+def _refuse_encryption(*asked: Encryption | None) -> None:
+    if any(asked):
+        raise order.unsupported("an encrypted source or destination", "not in this version")
+
+
+def _image(path: str) -> str:
+    """The image itself, of a ploop image that is given by its directory. As Nova has it."""
+    if os.path.exists(os.path.join(path, "DiskDescriptor.xml")):
+        return os.path.join(path, "root.hds")
+    return path
+
+
+def _umask() -> int:
+    """The umask of this process. umask(2) tells it only by changing it, for all threads."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        line = next(line for line in status if line.startswith("Umask:"))
+    return int(line.split()[1], 8)
