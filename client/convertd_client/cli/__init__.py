@@ -1,0 +1,27 @@
+"""convertctl, the daemon's command line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Final, NoReturn
+
+INTERRUPTED: Final = 130
+"""The exit status after Ctrl-C: 128 and the signal's number."""
+
+
+def main() -> NoReturn:
+    """Run convertctl.
+
+    What is imported, is imported when it is needed: a completion must not take half a second.
+    """
+    # A lost connection is told in our own words.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        from convertd_client.cli import commands  # noqa: PLC0415 - Ctrl-C may come this early
+
+        sys.exit(commands.run())
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

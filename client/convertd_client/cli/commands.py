@@ -1,0 +1,292 @@
+"""convertctl's commands and their options."""
+
+from __future__ import annotations
+
+import typing
+from typing import Final, Unpack
+
+import click
+
+import convertd_client
+from convertd_client import conversion, errors, local
+from convertd_client.cli import converting, failing, machine, showing, values
+
+SHELLS: Final = ("bash", "zsh", "fish")
+
+
+def run() -> int:
+    """Run the command line that this process was started with, and give its exit status."""
+    try:
+        status = convertctl.main(prog_name="convertctl", standalone_mode=False)
+    except click.ClickException as error:
+        # Not in click's way, which shows arguments as they are: a shell may have found them.
+        failing.say_misused(error)
+        return error.exit_code
+    return status if isinstance(status, int) else 0
+
+
+class Commands(click.Group):
+    """The group of commands: where every error of ours becomes a line and a status."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run a command. An error of ours is a line, and status 1."""
+        try:
+            return super().invoke(ctx)
+        except errors.ConvertError as error:
+            if ctx.meta.get("json"):
+                machine.error_line(error)
+            else:
+                failing.say(error)
+            ctx.exit(1)
+
+
+def _remember_json(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # noqa: FBT001
+    ctx.meta["json"] = value
+
+
+as_json = click.option(
+    "--json",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_remember_json,
+    help="Print JSON, one object a line.",
+)
+source_format = click.option(
+    "-f",
+    "--source-format",
+    metavar="FORMAT",
+    shell_complete=values.complete_format,
+    help="The image's format. Found out if left out; state it if you know it.",
+)
+without_daemon = click.option(
+    "--local",
+    "is_local",
+    is_flag=True,
+    help="Without the daemon, with no more than your own rights.",
+)
+
+
+@click.group(
+    cls=Commands,
+    no_args_is_help=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.option(
+    "--socket",
+    metavar="PATH",
+    type=values.PATH,
+    help="The daemon's socket. [default: $CONVERTD_SOCKET, or /run/convertd/convertd.sock]",
+)
+@click.version_option(package_name="convertd")
+@click.pass_context
+def convertctl(ctx: click.Context, socket: str | None) -> None:
+    """Convert disk images through convertd."""
+    ctx.obj = socket
+
+
+def _client() -> convertd_client.Client:
+    try:
+        return convertd_client.Client(click.get_current_context().obj)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
+class Given(typing.TypedDict):
+    """The options of `convert`, as click hands them over."""
+
+    dest_format: str
+    source_format: str | None
+    compress: bool
+    compression: str | None
+    cache_mode: str
+    preallocation: str | None
+    mode: int | None
+    group: str | None
+    overwrite: bool
+    verify: bool
+    validate_only: bool
+    rate_limit: int | None
+    source_secret: bytes | None
+    dest_secret: bytes | None
+    label: str
+    timeout: float | None
+    is_local: bool
+    quiet: bool
+
+
+@convertctl.command()
+@click.argument("source", type=values.PATH)
+@click.argument("dest", type=values.PATH)
+@click.option(
+    "-O",
+    "--dest-format",
+    metavar="FORMAT",
+    required=True,
+    shell_complete=values.complete_format,
+    help="The format to convert to.",
+)
+@source_format
+@click.option("-c", "--compress", is_flag=True, help="Compress it, as the policy says (zlib).")
+@click.option("--compression", type=click.Choice(["zlib", "zstd"]), help="Compress it so.")
+@click.option(
+    "--cache",
+    "cache_mode",
+    type=click.Choice(["auto", "none", "writeback", "writethrough", "directsync"]),
+    default="auto",
+    show_default=True,
+    help="How DEST is written. It is on the disk in the end, whatever the mode.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace DEST if it exists, in one step.")
+@click.option(
+    "--mode",
+    metavar="MODE",
+    callback=values.parsed(values.parse_mode),
+    help="DEST's permissions, such as 0640.",
+)
+@click.option("--group", metavar="GROUP", help="DEST's group, one of yours.")
+@click.option(
+    "--preallocation",
+    type=click.Choice(["off", "metadata", "falloc", "full"]),
+    help="Reserve space beforehand.",
+)
+@click.option(
+    "--rate-limit",
+    metavar="SIZE",
+    callback=values.parsed(values.parse_size),
+    help="Read at most so much a second, such as 50M.",
+)
+@click.option(
+    "--source-secret-file",
+    "source_secret",
+    type=values.PATH,
+    callback=values.parsed(values.read_secret),
+    help="Holds SOURCE's passphrase.",
+)
+@click.option(
+    "--dest-secret-file",
+    "dest_secret",
+    type=values.PATH,
+    callback=values.parsed(values.read_secret),
+    help="Holds DEST's passphrase.",
+)
+@click.option("--verify", is_flag=True, help="Compare DEST with SOURCE before it gets its name.")
+@click.option("--dry-run", "validate_only", is_flag=True, help="Check and plan, but do nothing.")
+@click.option("--label", default="", help="Your own name for the job.")
+@click.option(
+    "--timeout",
+    metavar="TIME",
+    callback=values.parsed(values.parse_time),
+    help="Give up after so long, such as 10m.",
+)
+@without_daemon
+@as_json
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
+def convert(source: str, dest: str, **given: Unpack[Given]) -> None:
+    """Convert the image SOURCE into a new image DEST.
+
+    DEST is there whole or not at all. Ctrl-C cancels.
+    """
+    paths = conversion.absolute(source), conversion.absolute(dest)
+    options = conversion.ConvertOptions(
+        source_format=given["source_format"],
+        compress=given["compress"],
+        compression=given["compression"],
+        cache_mode=given["cache_mode"],
+        preallocation=given["preallocation"],
+        mode=given["mode"],
+        group=given["group"],
+        overwrite=given["overwrite"],
+        verify=given["verify"],
+        validate_only=given["validate_only"],
+        rate_limit=given["rate_limit"],
+        source_secret=given["source_secret"],
+        dest_secret=given["dest_secret"],
+        label=given["label"],
+    )
+    ending: typing.Any = {"overwrite": given["overwrite"], "timeout_s": given["timeout"]}
+    if given["is_local"]:
+        running = local.conversion_of(*paths, given["dest_format"], options)
+        converting.run(running, paths[1], **ending)
+        return
+    with _client() as client:
+        remote = converting.Remote(client, paths, given["dest_format"], options)
+        converting.run(remote, paths[1], **ending)
+
+
+@convertctl.command()
+@click.argument("path", type=values.PATH)
+@source_format
+@without_daemon
+@as_json
+@click.pass_context
+def info(ctx: click.Context, path: str, source_format: str | None, *, is_local: bool) -> None:
+    """Say what the image at PATH is."""
+    if is_local:
+        image = local.inspect(path, source_format)
+    else:
+        with _client() as client:
+            image = client.inspect(conversion.absolute(path), source_format)
+    if ctx.meta.get("json"):
+        machine.line(image)
+    else:
+        showing.image(image)
+
+
+@convertctl.command()
+@as_json
+@click.pass_context
+def jobs(ctx: click.Context) -> None:
+    """List your conversions.
+
+    Those that wait or run; an operator sees everyone's.
+    """
+    with _client() as client:
+        listed = client.jobs()
+    if not ctx.meta.get("json"):
+        showing.jobs(listed)
+        return
+    for job in listed:
+        machine.line(job)
+
+
+@convertctl.command()
+@click.argument("job_id", metavar="ID")
+@as_json
+@click.pass_context
+def cancel(ctx: click.Context, job_id: str) -> None:
+    """Have the job ID end."""
+    with _client() as client:
+        job = client.cancel(job_id)
+    if ctx.meta.get("json"):
+        machine.line(job)
+    else:
+        click.echo(f"job {job.job_id} is being cancelled")
+
+
+@convertctl.command()
+@as_json
+@click.pass_context
+def access(ctx: click.Context) -> None:
+    """Say whom the daemon takes you for, and what you may do."""
+    with _client() as client:
+        told = client.access()
+    if ctx.meta.get("json"):
+        machine.line(told)
+    else:
+        showing.access(told)
+
+
+@convertctl.command()
+@click.argument("shell", type=click.Choice(SHELLS))
+def completion(shell: str) -> None:
+    """Print what makes SHELL complete convertctl's arguments.
+
+    For bash: source <(convertctl completion bash)
+    """
+    from click import shell_completion  # noqa: PLC0415 - slow to import, and rarely wanted
+
+    kind = shell_completion.get_completion_class(shell)
+    if kind is None:
+        raise click.UsageError(f"no completion for {shell}")
+    click.echo(kind(convertctl, {}, "convertctl", "_CONVERTCTL_COMPLETE").source())

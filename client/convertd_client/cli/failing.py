@@ -1,0 +1,51 @@
+"""How convertctl says that something went wrong: one line, and a hint where one helps."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import click
+
+from convertd_client import errors
+from convertd_client.cli import text
+
+HINTS: Final = {
+    "PERMISSION_DENIED": "`convertctl access` shows what you may do",
+    "FORMAT_NOT_ALLOWED": "`convertctl access` shows what you may do",
+    "DEST_EXISTS": "--overwrite replaces it",
+    "FORMAT_MISMATCH": "`convertctl info` without -f finds the format out",
+    "JOB_NOT_FOUND": "`convertctl jobs` lists yours",
+    "QUEUE_FULL": "`convertctl jobs` shows what runs and waits; try again later",
+    "DEST_BUSY": "`convertctl jobs` shows who writes it",
+    "ACCESS_REFUSED": "files there are opened with your own rights; see `convertctl access`",
+    "SOCKET_MISSING": "`systemctl status convertd.socket` tells more; "
+    "--local converts with your own rights, without the daemon",
+    "CONNECTION_REFUSED": "`systemctl status convertd.socket convertd.service` tells more",
+    "NOT_ANSWERING": "`systemctl status convertd.service` tells more",
+    "INTERNAL_ERROR": "the daemon's log has more: `journalctl -u convertd`",
+    "TIMEOUT": "nothing is half-written: the destination is there whole or not at all",
+    "PUBLISHED_BUT_NOT_DURABLE": "`sync` once the disk is well again makes it durable",
+    "NO_RESULT": "look whether the destination is there before you try again",
+    "CONNECTION_LOST": "look whether the destination is there before you try again",
+    "JOB_DIED": "look whether the destination is there before you try again",
+}
+
+
+def say(error: errors.ConvertError) -> None:
+    """Print an error for people."""
+    warn(f"{error.message} ({error.reason})")
+    hint = HINTS.get(error.reason)
+    if hint is not None:
+        click.echo(f"  {hint}", err=True)
+
+
+def say_misused(error: click.ClickException) -> None:
+    """Print what is wrong with a command line."""
+    warn(" ".join(error.format_message().split()))
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        click.echo(f"  `{error.ctx.command_path} --help` shows how it is used", err=True)
+
+
+def warn(message: str) -> None:
+    """Print one line about what went wrong."""
+    click.echo(f"convertctl: {text.shown(message)}", err=True)

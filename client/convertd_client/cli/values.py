@@ -1,0 +1,98 @@
+"""The values that convertctl's options take: sizes, times, modes, formats, secrets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+Value = TypeVar("Value")
+
+PATH: Final = click.Path(readable=False)
+"""Completed as a path, and not looked at: what is there, and for whom, is for the daemon to say."""
+
+FORMATS: Final = ("raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx", "qed", "parallels", "luks", "dmg")
+"""For completion alone: which formats there are is for the daemon to say."""
+
+MAX_SECRET_BYTES: Final = 4096
+
+_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b?)(?:/s)?", re.IGNORECASE)
+_TIME: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|d)?", re.IGNORECASE)
+_SECONDS: Final = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+
+
+def parse_size(text: str) -> int:
+    """A number of bytes: `50M` and `50MiB` are 50 * 1024², as for qemu-img; `50MB` is 50 * 1000².
+
+    Raises:
+        ValueError: it is none.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or (match[3].lower() in {"i", "ib"} and not match[2]):
+        raise ValueError(f"{text!r} is not a size such as 1048576, 50M or 1GiB")
+    base = 1000 if match[2] and match[3].lower() == "b" else 1024
+    return int(float(match[1]) * base ** " kmgt".index(match[2].lower() or " "))
+
+
+def parse_time(text: str) -> float:
+    """A number of seconds: `90`, `90s`, `10m`, `2h`, `1d`.
+
+    Raises:
+        ValueError: it is none, or 0.
+    """
+    match = _TIME.fullmatch(text.strip())
+    seconds = float(match[1]) * _SECONDS[(match[2] or "s").lower()] if match else 0.0
+    if not seconds:
+        raise ValueError(f"{text!r} is not a time such as 90s, 10m or 2h")
+    return seconds
+
+
+def parse_mode(text: str) -> int:
+    """Permission bits, in octal.
+
+    Raises:
+        ValueError: they are none.
+    """
+    if not re.fullmatch(r"0?[0-7]{3}", text):
+        raise ValueError(f"{text!r} is not a mode such as 0640")
+    return int(text, 8)
+
+
+def read_secret(path: str) -> bytes:
+    """A passphrase, in a file: every byte of it, as for qemu-img.
+
+    Raises:
+        ValueError: the file can't be read, or can't be a passphrase.
+    """
+    try:
+        with open(path, "rb") as file:
+            secret = file.read(MAX_SECRET_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"{path!r}: {error.strerror}") from error
+    if not 1 <= len(secret) <= MAX_SECRET_BYTES:
+        raise ValueError(f"{path!r} has not 1 to {MAX_SECRET_BYTES} bytes")
+    return secret
+
+
+def parsed(
+    parse: Callable[[str], Value],
+) -> Callable[[click.Context, click.Parameter, str | None], Value | None]:
+    """Make an option's callback, which parses what was typed if anything was."""
+
+    def callback(ctx: click.Context, param: click.Parameter, typed: str | None) -> Value | None:
+        try:
+            return None if typed is None else parse(typed)
+        except ValueError as error:
+            raise click.BadParameter(str(error), ctx, param) from error
+
+    return callback
+
+
+def complete_format(
+    _ctx: click.Context, _param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Offer the formats that there are."""
+    return [CompletionItem(name) for name in FORMATS if name.startswith(incomplete)]
