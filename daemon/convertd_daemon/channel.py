@@ -204,6 +204,20 @@ FROM_BROKER: Final = (
     AccessReport,
 )
 
+# --- to a job ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """A grant, and the pipes with the passphrases that go with it: source's, then destination's.
+
+    To a forked job only: it is no message.
+    """
+
+    grant: model.Grant | model.InspectGrant
+    secrets: tuple[int, ...] = ()
+
+
 # --- to a job that was not forked ---------------------------------------------------------------
 
 
@@ -245,9 +259,13 @@ class Succeeded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspected:
-    """What the image is. `chain` begins with the image itself; `raw_json` is qemu-img's."""
+    """What the image is. `chain` begins with the image itself; `raw_json` is qemu-img's.
 
-    chain: tuple[model.ImageInfo, ...]
+    `complete` says that the chain goes down to its base.
+    """
+
+    chain: tuple[model.Member, ...]
+    complete: bool
     raw_json: str
 
 

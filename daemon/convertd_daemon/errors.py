@@ -56,6 +56,14 @@ class Failure:
     message: str
     values: tuple[tuple[str, str], ...] = ()
 
+    def with_undefined(self, device: str) -> Failure:
+        """The same, of a conversion that had begun to write to a device."""
+        return Failure(
+            reason=self.reason,
+            message=f"{self.message}; the content of {device} is undefined now",
+            values=(*self.values, ("device", device), ("device_content", "undefined")),
+        )
+
     @property
     def status(self) -> Status:
         """The gRPC status of the reason; INTERNAL for one that no condition has."""
@@ -76,6 +84,8 @@ class ConvertError(Exception):
     status: ClassVar[Status]
     reason: ClassVar[str]
     sentence: ClassVar[str]
+    undefined_device = ""
+    """The device on which the conversion had begun to write, if it had."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -94,7 +104,10 @@ class ConvertError(Exception):
     def failure(self) -> Failure:
         """The condition as it passes between processes."""
         values = tuple((name, str(value)) for name, value in self.values().items())
-        return Failure(reason=self.reason, message=str(self), values=values)
+        failure = Failure(reason=self.reason, message=str(self), values=values)
+        if self.undefined_device:
+            return failure.with_undefined(self.undefined_device)
+        return failure
 
 
 # --- who ---------------------------------------------------------------------------------------
@@ -158,6 +171,13 @@ class BadOption(Invalid):
     sentence = "{field}: {problem}"
     field: str
     problem: str
+
+
+class SecretMissing(Invalid):
+    """An encrypted image, and no passphrase for it."""
+
+    sentence = "{path}: is encrypted; give its passphrase"
+    path: str
 
 
 class BadMessage(Invalid):
@@ -290,6 +310,56 @@ class FormatNotAllowed(Denied):
     sentence = "{path}: is of the format {format}, which the policy does not allow here"
     path: str
     format: str
+
+
+class BackingRefused(FailedPrecondition):
+    """An image that stands on another one, which this caller can't have read through it."""
+
+    sentence = "{path}: its backing file {backing!r} is refused: {problem}"
+    path: str
+    backing: str
+    problem: str
+
+
+class WrongSecret(FailedPrecondition):
+    """The passphrase does not open the image."""
+
+    sentence = "{path}: the passphrase does not open it"
+    path: str
+
+
+class DeviceTooSmall(FailedPrecondition):
+    """The image does not fit on the device. Nothing was written."""
+
+    sentence = "{path}: has {size_bytes} bytes, the image needs {needed_bytes}"
+    path: str
+    size_bytes: int
+    needed_bytes: int
+
+
+class NoDirectWrites(FailedPrecondition):
+    """A cache mode was asked for that the destination's file system does not do."""
+
+    sentence = "{path}: takes no direct writes, which cache mode {mode} needs: {problem}"
+    path: str
+    mode: str
+    problem: str
+
+
+class ClaimNotAllowed(Denied):
+    """`is_zero` was claimed of a device, and the policy's root does not allow the claim."""
+
+    sentence = "{path}: the policy does not let you claim that it is zero already"
+    path: str
+
+
+class DeviceNotWritable(FailedPrecondition):
+    """The device's mode does not let its group write, and qemu-img has no other right to it."""
+
+    sentence = "{path}: its group {group} may not write it (mode {mode})"
+    path: str
+    group: int
+    mode: str
 
 
 class ImageTooLarge(FailedPrecondition):

@@ -99,10 +99,34 @@ class Peer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """The image to read, as the caller named it. An empty format means: find out, safely."""
+    """The image to read, as the caller named it. An empty format means: find out, safely.
+
+    `encrypted` says that a passphrase comes along, by a pipe: it is never part of a message.
+    """
 
     path: str
     format: str = ""
+    encrypted: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One creation option of a format, by qemu's name and in qemu's spelling."""
+
+    name: str
+    value: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encryption:
+    """How a result is encrypted with LUKS, in qemu's terms. The passphrase is never here."""
+
+    cipher_alg: str = "aes-256"
+    cipher_mode: str = "xts"
+    hash_alg: str = "sha256"
+    ivgen_alg: str = "plain64"
+    ivgen_hash_alg: str = "sha256"
+    iter_time_ms: int = 2000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +144,9 @@ class Dest:
     mode: int | None = None
     group: str = ""
     overwrite: bool = False
+    is_zero: bool = False
+    encryption: Encryption | None = None
+    options: tuple[Option, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,15 +330,22 @@ class ChosenCache:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One image of a chain, under the name by which the caller or its overlay knows it."""
+
+    path: str
+    info: ImageInfo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Everything that is decided before qemu-img runs.
+    """Everything that is decided before qemu-img runs. The chain begins with the source itself.
 
     `argv` speaks of descriptors only; `command` is the same for people, with the caller's paths.
     `needed_bytes` is what the destination is expected to take, 0 where that can't be known.
     """
 
-    source_path: str
-    source: ImageInfo
+    chain: tuple[Member, ...]
     dest_format: str
     compression: Compression
     source_cache: ChosenCache
@@ -321,6 +355,11 @@ class Plan:
     needed_bytes: int
     available_bytes: int
     warnings: tuple[Warned, ...] = ()
+
+    @property
+    def source(self) -> ImageInfo:
+        """The source itself, whatever lies under it."""
+        return self.chain[0].info
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -98,6 +98,7 @@ def decide(policy: Policy, peer: model.Peer, request: model.ConvertRequest) -> m
     Raises:
         errors.BadPath, errors.BadFormat, errors.BadOption: the request can't be meant.
         errors.PermissionDenied: no rule allows it.
+        errors.ClaimNotAllowed: one does, but not that `is_zero` is claimed.
     """
     request = validation.checked_convert(request)
     source = policy.place(request.source.path)
@@ -106,6 +107,7 @@ def decide(policy: Policy, peer: model.Peer, request: model.ConvertRequest) -> m
         for rule in policy.rules_for(peer):
             reads = rule.may_read(source, request.source.format)
             if reads and rule.may_write(dest, request.dest.format):
+                _check_claim(request.dest, dest)
                 return model.Grant(
                     rule=rule.name,
                     peer=peer,
@@ -121,6 +123,16 @@ def decide(policy: Policy, peer: model.Peer, request: model.ConvertRequest) -> m
     whence = _quoted(request.source.path, request.source.format)
     whither = _quoted(request.dest.path, request.dest.format)
     raise errors.PermissionDenied(uid=peer.uid, action=f"convert {whence} to {whither}")
+
+
+def _check_claim(asked: model.Dest, dest: model.Place) -> None:
+    """Hold the claim that a device is zero already against its root."""
+    if not asked.is_zero:
+        return
+    if dest.root.kind is not model.RootKind.BLOCK:
+        raise errors.BadOption(field="dest.is_zero", problem="is for devices only")
+    if not dest.root.allow_is_zero:
+        raise errors.ClaimNotAllowed(path=validation.shown(dest.path))
 
 
 def decide_inspect(

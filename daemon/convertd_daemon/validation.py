@@ -10,7 +10,7 @@ import dataclasses
 import re
 from typing import Final
 
-from convertd_daemon import errors, model
+from convertd_daemon import creation, errors, model
 
 MAX_PATH_BYTES: Final = 4095
 """PATH_MAX less its NUL. Source: path_resolution(7)."""
@@ -23,6 +23,8 @@ MAX_RATE_BYTES_PER_SECOND: Final = 2**63 - 1
 MODE_BITS: Final = 0o666
 TEMPORARY_PREFIX: Final = ".convertd-"
 """Names that convertd gives its own temporaries, and removes when nobody holds them."""
+
+ENCRYPTABLE_FORMATS: Final = frozenset({"qcow2", "luks"})
 
 PREALLOCATIONS: Final = {
     "raw": frozenset(
@@ -44,8 +46,8 @@ def checked_convert(request: model.ConvertRequest) -> model.ConvertRequest:
     """
     _check_source(request.source)
     _check_dest(request.dest)
-    _check_secret("source.encryption", request.source.format)
-    _check_secret("dest.encryption", request.dest.format)
+    _check_encryption("dest", request.dest.format, encrypted=request.dest.encryption is not None)
+    creation.check(request.dest)
     _check_options(request)
     if request.source.path == request.dest.path:
         raise _bad_path("dest.path", request.dest.path, "is the source")
@@ -61,7 +63,7 @@ def checked_inspect(request: model.InspectRequest) -> model.InspectRequest:
     Raises:
         errors.BadPath, errors.BadFormat: it can't be meant.
     """
-    _check_source(request.source)
+    _check_path_and_format(request.source)
     return request
 
 
@@ -77,14 +79,20 @@ def shown(text: str) -> str:
     return f"{text[:half]}…{text[-half:]}"
 
 
-def _check_source(source: model.Source) -> None:
-    _check_path("source.path", source.path)
+def _check_path_and_format(source: model.Source) -> None:
+    check_path("source.path", source.path)
     if source.format:
         _check_format("source.format", source.format, model.FORMATS)
 
 
+def _check_source(source: model.Source) -> None:
+    _check_path_and_format(source)
+    if source.format:
+        _check_encryption("source", source.format, encrypted=source.encrypted)
+
+
 def _check_dest(dest: model.Dest) -> None:
-    _check_path("dest.path", dest.path)
+    check_path("dest.path", dest.path)
     if dest.path.rpartition("/")[2].startswith(TEMPORARY_PREFIX):
         raise _bad_path("dest.path", dest.path, "has a name that convertd keeps for itself")
     _check_format("dest.format", dest.format, model.WRITABLE_FORMATS)
@@ -97,7 +105,12 @@ def _check_dest(dest: model.Dest) -> None:
         raise errors.BadOption(field="dest.group", problem=problem)
 
 
-def _check_path(field: str, path: str) -> None:
+def check_path(field: str, path: str) -> None:
+    """Check that a path can be meant.
+
+    Raises:
+        errors.BadPath: it can't; the condition says why.
+    """
     data = path.encode("utf-8", "surrogatepass")
     names = data.split(b"/")[1:]
     problems = {
@@ -124,8 +137,12 @@ def _check_format(field: str, name: str, usable: frozenset[str]) -> None:
         raise errors.BadFormat(field=field, format=shown(name))
 
 
-def _check_secret(field: str, name: str) -> None:
-    if name == "luks":
+def _check_encryption(end: str, name: str, *, encrypted: bool) -> None:
+    """Hold passphrase and format together; Inspect of a `luks` image alone takes none."""
+    field = f"{end}.encryption"
+    if encrypted and name not in ENCRYPTABLE_FORMATS:
+        raise errors.BadOption(field=field, problem=f"is not possible with the format {name}")
+    if name == "luks" and not encrypted:
         raise errors.BadOption(field=field, problem="the format luks needs a passphrase")
 
 

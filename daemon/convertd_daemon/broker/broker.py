@@ -7,6 +7,7 @@ other end, and with no others.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -134,8 +135,9 @@ class Broker:
             log.exception("the front sent what is no message")
             self.front.kill()
             return
-        channel.close_all(descriptors)
-        self.obey(message)
+        with contextlib.ExitStack() as stack:
+            stack.callback(channel.close_all, descriptors)
+            self.obey(message, descriptors)
 
     def lose_front(self) -> None:
         """The front's process is gone: so are its calls, and soon their jobs."""
@@ -211,8 +213,11 @@ class Broker:
 
     # --- requests ----------------------------------------------------------------------------
 
-    def obey(self, message: object) -> None:
-        """Do what the front asks, as far as the peer of the connection it names may ask it."""
+    def obey(self, message: object, descriptors: list[int]) -> None:
+        """Do what the front asks, as far as the peer of the connection it names may ask it.
+
+        Whatever of the descriptors is kept is taken out of the list.
+        """
         match message:
             case channel.Ready():
                 self.serve()
@@ -226,7 +231,7 @@ class Broker:
                 | channel.GetAccess(call=call, connection=number)
             ):
                 try:
-                    self.answer(message, call, self.peer_of(number))
+                    self.answer(message, call, self.peer_of(number), descriptors)
                 except errors.ConvertError as error:
                     self.refuse(call, error.failure())
 
@@ -241,7 +246,7 @@ class Broker:
             raise errors.UnknownConnection
         return connection.peer
 
-    def answer(self, message: object, call: int, peer: model.Peer) -> None:
+    def answer(self, message: object, call: int, peer: model.Peer, descriptors: list[int]) -> None:
         """Answer one request, or put it in its queue.
 
         Raises:
@@ -250,10 +255,12 @@ class Broker:
         match message:
             case channel.Convert(connection=number, request=request):
                 grant = self.judge(peer, request.source.path, lambda: self.may(peer, request))
-                self.enqueue(call, number, grant)
+                self.enqueue(
+                    call, number, channel.Granted(grant, take_secrets(request, descriptors))
+                )
             case channel.Inspect(connection=number, request=request):
                 look = self.judge(peer, request.source.path, lambda: self.may(peer, request))
-                self.enqueue(call, number, look)
+                self.enqueue(call, number, channel.Granted(look))
             case channel.ListJobs():
                 self.list_jobs(call, peer)
             case channel.CancelJob(job_id=job_id):
@@ -295,15 +302,20 @@ class Broker:
             )
             raise
 
-    def enqueue(self, call: int, connection: int, grant: model.Grant | model.InspectGrant) -> None:
-        """Put a granted request in line; it starts at once if there is a place.
+    def enqueue(self, call: int, connection: int, granted: channel.Granted) -> None:
+        """Put a granted request in line; it starts at once if there is a place. Owns its pipes.
 
         Raises:
             errors.QueueFull, errors.DestBusy: as they say.
         """
-        if self.jobs.of_call(call) is not None:
-            raise errors.BadMessage(problem="this call has a job already")
-        job = self.jobs.add(call, connection, grant)
+        grant = granted.grant
+        try:
+            if self.jobs.of_call(call) is not None:
+                raise errors.BadMessage(problem="this call has a job already")
+            job = self.jobs.add(call, connection, granted)
+        except errors.ConvertError:
+            channel.close_all(list(granted.secrets))
+            raise
         log.info(
             "granted job=%s uid=%d gid=%d pid=%d rule=%s source=%r dest=%r",
             job.job_id,
@@ -398,6 +410,8 @@ class Broker:
         if self.jobs.find(job.job_id) is not job or job.ending is not None:
             return
         job.ending = why.failure()
+        if job.is_writing_a_device:
+            job.ending = job.ending.with_undefined(job.writes)
         if job.state is jobs.State.WAITING:
             self.jobs.remove(job)
             self.refuse(job.call, job.ending)
@@ -517,3 +531,17 @@ class Broker:
     def _kill_front(self, ending: front.Front) -> None:
         if self.front is ending:
             ending.kill()
+
+
+def take_secrets(request: model.ConvertRequest, descriptors: list[int]) -> tuple[int, ...]:
+    """Take the pipes with a request's passphrases out of what came with its message, unread.
+
+    Raises:
+        errors.BadMessage: there are more or fewer than the request says.
+    """
+    wanted = int(request.source.encrypted) + int(request.dest.encryption is not None)
+    if len(descriptors) != wanted:
+        raise errors.BadMessage(problem=f"{len(descriptors)} passphrases came instead of {wanted}")
+    taken = tuple(descriptors)
+    descriptors.clear()
+    return taken

@@ -36,7 +36,7 @@ class Job:
     job_id: str
     call: int
     connection: int
-    grant: model.Grant | model.InspectGrant
+    granted: channel.Granted
     lane: queue.Lane[Job]
     queued: float = field(default_factory=time.time)
     state: State = State.WAITING
@@ -44,6 +44,19 @@ class Job:
     pid: int = 0
     started: float | None = None
     ending: errors.Failure | None = None
+
+    @property
+    def grant(self) -> model.Grant | model.InspectGrant:
+        """What it may do."""
+        return self.granted.grant
+
+    @property
+    def is_writing_a_device(self) -> bool:
+        """Whether it has begun, or may have begun, to overwrite a device."""
+        on_device = isinstance(self.grant, model.Grant) and (
+            self.grant.dest.root.kind is model.RootKind.BLOCK
+        )
+        return on_device and bool(self.writes) and self.state is not State.WAITING
 
     @property
     def uid(self) -> int:
@@ -73,10 +86,16 @@ class Job:
             raise
         if self.pid == 0:
             # Not ours.close(): the job's first act closes all but its own.
-            job_main.forked(self.job_id, self.grant, theirs, setup, broker)
+            job_main.forked(self.job_id, self.granted, theirs, setup, broker)
         theirs.close()
+        self.close_secrets()
         self.state, self.started = State.RUNNING, time.time()
         return ours
+
+    def close_secrets(self) -> None:
+        """Close the pipes with the passphrases: the job's process has its own, or needs none."""
+        channel.close_all(list(self.granted.secrets))
+        self.granted = channel.Granted(self.grant)
 
     def signal(self, number: signal.Signals) -> None:
         """Signal the process. It is our child and not reaped yet, so the pid is its own."""
@@ -126,17 +145,22 @@ class Jobs:
     def __len__(self) -> int:
         return len(self._by_id)
 
-    def add(self, call: int, connection: int, grant: model.Grant | model.InspectGrant) -> Job:
+    def add(self, call: int, connection: int, granted: channel.Granted) -> Job:
         """Put a granted request in its queue.
 
         Raises:
             errors.QueueFull: too many wait.
             errors.DestBusy: another job is about to publish, or publishing, that destination.
         """
+        grant = granted.grant
         is_look = isinstance(grant, model.InspectGrant) or grant.request.validate_only
         lane = self.looks if is_look else self.conversions
         job = Job(
-            job_id=secrets.token_hex(6), call=call, connection=connection, grant=grant, lane=lane
+            job_id=secrets.token_hex(6),
+            call=call,
+            connection=connection,
+            granted=granted,
+            lane=lane,
         )
         if job.writes and any(other.writes == job.writes for other in self):
             raise errors.DestBusy(path=job.writes)
@@ -147,6 +171,7 @@ class Jobs:
     def remove(self, job: Job) -> None:
         """Forget a job, wherever it was, and free its place."""
         del self._by_id[job.job_id]
+        job.close_secrets()
         if not job.lane.leave(job):
             job.lane.done(job)
 

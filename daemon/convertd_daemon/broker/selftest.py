@@ -102,7 +102,7 @@ def _convert(runner: qemu_img.Runner, directory: str, compression: str) -> None:
             os.fchmod(dest, 0o060)
         argv = ("qemu-img", "convert", "-c", "-O", "qcow2", "-o", f"compression_type={compression}")
         outcome = runner.run(
-            (*argv, plan.graph("raw", source), plan.path_of(dest)),
+            (*argv, plan.graph((plan.Node(format="raw", fd=source),)), plan.path_of(dest)),
             qemu_img.Inodes(read=(source,), write=(dest,)),
             limits.CONVERT,
         )

@@ -110,7 +110,7 @@ class Link:
         self.ended = asyncio.Event()
         self._calls: dict[int, Call] = {}
         self._numbers = itertools.count(1)
-        self._behind: collections.deque[bytes] = collections.deque()
+        self._behind: collections.deque[tuple[bytes, tuple[int, ...]]] = collections.deque()
         asyncio.get_running_loop().add_reader(line.fileno(), self._listen)
 
     def call_of_job(self, job_id: str) -> Call | None:
@@ -118,15 +118,19 @@ class Link:
         return next((call for call in self._calls.values() if call.job_id == job_id), None)
 
     @contextlib.contextmanager
-    def call(self, make: Callable[[int], object]) -> Iterator[Call]:
+    def call(
+        self, make: Callable[[int], object], descriptors: tuple[int, ...] = ()
+    ) -> Iterator[Call]:
         """Ask the broker something; when the block is left, by whichever way, the call is over.
+
+        `descriptors` go along with the question; they are the caller's to close, after the block.
 
         If nobody said that it ended, the broker is told that nobody wants it any more.
         """
         call = Call(self, next(self._numbers))
         self._calls[call.number] = call
         try:
-            self.send(make(call.number))
+            self.send(make(call.number), *descriptors)
             yield call
         finally:
             del self._calls[call.number]
@@ -134,16 +138,17 @@ class Link:
             if not call.over:
                 self.send(channel.Abandon(call=call.number))
 
-    def send(self, message: object) -> None:
+    def send(self, message: object, *descriptors: int) -> None:
         """Send to the broker, later if there is no room now."""
-        self._behind.append(codec.encode(message))
+        self._behind.append((codec.encode(message), descriptors))
         self._catch_up()
 
     def _catch_up(self) -> None:
         loop = asyncio.get_running_loop()
         try:
             while self._behind:
-                if not self.line.send_bytes(self._behind[0], wait=False):
+                data, descriptors = self._behind[0]
+                if not self.line.send_bytes(data, *descriptors, wait=False):
                     loop.add_writer(self.line.fileno(), self._catch_up)
                     return
                 self._behind.popleft()

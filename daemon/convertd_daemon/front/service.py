@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError, Message
 
 from convertd.v1 import convert_pb2 as pb
 from convertd_daemon import channel, errors, model
-from convertd_daemon.front import link, status, translate
+from convertd_daemon.front import link, pipes, status, translate
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -98,9 +98,10 @@ class ConvertService:
         self, request: pb.ConvertRequest, connection: int
     ) -> AsyncIterator[pb.ConvertResponse]:
         """Convert: events as they come; whoever stops listening cancels the job."""
+        secrets = translate.secrets(request)
         asked = translate.convert_request(request)
         make = functools.partial(_convert_message, connection, asked)
-        with self.broker.call(make) as call:
+        with pipes.holding(secrets) as held, self.broker.call(make, held) as call:
             following = Following(time.monotonic())
             try:
                 async for event in following.events(call):

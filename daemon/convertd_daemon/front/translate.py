@@ -5,7 +5,6 @@ Nothing is judged here but whether a message says something that has a value on 
 
 from __future__ import annotations
 
-import enum
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from convertd.v1 import convert_pb2 as pb
@@ -14,7 +13,9 @@ from convertd_daemon import channel, errors, model
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-E = TypeVar("E", bound=enum.StrEnum)
+    from google.protobuf.descriptor import FieldDescriptor
+
+V = TypeVar("V")
 
 NOT_YET: Final = "not in this version"
 
@@ -40,6 +41,36 @@ PREALLOCATIONS: Final = {
     pb.PREALLOCATION_FALLOC: model.Preallocation.FALLOC,
     pb.PREALLOCATION_FULL: model.Preallocation.FULL,
 }
+ENCRYPTIONS: Final = {
+    pb.ENCRYPTION_FORMAT_UNSPECIFIED: "luks",
+    pb.ENCRYPTION_FORMAT_LUKS: "luks",
+}
+QEMU_NAMES: Final = {
+    "cluster_size_bytes": "cluster_size",
+    "block_size_bytes": "block_size",
+    "log_size_bytes": "log_size",
+    "table_size_clusters": "table_size",
+    "hardware_version": "hwversion",
+}
+"""The names of options where they are not qemu's own."""
+QEMU_VALUES: Final = {
+    ("Qcow2Compat", pb.QCOW2_COMPAT_V2): "0.10",
+    ("Qcow2Compat", pb.QCOW2_COMPAT_V3): "1.1",
+    ("VmdkSubformat", pb.VMDK_SUBFORMAT_MONOLITHIC_SPARSE): "monolithicSparse",
+    ("VmdkSubformat", pb.VMDK_SUBFORMAT_STREAM_OPTIMIZED): "streamOptimized",
+    ("VmdkSubformat", pb.VMDK_SUBFORMAT_MONOLITHIC_FLAT): "monolithicFlat",
+    ("VmdkSubformat", pb.VMDK_SUBFORMAT_TWO_GB_MAX_EXTENT_SPARSE): "twoGbMaxExtentSparse",
+    ("VmdkSubformat", pb.VMDK_SUBFORMAT_TWO_GB_MAX_EXTENT_FLAT): "twoGbMaxExtentFlat",
+    ("VmdkAdapterType", pb.VMDK_ADAPTER_TYPE_IDE): "ide",
+    ("VmdkAdapterType", pb.VMDK_ADAPTER_TYPE_LSILOGIC): "lsilogic",
+    ("VmdkAdapterType", pb.VMDK_ADAPTER_TYPE_BUSLOGIC): "buslogic",
+    ("VmdkAdapterType", pb.VMDK_ADAPTER_TYPE_LEGACY_ESX): "legacyESX",
+    ("VpcSubformat", pb.VPC_SUBFORMAT_DYNAMIC): "dynamic",
+    ("VpcSubformat", pb.VPC_SUBFORMAT_FIXED): "fixed",
+    ("VhdxSubformat", pb.VHDX_SUBFORMAT_DYNAMIC): "dynamic",
+    ("VhdxSubformat", pb.VHDX_SUBFORMAT_FIXED): "fixed",
+}
+
 CACHE_MODES_OUT: Final = {mode: number for number, mode in CACHE_MODES.items()}
 COMPRESSIONS_OUT: Final = {mode.value: number for number, mode in COMPRESSIONS.items()}
 PHASES: Final = {
@@ -78,7 +109,7 @@ def convert_request(message: pb.ConvertRequest) -> model.ConvertRequest:
 
     Raises:
         errors.BadOption: a value of an enum that this version does not know.
-        errors.Unsupported: a field that this version does not do.
+        errors.BadOption: options of another format.
     """
     return model.ConvertRequest(
         source=_source(message.source),
@@ -92,28 +123,33 @@ def convert_request(message: pb.ConvertRequest) -> model.ConvertRequest:
 
 
 def inspect_request(message: pb.InspectRequest) -> model.InspectRequest:
-    """What an InspectRequest asks for.
-
-    Raises:
-        errors.Unsupported: a field that this version does not do.
-    """
+    """What an InspectRequest asks for."""
     return model.InspectRequest(source=_source(message.source))
 
 
+def secrets(message: pb.ConvertRequest) -> list[bytes]:
+    """The passphrases of a request, the source's first. Takes them out of the message."""
+    ends = [message.source.encryption] if message.source.HasField("encryption") else []
+    if message.dest.HasField("encryption"):
+        return [*_taken(ends), *_taken([message.dest.encryption])]
+    return _taken(ends)
+
+
+def _taken(ends: list[pb.SourceEncryption] | list[pb.DestinationEncryption]) -> list[bytes]:
+    found = [end.passphrase for end in ends]
+    for end in ends:
+        end.ClearField("passphrase")
+    return found
+
+
 def _source(message: pb.Source) -> model.Source:
-    if message.HasField("encryption"):
-        raise errors.Unsupported(what="source.encryption", why=NOT_YET)
-    return model.Source(path=message.path, format=message.format)
+    encrypted = message.HasField("encryption")
+    if encrypted:
+        _known(ENCRYPTIONS, message.encryption.format, "source.encryption.format")
+    return model.Source(path=message.path, format=message.format, encrypted=encrypted)
 
 
 def _dest(message: pb.Destination) -> model.Dest:
-    if message.HasField("encryption"):
-        raise errors.Unsupported(what="dest.encryption", why=NOT_YET)
-    options = message.WhichOneof("options")
-    if options is not None:
-        raise errors.Unsupported(what=f"dest.{options}", why=NOT_YET)
-    if message.is_zero:
-        raise errors.Unsupported(what="dest.is_zero", why=NOT_YET)
     return model.Dest(
         path=message.path,
         format=message.format,
@@ -122,10 +158,50 @@ def _dest(message: pb.Destination) -> model.Dest:
         mode=message.mode if message.HasField("mode") else None,
         group=message.group,
         overwrite=message.overwrite,
+        is_zero=message.is_zero,
+        encryption=_encryption(message),
+        options=_options(message),
     )
 
 
-def _known(table: Mapping[Any, E], number: int, field: str) -> E:
+def _encryption(message: pb.Destination) -> model.Encryption | None:
+    if not message.HasField("encryption"):
+        return None
+    asked, default = message.encryption, model.Encryption()
+    _known(ENCRYPTIONS, asked.format, "dest.encryption.format")
+    return model.Encryption(
+        cipher_alg=asked.cipher_alg or default.cipher_alg,
+        cipher_mode=asked.cipher_mode or default.cipher_mode,
+        hash_alg=asked.hash_alg or default.hash_alg,
+        ivgen_alg=asked.ivgen_alg or default.ivgen_alg,
+        ivgen_hash_alg=asked.ivgen_hash_alg or default.ivgen_hash_alg,
+        iter_time_ms=asked.iter_time_milliseconds or default.iter_time_ms,
+    )
+
+
+def _options(message: pb.Destination) -> tuple[model.Option, ...]:
+    """The options of the format, in qemu's words; those left out are qemu's to choose."""
+    kind = message.WhichOneof("options")
+    if kind is None:
+        return ()
+    if kind != message.format:
+        problem = f"are options of another format than {message.format[:32]!r}"
+        raise errors.BadOption(field=f"dest.{kind}", problem=problem)
+    return tuple(
+        model.Option(name=QEMU_NAMES.get(field.name, field.name), value=_qemu_value(field, value))
+        for field, value in getattr(message, kind).ListFields()
+    )
+
+
+def _qemu_value(field: FieldDescriptor, value: object) -> str:
+    if field.enum_type is not None:
+        return _known(QEMU_VALUES, (field.enum_type.name, value), field.name)
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return str(value)
+
+
+def _known(table: Mapping[Any, V], number: object, field: str) -> V:
     try:
         return table[number]
     except KeyError as error:
@@ -147,7 +223,7 @@ def plan(value: model.Plan) -> pb.Plan:
         compression=COMPRESSIONS_OUT[value.compression],
         needed_bytes=value.needed_bytes,
         available_bytes=value.available_bytes,
-        chain=[_member(value.source_path, value.source)],
+        chain=[_member(member) for member in value.chain],
     )
 
 
@@ -184,9 +260,10 @@ def _cache(value: model.ChosenCache) -> pb.CacheChoice:
     return pb.CacheChoice(mode=CACHE_MODES_OUT[value.mode], reason=value.reason)
 
 
-def _member(path: str, info: model.ImageInfo) -> pb.ImageMember:
+def _member(member: model.Member) -> pb.ImageMember:
+    info = member.info
     return pb.ImageMember(
-        path=path,
+        path=member.path,
         format=info.format,
         virtual_size_bytes=info.virtual_size_bytes,
         actual_size_bytes=info.actual_size_bytes,
@@ -196,7 +273,7 @@ def _member(path: str, info: model.ImageInfo) -> pb.ImageMember:
 
 def inspected(path: str, message: channel.Inspected) -> pb.InspectResponse:
     """What an image is."""
-    top = message.chain[0]
+    top = message.chain[0].info
     return pb.InspectResponse(
         path=path,
         format=top.format,
@@ -208,7 +285,8 @@ def inspected(path: str, message: channel.Inspected) -> pb.InspectResponse:
         corrupt=top.corrupt,
         backing_filename=top.backing_name,
         backing_format=top.backing_format,
-        backing_chain_complete=not top.backing_name,
+        backing_chain=[_member(member) for member in message.chain[1:]],
+        backing_chain_complete=message.complete,
         snapshots=[pb.Snapshot(name=name) for name in top.snapshots],
         bitmaps=[pb.Bitmap(name=name) for name in top.bitmaps],
         format_specific=dict(top.details),

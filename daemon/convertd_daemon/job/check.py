@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Final
 
 from convertd_daemon import errors, model
 from convertd_daemon.job import plan as plans
-from convertd_daemon.job import probe, qemu_img
+from convertd_daemon.job import probe, qemu_img, secrets
+from convertd_daemon.job.devices import DeviceDest
 from convertd_daemon.sandbox import limits
 
 if TYPE_CHECKING:
@@ -21,13 +22,15 @@ LONG_S: Final = 2.0
 
 
 def check(grant: model.Grant, plan: model.Plan, ends: Ends, runner: qemu_img.Runner) -> None:
-    """Check size or header of the result.
+    """Check size or header of the result. A device has neither.
 
     Raises:
         errors.VerifyFailed: it can't be the source's image.
     """
-    size, path = plan.source.virtual_size_bytes, ends.target.place.path
-    written = os.fstat(ends.result.fd).st_size
+    if isinstance(ends.dest, DeviceDest):
+        return
+    size, path = plan.source.virtual_size_bytes, ends.dest.place.path
+    written = os.fstat(ends.dest.fd).st_size
     if plan.dest_format == "raw":
         if written != size:
             problem = f"has {written} bytes instead of {size}"
@@ -36,22 +39,30 @@ def check(grant: model.Grant, plan: model.Plan, ends: Ends, runner: qemu_img.Run
     if written == 0:
         raise errors.VerifyFailed(path=path, problem="nothing was written")
     if grant.request.verify or runner.leash.seconds > LONG_S:
-        found = probe.result_info(ends.result.fd, plan.dest_format, runner)
+        found = probe.result_info(ends.dest.fd, plan.dest_format, runner)
         if found != (plan.dest_format, size):
             problem = f"is {found[0] or 'unreadable'} of {found[1]} bytes, not {size}"
             raise errors.VerifyFailed(path=path, problem=problem)
 
 
-def compare(plan: model.Plan, ends: Ends, runner: qemu_img.Runner) -> None:
+def compare(
+    grant: model.Grant,
+    plan: model.Plan,
+    ends: Ends,
+    kept: secrets.Secrets,
+    runner: qemu_img.Runner,
+) -> None:
     """Read source and result once more, and compare what a guest would see.
 
     Raises:
         errors.VerifyFailed: they differ.
         errors.ReadFailed: they could not be compared.
     """
-    source, result, path = ends.source.fd, ends.result.fd, ends.target.place.path
-    argv = plans.compare_argv(plan, source, result)
-    outcome = runner.run(argv, qemu_img.Inodes(read=(source, result)), limits.CONVERT)
+    path = ends.dest.place.path
+    argv = plans.compare_argv(grant, plan, ends.nodes(), ends.dest_node(plan.dest_format))
+    with secrets.offered(kept, runner.worker.setup.identity) as pipes:
+        reading = ends.inodes(tuple(pipes.values()))
+        outcome = runner.run(plans.with_secrets(argv, pipes), reading, limits.CONVERT)
     if outcome.status == 1:
         raise errors.VerifyFailed(path=path, problem="the contents are not the same")
     if outcome.status != 0:

@@ -33,7 +33,12 @@ def write_refusal(fd: int) -> str | None:
     """What the kernel says against writing the empty inode with O_DIRECT; None if it works.
 
     Leaves the inode empty.
+
+    Raises:
+        ValueError: it is not empty, and would lose what it holds.
     """
+    if os.fstat(fd).st_size:
+        raise ValueError("the inode holds data")
     try:
         direct = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
     except OSError as error:

@@ -2,18 +2,145 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from convertd_daemon import errors, model
+from convertd_daemon.job import devices, direct, paths, plan, qemu_img, space
+from convertd_daemon.job import result as results
+from convertd_daemon.sandbox import landlock
+
 if TYPE_CHECKING:
-    from convertd_daemon.job.paths import Source, Target
-    from convertd_daemon.job.result import Result
+    from collections.abc import Iterator
+
+    from convertd_daemon.job.chain import Link
+    from convertd_daemon.sandbox.identity import Identity
+
+Dest = results.FileDest | devices.DeviceDest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ends:
-    """What is read, what is written, and where that will appear."""
+    """What is read, the source and all it stands on, and what is written."""
 
-    source: Source
-    result: Result
-    target: Target
+    chain: tuple[Link, ...]
+    dest: Dest
+
+    @property
+    def source(self) -> paths.Source:
+        """The source itself."""
+        return self.chain[0].source
+
+    @property
+    def members(self) -> tuple[model.Member, ...]:
+        """The chain, without its descriptors."""
+        return tuple(link.member for link in self.chain)
+
+    def inodes(self, pipes: tuple[int, ...] = ()) -> qemu_img.Inodes:
+        """What qemu-img may touch to convert."""
+        read = tuple(link.source.fd for link in self.chain)
+        if isinstance(self.dest, devices.DeviceDest):
+            groups = () if self.dest.group is None else (self.dest.group,)
+            return qemu_img.Inodes(read=read, devices=(self.dest.fd,), pipes=pipes, groups=groups)
+        return qemu_img.Inodes(read=read, write=(self.dest.fd,), pipes=pipes)
+
+    def nodes(self) -> tuple[plan.Node, ...]:
+        """The chain as the plan speaks of it."""
+        return tuple(
+            plan.Node(
+                format=link.info.format,
+                fd=link.source.fd,
+                on_device=link.source.place.root.kind is model.RootKind.BLOCK,
+            )
+            for link in self.chain
+        )
+
+    def dest_node(self, image_format: str) -> plan.Node:
+        """The destination as the plan speaks of it."""
+        on_device = isinstance(self.dest, devices.DeviceDest)
+        return plan.Node(format=image_format, fd=self.dest.fd, on_device=on_device)
+
+    def try_out(self, image_format: str) -> plan.Facts:
+        """Find out what can only be known by trying. Once, while the destination is empty."""
+        refusals = (direct.read_refusal(link.source.fd) for link in self.chain)
+        return plan.Facts(
+            chain=self.nodes(),
+            dest=self.dest_node(image_format),
+            source_direct=next((refusal for refusal in refusals if refusal), None),
+            dest_direct=dest_refusal(self.dest),
+            available_bytes=available_bytes(self.dest),
+        )
+
+    def rules(self) -> tuple[landlock.Rule, ...]:
+        """What the job itself keeps of the file system."""
+        read = tuple(
+            landlock.Rule(where=link.source.fd, access=landlock.READ) for link in self.chain
+        )
+        return (*read, *rules_of(self.dest))
+
+
+def open_dest(
+    grant: model.Grant, worker: Identity | None
+) -> contextlib.AbstractContextManager[Dest]:
+    """Open what will be written: a device, or an inode that has no name yet.
+
+    Raises:
+        errors.ConvertError: as devices.open_dest, paths.open_target and result.create say.
+    """
+    if grant.dest.root.kind is model.RootKind.BLOCK:
+        return devices.open_dest(grant, worker)
+    return _open_file(grant, worker)
+
+
+@contextlib.contextmanager
+def _open_file(grant: model.Grant, worker: Identity | None) -> Iterator[Dest]:
+    with paths.open_target(grant) as target, results.create(grant, target, worker) as dest:
+        yield dest
+
+
+def check_room(dest: Dest, planned: model.Plan) -> None:
+    """Refuse an image that the destination can't hold as it is now.
+
+    Raises:
+        errors.NoSpace, errors.DeviceTooSmall: it can't.
+    """
+    if isinstance(dest, devices.DeviceDest):
+        devices.check_size(dest, planned)
+    else:
+        space.check(dest.target, planned.needed_bytes)
+
+
+@contextlib.contextmanager
+def undefined_on_failure(dest: Dest) -> Iterator[None]:
+    """Have a failure say that the device's content is undefined. A file just never appears."""
+    try:
+        yield
+    except errors.ConvertError as error:
+        if isinstance(dest, devices.DeviceDest):
+            error.undefined_device = dest.place.path
+        raise
+
+
+def rules_of(dest: Dest) -> tuple[landlock.Rule, ...]:
+    """What it takes to write and to publish a destination."""
+    if isinstance(dest, devices.DeviceDest):
+        return (landlock.Rule(where=dest.fd, access=landlock.DEVICE),)
+    return (
+        landlock.Rule(where=dest.fd, access=landlock.WRITE),
+        landlock.Rule(where=dest.target.directory, access=landlock.PUBLISH_IN),
+    )
+
+
+def dest_refusal(dest: Dest) -> str | None:
+    """What speaks against direct writes; a device is asked by reading it."""
+    if isinstance(dest, devices.DeviceDest):
+        return direct.read_refusal(dest.fd)
+    return direct.write_refusal(dest.fd)
+
+
+def available_bytes(dest: Dest) -> int:
+    """The room there is for the result."""
+    return (
+        dest.size_bytes if isinstance(dest, devices.DeviceDest) else space.free_bytes(dest.target)
+    )

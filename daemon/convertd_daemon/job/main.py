@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import signal
 import socket
 import sys
+import uuid
 from typing import TYPE_CHECKING, NoReturn
 
 from convertd_daemon import channel, errors, model
-from convertd_daemon.job import leash, own, pipeline, qemu_img, rights
+from convertd_daemon.job import leash, own, pipeline, qemu_img, rights, secrets
 from convertd_daemon.kernel import close_range, prctl
 from convertd_daemon.sandbox import seccomp
 from convertd_daemon.sandbox.setup import Setup
@@ -26,11 +26,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-JobGrant = model.Grant | model.InspectGrant
-
 
 def forked(
-    job_id: str, grant: JobGrant, line: channel.Channel, setup: Setup, broker: int
+    job_id: str, order: channel.Granted, line: channel.Channel, setup: Setup, broker: int
 ) -> NoReturn:
     """Be the job, in the child that the broker just forked. Never returns.
 
@@ -38,7 +36,7 @@ def forked(
     what belongs to the broker and to other jobs.
     """
     try:
-        close_range.close_all_but({0, 1, 2, line.fileno()})
+        close_range.close_all_but({0, 1, 2, line.fileno(), *order.secrets})
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
@@ -46,10 +44,13 @@ def forked(
         prctl.set_name("convertd-job")
         os.umask(0o077)
         log.debug("job=%s pid=%d", job_id, os.getpid())
-        _work(lambda: grant, line, setup)
+        _work(lambda: order, line, setup)
+    except leash.Cut:
+        log.info("job cut short at its very end")
     except BaseException:
         log.exception("job failed before its work")
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         logging.shutdown()
         os._exit(0)
 
@@ -59,23 +60,25 @@ def main() -> int:
     logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
     line = channel.Channel(socket.socket(fileno=os.dup(0)))
     os.umask(0o077)
-    order, _ = line.receive(channel.Order)
+    order, descriptors = line.receive(channel.Order)
     setup = Setup(
         path=order.qemu_img, identity=None, seccomp=seccomp.compile_profile(seccomp.QEMU_IMG)
     )
-    _work(lambda: own.grant(order), line, setup)
+    _work(lambda: channel.Granted(own.grant(order), tuple(descriptors)), line, setup)
     return 0
 
 
-def _work(asked: Callable[[], JobGrant], line: channel.Channel, setup: Setup) -> None:
+def _work(asked: Callable[[], channel.Granted], line: channel.Channel, setup: Setup) -> None:
     """Do what is granted, and say how it ended, unless somebody cut it short and knows."""
     leash.end_on_sigterm()
     try:
-        grant = asked()
+        granted = asked()
+        grant = granted.grant
         with qemu_img.opened(setup) as worker:
             if isinstance(grant, model.Grant):
                 tether = leash.Leash(line, grant.limits.duration_s)
-                pipeline.convert(grant, qemu_img.Runner(worker, tether))
+                kept = _secrets_of(grant.request, granted.secrets)
+                pipeline.convert(grant, kept, qemu_img.Runner(worker, tether))
             else:
                 tether = leash.Leash(line, grant.limits.inspect_s)
                 pipeline.inspect(grant, qemu_img.Runner(worker, tether))
@@ -84,9 +87,15 @@ def _work(asked: Callable[[], JobGrant], line: channel.Channel, setup: Setup) ->
     except errors.ConvertError as error:
         _say_failed(line, error.failure())
     except Exception:
-        error_id = secrets.token_hex(6)
+        error_id = uuid.uuid4().hex[:12]
         log.exception("internal error id=%s", error_id)
         _say_failed(line, errors.InternalError(error_id=error_id).failure())
+
+
+def _secrets_of(request: model.ConvertRequest, pipes: tuple[int, ...]) -> secrets.Secrets:
+    return secrets.take(
+        pipes, source=request.source.encrypted, dest=request.dest.encryption is not None
+    )
 
 
 def _say_failed(line: channel.Channel, failure: errors.Failure) -> None:

@@ -23,6 +23,8 @@ from convertd_daemon.kernel.openat2 import Resolve, openat2
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+DEVICES: Final = "/dev"
+
 QEMU_LOCKS: Final = (100, 203)
 """The first and last byte on which qemu takes its image locks. Source: qemu block/file-posix.c."""
 
@@ -64,20 +66,24 @@ def open_source(place: model.Place, peer: model.Peer) -> Iterator[Source]:
     with contextlib.ExitStack() as stack:
         try:
             with rights.of(place.root, peer):
-                fd = _open_beneath(place, place.below)
+                fd = open_beneath(place, place.below)
                 stack.callback(os.close, fd)
-                _check_kind(place, os.fstat(fd))
+                check_kind(place, os.fstat(fd))
                 # O_NONBLOCK: never wait for a FIFO's writer or a lease's holder.
-                image = _reopen(fd, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+                image = reopen(fd, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
                 stack.callback(os.close, image)
+                if place.root.kind is model.RootKind.BLOCK:
+                    # Mounted, or held by a volume manager: what it holds is not at rest.
+                    os.close(reopen(fd, os.O_RDONLY | os.O_NONBLOCK | os.O_EXCL))
         except OSError as error:
-            _raise_for(error, place, peer, errors.SourceNotFound(path=place.path))
-        status = os.fstat(image)
+            raise_for(error, place, peer, errors.SourceNotFound(path=place.path))
+        size = os.lseek(image, 0, os.SEEK_END)
+        on_device = place.root.kind is model.RootKind.BLOCK
         yield Source(
             place=place,
             fd=image,
-            size_bytes=status.st_size,
-            allocated_bytes=status.st_blocks * 512,
+            size_bytes=size,
+            allocated_bytes=size if on_device else os.fstat(image).st_blocks * 512,
         )
 
 
@@ -94,16 +100,16 @@ def open_target(grant: model.Grant) -> Iterator[Target]:
     with contextlib.ExitStack() as stack:
         try:
             with rights.of(place.root, grant.peer):
-                fd = _open_beneath(place, parent, os.O_DIRECTORY)
+                fd = open_beneath(place, parent, os.O_DIRECTORY)
                 stack.callback(os.close, fd)
             # fsync(2) wants a directory open for reading; that takes nothing from its mode.
-            directory = _reopen(fd, os.O_RDONLY | os.O_DIRECTORY)
+            directory = reopen(fd, os.O_RDONLY | os.O_DIRECTORY)
             stack.callback(os.close, directory)
             status = os.fstat(directory)
             existing = _existing(grant, directory, name)
         except OSError as error:
             path = posixpath.dirname(place.path)
-            _raise_for(error, place, grant.peer, errors.DirectoryNotFound(path=path))
+            raise_for(error, place, grant.peer, errors.DirectoryNotFound(path=path))
         mount_table = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
         stack.callback(os.close, mount_table)
         yield Target(
@@ -132,7 +138,7 @@ def _existing(grant: model.Grant, directory: int, name: str) -> os.stat_result |
         status = os.fstat(fd)
         if stat.S_ISLNK(status.st_mode):
             raise errors.SymlinkInPath(path=place.path)
-        _check_kind(place, status)
+        check_kind(place, status)
         if not grant.request.dest.overwrite:
             raise errors.DestExists(path=place.path)
         if grant.overwrite is model.Overwrite.OWN and status.st_uid != grant.peer.uid:
@@ -145,7 +151,7 @@ def _existing(grant: model.Grant, directory: int, name: str) -> os.stat_result |
 
 def _check_unlocked(fd: int, place: model.Place) -> None:
     """Refuse to replace the disk of a running qemu, which would go on writing into the void."""
-    file = _reopen(fd, os.O_RDONLY | os.O_NONBLOCK)
+    file = reopen(fd, os.O_RDONLY | os.O_NONBLOCK)
     try:
         if locks.find_lock(file, *QEMU_LOCKS):
             raise errors.ImageInUse(path=place.path)
@@ -153,15 +159,23 @@ def _check_unlocked(fd: int, place: model.Place) -> None:
         os.close(file)
 
 
-def _open_beneath(place: model.Place, below: str, flags: int = 0) -> int:
-    """Resolve a way below a root, and open what it leads to with O_PATH."""
+def open_beneath(place: model.Place, below: str, flags: int = 0) -> int:
+    """Resolve a way below a root, and open what it leads to with O_PATH.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
     root = place.root
     if root.access is model.Access.OWN:
         # Nobody's rights but our own: links are followed as every other program follows them.
         path = posixpath.join(root.path, below)
         return openat2(_AT_FDCWD, path, flags=os.O_PATH | flags, resolve=Resolve.NO_MAGICLINKS)
     strictly = Resolve.NO_SYMLINKS | Resolve.NO_MAGICLINKS
-    top = openat2(_AT_FDCWD, root.path, flags=os.O_PATH | os.O_DIRECTORY, resolve=strictly)
+    if root.kind is model.RootKind.BLOCK:
+        # The names are udev's links, such as /dev/vg/lv to ../dm-0. That the name lies below the
+        # root was seen when the root was chosen; the links may lead anywhere below /dev.
+        return _open_device(posixpath.join(root.path, below), flags)
+    top = open_root(root)
     try:
         inside = strictly | Resolve.BENEATH | (Resolve(0) if root.mounts else Resolve.NO_XDEV)
         return openat2(top, below or ".", flags=os.O_PATH | flags, resolve=inside)
@@ -169,15 +183,50 @@ def _open_beneath(place: model.Place, below: str, flags: int = 0) -> int:
         os.close(top)
 
 
+def open_root(root: model.Root) -> int:
+    """Open a root as it is now. All of its way is free of links, except for one's own rights.
+
+    Raises:
+        OSError: it is not there, or a link is on the way.
+    """
+    links = Resolve(0) if root.access is model.Access.OWN else Resolve.NO_SYMLINKS
+    path = DEVICES if root.kind is model.RootKind.BLOCK else root.path
+    flags = os.O_PATH | os.O_DIRECTORY
+    return openat2(_AT_FDCWD, path, flags=flags, resolve=links | Resolve.NO_MAGICLINKS)
+
+
+def _open_device(path: str, flags: int) -> int:
+    strictly = Resolve.NO_SYMLINKS | Resolve.NO_MAGICLINKS
+    devices = openat2(_AT_FDCWD, DEVICES, flags=os.O_PATH | os.O_DIRECTORY, resolve=strictly)
+    try:
+        return openat2(
+            devices,
+            posixpath.relpath(path, DEVICES),
+            flags=os.O_PATH | flags,
+            resolve=Resolve.BENEATH | Resolve.NO_MAGICLINKS,
+        )
+    finally:
+        os.close(devices)
+
+
 _AT_FDCWD: Final = -100
 
 
-def _reopen(fd: int, flags: int) -> int:
-    """Open the inode that a descriptor leads to once more; the kernel checks its permissions."""
+def reopen(fd: int, flags: int) -> int:
+    """Open the inode that a descriptor leads to once more; the kernel checks its permissions.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
     return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
 
 
-def _check_kind(place: model.Place, status: os.stat_result) -> None:
+def check_kind(place: model.Place, status: os.stat_result) -> None:
+    """Check that a root of files gave a regular file, a root of devices a block device.
+
+    Raises:
+        errors.NotAnImage: it is something else.
+    """
     wanted = {
         model.RootKind.FILES: (stat.S_ISREG, "a regular file"),
         model.RootKind.BLOCK: (stat.S_ISBLK, "a block device"),
@@ -199,10 +248,14 @@ _KINDS: Final = {
 }
 
 
-def _raise_for(
+def raise_for(
     error: OSError, place: model.Place, peer: model.Peer, absent: errors.NotFound
 ) -> NoReturn:
-    """Say in the caller's terms why a place could not be opened."""
+    """Say in the caller's terms why a place could not be opened.
+
+    Raises:
+        errors.ConvertError: always.
+    """
     match error.errno:
         case errno.ENOENT | errno.ENOTDIR:
             raise absent from error
@@ -213,6 +266,6 @@ def _raise_for(
         case errno.EACCES | errno.EPERM:
             whose = rights.name_of(place.root, peer)
             raise errors.AccessRefused(path=place.path, rights=whose) from error
-        case errno.EWOULDBLOCK | errno.ETXTBSY:
+        case errno.EWOULDBLOCK | errno.ETXTBSY | errno.EBUSY:
             raise errors.ImageInUse(path=place.path) from error
     raise errors.ReadFailed(path=place.path, problem=os.strerror(error.errno or 0)) from error

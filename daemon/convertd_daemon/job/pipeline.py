@@ -11,77 +11,63 @@ import os
 
 from convertd_daemon import channel, model
 from convertd_daemon.job import (
+    chain,
     check,
-    direct,
     ends,
     leash,
+    narrow,
     paths,
     plan,
-    probe,
     publish,
     qemu_img,
-    result,
     run,
-    space,
+    secrets,
 )
-from convertd_daemon.sandbox import confine, landlock
 
 
-def convert(grant: model.Grant, runner: qemu_img.Runner) -> None:
+def convert(grant: model.Grant, kept: secrets.Secrets, runner: qemu_img.Runner) -> None:
     """Convert one image, and tell the channel what becomes of it."""
-    worker, line = runner.worker, runner.leash
+    line, request = runner.leash, grant.request
     line.progress(model.Phase.PREPARING)
     with contextlib.ExitStack() as stack:
         # 1. Open: names become descriptors, and the rest of the file system is closed to us.
         source = stack.enter_context(paths.open_source(grant.source, grant.peer))
-        target = stack.enter_context(paths.open_target(grant))
-        made = stack.enter_context(result.create(grant, target, worker.setup.identity))
-        both = ends.Ends(source=source, result=made, target=target)
-        confine.confine_job(
-            worker.program,
-            (
-                landlock.Rule(where=source.fd, access=landlock.READ),
-                landlock.Rule(where=made.fd, access=landlock.WRITE),
-                landlock.Rule(where=target.directory, access=landlock.PUBLISH_IN),
-            ),
-        )
-        # 2. Ask what the source is.
-        stated = grant.request.source.format
-        info = probe.identify(source, stated, grant.read_formats, runner)
+        dest = stack.enter_context(ends.open_dest(grant, runner.worker.setup.identity))
+        narrow.to_roots(grant, source, dest, runner.worker)
+        # 2. Ask what the source is, and what it stands on.
+        links = chain.follow(grant, source, runner, stack)
+        chain.check_encryption(grant.request.source, links[0])
+        both = ends.Ends(chain=links, dest=dest)
+        narrow.to_inodes(both, runner.worker)
         # 3. Plan.
-        facts = plan.Facts(
-            source_fd=source.fd,
-            dest_fd=made.fd,
-            source_direct=direct.read_refusal(source.fd),
-            dest_direct=direct.write_refusal(made.fd),
-            free_bytes=space.free_bytes(target),
-        )
-        planned = plan.make(grant, info, facts)
-        space.check(target, planned.needed_bytes)
+        planned = plan.make(grant, both.members, both.try_out(request.dest.format))
+        ends.check_room(dest, planned)
         line.tell(channel.Planned(plan=planned))
-        if grant.request.validate_only:
+        if request.validate_only:
             line.tell(channel.Succeeded(published=_validated(planned, line)))
             return
-        # 4. Run.
-        line.progress(model.Phase.CONVERTING)
-        warnings = run.convert(grant, planned, both, runner)
-        # 5. Check.
-        line.progress(model.Phase.VERIFYING if grant.request.verify else model.Phase.FLUSHING, 100)
-        check.check(grant, planned, both, runner)
-        if grant.request.verify:
-            check.compare(planned, both, runner)
-        # 6. Publish.
-        line.progress(model.Phase.PUBLISHING, 100)
-        publish.flush(target, made)
-        line.check()
+        with ends.undefined_on_failure(dest):
+            # 4. Run.
+            line.progress(model.Phase.CONVERTING)
+            warnings = run.convert(grant, planned, both, kept, runner)
+            # 5. Check.
+            after = model.Phase.VERIFYING if request.verify else model.Phase.FLUSHING
+            line.progress(after, run.ALL)
+            check.check(grant, planned, both, runner)
+            if request.verify:
+                check.compare(grant, planned, both, kept, runner)
+            # 6. Publish.
+            line.progress(model.Phase.PUBLISHING, run.ALL)
+            publish.flush(grant, planned, dest)
+            line.check()
         with leash.no_way_back():
-            replaced = publish.name(grant, target, made)
+            replaced = publish.name(grant, dest)
             published = model.Published(
                 plan=planned,
                 published=True,
-                verified=grant.request.verify,
+                verified=request.verify,
                 replaced=replaced,
-                allocated_size_bytes=os.fstat(made.fd).st_blocks * 512,
+                allocated_size_bytes=os.fstat(dest.fd).st_blocks * 512,
                 seconds=line.seconds,
                 warnings=(*planned.warnings, *warnings),
             )
@@ -89,13 +75,14 @@ def convert(grant: model.Grant, runner: qemu_img.Runner) -> None:
 
 
 def inspect(grant: model.InspectGrant, runner: qemu_img.Runner) -> None:
-    """Say what an image is."""
-    with paths.open_source(grant.source, grant.peer) as source:
-        readable = landlock.Rule(where=source.fd, access=landlock.READ)
-        confine.confine_job(runner.worker.program, (readable,))
-        described, text = probe.describe(source, grant.request.source.format, runner)
-        probe.check_allowed(source, described, grant.read_formats)
-        runner.leash.tell(channel.Inspected(chain=(described,), raw_json=text))
+    """Say what an image is, and what it stands on as far as the caller may read."""
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(paths.open_source(grant.source, grant.peer))
+        narrow.to_roots(grant, source, None, runner.worker)
+        links, text = chain.describe(grant, source, runner, stack)
+        members = tuple(link.member for link in links)
+        complete = not links[-1].info.backing_name
+        runner.leash.tell(channel.Inspected(chain=members, complete=complete, raw_json=text))
 
 
 def _validated(planned: model.Plan, line: leash.Leash) -> model.Published:

@@ -18,32 +18,49 @@ SECTOR_BYTES: Final = 512
 COROUTINES: Final = "16"
 """`-m`: with `-c` and `-W`, 22.3 s instead of 41.8 s (4 GiB, 700 MiB of data, 2 cores)."""
 
+SOURCE_SECRET: Final = "source"  # noqa: S105 - a name
+DEST_SECRET: Final = "dest"  # noqa: S105 - a name
+"""The ids of the `secret` objects in graphs and options."""
+
+WITHOUT_BACKING: Final = frozenset({"raw", "luks"})
+"""The drivers that have no `backing` to be set, not even to null."""
+
 DIRECT_MODES: Final = frozenset({model.CacheMode.NONE, model.CacheMode.DIRECTSYNC})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """One opened image: its format, where it is open, and on what."""
+
+    format: str
+    fd: int
+    on_device: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """What the job found out about the two ends, as far as the plan depends on it.
 
-    `*_direct` is None where reading or writing 4096 aligned bytes with O_DIRECT worked, else what
-    the kernel said.
+    `chain` begins with the source itself. `*_direct` is None where reading or writing 4096 aligned
+    bytes with O_DIRECT worked, else what the kernel said. `available_bytes` is the room that the
+    destination's file system has, or the device's size.
     """
 
-    source_fd: int
-    dest_fd: int
+    chain: tuple[Node, ...]
+    dest: Node
     source_direct: str | None
     dest_direct: str | None
-    free_bytes: int
+    available_bytes: int
 
 
-def make(grant: model.Grant, info: model.ImageInfo, facts: Facts) -> model.Plan:
+def make(grant: model.Grant, chain: tuple[model.Member, ...], facts: Facts) -> model.Plan:
     """Decide how the conversion is run.
 
     Raises:
         errors.ImageTooLarge: the virtual size is over the policy's limit.
-        errors.Unsupported: a cache mode was asked for that the destination can't do.
+        errors.NoDirectWrites: a cache mode was asked for that the destination can't do.
     """
-    limit = grant.limits.virtual_size_bytes
+    info, limit = chain[0].info, grant.limits.virtual_size_bytes
     if info.virtual_size_bytes > limit:
         raise errors.ImageTooLarge(
             path=grant.source.path, size_bytes=info.virtual_size_bytes, limit_bytes=limit
@@ -52,47 +69,84 @@ def make(grant: model.Grant, info: model.ImageInfo, facts: Facts) -> model.Plan:
     source_cache = _source_cache(facts)
     dest_cache = _dest_cache(grant, facts)
     options = _options(grant, source_cache, dest_cache)
-    argv = (*options, graph(info.format, facts.source_fd), path_of(facts.dest_fd))
+    source = graph(facts.chain, encrypted=grant.request.source.encrypted)
     return model.Plan(
-        source_path=grant.source.path,
-        source=info,
+        chain=chain,
         dest_format=dest.format,
         compression=dest.compression,
         source_cache=source_cache,
         dest_cache=dest_cache,
-        argv=argv,
-        command=(*options, "-f", info.format, grant.source.path, grant.dest.path),
-        needed_bytes=_needed_bytes(grant, info),
-        available_bytes=facts.free_bytes,
+        argv=(*options, *_dest_arguments(grant, facts), source, _dest_name(facts)),
+        command=(*options, "-O", dest.format, "-f", info.format, grant.source.path, dest.path),
+        needed_bytes=0 if facts.dest.on_device else _needed_bytes(grant, chain),
+        available_bytes=facts.available_bytes,
         warnings=_warnings(info),
     )
 
 
-def info_argv(fd: int, image_format: str) -> tuple[str, ...]:
-    """`qemu-img info` of one descriptor. An empty format lets qemu probe, inside the sandbox."""
+def info_argv(fd: int, image_format: str, *, shared: bool = False) -> tuple[str, ...]:
+    """`qemu-img info` of one descriptor. An empty format lets qemu probe, inside the sandbox.
+
+    `shared` also reads an image that a running qemu is writing.
+    """
     stated = ("-f", image_format) if image_format else ()
-    return ("qemu-img", "info", "--output=json", *stated, path_of(fd))
+    force = ("--force-share",) if shared else ()
+    return ("qemu-img", "info", "--output=json", *force, *stated, path_of(fd))
 
 
-def compare_argv(plan: model.Plan, source_fd: int, dest_fd: int) -> tuple[str, ...]:
+def compare_argv(
+    grant: model.Grant, plan: model.Plan, chain: tuple[Node, ...], dest: Node
+) -> tuple[str, ...]:
     """`qemu-img compare` of what was read with what was written."""
-    return (
-        "qemu-img",
-        "compare",
-        "-T",
-        plan.source_cache.mode.value,
-        graph(plan.source.format, source_fd),
-        graph(plan.dest_format, dest_fd),
+    request = grant.request
+    written = graph(
+        (dest,),
+        encrypted=request.dest.encryption is not None,
+        secret=DEST_SECRET,
+        # A device may be larger than the image that is on it.
+        size_bytes=plan.source.virtual_size_bytes if dest.on_device else 0,
     )
+    read = graph(chain, encrypted=request.source.encrypted)
+    return ("qemu-img", "compare", "-T", plan.source_cache.mode.value, read, written)
 
 
-def graph(image_format: str, fd: int) -> str:
-    """An image as qemu's block graph: this driver, on this descriptor, and nothing behind it."""
-    file = {"driver": "file", "filename": path_of(fd)}
-    nodes: dict[str, object] = {"driver": image_format, "file": file}
-    if image_format != "raw":
-        nodes["backing"] = None
+def graph(
+    chain: tuple[Node, ...],
+    *,
+    encrypted: bool = False,
+    secret: str = SOURCE_SECRET,
+    size_bytes: int = 0,
+) -> str:
+    """A chain of images as qemu's block graph: these drivers, on these descriptors, and no more.
+
+    Only the first may be encrypted. A `size_bytes` shows no more of a raw image than that.
+    """
+    under: dict[str, object] | None = None
+    for node in reversed(chain):
+        driver = "host_device" if node.on_device else "file"
+        file = {"driver": driver, "filename": path_of(node.fd)}
+        under = {"driver": node.format, "file": file} | (
+            {} if node.format in WITHOUT_BACKING else {"backing": under}
+        )
+    nodes = under or {}
+    if encrypted and chain[0].format == "luks":
+        nodes["key-secret"] = secret
+    elif encrypted:
+        nodes["encrypt"] = {"format": "luks", "key-secret": secret}
+    if size_bytes:
+        nodes["size"] = size_bytes
     return "json:" + json.dumps(nodes, separators=(",", ":"))
+
+
+def with_secrets(argv: tuple[str, ...], pipes: dict[str, int]) -> tuple[str, ...]:
+    """The same command, with the `secret` objects that its graphs and options name."""
+    objects = [
+        argument
+        for name, fd in pipes.items()
+        for argument in ("--object", f"secret,id={name},file={path_of(fd)}")
+    ]
+    program, command, *rest = argv
+    return (program, command, *objects, *rest)
 
 
 def path_of(fd: int) -> str:
@@ -131,9 +185,8 @@ def _dest_cache(grant: model.Grant, facts: Facts) -> model.ChosenCache:
         reason = f"the destination takes no direct writes: {facts.dest_direct}"
         return model.ChosenCache(mode=model.CacheMode.WRITEBACK, reason=reason)
     if asked in DIRECT_MODES and facts.dest_direct is not None:
-        raise errors.Unsupported(
-            what=f"cache mode {asked}",
-            why=f"the destination takes no direct writes: {facts.dest_direct}",
+        raise errors.NoDirectWrites(
+            path=grant.dest.path, mode=asked.value, problem=facts.dest_direct
         )
     return model.ChosenCache(mode=asked, reason="asked for")
 
@@ -143,7 +196,7 @@ def _options(
 ) -> tuple[str, ...]:
     dest = grant.request.dest
     argv = ["qemu-img", "convert", "-p", "-t", dest_cache.mode.value]
-    argv += ["-T", source_cache.mode.value, "-O", dest.format]
+    argv += ["-T", source_cache.mode.value]
     if compresses(dest):
         argv += ["-c"]
     if dest.format == "raw" or compresses(dest):
@@ -151,10 +204,25 @@ def _options(
         argv += ["-m", COROUTINES, "-W"]
     if grant.request.rate_limit_bytes_per_second:
         argv += ["-r", str(grant.request.rate_limit_bytes_per_second)]
-    options = _create_options(dest)
-    if options:
-        argv += ["-o", ",".join(options)]
     return tuple(argv)
+
+
+def _dest_arguments(grant: model.Grant, facts: Facts) -> tuple[str, ...]:
+    """How the destination is made, or (a device) only opened."""
+    dest = grant.request.dest
+    if facts.dest.on_device:
+        # -n: it is there. qemu then writes the zeroes too, for it knows nothing of what is on it.
+        blank = ("--target-is-zero",) if dest.is_zero else ()
+        return ("-n", *blank, "--target-image-opts")
+    options = ",".join(f"{option.name}={option.value}" for option in _create_options(dest))
+    return ("-O", dest.format, *(("-o", options) if options else ()))
+
+
+def _dest_name(facts: Facts) -> str:
+    name = path_of(facts.dest.fd)
+    if facts.dest.on_device:
+        return f"driver=raw,file.driver=host_device,file.filename={name}"
+    return name
 
 
 def compresses(dest: model.Dest) -> bool:
@@ -162,26 +230,44 @@ def compresses(dest: model.Dest) -> bool:
     return dest.compression is not model.Compression.NONE
 
 
-def _create_options(dest: model.Dest) -> list[str]:
-    options = []
+def _create_options(dest: model.Dest) -> list[model.Option]:
+    options = list(dest.options)
     if dest.compression is model.Compression.ZSTD:
-        options += ["compression_type=zstd"]
+        options.append(model.Option(name="compression_type", value="zstd"))
     if dest.preallocation is not model.Preallocation.OFF:
-        options += [f"preallocation={dest.preallocation.value}"]
+        options.append(model.Option(name="preallocation", value=dest.preallocation.value))
     if dest.format == "vpc":
         # Without it qemu rounds the size to what a disk of 1990 could have had.
-        options += ["force_size=on"]
+        options.append(model.Option(name="force_size", value="on"))
+    if dest.encryption is not None:
+        options += _encryption_options(dest.format, dest.encryption)
     return options
 
 
-def _needed_bytes(grant: model.Grant, info: model.ImageInfo) -> int:
-    """What the result will take at least. `qemu-img measure` would ask for far too much."""
-    dest = grant.request.dest
+def _encryption_options(image_format: str, asked: model.Encryption) -> list[model.Option]:
+    named = {
+        "key-secret": DEST_SECRET,
+        "cipher-alg": asked.cipher_alg,
+        "cipher-mode": asked.cipher_mode,
+        "hash-alg": asked.hash_alg,
+        "ivgen-alg": asked.ivgen_alg,
+        "ivgen-hash-alg": asked.ivgen_hash_alg,
+        "iter-time": str(asked.iter_time_ms),
+    }
+    if image_format != "qcow2":
+        return [model.Option(name=name, value=value) for name, value in named.items()]
+    inside = {"format": "luks", **named}
+    return [model.Option(name=f"encrypt.{name}", value=value) for name, value in inside.items()]
+
+
+def _needed_bytes(grant: model.Grant, chain: tuple[model.Member, ...]) -> int:
+    """What the result will take. `qemu-img measure` would ask for far too much."""
+    dest, virtual = grant.request.dest, chain[0].info.virtual_size_bytes
     if dest.preallocation in {model.Preallocation.FALLOC, model.Preallocation.FULL}:
-        return info.virtual_size_bytes
+        return virtual
     if compresses(dest):
         return 0
-    return min(info.actual_size_bytes, info.virtual_size_bytes)
+    return min(sum(member.info.actual_size_bytes for member in chain), virtual)
 
 
 def _warnings(info: model.ImageInfo) -> tuple[model.Warned, ...]:

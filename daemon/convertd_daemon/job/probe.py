@@ -42,8 +42,9 @@ def identify(
             say; the same whether or not a file that the image names exists.
     """
     if stated == "raw":
-        return plan.raw_info(source.size_bytes, source.allocated_bytes)
-    described, _ = describe(source, stated, runner)
+        described = plan.raw_info(source.size_bytes, source.allocated_bytes)
+    else:
+        described, _ = describe(source, stated, runner)
     check_allowed(source, described, allowed)
     return described
 
@@ -58,14 +59,16 @@ def check_allowed(source: Source, info: model.ImageInfo, allowed: frozenset[str]
         raise errors.FormatNotAllowed(path=source.place.path, format=info.format)
 
 
-def describe(source: Source, stated: str, runner: qemu_img.Runner) -> tuple[model.ImageInfo, str]:
-    """What qemu-img says of an image, typed, and its own JSON.
+def describe(
+    source: Source, stated: str, runner: qemu_img.Runner, *, shared: bool = False
+) -> tuple[model.ImageInfo, str]:
+    """What qemu-img says of an image, typed, and its own JSON; `shared`: even if it is in use.
 
     Raises:
         errors.FormatMismatch, errors.ImageRefused, errors.ImageInUse, errors.Unsupported: as above.
     """
     inodes = qemu_img.Inodes(read=(source.fd,))
-    outcome = runner.run(plan.info_argv(source.fd, stated), inodes, limits.INFO)
+    outcome = runner.run(plan.info_argv(source.fd, stated, shared=shared), inodes, limits.INFO)
     path = source.place.path
     if outcome.status != 0:
         log.info("info failed path=%r status=%d said=%r", path, outcome.status, outcome.stderr)
@@ -114,10 +117,8 @@ def _judge(path: str, info: model.ImageInfo, *, has_data_file: bool) -> None:
     """Refuse what convertd does not convert, whatever qemu-img might make of it."""
     if has_data_file:
         raise errors.ImageRefused(path=path, problem="its data is in another file")
-    if info.backing_name:
-        raise errors.Unsupported(what=f"{path}: a backing file", why="not in this version")
-    if info.encrypted:
-        raise errors.Unsupported(what=f"{path}: encryption", why="not in this version")
+    if info.encrypted and dict(info.details).get("encrypt.format", "luks") != "luks":
+        raise errors.Unsupported(what=f"{path}: its encryption", why="only LUKS is safe")
     if info.corrupt:
         raise errors.ImageRefused(path=path, problem="it is marked as corrupt")
 

@@ -22,31 +22,34 @@ import stat
 from typing import TYPE_CHECKING
 
 from convertd_daemon import errors, model
+from convertd_daemon.job import devices, rights, space
 from convertd_daemon.job import result as results
-from convertd_daemon.job import rights, space
+from convertd_daemon.job.devices import DeviceDest
 
 if TYPE_CHECKING:
-    from convertd_daemon.job.paths import Target
-    from convertd_daemon.job.result import Result
+    from convertd_daemon.job.result import FileDest
 
 
-def flush(target: Target, result: Result) -> None:
-    """Put the result on disk with the owner and mode that it keeps. It has no name yet.
+def flush(grant: model.Grant, plan: model.Plan, dest: FileDest | DeviceDest) -> None:
+    """Put the result on disk: a file with the owner and mode that it keeps, but no name yet.
 
     Raises:
         errors.WriteFailed, errors.NoSpace, errors.QuotaExceeded: it could not be flushed.
     """
+    if isinstance(dest, DeviceDest):
+        devices.finish(dest, plan, is_zero=grant.request.dest.is_zero)
+        return
     try:
-        _dress(result)
-        os.fsync(result.fd)
+        _dress(dest)
+        os.fsync(dest.fd)
     except OSError as error:
-        space.raise_if_full(error, target)
+        space.raise_if_full(error, dest.target)
         problem = os.strerror(error.errno or 0)
-        raise errors.WriteFailed(path=target.place.path, problem=problem) from error
+        raise errors.WriteFailed(path=dest.place.path, problem=problem) from error
 
 
-def name(grant: model.Grant, target: Target, result: Result) -> bool:
-    """Give a flushed result the destination's name, and put that on disk too.
+def name(grant: model.Grant, dest: FileDest | DeviceDest) -> bool:
+    """Give a flushed result the destination's name, and put that on disk too. A device has its own.
 
     Returns:
         Whether it took the place of an existing file.
@@ -57,88 +60,95 @@ def name(grant: model.Grant, target: Target, result: Result) -> bool:
         errors.NameReplaced: the name leads to somebody else's file already.
         errors.PublishedButNotDurable: the result is in place; a crash may undo that.
     """
-    path = target.place.path
+    if isinstance(dest, DeviceDest):
+        return True
+    path = dest.place.path
     try:
-        with rights.of(target.place.root, grant.peer):
-            replaced = _take_name(grant, target, result)
+        with rights.of(dest.place.root, grant.peer):
+            replaced = _take_name(grant, dest)
     except FileExistsError as error:
         raise errors.DestExists(path=path) from error
     except OSError as error:
-        space.raise_if_full(error, target)
+        space.raise_if_full(error, dest.target)
         raise errors.WriteFailed(path=path, problem=os.strerror(error.errno or 0)) from error
-    _check_name(target, result)
+    _check_name(dest)
     try:
-        os.fsync(target.directory)
+        os.fsync(dest.target.directory)
     except OSError as error:
         problem = os.strerror(error.errno or 0)
         raise errors.PublishedButNotDurable(path=path, problem=problem) from error
     return replaced
 
 
-def _dress(result: Result) -> None:
+def _dress(dest: FileDest) -> None:
     """Give the inode the mode and the owner that it keeps."""
-    os.fchmod(result.fd, result.ownership.mode)
-    status = os.fstat(result.fd)
-    wanted = (result.ownership.uid, result.ownership.gid)
+    os.fchmod(dest.fd, dest.ownership.mode)
+    status = os.fstat(dest.fd)
+    wanted = (dest.ownership.uid, dest.ownership.gid)
     if wanted not in {(status.st_uid, status.st_gid), (status.st_uid, -1)}:
-        os.fchown(result.fd, *wanted)
+        os.fchown(dest.fd, *wanted)
 
 
-def _take_name(grant: model.Grant, target: Target, result: Result) -> bool:
+def _take_name(grant: model.Grant, dest: FileDest) -> bool:
     """Make the name lead to the result; True if it was another file's before."""
     try:
-        _link(target, result, target.name)
+        _link(dest, dest.target.name)
     except FileExistsError:
         if not grant.request.dest.overwrite:
             raise
     else:
-        if result.temporary:
-            os.unlink(result.temporary, dir_fd=target.directory)
+        if dest.temporary:
+            os.unlink(dest.temporary, dir_fd=dest.target.directory)
         return False
-    temporary = result.temporary or results.temporary_name()
-    if not result.temporary:
-        results.sweep(target)
-        _link(target, result, temporary)
+    temporary = dest.temporary or results.temporary_name()
+    if not dest.temporary:
+        results.sweep(dest.target)
+        _link(dest, temporary)
     try:
-        _check_replaceable(grant, target)
-        os.rename(temporary, target.name, src_dir_fd=target.directory, dst_dir_fd=target.directory)
+        _check_replaceable(grant, dest)
+        os.rename(
+            temporary,
+            dest.target.name,
+            src_dir_fd=dest.target.directory,
+            dst_dir_fd=dest.target.directory,
+        )
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(temporary, dir_fd=target.directory)
+            os.unlink(temporary, dir_fd=dest.target.directory)
         raise
     return True
 
 
-def _link(target: Target, result: Result, name: str) -> None:
+def _link(dest: FileDest, name: str) -> None:
     """Give the result one more name. Raises FileExistsError if something has it."""
-    here = target.directory
-    if result.temporary:
-        os.link(result.temporary, name, src_dir_fd=here, dst_dir_fd=here, follow_symlinks=False)
+    here = dest.target.directory
+    if dest.temporary:
+        os.link(dest.temporary, name, src_dir_fd=here, dst_dir_fd=here, follow_symlinks=False)
         return
     # Only with a dst_dir_fd does Python call linkat(2) with AT_SYMLINK_FOLLOW, which is what leads
     # from /proc/self/fd/N to the inode; otherwise it calls link(2), which links the symlink.
-    os.link(f"/proc/self/fd/{result.fd}", name, dst_dir_fd=here, follow_symlinks=True)
+    os.link(f"/proc/self/fd/{dest.fd}", name, dst_dir_fd=here, follow_symlinks=True)
 
 
-def _check_replaceable(grant: model.Grant, target: Target) -> None:
+def _check_replaceable(grant: model.Grant, dest: FileDest) -> None:
     """Look once more at what rename(2) is about to replace."""
     with contextlib.suppress(FileNotFoundError):
-        status = os.stat(target.name, dir_fd=target.directory, follow_symlinks=False)
+        status = os.stat(dest.target.name, dir_fd=dest.target.directory, follow_symlinks=False)
         if not stat.S_ISREG(status.st_mode):
-            raise errors.DestExists(path=target.place.path)
+            raise errors.DestExists(path=dest.place.path)
         if grant.overwrite is model.Overwrite.OWN and status.st_uid != grant.peer.uid:
-            raise errors.NotYours(path=target.place.path)
+            raise errors.NotYours(path=dest.place.path)
 
 
-def _check_name(target: Target, result: Result) -> None:
+def _check_name(dest: FileDest) -> None:
     """Make sure that the name leads to what we wrote, and to nobody else's file."""
-    ours = os.fstat(result.fd)
+    ours = os.fstat(dest.fd)
     try:
-        theirs = os.stat(target.name, dir_fd=target.directory, follow_symlinks=False)
+        theirs = os.stat(dest.target.name, dir_fd=dest.target.directory, follow_symlinks=False)
     except OSError as error:
         if error.errno != errno.ENOENT:
             problem = os.strerror(error.errno or 0)
-            raise errors.PublishedButNotDurable(path=target.place.path, problem=problem) from error
-        raise errors.NameReplaced(path=target.place.path) from error
+            raise errors.PublishedButNotDurable(path=dest.place.path, problem=problem) from error
+        raise errors.NameReplaced(path=dest.place.path) from error
     if not os.path.samestat(ours, theirs):
-        raise errors.NameReplaced(path=target.place.path)
+        raise errors.NameReplaced(path=dest.place.path)

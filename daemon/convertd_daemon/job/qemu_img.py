@@ -6,6 +6,7 @@ Fails closed: `sandbox.enter.spawn` either confines the program or does not star
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import select
@@ -70,10 +71,16 @@ def opened(setup: Setup) -> Iterator[Worker]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inodes:
-    """The descriptors whose inodes exist for a run of qemu-img; it has no others."""
+    """The descriptors whose inodes exist for a run of qemu-img; it has no others.
+
+    `devices` are written, `pipes` read; `groups` are the worker's beside its own, for a device.
+    """
 
     read: tuple[int, ...] = ()
     write: tuple[int, ...] = ()
+    devices: tuple[int, ...] = ()
+    pipes: tuple[int, ...] = ()
+    groups: tuple[int, ...] = ()
 
 
 class Listener(Protocol):
@@ -108,15 +115,18 @@ class Runner:
         """
         log.debug("run argv=%r", argv)
         identity = self.worker.setup.identity
+        if identity is not None:
+            identity = dataclasses.replace(identity, groups=inodes.groups)
         confinement = enter.Confinement(
             identity=identity,
             keep_read_search=any(_is_closed_to(identity, fd) for fd in inodes.read),
             read=inodes.read,
             write=inodes.write,
+            devices=inodes.devices,
             limits=bounds,
             filter=self.worker.setup.seccomp,
         )
-        inherit = (*inodes.read, *inodes.write)
+        inherit = (*inodes.read, *inodes.write, *inodes.devices, *inodes.pipes)
         program = self.worker.program
         with enter.spawn(program, argv, confinement=confinement, inherit=inherit) as child:
             return _Conversation(child, self.leash, listener).hold()

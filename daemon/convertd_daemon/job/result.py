@@ -45,22 +45,28 @@ class Ownership:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
+class FileDest:
     """The inode being written, open for reading and writing since before qemu-img started.
 
     Only such a descriptor hears of every write that failed: an error of writeback is told to the
     descriptors that were open at the time. Source: fsync(2), Linux errseq_t.
 
-    `temporary` is its name for the time being, empty if it has none.
+    `target` is where it will appear, `temporary` its name for the time being, empty if it has none.
     """
 
+    target: Target
     fd: int
     temporary: str
     ownership: Ownership
 
+    @property
+    def place(self) -> model.Place:
+        """Where it will appear, as the caller named it."""
+        return self.target.place
+
 
 @contextlib.contextmanager
-def create(grant: model.Grant, target: Target, worker: Identity | None) -> Iterator[Result]:
+def create(grant: model.Grant, target: Target, worker: Identity | None) -> Iterator[FileDest]:
     """Make the inode in the directory where it will be published, so that `worker` can write it.
 
     When the block is left the inode goes, unless it was given a name.
@@ -83,7 +89,7 @@ def create(grant: model.Grant, target: Target, worker: Identity | None) -> Itera
                 _open_to(worker, fd, ownership.uid)
         except OSError as error:
             _raise_for(error, grant, target)
-        yield Result(fd=fd, temporary=temporary, ownership=ownership)
+        yield FileDest(target=target, fd=fd, temporary=temporary, ownership=ownership)
 
 
 def sweep(target: Target) -> None:

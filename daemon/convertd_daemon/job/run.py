@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -10,7 +11,9 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from convertd_daemon import channel, errors, model
-from convertd_daemon.job import qemu_img, space
+from convertd_daemon.job import plan as plans
+from convertd_daemon.job import qemu_img, secrets, space
+from convertd_daemon.job.result import FileDest
 from convertd_daemon.kernel import clock_getcpuclockid
 from convertd_daemon.sandbox import limits
 
@@ -34,7 +37,11 @@ CPU_TICK_S: Final = 0.01
 
 
 def convert(
-    grant: model.Grant, plan: model.Plan, ends: Ends, runner: qemu_img.Runner
+    grant: model.Grant,
+    plan: model.Plan,
+    ends: Ends,
+    kept: secrets.Secrets,
+    runner: qemu_img.Runner,
 ) -> tuple[model.Warned, ...]:
     """Run the plan, and give the warnings that a successful qemu-img printed.
 
@@ -43,11 +50,13 @@ def convert(
         errors.NoSpace, errors.ReadFailed, errors.WriteFailed, errors.ConversionFailed, …: what
             qemu-img failed of.
     """
-    inodes = qemu_img.Inodes(read=(ends.source.fd,), write=(ends.result.fd,))
     bounds = limits.Limits(address_space_bytes=grant.limits.memory_bytes)
-    observer = Observer(runner.leash, ends.result.fd, grant.limits.stall_s)
+    observer = Observer(runner.leash, ends.dest.fd, grant.limits.stall_s)
     try:
-        outcome = runner.run(plan.argv, inodes, bounds, observer)
+        with secrets.offered(kept, runner.worker.setup.identity) as pipes:
+            argv = plans.with_secrets(plan.argv, pipes)
+            inodes = ends.inodes(tuple(pipes.values()))
+            outcome = runner.run(argv, inodes, bounds, observer)
     except errors.DeadlineExceeded as error:
         # A qemu-img in state D can't be killed: its caller is told before we wait for its end.
         runner.leash.tell(channel.Failed(failure=error.failure()))
@@ -152,15 +161,19 @@ _CONDITIONS: Final[
 ] = (
     (
         ("no space left",),
-        lambda _, plan, ends: space.no_space(ends.target, plan.needed_bytes),
+        lambda _, plan, ends: _no_space(plan, ends),
     ),
     (
         ("quota exceeded",),
-        lambda _, _plan, ends: errors.QuotaExceeded(path=ends.target.place.path),
+        lambda _, _plan, ends: errors.QuotaExceeded(path=ends.dest.place.path),
     ),
     (
         ('failed to get "',),
         lambda _, _plan, ends: errors.ImageInUse(path=ends.source.place.path),
+    ),
+    (
+        ("invalid password", "cannot unlock"),
+        lambda _, _plan, ends: errors.WrongSecret(path=ends.source.place.path),
     ),
     (("cannot allocate memory",), lambda *_: errors.OutOfMemory()),
     (
@@ -176,11 +189,20 @@ _CONDITIONS: Final[
     (
         ("error while writing", "flush"),
         lambda outcome, _, ends: errors.WriteFailed(
-            path=ends.target.place.path, problem=_strerror_in(outcome.stderr)
+            path=ends.dest.place.path, problem=_strerror_in(outcome.stderr)
         ),
     ),
 )
 """What qemu-img prints, in lower case, and what that means. The first that fits counts."""
+
+
+def _no_space(plan: model.Plan, ends: Ends) -> errors.ConvertError:
+    if isinstance(ends.dest, FileDest):
+        return space.no_space(ends.dest.target, plan.needed_bytes)
+    # A thin device, or one that lied about its size.
+    problem = os.strerror(errno.ENOSPC)
+    return errors.WriteFailed(path=ends.dest.place.path, problem=problem)
+
 
 _OUT_OF_MEMORY: Final = frozenset({-signal.SIGKILL, -signal.SIGABRT, -signal.SIGTRAP})
 """The kernel's OOM killer, and how glib ends a program that gets no memory."""

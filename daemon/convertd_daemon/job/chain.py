@@ -1,0 +1,159 @@
+"""An image and all it stands on: each member found, judged and kept open.
+
+Fails closed. What an overlay's header says about its backing file is a wish of whoever wrote the
+header. It is read as if the caller had asked for that path: below a root that the rule lets the
+caller read, resolved by the kernel in the same way, of a format that the rule allows. A refusal is
+the same whether the file exists or not, unless it lies where the caller may look anyway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import posixpath
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from convertd_daemon import errors, model, validation
+from convertd_daemon.job import paths, probe
+
+if TYPE_CHECKING:
+    from convertd_daemon.job.qemu_img import Runner
+
+MAX_MEMBERS: Final = 64
+"""Deeper chains exist only by mistake or malice; each member takes a descriptor."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """One member of a chain: the open inode, and what it is."""
+
+    source: paths.Source
+    info: model.ImageInfo
+
+    @property
+    def member(self) -> model.Member:
+        """The member without its descriptor."""
+        return model.Member(path=self.source.place.path, info=self.info)
+
+
+JobGrant = model.Grant | model.InspectGrant
+
+
+def follow(
+    grant: JobGrant, top: paths.Source, runner: Runner, stack: contextlib.ExitStack
+) -> tuple[Link, ...]:
+    """Find out what the source is and what it stands on, down to the base.
+
+    Members are opened as they are found, and closed by `stack`.
+
+    Raises:
+        errors.FormatNotAllowed, errors.FormatMismatch, errors.ImageRefused, errors.ImageInUse: of
+            the source, or of a member.
+        errors.BackingRefused: a member may not be read through this image, or can't be.
+    """
+    stated = grant.request.source.format
+    links = [Link(source=top, info=probe.identify(top, stated, grant.read_formats, runner))]
+    while links[-1].info.backing_name:
+        links.append(below(grant, links, runner, stack))
+    return tuple(links)
+
+
+def describe(
+    grant: model.InspectGrant, top: paths.Source, runner: Runner, stack: contextlib.ExitStack
+) -> tuple[tuple[Link, ...], str]:
+    """What the image is, in qemu-img's own JSON too, and what it stands on as far as allowed.
+
+    Raises:
+        errors.ConvertError: as in follow, but only for the image itself.
+    """
+    stated = grant.request.source.format
+    info, text = probe.describe(top, stated, runner, shared=True)
+    probe.check_allowed(top, info, grant.read_formats)
+    links = [Link(source=top, info=info)]
+    # That a caller may not see the next member, or that it is broken, is an answer too.
+    with contextlib.suppress(errors.ConvertError):
+        while links[-1].info.backing_name:
+            links.append(below(grant, links, runner, stack))
+    return tuple(links), text
+
+
+def check_encryption(asked: model.Source, link: Link) -> None:
+    """Hold what was said about a passphrase against what the source is.
+
+    Raises:
+        errors.SecretMissing: the source is encrypted, and none was given.
+        errors.BadOption: one was given, and the source is not encrypted.
+    """
+    if link.info.encrypted and not asked.encrypted:
+        raise errors.SecretMissing(path=link.source.place.path)
+    if asked.encrypted and not link.info.encrypted:
+        raise errors.BadOption(field="source.encryption", problem="the image is not encrypted")
+
+
+def below(grant: JobGrant, links: list[Link], runner: Runner, stack: contextlib.ExitStack) -> Link:
+    """Open and judge what the last member stands on.
+
+    Raises:
+        errors.BackingRefused, errors.FormatNotAllowed, errors.ImageRefused, …: as in follow.
+    """
+    overlay = links[-1]
+    refused = _Refusal(overlay.source.place.path, overlay.info.backing_name)
+    if len(links) >= MAX_MEMBERS:
+        raise refused.because(f"the chain has more than {MAX_MEMBERS} members")
+    place = _place(grant, overlay, refused)
+    try:
+        source = stack.enter_context(paths.open_source(place, grant.peer))
+    except errors.ConvertError as error:
+        raise refused.because(str(error)) from error
+    if any(_is_same(source, link.source) for link in links):
+        raise refused.because("the chain is a loop")
+    info = probe.identify(source, overlay.info.backing_format, grant.read_formats, runner)
+    if not overlay.info.backing_format and info.format != "raw":
+        # Old qemu probed here. A guest can write a header into a raw disk, so a probe that finds
+        # one settles nothing; and to read it as raw when it is none would be garbage.
+        problem = (
+            f"its overlay does not name its format; set it: qemu-img rebase -u -F {info.format}"
+        )
+        raise refused.because(problem)
+    if info.encrypted:
+        raise refused.because("it is encrypted, and only the source itself may be")
+    return Link(source=source, info=info)
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    path: str
+    backing: str
+
+    def because(self, problem: str) -> errors.BackingRefused:
+        backing = validation.shown(self.backing)
+        return errors.BackingRefused(path=self.path, backing=backing, problem=problem)
+
+
+def _place(grant: JobGrant, overlay: Link, refused: _Refusal) -> model.Place:
+    """Where the overlay's header leads, if the rule lets the caller read there."""
+    name = overlay.info.backing_name
+    # As qemu tells a protocol: a colon before the first slash. Source: qemu path_has_protocol().
+    if ":" in name.partition("/")[0]:
+        raise refused.because("it is not the plain name of a file")
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(overlay.source.place.path), name))
+    # normpath keeps two leading slashes, as POSIX wants.
+    path = "/" + path.lstrip("/")
+    try:
+        validation.check_path("backing", path)
+    except errors.BadPath as error:
+        raise refused.because(error.problem) from error
+    around = [root for root in (*grant.readable, *grant.closed) if _holds(root, path)]
+    root = max(around, key=lambda root: len(root.path), default=None)
+    if root is None or root not in grant.readable:
+        raise refused.because("it is not below a root that you may read")
+    return model.Place(root=root, below=path.removeprefix(root.path).lstrip("/"))
+
+
+def _holds(root: model.Root, path: str) -> bool:
+    return path.startswith(f"{root.path.rstrip('/')}/")
+
+
+def _is_same(one: paths.Source, other: paths.Source) -> bool:
+    return os.path.samestat(os.fstat(one.fd), os.fstat(other.fd))

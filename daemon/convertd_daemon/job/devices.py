@@ -1,0 +1,104 @@
+"""A block device as the destination: found, checked, written from its first byte to its last.
+
+Nothing is ever created in a root of devices: a volume that has vanished must not become a file that
+fills /dev. There is no temporary to publish either: what is being written is the device itself, so
+a conversion that fails once it has begun leaves it with undefined content, and says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from convertd_daemon import errors, model
+from convertd_daemon.job import paths, rights
+from convertd_daemon.kernel import blkzeroout
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from convertd_daemon.sandbox.identity import Identity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceDest:
+    """An open device that nobody else holds. Open since before qemu-img: so fsync(2) tells all.
+
+    `group` is what qemu-img writes it as: it has no capability that would let it otherwise.
+    """
+
+    place: model.Place
+    fd: int
+    size_bytes: int
+    group: int | None
+
+
+@contextlib.contextmanager
+def open_dest(grant: model.Grant, worker: Identity | None) -> Iterator[DeviceDest]:
+    """Open the device that a place names, with O_EXCL: not mounted, and held by nobody.
+
+    Raises:
+        errors.SourceNotFound: there is no such device.
+        errors.NotAnImage: it is no block device.
+        errors.ImageInUse: it is mounted, or part of something larger, or held.
+        errors.DeviceNotWritable: qemu-img could not write it.
+        errors.Unsupported: a format other than raw was asked for.
+    """
+    place, dest = grant.dest, grant.request.dest
+    if dest.format != "raw":
+        raise errors.Unsupported(
+            what=f"{dest.format} on a device", why="only raw is written to one"
+        )
+    with contextlib.ExitStack() as stack:
+        try:
+            with rights.of(place.root, grant.peer):
+                name = paths.open_beneath(place, place.below)
+                stack.callback(os.close, name)
+                paths.check_kind(place, os.fstat(name))
+                fd = paths.reopen(name, os.O_RDWR | os.O_EXCL | os.O_NONBLOCK)
+                stack.callback(os.close, fd)
+        except OSError as error:
+            paths.raise_for(error, place, grant.peer, errors.SourceNotFound(path=place.path))
+        group = None if worker is None else _writing_group(place, os.fstat(fd))
+        size = os.lseek(fd, 0, os.SEEK_END)
+        yield DeviceDest(place=place, fd=fd, size_bytes=size, group=group)
+
+
+def check_size(dest: DeviceDest, plan: model.Plan) -> None:
+    """Refuse an image that does not fit, before a byte is written.
+
+    Raises:
+        errors.DeviceTooSmall: it does not.
+    """
+    needed = plan.source.virtual_size_bytes
+    if needed > dest.size_bytes:
+        raise errors.DeviceTooSmall(
+            path=dest.place.path, size_bytes=dest.size_bytes, needed_bytes=needed
+        )
+
+
+def finish(dest: DeviceDest, plan: model.Plan, *, is_zero: bool) -> None:
+    """Zero what lies beyond the image, which qemu-img leaves as it was, and flush the device.
+
+    Raises:
+        errors.WriteFailed: that failed.
+    """
+    end = plan.source.virtual_size_bytes
+    try:
+        if not is_zero and end < dest.size_bytes:
+            blkzeroout.blkzeroout(dest.fd, end, dest.size_bytes - end)
+        os.fsync(dest.fd)
+    except OSError as error:
+        problem = os.strerror(error.errno or 0)
+        raise errors.WriteFailed(path=dest.place.path, problem=problem) from error
+
+
+def _writing_group(place: model.Place, status: os.stat_result) -> int:
+    if not status.st_mode & stat.S_IWGRP or status.st_gid == 0:
+        raise errors.DeviceNotWritable(
+            path=place.path, group=status.st_gid, mode=f"0{stat.S_IMODE(status.st_mode):o}"
+        )
+    return status.st_gid
