@@ -6,14 +6,20 @@ import logging
 import os
 import socket
 import time
+from typing import Final
+
+PATIENCE_S: Final = 1.0
+"""How long a manager may keep us from serving: the few messages that it acts on are worth that."""
 
 log = logging.getLogger(__name__)
 
 
-def notify(*assignments: str) -> None:
+def notify(*assignments: str, patience_s: float = PATIENCE_S) -> None:
     """Send assignments such as READY=1 to the manager, if one asked for them.
 
-    A manager that does not listen is no reason to stop serving: the failure is logged.
+    A manager that does not listen is no reason to stop serving: the failure is logged. Nor is one
+    that does not read: a datagram socket takes ten messages (net.unix.max_dgram_qlen), and then
+    send(2) would wait for ever.
     """
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):
@@ -21,8 +27,11 @@ def notify(*assignments: str) -> None:
     if address.startswith("@"):
         address = "\0" + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        sock.settimeout(patience_s)
         try:
             sock.sendto("\n".join(assignments).encode(), address)
+        except BlockingIOError:
+            log.debug("the manager is behind, not told: %s", assignments)
         except OSError as error:
             log.warning("notify failed error=%s", error)
 
@@ -43,5 +52,5 @@ def stopping() -> None:
 
 
 def status(text: str) -> None:
-    """One line for systemctl status."""
-    notify(f"STATUS={text}")
+    """One line for systemctl status. Dropped if the manager is behind: a newer one follows."""
+    notify(f"STATUS={text}", patience_s=0.0)
