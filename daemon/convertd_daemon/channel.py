@@ -86,7 +86,18 @@ class Abandon:
     call: int
 
 
-FROM_FRONT: Final = (Ready, Convert, Inspect, ListJobs, CancelJob, GetAccess, Abandon)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """The job of the call has said that it published; its process is about to end.
+
+    Said before the caller hears it, so that whoever asks for the same destination next is not told
+    that it is being written.
+    """
+
+    call: int
+
+
+FROM_FRONT: Final = (Ready, Convert, Inspect, ListJobs, CancelJob, GetAccess, Abandon, Finished)
 
 # --- broker to front ---------------------------------------------------------------------------
 

@@ -11,7 +11,6 @@ import contextlib
 import errno
 import logging
 import os
-import secrets
 import signal
 import socket
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from convertd_daemon import channel, codec, errors, model, policy
 from convertd_daemon.broker import accept, front, jobs, loop, notify
+from convertd_daemon.kernel import getrandom
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -223,6 +223,8 @@ class Broker:
                 self.serve()
             case channel.Abandon(call=call):
                 self.abandon(call)
+            case channel.Finished(call=call):
+                self.finish(call)
             case (
                 channel.Convert(call=call, connection=number)
                 | channel.Inspect(call=call, connection=number)
@@ -343,7 +345,7 @@ class Broker:
         try:
             line = job.fork(self.household.setup)
         except OSError:
-            error_id = secrets.token_hex(6)
+            error_id = getrandom.hex_name(6)
             log.exception("could not fork a job id=%s", error_id)
             self.refuse(job.call, errors.InternalError(error_id=error_id).failure())
             self.jobs.remove(job)
@@ -402,6 +404,15 @@ class Broker:
         job = self.jobs.of_call(call)
         if job is not None:
             self.end(job, errors.CancelledByCaller())
+
+    def finish(self, call: int) -> None:
+        """A call's job has published. Its destination is free for others before its process ends.
+
+        A front that lies about this gains nothing: linkat(2) refuses a name that exists.
+        """
+        job = self.jobs.of_call(call)
+        if job is not None:
+            job.published = True
 
     # --- ends --------------------------------------------------------------------------------
 

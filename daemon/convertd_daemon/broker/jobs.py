@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import os
-import secrets
 import signal
 import time
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 from convertd_daemon import channel, errors, model
 from convertd_daemon.broker import queue
 from convertd_daemon.job import main as job_main
+from convertd_daemon.kernel import getrandom
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,6 +43,7 @@ class Job:
     position: int = 0
     pid: int = 0
     started: float | None = None
+    published: bool = False
     ending: errors.Failure | None = None
 
     @property
@@ -65,7 +66,9 @@ class Job:
 
     @property
     def writes(self) -> str:
-        """The path of the destination that it will publish, empty if none."""
+        """The path of the destination that it will publish, empty if none, or none any more."""
+        if self.published:
+            return ""
         if isinstance(self.grant, model.Grant) and not self.grant.request.validate_only:
             return self.grant.dest.path
         return ""
@@ -156,7 +159,7 @@ class Jobs:
         is_look = isinstance(grant, model.InspectGrant) or grant.request.validate_only
         lane = self.looks if is_look else self.conversions
         job = Job(
-            job_id=secrets.token_hex(6),
+            job_id=getrandom.hex_name(6),
             call=call,
             connection=connection,
             granted=granted,

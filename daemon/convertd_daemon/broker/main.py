@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import gc
 import logging
 import os
-import shutil
 import sys
 from typing import TYPE_CHECKING, Final
 
-from convertd_daemon import channel
+from convertd_daemon import __version__, channel
 from convertd_daemon.broker import broker, listen, load, selftest, startup
 from convertd_daemon.kernel import prctl
 from convertd_daemon.sandbox import errors as sandbox_errors
@@ -68,8 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         help="where to listen, unless systemd passes a socket; default: %(default)s",
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="log each step")
-    version = importlib.metadata.version("convertd")
-    parser.add_argument("--version", action="version", version=f"convertd {version}")
+    parser.add_argument("--version", action="version", version=f"convertd {__version__}")
     return parser
 
 
@@ -109,8 +107,11 @@ def serve(policy_path: str, socket_path: str) -> int:
         listener.close()
         raise
     running = broker.Broker(household, loaded.policy)
+    # What is here now stays: a collection would only copy pages that each job shares with us.
+    gc.collect()
+    gc.freeze()
     running.run()
-    shutil.rmtree(private, ignore_errors=True)
+    startup.remove_private_directory(private)
     if running.failed:
         raise startup.CantStart(running.failed)
     return 0
@@ -118,7 +119,7 @@ def serve(policy_path: str, socket_path: str) -> int:
 
 def _versions(tested: selftest.SelfTest, landlock_abi: int) -> channel.Versions:
     return channel.Versions(
-        daemon=importlib.metadata.version("convertd"),
+        daemon=__version__,
         qemu_img=tested.qemu_version,
         kernel=os.uname().release,
         landlock_abi=landlock_abi,

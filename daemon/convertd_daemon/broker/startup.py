@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import stat
-from pathlib import Path
 from typing import Final
 
 from convertd_daemon.kernel import landlock
@@ -14,7 +14,7 @@ from convertd_daemon.sandbox.identity import Identity
 FRONT_USER: Final = "convertd"
 WORKER_USER: Final = "convertd-qemu"
 
-PROTECTED_HARDLINKS: Final = Path("/proc/sys/fs/protected_hardlinks")
+PROTECTED_HARDLINKS: Final = "/proc/sys/fs/protected_hardlinks"
 
 
 class CantStart(Exception):
@@ -45,7 +45,9 @@ def check_kernel() -> int:
     """
     if os.geteuid() != 0:
         raise CantStart("the daemon must be started as root; see docs/operations.md")
-    if PROTECTED_HARDLINKS.read_text(encoding="ascii").strip() != "1":
+    with open(PROTECTED_HARDLINKS, encoding="ascii") as setting:
+        protected = setting.read().strip()
+    if protected != "1":
         how = "sysctl -w fs.protected_hardlinks=1"
         raise CantStart(f"fs.protected_hardlinks is off; turn it on with: {how}")
     abi = landlock.abi()
@@ -94,3 +96,11 @@ def private_directory(socket_path: str, front: Identity) -> str:
     finally:
         os.close(fd)
     return path
+
+
+def remove_private_directory(path: str) -> None:
+    """Remove the front's directory. What can't be removed is removed by the next start."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(path):
+            os.unlink(os.path.join(path, name))
+        os.rmdir(path)

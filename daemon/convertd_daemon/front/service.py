@@ -187,7 +187,7 @@ class Following:
                     yield translate.started(self.job_id, planned)
                 case channel.Succeeded(published=published):
                     self._begin(call)
-                    call.over = True
+                    call.finish()
                     yield translate.result(self.job_id, published, self._queued_s())
                     return
 

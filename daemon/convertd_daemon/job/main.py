@@ -12,12 +12,11 @@ import os
 import signal
 import socket
 import sys
-import uuid
 from typing import TYPE_CHECKING, NoReturn
 
 from convertd_daemon import channel, errors, model
 from convertd_daemon.job import leash, own, pipeline, qemu_img, rights, secrets
-from convertd_daemon.kernel import close_range, prctl
+from convertd_daemon.kernel import close_range, getrandom, prctl
 from convertd_daemon.sandbox import seccomp
 from convertd_daemon.sandbox.setup import Setup
 
@@ -87,7 +86,7 @@ def _work(asked: Callable[[], channel.Granted], line: channel.Channel, setup: Se
     except errors.ConvertError as error:
         _say_failed(line, error.failure())
     except Exception:
-        error_id = uuid.uuid4().hex[:12]
+        error_id = getrandom.hex_name(6)
         log.exception("internal error id=%s", error_id)
         _say_failed(line, errors.InternalError(error_id=error_id).failure())
 

@@ -34,7 +34,7 @@ def to_roots(
     if dest is not None:
         rules += ends.rules_of(dest)
     with contextlib.ExitStack() as stack:
-        if grant.request.source.format != "raw":
+        if _may_have_members(grant):
             for root in grant.readable:
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                     fd = paths.open_root(root)
@@ -43,10 +43,16 @@ def to_roots(
         confine.confine_job(worker.program, rules)
 
 
-def to_inodes(both: ends.Ends, worker: Worker) -> None:
-    """Close everything but what is open.
+def to_inodes(grant: model.Grant, both: ends.Ends, worker: Worker) -> None:
+    """Close everything but what is open; the first step has, for a source that stands alone.
 
     Raises:
         OSError, SandboxError: Landlock refused; the job must not go on.
     """
-    confine.confine_job(worker.program, both.rules())
+    if _may_have_members(grant):
+        confine.confine_job(worker.program, both.rules())
+
+
+def _may_have_members(grant: model.Grant | model.InspectGrant) -> bool:
+    """Whether the source may stand on other images: not one that was declared raw."""
+    return grant.request.source.format != "raw"

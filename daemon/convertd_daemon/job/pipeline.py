@@ -38,7 +38,7 @@ def convert(grant: model.Grant, kept: secrets.Secrets, runner: qemu_img.Runner) 
         links = chain.follow(grant, source, runner, stack)
         chain.check_encryption(grant.request.source, links[0])
         both = ends.Ends(chain=links, dest=dest)
-        narrow.to_inodes(both, runner.worker)
+        narrow.to_inodes(grant, both, runner.worker)
         # 3. Plan.
         planned = plan.make(grant, both.members, both.try_out(request.dest.format))
         ends.check_room(dest, planned)

@@ -13,12 +13,12 @@ import errno
 import fcntl
 import grp
 import os
-import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from convertd_daemon import errors, model
 from convertd_daemon.job import rights
+from convertd_daemon.kernel import getrandom
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -102,7 +102,7 @@ def sweep(target: Target) -> None:
 
 def temporary_name() -> str:
     """A name for the moment, which only we would choose and nobody can guess."""
-    return f".convertd-{secrets.token_hex(8)}.tmp"
+    return f".convertd-{getrandom.hex_name(8)}.tmp"
 
 
 def _open_new(target: Target) -> tuple[int, str]:
