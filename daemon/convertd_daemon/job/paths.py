@@ -126,12 +126,14 @@ def _existing(grant: model.Grant, directory: int, name: str) -> os.stat_result |
     """What bears the result's name now, if it may be replaced."""
     place = grant.dest
     try:
-        fd = openat2(
-            directory,
-            name,
-            flags=os.O_PATH | os.O_NOFOLLOW,
-            resolve=Resolve.BENEATH | Resolve.NO_MAGICLINKS,
-        )
+        # With the rights in force: whoever may not search the directory learns no name in it.
+        with rights.of(place.root, grant.peer):
+            fd = openat2(
+                directory,
+                name,
+                flags=os.O_PATH | os.O_NOFOLLOW,
+                resolve=Resolve.BENEATH | Resolve.NO_MAGICLINKS,
+            )
     except FileNotFoundError:
         return None
     try:

@@ -56,6 +56,7 @@ def name(grant: model.Grant, dest: FileDest | DeviceDest) -> bool:
 
     Raises:
         errors.DestExists, errors.NotYours: something has the name by now. Nothing is visible.
+        errors.AccessRefused: the kernel does not let the caller replace it. Nothing is visible.
         errors.WriteFailed, errors.NoSpace: the directory can't take it. Nothing is visible.
         errors.NameReplaced: the name leads to somebody else's file already.
         errors.PublishedButNotDurable: the result is in place; a crash may undo that.
@@ -68,6 +69,10 @@ def name(grant: model.Grant, dest: FileDest | DeviceDest) -> bool:
             replaced = _take_name(grant, dest)
     except FileExistsError as error:
         raise errors.DestExists(path=path) from error
+    except PermissionError as error:
+        # A sticky directory, most likely: what is there is another's, and stays.
+        whose = rights.name_of(dest.place.root, grant.peer)
+        raise errors.AccessRefused(path=path, rights=whose) from error
     except OSError as error:
         space.raise_if_full(error, dest.target)
         raise errors.WriteFailed(path=path, problem=os.strerror(error.errno or 0)) from error
