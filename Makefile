@@ -23,8 +23,9 @@ SOURCES := pyproject.toml hatch_build.py LICENSE \
   $(shell find proto daemon client -type f -not -name '*.pyc')
 
 # What the tests run: qemu-img, file systems of several kinds, and ways to watch and to hinder.
-DEBIAN_PACKAGES := acl bindfs btrfs-progs e2fsprogs libseccomp2 ntfs-3g python3-venv qemu-utils \
-  strace util-linux xfsprogs
+# systemd-python is built against libsystemd; lowdown makes the man pages.
+DEBIAN_PACKAGES := acl bindfs btrfs-progs e2fsprogs gcc libseccomp2 libsystemd-dev lowdown ntfs-3g \
+  pkg-config python3-dev python3-venv qemu-utils strace systemd-container util-linux xfsprogs
 
 # Passed on: make test PYTEST_FLAGS='-k policy'
 PYTEST_FLAGS :=
@@ -117,3 +118,5 @@ $(ENV)/.needs: pyproject.toml | $(ENV)/.made build/dist/.made
 $(ENV)/.installed: $(ENV)/.needs build/dist/.made
 	umask 022; $(ENV)/bin/pip install --quiet --no-deps --force-reinstall build/dist/*.whl
 	touch $@
+
+include packaging/install.mk

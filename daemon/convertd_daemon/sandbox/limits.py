@@ -1,5 +1,6 @@
 """How much of the machine a qemu-img may take, by resource limits and its niceness."""
 
+import contextlib
 import os
 import resource
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ def apply(limits: Limits) -> None:
     """Bind the calling process and its children, for ever. Lowers, never raises.
 
     Raises:
-        OSError: setrlimit(2) or setpriority(2) refused.
+        OSError: setrlimit(2) refused.
     """
     _lower(resource.RLIMIT_AS, limits.address_space_bytes)
     _lower(resource.RLIMIT_NOFILE, DESCRIPTORS)
@@ -53,7 +54,9 @@ def apply(limits: Limits) -> None:
     if limits.processor_time_s is not None:
         _lower(resource.RLIMIT_CPU, limits.processor_time_s)
     current = os.getpriority(os.PRIO_PROCESS, 0)
-    os.setpriority(os.PRIO_PROCESS, 0, max(current, limits.niceness))
+    # Under systemd the unit's CPUWeight= and Nice= rule, and its filter refuses setpriority(2).
+    with contextlib.suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, 0, max(current, limits.niceness))
 
 
 def _lower(limit: int, value: int) -> None:

@@ -1,0 +1,31 @@
+"""Machines that have convertd, by `make install` and by the Debian package."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import booted
+import pytest
+
+ALICE = 1234
+"""An unprivileged user, whom the policies here name by number."""
+
+
+@pytest.fixture(scope="session")
+def built() -> Path:
+    """The checkout, with all made that an install needs."""
+    subprocess.run(
+        ["make", "--silent", "installable"], cwd=booted.REPOSITORY, check=True, timeout=100
+    )
+    return booted.REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def machine(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[booted.Machine]:
+    """A machine on which `make install` ran and the socket is enabled."""
+    with booted.machine(tmp_path_factory.mktemp("installed")) as fresh:
+        fresh.run("make", "--silent", "--directory", str(built), "install")
+        fresh.run("systemctl", "enable", "--now", "convertd.socket")
+        yield fresh
