@@ -355,7 +355,7 @@ class Broker:
         duration_s = job.grant.limits.duration_s
         overdue = errors.DurationExceeded(duration_s=duration_s)
         # The job minds its time itself; this is for one that can't, being stuck in the kernel.
-        self.loop.after(duration_s + ENDING_S, lambda: self.end(job, overdue))
+        job.timer = self.loop.after(duration_s + ENDING_S, lambda: self.end(job, overdue))
 
     def refuse(self, call: int, failure: errors.Failure) -> None:
         """End a call with a condition."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from convertd_daemon import channel, errors, model
-from convertd_daemon.broker import queue
+from convertd_daemon.broker import loop, queue
 from convertd_daemon.job import main as job_main
 from convertd_daemon.kernel import getrandom
 
@@ -45,6 +45,7 @@ class Job:
     started: float | None = None
     published: bool = False
     ending: errors.Failure | None = None
+    timer: loop.Timer | None = None
 
     @property
     def grant(self) -> model.Grant | model.InspectGrant:
@@ -175,6 +176,8 @@ class Jobs:
         """Forget a job, wherever it was, and free its place."""
         del self._by_id[job.job_id]
         job.close_secrets()
+        if job.timer is not None:
+            job.timer.cancel()
         if not job.lane.leave(job):
             job.lane.done(job)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import itertools
 import os
 import select
 import signal
@@ -20,6 +19,27 @@ READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
 PEER_GONE = select.EPOLLRDHUP
 
+MANY_TIMERS = 256
+"""So many more than lived at the last sweep, and cancelled ones are swept out."""
+
+
+class Timer:
+    """Something that will be called once, unless it is cancelled."""
+
+    __slots__ = ("action", "due")
+
+    def __init__(self, due: float, action: Callable[[], None]) -> None:
+        """Due at a time of the monotonic clock, in seconds."""
+        self.due = due
+        self.action: Callable[[], None] | None = action
+
+    def cancel(self) -> None:
+        """Never call it, and let go of what it would have needed."""
+        self.action = None
+
+    def __lt__(self, other: Timer) -> bool:
+        return self.due < other.due
+
 
 class Loop:
     """Calls handlers with the events of their descriptors, one after the other, until stopped.
@@ -31,8 +51,8 @@ class Loop:
         """Begin with nothing to watch."""
         self._epoll = select.epoll()
         self._handlers: dict[int, Handler] = {}
-        self._due: list[tuple[float, int, Callable[[], None]]] = []
-        self._tie = itertools.count()
+        self._timers: list[Timer] = []
+        self._live_at_last_sweep = 0
         self._signals: dict[int, Callable[[], None]] = {}
         self._running = True
 
@@ -49,9 +69,13 @@ class Loop:
         if self._handlers.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
-    def after(self, seconds: float, action: Callable[[], None]) -> None:
-        """Call something once, later. It checks itself whether it is still wanted."""
-        heapq.heappush(self._due, (time.monotonic() + seconds, next(self._tie), action))
+    def after(self, seconds: float, action: Callable[[], None]) -> Timer:
+        """Call something once, later, unless it is cancelled until then."""
+        timer = Timer(time.monotonic() + seconds, action)
+        heapq.heappush(self._timers, timer)
+        if len(self._timers) > 2 * self._live_at_last_sweep + MANY_TIMERS:
+            self._sweep()
+        return timer
 
     def on_signals(self, actions: dict[int, Callable[[], None]]) -> None:
         """Call something when a signal came, from the loop, never in between."""
@@ -77,12 +101,19 @@ class Loop:
                 handler = self._handlers.get(fd)
                 if handler is not None:
                     handler(events)
-            while self._due and self._due[0][0] <= time.monotonic():
-                _, _, action = heapq.heappop(self._due)
-                action()
+            while self._timers and self._timers[0].due <= time.monotonic():
+                action = heapq.heappop(self._timers).action
+                if action is not None:
+                    action()
+
+    def _sweep(self) -> None:
+        """Drop the timers that were cancelled: most are, long before they are due."""
+        self._timers = [timer for timer in self._timers if timer.action is not None]
+        heapq.heapify(self._timers)
+        self._live_at_last_sweep = len(self._timers)
 
     def _patience(self) -> float | None:
-        return max(0.0, self._due[0][0] - time.monotonic()) if self._due else None
+        return max(0.0, self._timers[0].due - time.monotonic()) if self._timers else None
 
     def _signalled(self, _events: int) -> None:
         for number in set(os.read(self._signal_ends[0].fileno(), 4096)):
