@@ -1,0 +1,127 @@
+"""A pytest plugin: the fixtures of whatever tests the whole daemon.
+
+A module that uses `daemon` has its policy as text in `POLICY`, in which {scratch} and {library}
+stand for two directories. The roots that it names in there are made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import shutil
+import tempfile
+import tomllib
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+from harness import daemon as daemons
+from harness import images
+from harness.daemon import Daemon
+from harness.mounts import Mounts
+
+MakeDaemon = Callable[[str], Daemon]
+
+_LOG_CHARACTERS = 20_000
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show with a failure what the daemons had to say."""
+    report = yield
+    if report.failed:
+        report.sections += [
+            (f"daemon {one.home}", one.log[-_LOG_CHARACTERS:]) for one in daemons.LIVE
+        ]
+    return report
+
+
+def _directory(prefix: str) -> Path:
+    """A directory on a real file system, which all may enter and root alone write."""
+    path = Path(tempfile.mkdtemp(prefix=prefix, dir="/var/lib"))
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture(scope="module")
+def scratch() -> Iterator[Path]:
+    """A directory for a module's roots."""
+    path = _directory("convertd-test-")
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="session")
+def library() -> Iterator[Path]:
+    """Images that many tests read, root's own: small.raw, small.qcow2 and bulky.raw."""
+    path = _directory("convertd-test-library-")
+    small = images.small(path / "small.raw")
+    images.converted(small, path / "small.qcow2", "qcow2")
+    images.bulky(path / "bulky.raw")
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def mounts(scratch: Path) -> Iterator[Mounts]:
+    """File systems, mounted in `scratch`."""
+    with Mounts(scratch) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def fill_in(scratch: Path, library: Path) -> Callable[[str], str]:
+    """Put the directories into a policy's text, and make those of its roots that are missing."""
+
+    def fill(text: str) -> str:
+        policy = text.replace("{scratch}", str(scratch)).replace("{library}", str(library))
+        for root in tomllib.loads(policy).get("roots", {}).values():
+            Path(root["path"]).mkdir(mode=0o755, exist_ok=True)
+        return policy
+
+    return fill
+
+
+@pytest.fixture(scope="module")
+def daemon(request: pytest.FixtureRequest, fill_in: Callable[[str], str]) -> Iterator[Daemon]:
+    """The module's daemon. When the module is done it is stopped, and must leave nothing."""
+    one = Daemon(fill_in(request.module.POLICY))
+    with contextlib.ExitStack() as undo:
+        undo.callback(one.discard)
+        one.start()
+        yield one
+        one.await_calm()
+        one.stop()
+
+
+@pytest.fixture
+def make_daemon(fill_in: Callable[[str], str]) -> Iterator[MakeDaemon]:
+    """Make daemons for one test alone, not started yet.
+
+    What runs at its end is stopped, and must leave nothing.
+    """
+    made: list[Daemon] = []
+    with contextlib.ExitStack() as undo:
+
+        def make(policy: str) -> Daemon:
+            one = Daemon(fill_in(policy))
+            undo.callback(one.discard)
+            made.append(one)
+            return one
+
+        yield make
+        for one in made:
+            if one.is_running:
+                one.stop()
+
+
+_NUMBERS = itertools.count(1)
+
+
+@pytest.fixture
+def images_dir(scratch: Path) -> Path:
+    """A directory of the test's own in the root `images`. It is root's."""
+    path = scratch / "images" / f"test-{next(_NUMBERS)}"
+    path.mkdir(parents=True, mode=0o755)
+    return path
