@@ -88,7 +88,7 @@ class Abandon:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """The job of the call has said that it published; its process is about to end.
+    """The job of the call has said that it published or failed; its process is about to end.
 
     Said before the caller hears it, so that whoever asks for the same destination next is not told
     that it is being written.

@@ -406,13 +406,13 @@ class Broker:
             self.end(job, errors.CancelledByCaller())
 
     def finish(self, call: int) -> None:
-        """A call's job has published. Its destination is free for others before its process ends.
+        """A call's job has done what it will. Its destination is free before its process ends.
 
         A front that lies about this gains nothing: linkat(2) refuses a name that exists.
         """
         job = self.jobs.of_call(call)
         if job is not None:
-            job.published = True
+            job.finished = True
 
     # --- ends --------------------------------------------------------------------------------
 

@@ -43,7 +43,7 @@ class Job:
     position: int = 0
     pid: int = 0
     started: float | None = None
-    published: bool = False
+    finished: bool = False
     ending: errors.Failure | None = None
     timer: loop.Timer | None = None
 
@@ -68,7 +68,7 @@ class Job:
     @property
     def writes(self) -> str:
         """The path of the destination that it will publish, empty if none, or none any more."""
-        if self.published:
+        if self.finished:
             return ""
         if isinstance(self.grant, model.Grant) and not self.grant.request.validate_only:
             return self.grant.dest.path

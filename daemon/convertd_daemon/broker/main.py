@@ -83,15 +83,17 @@ def serve(policy_path: str, socket_path: str) -> int:
     _warn(loaded)
     startup.check_program(loaded.policy.qemu_img)
     limits.raise_descriptors()
-    setup = Setup(
-        path=loaded.policy.qemu_img,
-        identity=worker_user,
-        seccomp=seccomp.compile_profile(seccomp.QEMU_IMG),
-    )
     os.umask(0o077)
     listener = listen.listen(socket_path)
     try:
         private = startup.private_directory(socket_path, front_user)
+        names = startup.names_directory(socket_path)
+        setup = Setup(
+            path=loaded.policy.qemu_img,
+            identity=worker_user,
+            seccomp=seccomp.compile_profile(seccomp.QEMU_IMG),
+            names=names,
+        )
         narrow.narrow_broker()
         prctl.set_child_subreaper()
         tested = selftest.run(setup, private)
@@ -111,7 +113,8 @@ def serve(policy_path: str, socket_path: str) -> int:
     gc.collect()
     gc.freeze()
     running.run()
-    startup.remove_private_directory(private)
+    startup.remove_directory(private)
+    startup.remove_directory(names)
     if running.failed:
         raise startup.CantStart(running.failed)
     return 0

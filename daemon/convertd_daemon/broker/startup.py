@@ -78,29 +78,51 @@ def private_directory(socket_path: str, front: Identity) -> str:
     Raises:
         CantStart: something else has that name.
     """
-    path = f"{socket_path}.private"
+    return _fresh_directory(f"{socket_path}.private", front, 0o700)
+
+
+def names_directory(socket_path: str) -> str:
+    """Make the directory in which jobs make links; anybody may pass through it, and see nothing.
+
+    Raises:
+        CantStart: something else has that name.
+    """
+    return _fresh_directory(f"{socket_path}.names", None, 0o711)
+
+
+def _fresh_directory(path: str, owner: Identity | None, mode: int) -> str:
+    uid, gid = (owner.uid, owner.gid) if owner else (0, 0)
     try:
-        os.mkdir(path, 0o700)
+        os.mkdir(path, mode)
     except FileExistsError:
         pass
     except OSError as error:
         raise CantStart(f"can't make {path}: {os.strerror(error.errno or 0)}") from error
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        if os.fstat(fd).st_uid not in {0, front.uid}:
+        if os.fstat(fd).st_uid not in {0, uid}:
             raise CantStart(f"{path}: belongs to somebody else")
-        for name in os.listdir(fd):
-            os.unlink(name, dir_fd=fd)
-        os.fchmod(fd, 0o700)
-        os.fchown(fd, front.uid, front.gid)
+        _empty(path)
+        os.fchmod(fd, mode)
+        os.fchown(fd, uid, gid)
     finally:
         os.close(fd)
     return path
 
 
-def remove_private_directory(path: str) -> None:
-    """Remove the front's directory. What can't be removed is removed by the next start."""
+def remove_directory(path: str) -> None:
+    """Remove a directory of the daemon's. What can't be removed is removed by the next start."""
     with contextlib.suppress(OSError):
-        for name in os.listdir(path):
-            os.unlink(os.path.join(path, name))
+        _empty(path)
         os.rmdir(path)
+
+
+def _empty(path: str) -> None:
+    """Remove what a daemon that was killed left: sockets, and directories with a link in each."""
+    for entry in os.scandir(path):
+        if entry.is_dir(follow_symlinks=False):
+            for link in os.listdir(entry.path):
+                os.unlink(os.path.join(entry.path, link))
+            os.rmdir(entry.path)
+        else:
+            os.unlink(entry.path)

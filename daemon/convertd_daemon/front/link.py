@@ -51,6 +51,14 @@ class Call:
         self._heard.append(message)
         self._news.set()
 
+    def hear_end(self, message: channel.Ended) -> None:
+        """Take in that the job's process is gone, after whatever the job itself still said.
+
+        Both come at once, on two channels, and epoll(7) tells in any order.
+        """
+        self._listen()
+        self.hear(message)
+
     async def next(self) -> object:
         """Wait for the next message.
 
@@ -92,8 +100,7 @@ class Call:
             self.hang_up()
 
     def finish(self) -> None:
-        """Its job published: the call ends well, and the broker need not wait to know."""
-        self.over = True
+        """Its job said how it ended: the broker need not wait for the process to know."""
         self._link.send(channel.Finished(call=self.number))
 
     def hang_up(self) -> None:
@@ -179,7 +186,7 @@ class Link:
             case channel.Ended(job_id=job_id):
                 call = self.call_of_job(job_id)
                 if call is not None:
-                    call.hear(message)
+                    call.hear_end(message)
             case _:
                 call = self._calls.get(message.call)
                 if call is None:

@@ -187,6 +187,7 @@ class Following:
                     yield translate.started(self.job_id, planned)
                 case channel.Succeeded(published=published):
                     self._begin(call)
+                    call.over = True
                     call.finish()
                     yield translate.result(self.job_id, published, self._queued_s())
                     return
@@ -234,6 +235,8 @@ async def _next(call: Call) -> object:
         call.over = isinstance(message, channel.Done)
         return message
     call.over = not isinstance(message, channel.Failed)
+    if not call.over:
+        call.finish()
     raise Ends(failure)
 
 

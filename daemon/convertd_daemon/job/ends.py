@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from convertd_daemon import errors, model
-from convertd_daemon.job import devices, direct, paths, plan, qemu_img, space
+from convertd_daemon.job import alias, devices, direct, paths, plan, qemu_img, space
 from convertd_daemon.job import result as results
 from convertd_daemon.sandbox import landlock
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from convertd_daemon.job.chain import Link
-    from convertd_daemon.sandbox.identity import Identity
+    from convertd_daemon.sandbox.setup import Setup
 
 Dest = results.FileDest | devices.DeviceDest
 
@@ -59,7 +59,10 @@ class Ends:
     def dest_node(self, image_format: str) -> plan.Node:
         """The destination as the plan speaks of it."""
         on_device = isinstance(self.dest, devices.DeviceDest)
-        return plan.Node(format=image_format, fd=self.dest.fd, on_device=on_device)
+        alias_path = "" if isinstance(self.dest, devices.DeviceDest) else self.dest.alias
+        return plan.Node(
+            format=image_format, fd=self.dest.fd, on_device=on_device, alias=alias_path
+        )
 
     def try_out(self, image_format: str) -> plan.Facts:
         """Find out what can only be known by trying. Once, while the destination is empty."""
@@ -80,22 +83,20 @@ class Ends:
         return (*read, *rules_of(self.dest))
 
 
-def open_dest(
-    grant: model.Grant, worker: Identity | None
-) -> contextlib.AbstractContextManager[Dest]:
+def open_dest(grant: model.Grant, setup: Setup) -> contextlib.AbstractContextManager[Dest]:
     """Open what will be written: a device, or an inode that has no name yet.
 
     Raises:
         errors.ConvertError: as devices.open_dest, paths.open_target and result.create say.
     """
     if grant.dest.root.kind is model.RootKind.BLOCK:
-        return devices.open_dest(grant, worker)
-    return _open_file(grant, worker)
+        return devices.open_dest(grant, setup.identity)
+    return _open_file(grant, setup)
 
 
 @contextlib.contextmanager
-def _open_file(grant: model.Grant, worker: Identity | None) -> Iterator[Dest]:
-    with paths.open_target(grant) as target, results.create(grant, target, worker) as dest:
+def _open_file(grant: model.Grant, setup: Setup) -> Iterator[Dest]:
+    with paths.open_target(grant) as target, results.create(grant, target, setup) as dest:
         yield dest
 
 
@@ -129,6 +130,7 @@ def rules_of(dest: Dest) -> tuple[landlock.Rule, ...]:
     return (
         landlock.Rule(where=dest.fd, access=landlock.WRITE),
         landlock.Rule(where=dest.target.directory, access=landlock.PUBLISH_IN),
+        *((alias.rule(dest.alias),) if dest.alias else ()),
     )
 
 

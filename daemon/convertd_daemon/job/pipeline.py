@@ -32,7 +32,7 @@ def convert(grant: model.Grant, kept: secrets.Secrets, runner: qemu_img.Runner) 
     with contextlib.ExitStack() as stack:
         # 1. Open: names become descriptors, and the rest of the file system is closed to us.
         source = stack.enter_context(paths.open_source(grant.source, grant.peer))
-        dest = stack.enter_context(ends.open_dest(grant, runner.worker.setup.identity))
+        dest = stack.enter_context(ends.open_dest(grant, runner.worker.setup))
         narrow.to_roots(grant, source, dest, runner.worker)
         # 2. Ask what the source is, and what it stands on.
         links = chain.follow(grant, source, runner, stack)

@@ -30,11 +30,15 @@ DIRECT_MODES: Final = frozenset({model.CacheMode.NONE, model.CacheMode.DIRECTSYN
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """One opened image: its format, where it is open, and on what."""
+    """One opened image: its format, where it is open, and on what.
+
+    `alias` is a path to the descriptor with another last name, for a destination.
+    """
 
     format: str
     fd: int
     on_device: bool = False
+    alias: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,7 +226,7 @@ def _dest_name(facts: Facts) -> str:
     name = path_of(facts.dest.fd)
     if facts.dest.on_device:
         return f"driver=raw,file.driver=host_device,file.filename={name}"
-    return name
+    return facts.dest.alias or name
 
 
 def compresses(dest: model.Dest) -> bool:

@@ -17,14 +17,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from convertd_daemon import errors, model
-from convertd_daemon.job import rights
+from convertd_daemon.job import alias, rights
 from convertd_daemon.kernel import getrandom
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from convertd_daemon.job.paths import Target
-    from convertd_daemon.sandbox.enter import Identity
+    from convertd_daemon.sandbox.identity import Identity
+    from convertd_daemon.sandbox.setup import Setup
 
 WITHOUT_TMPFILE: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.ENOSYS, errno.EINVAL})
 """What open(2) says of O_TMPFILE where kernel or file system lacks it."""
@@ -52,12 +53,14 @@ class FileDest:
     descriptors that were open at the time. Source: fsync(2), Linux errseq_t.
 
     `target` is where it will appear, `temporary` its name for the time being, empty if it has none.
+    `alias` is a path to the descriptor with the right last name, for a format that writes it down.
     """
 
     target: Target
     fd: int
     temporary: str
     ownership: Ownership
+    alias: str = ""
 
     @property
     def place(self) -> model.Place:
@@ -66,8 +69,8 @@ class FileDest:
 
 
 @contextlib.contextmanager
-def create(grant: model.Grant, target: Target, worker: Identity | None) -> Iterator[FileDest]:
-    """Make the inode in the directory where it will be published, so that `worker` can write it.
+def create(grant: model.Grant, target: Target, setup: Setup) -> Iterator[FileDest]:
+    """Make the inode in the directory where it will be published, so that the worker can write it.
 
     When the block is left the inode goes, unless it was given a name.
 
@@ -85,11 +88,14 @@ def create(grant: model.Grant, target: Target, worker: Identity | None) -> Itera
                 stack.callback(_unlink, grant, target, temporary)
             # Whoever sweeps this directory for left-overs takes this lock first; see publish.
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if worker is not None:
-                _open_to(worker, fd, ownership.uid)
+            if setup.identity is not None:
+                _open_to(setup.identity, fd, ownership.uid)
+            path = ""
+            if grant.request.dest.format in alias.FORMATS_THAT_NAME_THEMSELVES:
+                path = stack.enter_context(alias.made(setup.names, target.name, fd))
         except OSError as error:
             _raise_for(error, grant, target)
-        yield FileDest(target=target, fd=fd, temporary=temporary, ownership=ownership)
+        yield FileDest(target=target, fd=fd, temporary=temporary, ownership=ownership, alias=path)
 
 
 def sweep(target: Target) -> None:

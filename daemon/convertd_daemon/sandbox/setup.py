@@ -9,9 +9,11 @@ from convertd_daemon.sandbox.identity import Identity
 class Setup:
     """Which qemu-img there is, as whom it runs, and its compiled seccomp filter.
 
-    An identity of None keeps the job's own rights.
+    An identity of None keeps the job's own rights. `names` is a directory that the worker can pass
+    through and only the job can write, for links; empty: the system's for temporary files.
     """
 
     path: str
     identity: Identity | None
     seccomp: bytes
+    names: str = ""
