@@ -1,8 +1,8 @@
 """A path whose last name is the destination's, for the one format that writes that name down.
 
 A VMDK's descriptor names its own file. qemu takes that from the path it is given, which for us
-would be the number of a descriptor. So for a VMDK there is a link of the right name, in a directory of this
-job's own, that leads to the descriptor. It leads nowhere for any other process.
+would be the number of a descriptor. So for a VMDK there is a link of the right name, in a directory
+of this job's own, that leads to the descriptor. It leads nowhere for any other process.
 """
 
 from __future__ import annotations
