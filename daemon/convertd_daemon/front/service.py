@@ -235,7 +235,8 @@ async def _next(call: Call) -> object:
         call.over = isinstance(message, channel.Done)
         return message
     call.over = not isinstance(message, channel.Failed)
-    if not call.over:
+    # A job that took too long says so while its qemu-img, which may be stuck, still lives.
+    if not call.over and failure.status is not errors.Status.DEADLINE_EXCEEDED:
         call.finish()
     raise Ends(failure)
 
