@@ -2,17 +2,17 @@
 
     ConvertError
     ├── Unauthenticated          UnknownConnection
-    ├── Denied                   PermissionDenied
-    ├── Invalid                  BadPath, BadFormat, BadOption, BadMessage
+    ├── Denied                   PermissionDenied, FormatNotAllowed, ClaimNotAllowed
+    ├── Invalid                  BadPath, BadFormat, BadOption, BadMessage, SecretMissing
     ├── NotFound                 SourceNotFound, DirectoryNotFound, JobNotFound
     ├── AlreadyExists            DestExists
     ├── FailedPrecondition       ImageRefused, FormatMismatch, ImageTooLarge, ImageInUse, …
-    ├── ResourceExhausted        QueueFull, TooManyJobs, NoSpace, QuotaExceeded, OutOfMemory
+    ├── ResourceExhausted        QueueFull, NoSpace, QuotaExceeded, OutOfMemory
     ├── DataLoss                 ReadFailed, WriteFailed, VerifyFailed, PublishedButNotDurable
     ├── Aborted                  DestBusy, CancelledByOperator, NameReplaced
     ├── Cancelled                CancelledByCaller
     ├── DeadlineExceeded         Stalled, DurationExceeded
-    ├── Unimplemented            NotImplementedYet, UnsupportedByQemu
+    ├── Unimplemented            Unsupported
     ├── Unavailable              Stopping
     └── Internal                 InternalError
 
