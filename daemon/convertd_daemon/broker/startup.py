@@ -5,14 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import resource
 import stat
 from typing import Final
 
+from convertd_daemon import model
 from convertd_daemon.kernel import landlock
 from convertd_daemon.sandbox.identity import Identity
 
 FRONT_USER: Final = "convertd"
 WORKER_USER: Final = "convertd-qemu"
+
+DESCRIPTORS_PER_CONNECTION: Final = 3
+"""In the front: the peer's, and both ends of the way to gRPC."""
+OWN_DESCRIPTORS: Final = 512
 
 PROTECTED_HARDLINKS: Final = "/proc/sys/fs/protected_hardlinks"
 
@@ -56,6 +62,21 @@ def check_kernel() -> int:
             "this kernel has no Landlock, or has it off: it takes Linux 5.13 and landlock in lsm="
         )
     return abi
+
+
+def check_descriptors(limits: model.Limits) -> None:
+    """Check that as many connections as the policy allows can be open, in the front too.
+
+    Raises:
+        CantStart: the hard limit on descriptors is too low for them.
+    """
+    needed = limits.connections * DESCRIPTORS_PER_CONNECTION + OWN_DESCRIPTORS
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY != hard < needed:
+        raise CantStart(
+            f"{limits.connections} connections take {needed} descriptors, the hard limit is {hard}:"
+            " raise it (LimitNOFILE=), or lower connections in the policy's limits"
+        )
 
 
 def check_program(path: str) -> None:

@@ -178,6 +178,9 @@ class Link:
             return
         except channel.Closed:
             self._close()
+        except codec.CodecError:
+            # Of our own broker's: it sent what we don't know, or we ran out of descriptors.
+            log.exception("a message from the broker was lost")
 
     def _deal(self, message: channel.ToFront, descriptors: list[int]) -> None:
         match message:
