@@ -49,9 +49,13 @@ def forked(
     except BaseException:
         log.exception("job failed before its work")
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        logging.shutdown()
-        os._exit(0)
+        # Whatever happens, and SIGTERM may happen here too: a job must never return into the
+        # broker's code.
+        try:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            logging.shutdown()
+        finally:
+            os._exit(0)
 
 
 def main() -> int:
