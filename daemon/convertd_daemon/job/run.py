@@ -11,8 +11,8 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from convertd_daemon import channel, errors, model
+from convertd_daemon.job import clone, qemu_img, secrets, space
 from convertd_daemon.job import plan as plans
-from convertd_daemon.job import qemu_img, secrets, space
 from convertd_daemon.job.result import FileDest
 from convertd_daemon.kernel import clock_getcpuclockid
 from convertd_daemon.sandbox import limits
@@ -45,11 +45,15 @@ def convert(
 ) -> tuple[model.Warned, ...]:
     """Run the plan, and give the warnings that a successful qemu-img printed.
 
+    Where blocks can be shared instead, nothing is run.
+
     Raises:
         errors.Stalled: nothing moved for the policy's `stall`.
         errors.NoSpace, errors.ReadFailed, errors.WriteFailed, errors.ConversionFailed, …: what
             qemu-img failed of.
     """
+    if clone.is_possible(grant, plan, ends) and clone.clone(plan, ends):
+        return (clone.SHARED,)
     bounds = limits.Limits(address_space_bytes=grant.limits.memory_bytes)
     observer = Observer(runner.leash, ends.dest.fd, grant.limits.stall_s)
     try:

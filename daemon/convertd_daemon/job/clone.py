@@ -1,0 +1,53 @@
+"""Raw to raw within one file system that shares blocks: no byte need be read, and no program run.
+
+A raw image has no structure, so its copy is the file's. 20 GiB take milliseconds on XFS and btrfs,
+where qemu-img reads and writes every block that is not a hole. Nothing is parsed here; what is
+written is the same unnamed inode, published in the same way.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Final
+
+from convertd_daemon import model
+from convertd_daemon.job import devices
+from convertd_daemon.kernel import ficlone
+
+if TYPE_CHECKING:
+    from convertd_daemon.job.ends import Ends
+
+log = logging.getLogger(__name__)
+
+SHARED: Final = model.Warned(
+    reason="BLOCKS_SHARED",
+    message="the result shares the source's blocks until either is written: nothing was copied",
+)
+"""Worth knowing to whoever counts on the space being taken now."""
+
+
+def is_possible(grant: model.Grant, plan: model.Plan, ends: Ends) -> bool:
+    """Whether a clone would be what was asked for: two raw files, and nothing asked of the way."""
+    request = grant.request
+    return (
+        plan.source.format == plan.dest_format == "raw"
+        and len(ends.chain) == 1
+        and ends.source.place.root.kind is model.RootKind.FILES
+        and not isinstance(ends.dest, devices.DeviceDest)
+        and request.cache_mode is model.CacheMode.AUTO
+        and request.dest.preallocation is model.Preallocation.OFF
+        and not request.rate_limit_bytes_per_second
+    )
+
+
+def clone(plan: model.Plan, ends: Ends) -> bool:
+    """Share the source's blocks; False if the file system can't, and nothing is written then."""
+    try:
+        ficlone.ficlone(ends.dest.fd, ends.source.fd)
+    except OSError as error:
+        log.debug("no clone path=%r error=%s", ends.source.place.path, error)
+        return False
+    # qemu rounds a raw image up to whole sectors.
+    os.ftruncate(ends.dest.fd, plan.source.virtual_size_bytes)
+    return True
