@@ -1,0 +1,179 @@
+"""The channel between two processes: whole messages, descriptors, and the other end's death."""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from convertd_daemon import channel, codec, errors, model
+
+Pair = tuple[channel.Channel, channel.Channel]
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    """Both ends of a channel."""
+    here, there = channel.Channel.pair()
+    with here, there:
+        yield here, there
+
+
+def open_descriptors() -> int:
+    """How many descriptors this process has."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_message_arrives_as_it_was_sent(pair: Pair) -> None:
+    """And one at a time, however many were sent."""
+    here, there = pair
+    for number in (1, 2):
+        assert here.send(channel.Connected(connection=number))
+    for number in (1, 2):
+        message, descriptors = there.receive(*channel.FROM_BROKER)
+        assert (message, descriptors) == (channel.Connected(connection=number), [])
+
+
+def test_the_ends_do_not_survive_an_exec(pair: Pair) -> None:
+    """A qemu-img that had one could end its job, or speak for it."""
+    assert not any(os.get_inheritable(end.fileno()) for end in pair)
+
+
+def test_descriptors_come_along_as_copies_that_do_not_survive_an_exec(pair: Pair) -> None:
+    """The sender's own may be closed at once."""
+    here, there = pair
+    reader, writer = os.pipe()
+    here.send(channel.Done(call=1), reader, writer)
+    os.close(reader)
+    os.close(writer)
+    _, (reader, writer) = there.receive(channel.Done)
+    assert not os.get_inheritable(reader)
+    os.write(writer, b"x")
+    assert os.read(reader, 2) == b"x"
+    channel.close_all([reader, writer])
+
+
+def test_nothing_to_receive_is_said_at_once_to_who_does_not_wait(pair: Pair) -> None:
+    """BlockingIOError, as the socket itself says it."""
+    with pytest.raises(BlockingIOError):
+        pair[0].receive(channel.Done, wait=False)
+
+
+def test_a_full_channel_is_said_at_once_to_who_does_not_wait(pair: Pair) -> None:
+    """False, nothing is sent, and there is room again when the other end has read."""
+    here, there = pair
+    sent = 0
+    while here.send(channel.Done(call=sent), wait=False):
+        sent += 1
+    assert sent > 10
+    for number in range(sent):
+        assert there.receive(channel.Done, wait=False)[0] == channel.Done(call=number)
+    assert here.send(channel.Done(call=0), wait=False)
+
+
+def test_the_other_ends_death_is_told_to_who_sends(pair: Pair) -> None:
+    """By an exception, not by a signal."""
+    here, there = pair
+    there.close()
+    with pytest.raises(channel.Closed):
+        here.send(channel.Done(call=1))
+
+
+def test_the_other_ends_death_is_told_to_who_receives_after_its_last_message(pair: Pair) -> None:
+    """What was sent before it died is not lost."""
+    here, there = pair
+    here.send(channel.Done(call=1))
+    here.close()
+    assert there.receive(channel.Done)[0] == channel.Done(call=1)
+    with pytest.raises(channel.Closed):
+        there.receive(channel.Done)
+
+
+def test_an_end_that_dies_with_unread_messages_is_gone_too(pair: Pair) -> None:
+    """The kernel says ECONNRESET then."""
+    here, there = pair
+    here.send(channel.Done(call=1))
+    there.close()
+    with pytest.raises(channel.Closed):
+        here.receive(channel.Done)
+
+
+def test_what_is_no_message_is_refused_and_its_descriptors_closed(pair: Pair) -> None:
+    """Who took the front over can't fill the broker's table of descriptors."""
+    here, there = pair
+    before = open_descriptors()
+    here.send_bytes(b"not a message", here.fileno(), here.fileno())
+    with pytest.raises(codec.CodecError):
+        there.receive(*channel.FROM_FRONT)
+    assert open_descriptors() == before
+
+
+def test_a_message_that_is_too_long_is_refused_and_its_descriptors_closed(pair: Pair) -> None:
+    """It is not taken for its first part."""
+    here, there = pair
+    before = open_descriptors()
+    here.send_bytes(b" " * (channel.MAX_MESSAGE_BYTES + 1), here.fileno())
+    with pytest.raises(codec.CodecError, match="too long"):
+        there.receive(*channel.FROM_FRONT)
+    assert open_descriptors() == before
+
+
+def test_more_descriptors_than_any_message_has_are_refused_and_closed(pair: Pair) -> None:
+    """Two passphrases are the most that comes along."""
+    here, there = pair
+    before = open_descriptors()
+    here.send(channel.Ready(), *[here.fileno()] * 20)
+    with pytest.raises(codec.CodecError):
+        there.receive(*channel.FROM_FRONT)
+    assert open_descriptors() == before
+
+
+def test_what_comes_along_and_is_no_descriptor_is_ignored(pair: Pair) -> None:
+    """Credentials, which a socket that asks for them gets with each message."""
+    here, there = pair
+    there.sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    here.send(channel.Ready())
+    assert there.receive(channel.Ready) == (channel.Ready(), [])
+
+
+def test_closing_what_is_closed_already_is_no_error() -> None:
+    """Whoever cleans up does not stop half-way."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    channel.close_all([reader, writer])
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(writer)
+
+
+def test_an_empty_message_is_the_other_ends_end(pair: Pair) -> None:
+    """A seqpacket socket does not tell one from the other; nobody of ours sends one."""
+    pair[0].sock.sendmsg(
+        [b""], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [pair[0].fileno()]))]
+    )
+    before = open_descriptors()
+    with pytest.raises(channel.Closed):
+        pair[1].receive(channel.Done)
+    assert open_descriptors() == before
+
+
+def test_the_longest_request_fits_whatever_is_in_it(pair: Pair) -> None:
+    """Two paths of 4 KiB, every byte of them one that JSON escapes to six."""
+    here, there = pair
+    path = "/" + "\x01" * 4094
+    request = model.ConvertRequest(
+        source=model.Source(path=path), dest=model.Dest(path=path + "x", format="qcow2")
+    )
+    asked = channel.Convert(call=1, connection=1, request=request)
+    assert here.send(asked, wait=False)
+    assert there.receive(*channel.FROM_FRONT)[0] == asked
+
+
+def test_a_failure_with_the_longest_path_fits(pair: Pair) -> None:
+    """In message and values."""
+    here, there = pair
+    failure = errors.SourceNotFound(path="/" + "\x01" * 4094).failure()
+    assert here.send(channel.Failed(failure=failure), wait=False)
+    assert there.receive(*channel.FROM_JOB)[0].failure == failure

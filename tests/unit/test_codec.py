@@ -1,0 +1,213 @@
+"""Messages as bytes: what goes in comes out, and nothing that was not expected."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from convertd_daemon import channel, codec, errors, model
+
+MESSAGES: tuple[type[Any], ...] = (
+    *channel.FROM_FRONT,
+    *channel.FROM_BROKER,
+    *channel.FROM_JOB,
+    channel.Order,
+)
+"""Every message that one process sends another."""
+
+# Nobody sends a number that is none, and it would not equal itself.
+st.register_type_strategy(float, st.floats(allow_nan=False))
+
+some_messages = st.one_of([st.from_type(kind) for kind in MESSAGES])
+
+
+class Colour(enum.StrEnum):
+    """For the examples below."""
+
+    RED = "red"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inner:
+    """For the examples below."""
+
+    number: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Example:
+    """One field of each kind that a message may have."""
+
+    text: str = ""
+    count: int = 0
+    ratio: float = 0.0
+    flag: bool = False
+    colour: Colour = Colour.RED
+    maybe: Inner | None = None
+    several: tuple[Inner, ...] = ()
+    group: frozenset[int] = frozenset()
+    pair: tuple[str, str] = ("", "")
+
+
+def altered(**fields: object) -> bytes:
+    """An Example as bytes, with some of its fields' JSON replaced."""
+    name, plain = json.loads(codec.encode(Example()))
+    return json.dumps([name, plain | fields]).encode()
+
+
+@given(some_messages)
+def test_what_is_decoded_is_what_was_encoded(message: object) -> None:
+    """For every message, whatever is in it."""
+    assert codec.decode(codec.encode(message), *MESSAGES) == message
+
+
+def test_a_text_that_is_not_unicode_can_not_be_sent() -> None:
+    """A lone surrogate, as Python makes of bytes that are not UTF-8."""
+    with pytest.raises(codec.CodecError, match="surrogates"):
+        codec.encode(Example(text="\udcff"))
+
+
+def test_an_integer_is_a_fine_float() -> None:
+    """JSON does not tell 1 from 1.0."""
+    assert codec.decode(altered(ratio=1), Example).ratio == 1.0
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"", id="nothing"),
+        pytest.param(b"{", id="half-an-object"),
+        pytest.param(b"\xff\xfe\x00", id="no-text"),
+        pytest.param(b"[" * 100_000, id="brackets-without-end"),
+        pytest.param(b"[" * 50_000 + b"]" * 50_000, id="brackets-in-brackets"),
+        pytest.param(b"9" * 10_000, id="a-number-of-ten-thousand-digits"),
+        pytest.param(b"null", id="null"),
+        pytest.param(b"{}", id="an-object"),
+        pytest.param(b'["Example"]', id="a-name-alone"),
+        pytest.param(b'["Example",{},{}]', id="one-part-too-many"),
+        pytest.param(b'["Example",[]]', id="an-array-for-the-fields"),
+        pytest.param(b'[["Example"],{}]', id="a-name-that-is-no-text"),
+        pytest.param(b'["Inner",{"number":1}]', id="another-class"),
+        pytest.param(b'["object",{}]', id="a-class-of-pythons"),
+        pytest.param(b'["Example",{}]', id="no-fields"),
+        pytest.param(altered(extra=1), id="one-field-too-many"),
+        pytest.param(altered(__class__="Inner"), id="a-field-that-python-has"),
+        pytest.param(altered(text=1), id="a-number-for-a-text"),
+        pytest.param(altered(text=None), id="null-for-a-text"),
+        pytest.param(altered(count="1"), id="a-text-for-a-number"),
+        pytest.param(altered(count=1.0), id="a-fraction-for-an-integer"),
+        pytest.param(altered(count=True), id="true-for-an-integer"),
+        pytest.param(altered(ratio=True), id="true-for-a-fraction"),
+        pytest.param(altered(ratio="1"), id="a-text-for-a-fraction"),
+        pytest.param(altered(flag=1), id="one-for-true"),
+        pytest.param(altered(colour="blue"), id="no-such-colour"),
+        pytest.param(altered(colour=["red"]), id="a-list-of-colours"),
+        pytest.param(altered(colour={"red": 1}), id="an-object-for-a-colour"),
+        pytest.param(altered(maybe={}), id="an-inner-message-without-its-field"),
+        pytest.param(altered(maybe=["Inner", {"number": 1}]), id="an-inner-message-with-a-name"),
+        pytest.param(altered(several={"number": 1}), id="an-object-for-an-array"),
+        pytest.param(altered(several=[{"number": "1"}]), id="a-wrong-item"),
+        pytest.param(altered(several="ab"), id="a-text-for-an-array"),
+        pytest.param(altered(group=[[1]]), id="an-array-in-a-set"),
+        pytest.param(altered(pair=["a"]), id="half-a-pair"),
+        pytest.param(altered(pair=["a", "b", "c"]), id="a-pair-of-three"),
+        pytest.param(altered(pair=["a", 1]), id="a-pair-of-two-kinds"),
+    ],
+)
+def test_what_does_not_fit_exactly_is_refused(data: bytes) -> None:
+    """With a CodecError, and nothing else."""
+    with pytest.raises(codec.CodecError):
+        codec.decode(data, Example)
+
+
+def test_a_message_that_is_not_expected_here_is_refused() -> None:
+    """Though it is one elsewhere: a job can't say what only the broker may."""
+    data = codec.encode(channel.Connected(connection=1))
+    assert codec.decode(data, *channel.FROM_BROKER) == channel.Connected(connection=1)
+    with pytest.raises(codec.CodecError, match="not one of the messages expected"):
+        codec.decode(data, *channel.FROM_JOB)
+
+
+@settings(max_examples=200)
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_message_or_refused(data: bytes) -> None:
+    """Whatever they are, nothing but CodecError is raised."""
+    assert is_expected_or_refused(data)
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=50)
+@given(st.sampled_from(MESSAGES), anything)
+def test_any_json_under_a_messages_name_is_a_message_or_refused(
+    kind: type[Any], fields: object
+) -> None:
+    """Names are known to whoever took the front over; values are up to it."""
+    assert is_expected_or_refused(json.dumps([kind.__name__, fields]).encode())
+
+
+@settings(max_examples=50)
+@given(some_messages, st.data())
+def test_a_message_with_a_value_exchanged_is_a_message_or_refused(
+    message: object, data: st.DataObject
+) -> None:
+    """What is built has, in every field at every depth, a value of the field's type."""
+    name, fields = json.loads(codec.encode(message))
+    if fields:
+        fields[data.draw(st.sampled_from(sorted(fields)))] = data.draw(anything)
+    assert is_expected_or_refused(json.dumps([name, fields]).encode())
+
+
+@given(some_messages, st.integers(0, 10_000), st.integers(0, 7))
+def test_a_message_with_a_bit_flipped_is_a_message_or_refused(
+    message: object, where: int, bit: int
+) -> None:
+    """And never something between the two."""
+    data = bytearray(codec.encode(message))
+    data[where % len(data)] ^= 1 << bit
+    assert is_expected_or_refused(bytes(data))
+
+
+def is_expected_or_refused(data: bytes) -> bool:
+    """Whether bytes are refused, or give exactly what the fields' types say."""
+    try:
+        message = codec.decode(data, *MESSAGES)
+    except codec.CodecError:
+        return True
+    return type(message) in MESSAGES and all_typed(message)
+
+
+BUILT = (
+    *MESSAGES,
+    *(kind for kind in vars(model).values() if isinstance(kind, type)),
+    *(channel.JobState, channel.Versions, errors.Failure),
+)
+
+
+def all_typed(value: object) -> bool:
+    """Whether a value consists of plain values and our own frozen ones, all the way down."""
+    if isinstance(value, tuple | frozenset):
+        return type(value) in {tuple, frozenset} and all(map(all_typed, value))
+    if dataclasses.is_dataclass(value):
+        parts = (getattr(value, field.name) for field in dataclasses.fields(value))
+        return type(value) in BUILT and all(map(all_typed, parts))
+    return type(value) in {str, int, float, bool, type(None), *BUILT}
+
+
+def test_a_type_that_no_message_may_have_is_our_mistake() -> None:
+    """It is noticed by the first test that sends one, not by a caller."""
+    with pytest.raises(TypeError):
+        codec.decoder_of(dict[str, int])
+    with pytest.raises(TypeError):
+        codec.decoder_of(bytes)
