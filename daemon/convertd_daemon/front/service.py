@@ -177,7 +177,8 @@ class Following:
             match await _next(call):
                 case channel.Waiting(job_id=job_id, position=position):
                     self.job_id = job_id
-                    yield self._progressed(model.Phase.QUEUED, 0.0, position)
+                    # The contract counts those before it.
+                    yield self._progressed(model.Phase.QUEUED, 0.0, position - 1)
                 case channel.Progressed(progress=model.Progress(phase=phase, percent=percent)):
                     self._begin(call)
                     yield self._progressed(phase, percent, 0)

@@ -219,7 +219,7 @@ def plan(value: model.Plan) -> pb.Plan:
         virtual_size_bytes=value.source.virtual_size_bytes,
         dest_cache=_cache(value.dest_cache),
         source_cache=_cache(value.source_cache),
-        command=value.argv,
+        command=value.command,
         compression=COMPRESSIONS_OUT[value.compression],
         needed_bytes=value.needed_bytes,
         available_bytes=value.available_bytes,
@@ -315,35 +315,46 @@ def job(entry: channel.JobEntry, progress: pb.ConvertProgress | None) -> pb.Job:
 
 def access(report: channel.AccessReport) -> pb.GetAccessResponse:
     """Who the daemon takes the caller for, and what that may do."""
-    rules = report.rights.rules
     return pb.GetAccessResponse(
         uid=report.uid,
         gid=report.gid,
         groups=sorted(report.groups),
         is_operator=report.rights.is_operator,
-        grants=[_grant(rule) for rule in rules],
-        limits=pb.Limits(
-            jobs=report.limits.jobs,
-            jobs_per_user=report.limits.jobs_per_user,
-            queue=report.limits.queue,
-            virtual_size_bytes=report.limits.virtual_size_bytes,
-            stall_seconds=report.limits.stall_s,
-            duration_seconds=report.limits.duration_s,
-        ),
+        grants=[_grant(rule) for rule in report.rights.rules],
+        limits=_limits(report.limits),
         versions=pb.Versions(
             daemon=report.versions.daemon,
             qemu_img=report.versions.qemu_img,
             landlock_abi=report.versions.landlock_abi,
             kernel=report.versions.kernel,
         ),
-        source_formats=sorted(set().union(*(rule.read_formats for rule in rules))),
-        dest_formats=sorted(set().union(*(rule.write_formats for rule in rules))),
+        source_formats=sorted(model.FORMATS),
+        dest_formats=sorted(model.WRITABLE_FORMATS),
         compressions=[COMPRESSIONS_OUT[name] for name in report.versions.compressions],
+    )
+
+
+def _limits(limits: model.Limits) -> pb.Limits:
+    return pb.Limits(
+        jobs=limits.jobs,
+        jobs_per_user=limits.jobs_per_user,
+        queue=limits.queue,
+        queue_per_user=limits.queue_per_user,
+        inspections=limits.inspections,
+        inspections_per_user=limits.inspections_per_user,
+        connections=limits.connections,
+        connections_per_user=limits.connections_per_user,
+        virtual_size_bytes=limits.virtual_size_bytes,
+        memory_bytes=limits.memory_bytes,
+        stall_seconds=limits.stall_s,
+        duration_seconds=limits.duration_s,
+        inspect_seconds=limits.inspect_s,
     )
 
 
 def _grant(rule: model.RuleRights) -> pb.Grant:
     return pb.Grant(
+        rule=rule.rule,
         roots=[
             pb.GrantedRoot(
                 name=item.root.name,
