@@ -102,12 +102,17 @@ class ConvertError(Exception):
         return {name: getattr(self, name) for name in getattr(self, "__dataclass_fields__", ())}
 
     def failure(self) -> Failure:
-        """The condition as it passes between processes."""
-        values = tuple((name, str(value)) for name, value in self.values().items())
-        failure = Failure(reason=self.reason, message=str(self), values=values)
+        """The condition as it passes between processes, whatever text its values hold."""
+        values = tuple((name, _sendable(str(value))) for name, value in self.values().items())
+        failure = Failure(reason=self.reason, message=_sendable(str(self)), values=values)
         if self.undefined_device:
             return failure.with_undefined(self.undefined_device)
         return failure
+
+
+def _sendable(text: str) -> str:
+    """The text in valid Unicode: a lone surrogate can't be encoded, and who sent it is answered."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 # --- who ---------------------------------------------------------------------------------------
