@@ -145,6 +145,13 @@ def test_a_text_of_a_caller_that_is_quoted_is_on_one_line(path: str, problem: st
     assert str(backing).splitlines() == [str(backing)]
 
 
+@pytest.mark.parametrize("kind", CONDITIONS, ids=lambda kind: kind.__name__)
+def test_a_text_that_is_not_unicode_can_be_told_of(kind: type[errors.ConvertError]) -> None:
+    """A front that was taken over gets its answer; it does not stop the broker."""
+    failure = sample(kind, text="\ud800").failure()
+    assert codec.decode(codec.encode(failure), errors.Failure) == failure
+
+
 class TestUndefinedContent:
     """A conversion that had begun to write to a device."""
 
