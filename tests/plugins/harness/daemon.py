@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -126,6 +127,12 @@ class Daemon:
             return False
         return True
 
+    def _forget_notices(self) -> None:
+        assert self._notified is not None
+        with contextlib.suppress(BlockingIOError):
+            while self._notified.recv(4096):
+                pass
+
     # --- its callers -------------------------------------------------------------------------
 
     def agent(self, caller: Caller) -> Agent:
@@ -166,7 +173,8 @@ class Daemon:
     # --- its end -----------------------------------------------------------------------------
 
     def signal(self, number: signal.Signals) -> None:
-        """Signal the broker."""
+        """Signal the broker. What it said to its manager before is forgotten."""
+        self._forget_notices()
         os.kill(self.pid, number)
 
     def reload(self, policy: str) -> None:

@@ -1,0 +1,319 @@
+"""What a caller can ask for, and gets: formats, compression, overwriting, and more."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from harness import images
+from harness.agent import Agent, conversion
+from harness.callers import ALICE, BOB, owner_of
+from harness.daemon import Daemon
+
+from convertd.v1 import convert_pb2 as pb
+
+POLICY: Final = """
+[roots.library]
+path = "{library}"
+access = "daemon"
+[roots.images]
+path = "{scratch}/images"
+access = "daemon"
+[roots.shared]
+path = "{scratch}/shared"
+access = "daemon"
+[[grants]]
+users = [1234]
+read = ["library", "images"]
+write = ["images"]
+formats = ["raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx", "qed", "parallels"]
+[[grants]]
+users = [1235]
+read = ["library"]
+write = ["images"]
+overwrite = "any"
+"""
+
+MIB: Final = 1024 * 1024
+
+
+@pytest.fixture
+def alice(daemon: Daemon) -> Agent:
+    """Calls as uid 1234, who may overwrite its own files."""
+    return daemon.agent(ALICE)
+
+
+@pytest.fixture
+def source(library: Path) -> Path:
+    """A raw image of 8 MiB."""
+    return library / "small.raw"
+
+
+def info(path: Path) -> dict[str, Any]:
+    """What qemu-img says of an image."""
+    argv = ["qemu-img", "info", "--output=json", str(path)]
+    done = subprocess.run(argv, check=True, capture_output=True)
+    said: dict[str, Any] = json.loads(done.stdout)
+    return said
+
+
+# --- what is said of a conversion ---------------------------------------------------------------
+
+
+def test_a_conversion_tells_its_plan_its_progress_and_its_result(
+    alice: Agent, source: Path, images_dir: Path
+) -> None:
+    """One started, one result, the same job in all, and percentages that never fall."""
+    dest = images_dir / "dest.qcow2"
+    events = list(alice.convert(conversion(source, dest, label="nightly")).events())
+    kinds = [event.WhichOneof("event") for event in events]
+    assert (kinds[0], kinds[-1]) == ("progress", "result")
+    assert (kinds.count("started"), kinds.count("result")) == (1, 1)
+    progress = [event.progress for event in events if event.HasField("progress")]
+    started, result = events[kinds.index("started")].started, events[-1].result
+    assert {one.job_id for one in progress} == {started.job_id} == {result.job_id}
+    assert [one.phase for one in progress] == sorted(one.phase for one in progress)
+    assert [one.percent for one in progress] == sorted(one.percent for one in progress)
+    assert (started.plan.source_format, started.plan.dest_format) == ("raw", "qcow2")
+    assert started.plan.virtual_size_bytes == result.virtual_size_bytes == 8 * MIB
+    assert started.plan.needed_bytes == source.stat().st_blocks * 512
+    assert result.published
+    assert result.allocated_size_bytes == dest.stat().st_blocks * 512
+    assert result.elapsed_seconds >= result.queued_seconds > 0
+    assert not result.warnings
+
+
+def test_the_command_of_a_plan_names_the_callers_paths(
+    alice: Agent, source: Path, images_dir: Path
+) -> None:
+    """It is for people: descriptors of a process that is gone say nothing."""
+    dest = images_dir / "dest.qcow2"
+    call = alice.convert(conversion(source, dest, validate_only=True))
+    command = list(call.await_started().plan.command)
+    assert command[:2] == ["qemu-img", "convert"]
+    assert command[-2:] == [str(source), str(dest)]
+    assert not any("/proc/" in argument for argument in command)
+
+
+# --- formats ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "image_format", ["qcow2", "vmdk", "vdi", "vpc", "vhdx", "qed", "parallels"]
+)
+def test_an_image_is_the_same_after_a_way_through(
+    alice: Agent, source: Path, images_dir: Path, image_format: str
+) -> None:
+    """Every format of one file, written by the sandboxed qemu-img and read by it."""
+    there, back = images_dir / f"there.{image_format}", images_dir / "back.raw"
+    alice.convert(conversion(source, there, dest_format=image_format)).result()
+    assert info(there)["format"] == image_format
+    request = conversion(there, back, source_format=image_format, dest_format="raw")
+    alice.convert(request).result()
+    assert images.identical(source, back)
+
+
+def test_a_format_that_is_not_stated_is_found_out(alice: Agent, images_dir: Path) -> None:
+    """By qemu-img, in the sandbox."""
+    source = images.created(images_dir / "source", "qcow2", 4)
+    dest = images_dir / "dest.raw"
+    result = alice.convert(conversion(source, dest, source_format="", dest_format="raw")).result()
+    assert result.source_format == "qcow2"
+    assert dest.stat().st_size == 4 * MIB
+
+
+def test_a_source_declared_raw_is_raw_whatever_is_in_it(alice: Agent, images_dir: Path) -> None:
+    """A guest can write any header into its disk; it is data."""
+    source = images.created(images_dir / "source", "qcow2", 4)
+    dest = images_dir / "dest.raw"
+    alice.convert(conversion(source, dest, dest_format="raw")).result()
+    assert dest.read_bytes().rstrip(b"\0") == source.read_bytes().rstrip(b"\0")
+
+
+def test_an_empty_source_becomes_an_empty_image(alice: Agent, images_dir: Path) -> None:
+    """Of no virtual size."""
+    source = images_dir / "source.raw"
+    source.touch()
+    result = alice.convert(conversion(source, images_dir / "dest.qcow2")).result()
+    assert result.virtual_size_bytes == 0
+    assert info(images_dir / "dest.qcow2")["virtual-size"] == 0
+
+
+def test_snapshots_that_are_left_behind_are_told(alice: Agent, images_dir: Path) -> None:
+    """In a warning, for qemu-img says nothing about them."""
+    source = images.created(images_dir / "source.qcow2", "qcow2", 4)
+    subprocess.run(["qemu-img", "snapshot", "-c", "before", str(source)], check=True)
+    request = conversion(source, images_dir / "dest.qcow2", source_format="qcow2")
+    (warning,) = alice.convert(request).result().warnings
+    assert warning.reason == "SNAPSHOTS_DROPPED"
+
+
+# --- compression, preallocation -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("compression", "kind"),
+    [
+        (pb.COMPRESSION_DEFAULT, "zlib"),
+        (pb.COMPRESSION_ZLIB, "zlib"),
+        (pb.COMPRESSION_ZSTD, "zstd"),
+    ],
+    ids=["default", "zlib", "zstd"],
+)
+def test_a_result_is_compressed_by(
+    alice: Agent, source: Path, images_dir: Path, compression: pb.Compression, kind: str
+) -> None:
+    """And takes less space than the image does."""
+    dest = images_dir / "dest.qcow2"
+    call = alice.convert(conversion(source, dest, compression=compression))
+    call.result()
+    assert info(dest)["format-specific"]["data"]["compression-type"] == kind
+    assert dest.stat().st_blocks < source.stat().st_blocks
+    assert images.identical(source, dest)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [(("-c",), "zlib"), (("--compression", "zstd"), "zstd")],
+    ids=["-c", "--compression zstd"],
+)
+def test_convertctl_compresses_with(
+    daemon: Daemon, source: Path, images_dir: Path, arguments: tuple[str, ...], kind: str
+) -> None:
+    """The policy's default is zlib."""
+    dest = images_dir / "dest.qcow2"
+    words = ("convert", str(source), str(dest), "-f", "raw", "-O", "qcow2", *arguments)
+    ran = ALICE.convertctl(daemon.socket, *words)
+    assert ran.status == 0, ran
+    assert info(dest)["format-specific"]["data"]["compression-type"] == kind
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+@pytest.mark.parametrize(
+    "preallocation", [pb.PREALLOCATION_FALLOC, pb.PREALLOCATION_FULL], ids=["falloc", "full"]
+)
+def test_space_is_reserved_beforehand_for(
+    alice: Agent,
+    source: Path,
+    images_dir: Path,
+    image_format: str,
+    preallocation: pb.Preallocation,
+) -> None:
+    """All of the virtual size is allocated, though the source has a hole."""
+    dest = images_dir / "dest"
+    request = conversion(source, dest, dest_format=image_format, preallocation=preallocation)
+    alice.convert(request).result()
+    assert source.stat().st_blocks * 512 < 8 * MIB <= dest.stat().st_blocks * 512
+    assert images.identical(source, dest)
+
+
+# --- validate_only, verify, rate limit ----------------------------------------------------------
+
+
+def test_a_validation_says_what_would_be_done_and_leaves_nothing(
+    alice: Agent, source: Path, images_dir: Path
+) -> None:
+    """Every check, the whole plan, and no file."""
+    call = alice.convert(conversion(source, images_dir / "dest.qcow2", validate_only=True))
+    result = call.result()
+    assert not result.published
+    assert result.allocated_size_bytes == 0
+    started = pb.ConvertResponse.FromString(call.messages[-2]).started
+    assert started.plan.dest_cache.mode == pb.CACHE_MODE_NONE
+    assert started.plan.available_bytes > 0
+    assert os.listdir(images_dir) == []
+
+
+def test_a_validation_is_refused_as_the_conversion_would_be(
+    alice: Agent, source: Path, images_dir: Path
+) -> None:
+    """Here because the destination exists."""
+    dest = images.small(images_dir / "dest.qcow2")
+    call = alice.convert(conversion(source, dest, validate_only=True))
+    assert call.refusal().reason == "DEST_EXISTS"
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+def test_a_result_that_is_verified_is_compared_with_its_source(
+    alice: Agent, source: Path, images_dir: Path, image_format: str
+) -> None:
+    """And the reply says so."""
+    request = conversion(source, images_dir / "dest", dest_format=image_format, verify=True)
+    call = alice.convert(request)
+    assert call.result().verified
+    phases = [pb.ConvertResponse.FromString(data).progress.phase for data in call.messages]
+    assert pb.PHASE_VERIFYING in phases
+
+
+def test_a_rate_limit_slows_a_conversion_down(alice: Agent, source: Path, images_dir: Path) -> None:
+    """8 MiB, of which 2 are data, at 1 MiB/s: not in no time."""
+    began = time.monotonic()
+    request = conversion(source, images_dir / "dest.qcow2", rate_limit_bytes_per_second=MIB)
+    alice.convert(request).result()
+    assert time.monotonic() - began > 0.9
+    assert images.identical(source, images_dir / "dest.qcow2")
+
+
+# --- overwriting --------------------------------------------------------------------------------
+
+
+def test_ones_own_file_is_overwritten_in_one_step(
+    alice: Agent, source: Path, images_dir: Path
+) -> None:
+    """By a new inode: whoever has the old one open keeps it whole."""
+    dest = images_dir / "dest.qcow2"
+    dest.write_bytes(b"old")
+    os.chown(dest, ALICE.uid, ALICE.gid)
+    with dest.open("rb") as old:
+        result = alice.convert(conversion(source, dest, overwrite=True, mode=0o640)).result()
+        assert old.read() == b"old"
+    assert result.replaced
+    assert owner_of(dest) == (ALICE.uid, ALICE.gid, 0o640)
+    assert images.identical(source, dest)
+    assert os.listdir(images_dir) == ["dest.qcow2"]
+
+
+def test_to_overwrite_what_is_not_there_is_to_make_it(
+    alice: Agent, source: Path, images_dir: Path
+) -> None:
+    """And the reply tells the difference."""
+    dest = images_dir / "dest.qcow2"
+    result = alice.convert(conversion(source, dest, overwrite=True)).result()
+    assert not result.replaced
+    assert images.identical(source, dest)
+
+
+def test_another_users_file_is_overwritten_only_by_whom_the_policy_lets(
+    daemon: Daemon, alice: Agent, source: Path, images_dir: Path
+) -> None:
+    """`overwrite = "own"` for the one, "any" for the other."""
+    dest = images_dir / "dest.qcow2"
+    dest.write_bytes(b"root's")
+    refusal = alice.convert(conversion(source, dest, overwrite=True)).refusal()
+    assert (refusal.status, refusal.reason) == ("FAILED_PRECONDITION", "NOT_YOURS")
+    assert refusal.metadata == {"path": str(dest)}
+    assert dest.read_bytes() == b"root's"
+    bob = daemon.agent(BOB)
+    assert bob.convert(conversion(source, dest, overwrite=True)).result().replaced
+    assert owner_of(dest) == (BOB.uid, BOB.gid, 0o600)
+
+
+def test_an_image_can_be_replaced_by_itself_under_another_name(
+    daemon: Daemon, source: Path, images_dir: Path
+) -> None:
+    """A hard link of the source as the destination: the new file takes one of the two names."""
+    bob, first, second = daemon.agent(BOB), images_dir / "first", images_dir / "second"
+    bob.convert(conversion(source, first, dest_format="raw")).result()
+    os.link(first, second)
+    request = conversion(first, second, dest_format="qcow2", overwrite=True)
+    # The rule lets uid 1235 read the library only: what it may write it may not read.
+    assert bob.convert(request).refusal().status == "PERMISSION_DENIED"
+    os.chown(second, ALICE.uid, ALICE.gid)
+    assert daemon.agent(ALICE).convert(request).result().replaced
+    assert images.identical(first, second)
+    assert first.stat().st_ino != second.stat().st_ino
