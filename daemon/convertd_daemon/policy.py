@@ -107,7 +107,7 @@ def decide(policy: Policy, peer: model.Peer, request: model.ConvertRequest) -> m
         for rule in policy.rules_for(peer):
             reads = rule.may_read(source, request.source.format)
             if reads and rule.may_write(dest, request.dest.format):
-                _check_claim(request.dest, dest)
+                _check_device_options(request.dest, dest)
                 return model.Grant(
                     rule=rule.name,
                     peer=peer,
@@ -125,8 +125,10 @@ def decide(policy: Policy, peer: model.Peer, request: model.ConvertRequest) -> m
     raise errors.PermissionDenied(uid=peer.uid, action=f"convert {whence} to {whither}")
 
 
-def _check_claim(asked: model.Dest, dest: model.Place) -> None:
-    """Hold the claim that a device is zero already against its root."""
+def _check_device_options(asked: model.Dest, dest: model.Place) -> None:
+    """Hold what is for devices only, or not for them, against the destination's root."""
+    if asked.mode is not None and dest.root.kind is model.RootKind.BLOCK:
+        raise errors.BadOption(field="dest.mode", problem="is for files only")
     if not asked.is_zero:
         return
     if dest.root.kind is not model.RootKind.BLOCK:

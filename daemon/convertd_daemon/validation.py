@@ -16,7 +16,7 @@ MAX_PATH_BYTES: Final = 4095
 """PATH_MAX less its NUL. Source: path_resolution(7)."""
 MAX_NAME_BYTES: Final = 255
 """NAME_MAX of every file system of Linux that holds images."""
-MAX_LABEL_CHARACTERS: Final = 256
+MAX_LABEL_BYTES: Final = 128
 LEAST_RATE_BYTES_PER_SECOND: Final = model.MIB
 MAX_RATE_BYTES_PER_SECOND: Final = 2**63 - 1
 """What qemu-img's -r takes at most."""
@@ -25,6 +25,9 @@ TEMPORARY_PREFIX: Final = ".convertd-"
 """Names that convertd gives its own temporaries, and removes when nobody holds them."""
 
 ENCRYPTABLE_FORMATS: Final = frozenset({"qcow2", "luks"})
+
+STREAM_OPTIMIZED: Final = model.Option(name="subformat", value="streamOptimized")
+"""The layout of vmdk that is compressed, always with zlib."""
 
 PREALLOCATIONS: Final = {
     "raw": frozenset(
@@ -149,11 +152,23 @@ def _check_encryption(end: str, name: str, *, encrypted: bool) -> None:
 def _check_compression(dest: model.Dest) -> None:
     if dest.compression is model.Compression.NONE:
         return
-    if dest.format != "qcow2":
-        raise errors.BadOption(field="dest.compression", problem="is for the format qcow2 only")
+    if dest.compression not in _compressions_of(dest):
+        problem = f"{dest.compression} is not possible with the format {dest.format}"
+        raise errors.BadOption(field="dest.compression", problem=problem)
+    if dest.encryption is not None:
+        problem = "does not go with encryption"
+        raise errors.BadOption(field="dest.compression", problem=problem)
     if dest.preallocation is not model.Preallocation.OFF:
         problem = "does not go with preallocation"
         raise errors.BadOption(field="dest.compression", problem=problem)
+
+
+def _compressions_of(dest: model.Dest) -> frozenset[model.Compression]:
+    if dest.format == "qcow2":
+        return frozenset(model.Compression)
+    if dest.format == "vmdk" and STREAM_OPTIMIZED in dest.options:
+        return frozenset({model.Compression.DEFAULT, model.Compression.ZLIB})
+    return frozenset()
 
 
 def _check_preallocation(dest: model.Dest) -> None:
@@ -168,6 +183,8 @@ def _check_options(request: model.ConvertRequest) -> None:
     if rate and not LEAST_RATE_BYTES_PER_SECOND <= rate <= MAX_RATE_BYTES_PER_SECOND:
         problem = f"must be 0 (no limit), or at least {LEAST_RATE_BYTES_PER_SECOND}"
         raise errors.BadOption(field="rate_limit_bytes_per_second", problem=problem)
-    if len(request.label) > MAX_LABEL_CHARACTERS or not request.label.isprintable():
-        problem = f"must be at most {MAX_LABEL_CHARACTERS} printable characters"
+    label = request.label
+    # What is printable has no lone surrogate, and so can be encoded.
+    if not label.isprintable() or len(label.encode()) > MAX_LABEL_BYTES:
+        problem = f"must be printable text of at most {MAX_LABEL_BYTES} bytes"
         raise errors.BadOption(field="label", problem=problem)
