@@ -6,6 +6,7 @@ import dataclasses
 import pathlib
 
 import pytest
+import refusals
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -311,6 +312,52 @@ def test_the_default_compression_is_the_policys() -> None:
     dest = dataclasses.replace(asked.dest, compression=model.Compression.DEFAULT)
     grant = policy.decide(policy_of(rule()), PEER, dataclasses.replace(asked, dest=dest))
     assert grant.request.dest.compression is model.Compression.ZLIB
+
+
+DEVICES = model.Root(
+    name="v",
+    path="/dev/v",
+    kind=model.RootKind.BLOCK,
+    access=model.Access.DAEMON,
+    allow_is_zero=True,
+)
+CAREFUL = dataclasses.replace(DEVICES, name="w", path="/dev/w", allow_is_zero=False)
+
+
+def decided_to(path: str, **changes: object) -> str:
+    """The reason for which a destination is refused to whoever may write everywhere."""
+    wide = dataclasses.replace(
+        policy_of(rule(write=(ROOTS["/d"], DEVICES, CAREFUL))),
+        roots=(*ROOTS.values(), DEVICES, CAREFUL),
+    )
+    dest = dataclasses.replace(request(dest=path, dest_format="raw").dest, **changes)  # type: ignore[arg-type]
+    asked = dataclasses.replace(request(), dest=dest)
+    return refusals.reason_of(lambda: policy.decide(wide, PEER, asked))
+
+
+def test_that_a_device_is_zero_may_be_claimed_where_its_root_allows_it() -> None:
+    """And nowhere else: a wrong claim would show a former tenant's blocks."""
+    assert decided_to("/dev/v/lv", is_zero=True) == "done"
+    assert decided_to("/dev/w/lv", is_zero=True) == "CLAIM_NOT_ALLOWED"
+    assert decided_to("/dev/w/lv") == "done"
+
+
+def test_that_a_file_is_zero_is_no_claim_that_has_a_meaning() -> None:
+    """A file is made anew."""
+    assert decided_to("/d/x", is_zero=True) == "BAD_OPTION"
+
+
+def test_a_device_keeps_its_mode() -> None:
+    """It is the system's."""
+    assert decided_to("/dev/v/lv", mode=0o600) == "BAD_OPTION"
+    assert decided_to("/d/x", mode=0o600) == "done"
+
+
+def test_whoever_may_not_write_there_learns_nothing_about_claims() -> None:
+    """The rule comes first."""
+    asked = dataclasses.replace(request(), dest=model.Dest(path="/e/x", format="raw", is_zero=True))
+    refused = refusals.reason_of(lambda: policy.decide(policy_of(rule()), PEER, asked))
+    assert refused == "PERMISSION_DENIED"
 
 
 def test_a_refusal_holds_only_what_the_caller_wrote() -> None:

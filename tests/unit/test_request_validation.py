@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 
 import pytest
+import refusals
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,9 +33,10 @@ def to(**changes: object) -> model.ConvertRequest:
     return dataclasses.replace(request(), dest=dest)
 
 
-def of(name: str) -> model.ConvertRequest:
-    """A request that states the source's format."""
-    return dataclasses.replace(request(), source=model.Source(path="/in/a", format=name))
+def of(name: str, *, encrypted: bool = False) -> model.ConvertRequest:
+    """A request that states the source's format, and whether a passphrase comes along."""
+    source = model.Source(path="/in/a", format=name, encrypted=encrypted)
+    return dataclasses.replace(request(), source=source)
 
 
 @pytest.mark.parametrize(
@@ -147,14 +149,76 @@ def test_a_format_is_accepted(name: str) -> None:
     assert validation.checked_convert(asked) == asked
 
 
-def test_the_format_luks_needs_a_passphrase() -> None:
-    """Which a request can't carry yet. To look at the header takes none."""
-    with pytest.raises(errors.BadOption, match=r"^dest\.encryption: "):
-        validation.checked_convert(to(format="luks"))
-    with pytest.raises(errors.BadOption, match=r"^source\.encryption: "):
-        validation.checked_convert(of("luks"))
+ENCRYPTION = model.Encryption()
+QCOW2_AND_LUKS = {"qcow2", "luks"}
+
+
+@pytest.mark.parametrize("name", sorted(model.FORMATS))
+def test_a_passphrase_goes_with_two_formats_and_one_needs_it(name: str) -> None:
+    """LUKS itself, and LUKS in a qcow2; at each end."""
+    plain, encrypted = of(name), of(name, encrypted=True)
+    assert (refused_field(plain) == "source.encryption") is (name == "luks")
+    assert (refused_field(encrypted) == "source.encryption") is (name not in QCOW2_AND_LUKS)
+    if name in model.WRITABLE_FORMATS:
+        plain, encrypted = to(format=name), to(format=name, encryption=ENCRYPTION)
+        assert (refused_field(plain) == "dest.encryption") is (name == "luks")
+        assert (refused_field(encrypted) == "dest.encryption") is (name not in QCOW2_AND_LUKS)
+
+
+def test_a_passphrase_for_a_source_of_unknown_format_waits_for_the_probe() -> None:
+    """The job holds the two together when it knows."""
+    assert refused_field(of("", encrypted=True)) == ""
+
+
+def test_to_look_at_an_encrypted_image_takes_no_passphrase() -> None:
+    """Its header can be read."""
     asked = model.InspectRequest(source=of("luks").source)
     assert validation.checked_inspect(asked) == asked
+
+
+@pytest.mark.parametrize("name", ["nbd", "json:{}", "RAW"])
+def test_to_look_at_an_image_of_an_unknown_format_is_refused(name: str) -> None:
+    """As to convert it."""
+    with pytest.raises(errors.BadFormat):
+        validation.checked_inspect(model.InspectRequest(source=of(name).source))
+
+
+def test_what_is_wrong_with_an_option_of_the_format_or_the_cipher_is_found() -> None:
+    """What the tables of options say holds for whole requests."""
+    option = model.Option(name="backing_file", value="/etc/shadow")
+    assert refused_field(to(options=(option,))) == "dest.qcow2.backing_file"
+    weak = dataclasses.replace(ENCRYPTION, cipher_alg="rot13")
+    assert refused_field(to(encryption=weak)) == "dest.encryption.cipher_alg"
+
+
+def test_compression_does_not_go_with_encryption() -> None:
+    """Neither in qemu-img, which says so only once it runs."""
+    asked = to(encryption=ENCRYPTION, compression=C.ZLIB)
+    assert refused_field(asked) == "dest.compression"
+
+
+@pytest.mark.parametrize(
+    ("compression", "layout", "expected"),
+    [
+        (C.ZLIB, "streamOptimized", ""),
+        (C.DEFAULT, "streamOptimized", ""),
+        (C.ZSTD, "streamOptimized", "dest.compression"),
+        (C.ZLIB, "monolithicSparse", "dest.compression"),
+    ],
+)
+def test_of_vmdk_one_layout_is_compressed_and_with_zlib(
+    compression: model.Compression, layout: str, expected: str
+) -> None:
+    """streamOptimized, with or without being asked."""
+    options = (model.Option(name="subformat", value=layout),)
+    asked = to(format="vmdk", compression=compression, options=options)
+    assert refused_field(asked) == expected
+
+
+def refused_field(asked: model.ConvertRequest) -> str:
+    """The field for which a request is refused; nothing if it is not."""
+    failure = refusals.refusal_of(lambda: validation.checked_convert(asked))
+    return dict(failure.values)["field"] if failure else ""
 
 
 POSSIBLE = {
@@ -222,7 +286,8 @@ def test_default_compression_is_zlib(asked: model.Compression, named: model.Comp
             "rate_limit_bytes_per_second",
             id="a-rate-beyond-qemu-img",
         ),
-        pytest.param(request(label="x" * 257), "label", id="a-long-label"),
+        pytest.param(request(label="x" * 129), "label", id="a-long-label"),
+        pytest.param(request(label="ä" * 65), "label", id="a-label-long-in-bytes"),
         pytest.param(request(label="a\nb"), "label", id="a-label-of-two-lines"),
         pytest.param(request(label="\udc00"), "label", id="a-label-that-is-no-text"),
     ],
@@ -245,7 +310,8 @@ def test_an_option_is_refused(asked: model.ConvertRequest, field: str) -> None:
         pytest.param(to(group="107"), id="a-gid"),
         pytest.param(request(rate=2**20), id="the-least-rate"),
         pytest.param(request(rate=2**63 - 1), id="the-most-rate"),
-        pytest.param(request(label="x" * 256), id="the-longest-label"),
+        pytest.param(request(label="x" * 128), id="the-longest-label"),
+        pytest.param(request(label="ä" * 64), id="the-longest-wide-label"),
         pytest.param(request(label="über Nacht"), id="a-label-beyond-ascii"),
     ],
 )
