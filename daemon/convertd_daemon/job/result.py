@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from convertd_daemon import errors, model
-from convertd_daemon.job import alias, rights
+from convertd_daemon.job import alias, rights, space
 from convertd_daemon.kernel import getrandom
 
 if TYPE_CHECKING:
@@ -177,14 +177,13 @@ def _group_of(peer: model.Peer, name: str) -> int:
 
 def _raise_for(error: OSError, grant: model.Grant, target: Target) -> NoReturn:
     path = target.place.path
+    space.raise_if_full(error, target)
     match error.errno:
         case errno.EACCES | errno.EPERM:
             whose = rights.name_of(target.place.root, grant.peer)
             raise errors.AccessRefused(path=path, rights=whose) from error
         case errno.EROFS:
             raise errors.ReadOnlyFileSystem(path=path) from error
-        case errno.EDQUOT:
-            raise errors.QuotaExceeded(path=path) from error
         case errno.EOPNOTSUPP:
             why = "its file system can't give a file to another owner"
             raise errors.Unsupported(what=path, why=why) from error
