@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -30,7 +31,8 @@ class Listener:
     def close(self) -> None:
         """Stop listening. A path that systemd made stays: the next start is behind it."""
         if self.own_path:
-            os.unlink(self.own_path)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.own_path)
         self.sock.close()
 
 
@@ -57,12 +59,20 @@ def _passed() -> socket.socket | None:
     if int(count) != 1:
         raise CantStart(f"systemd passed {count} sockets, not one")
     os.set_inheritable(FIRST_PASSED, False)
-    sock = socket.socket(fileno=FIRST_PASSED)
-    listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    if (sock.family, sock.type, listening) != (socket.AF_UNIX, socket.SOCK_STREAM, 1):
+    if not _is_ours(FIRST_PASSED):
         raise CantStart("what systemd passed is not a listening AF_UNIX stream socket")
+    sock = socket.socket(fileno=FIRST_PASSED)
     sock.setblocking(False)
     return sock
+
+
+def _is_ours(descriptor: int) -> bool:
+    """Whether that is a socket of the kind that we would make ourselves."""
+    if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+        return False
+    with socket.socket(fileno=os.dup(descriptor)) as sock:
+        listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        return (sock.family, sock.type, listening) == (socket.AF_UNIX, socket.SOCK_STREAM, 1)
 
 
 def _make(path: str) -> socket.socket:
