@@ -1,0 +1,201 @@
+"""The queue: whose turn it is, and that it comes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+import refusals
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from convertd_daemon import errors
+from convertd_daemon.broker import queue
+
+WIDE = 1000
+uids = st.integers(1, 4)
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """Something that a user waits for."""
+
+    uid: int
+
+
+def lane(places: int = WIDE, per_user: int = WIDE, waiting: int = WIDE) -> queue.Lane[Item]:
+    """A lane with these bounds."""
+    return queue.Lane(places=places, places_per_user=per_user, waiting=waiting, per_user=waiting)
+
+
+def joined(a_lane: queue.Lane[Item], *uids: int) -> list[Item]:
+    """An item of each of these users, in the queue."""
+    items = [Item(uid) for uid in uids]
+    for item in items:
+        a_lane.join(item)
+    return items
+
+
+class Lane(RuleBasedStateMachine):
+    """Users who come, are served, leave and finish, in every order."""
+
+    PLACES = 3
+    PER_USER = 2
+    WAITING = 8
+    WAITING_PER_USER = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lane: queue.Lane[Item] = queue.Lane(
+            places=self.PLACES,
+            places_per_user=self.PER_USER,
+            waiting=self.WAITING,
+            per_user=self.WAITING_PER_USER,
+        )
+        self.waiting: list[Item] = []
+        self.running: list[Item] = []
+        # Who was served since a user's turn began, by that user.
+        self.served_meanwhile: dict[int, Counter[int]] = {}
+
+    def waiting_of(self, uid: int) -> list[Item]:
+        """What a user waits for, in the order in which it came."""
+        return [item for item in self.waiting if item.uid == uid]
+
+    def has_place(self, uid: int) -> bool:
+        """Whether a user may have one more place."""
+        return sum(item.uid == uid for item in self.running) < self.PER_USER
+
+    @rule(uid=uids)
+    def join(self, uid: int) -> None:
+        """A request comes: it is taken exactly as long as there is room."""
+        item = Item(uid)
+        room = len(self.waiting) < self.WAITING
+        own_room = len(self.waiting_of(uid)) < self.WAITING_PER_USER
+        if room and own_room:
+            self.lane.join(item)
+            self.waiting.append(item)
+            self.served_meanwhile.setdefault(uid, Counter())
+        else:
+            assert refusals.reason_of(lambda: self.lane.join(item)) == "QUEUE_FULL"
+
+    @rule()
+    def serve(self) -> None:
+        """A place is given: to whom it is due, if there is one and somebody for it."""
+        item = self.lane.next()
+        due = [uid for uid in self.served_meanwhile if self.has_place(uid)]
+        if item is None:
+            assert not due or len(self.running) >= self.PLACES
+            return
+        assert len(self.running) < self.PLACES
+        assert item is self.waiting_of(item.uid)[0]
+        assert item.uid in due
+        for uid in due:
+            self.served_meanwhile[uid][item.uid] += 1
+        # In nobody's turn is anybody else served twice: whoever is served goes to the end.
+        assert all(self.served_meanwhile[uid][item.uid] == 1 for uid in due)
+        self.waiting.remove(item)
+        self.running.append(item)
+        self.begin_turn(item.uid)
+
+    def begin_turn(self, uid: int) -> None:
+        """A user was served, or no longer waits."""
+        self.served_meanwhile.pop(uid, None)
+        if self.waiting_of(uid):
+            self.served_meanwhile[uid] = Counter()
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        """A job ends, and its place is free."""
+        item = data.draw(st.sampled_from(self.running))
+        self.running.remove(item)
+        self.lane.done(item)
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        """Somebody gives up; the others keep their turns."""
+        item = data.draw(st.sampled_from(self.waiting))
+        self.waiting.remove(item)
+        assert self.lane.leave(item)
+        assert not self.lane.leave(item)
+        if not self.waiting_of(item.uid):
+            self.begin_turn(item.uid)
+
+    @invariant()
+    def counts_agree(self) -> None:
+        """The lane knows how many wait and how many run."""
+        assert (len(self.lane), self.lane.running) == (len(self.waiting), len(self.running))
+        assert Counter(self.lane.in_order()) == Counter(self.waiting)
+
+
+def test_nobody_waits_for_more_than_one_job_of_each_other_user() -> None:
+    """Whatever happens, a user's turn comes once a round, and no place is free for no reason."""
+    run_state_machine_as_test(Lane, settings=settings(max_examples=50, stateful_step_count=40))
+
+
+@given(st.lists(uids, max_size=20))
+def test_positions_are_told_in_the_order_of_service(asked: list[int]) -> None:
+    """What `in_order` says is what happens when places become free one after the other."""
+    a_lane = lane()
+    joined(a_lane, *asked)
+    expected = list(a_lane.in_order())
+    assert [a_lane.next() for _ in asked] == expected
+    assert a_lane.next() is None
+
+
+def test_who_asks_often_makes_nobody_wait_but_himself() -> None:
+    """One request behind a hundred of somebody else's is the second to be served."""
+    a_lane = lane()
+    first, *_ = joined(a_lane, *[1] * 100)
+    (other,) = joined(a_lane, 2)
+    assert [a_lane.next(), a_lane.next()] == [first, other]
+
+
+def test_a_user_who_has_his_places_is_passed_over_and_keeps_his_turn() -> None:
+    """The next free place is for somebody else; the one after it for him again."""
+    a_lane = lane(places=2, per_user=1)
+    one, two, other, third = joined(a_lane, 1, 1, 2, 3)
+    assert [a_lane.next(), a_lane.next(), a_lane.next()] == [one, other, None]
+    a_lane.done(one)
+    a_lane.done(other)
+    assert [a_lane.next(), a_lane.next()] == [third, two]
+
+
+def test_bounds_of_a_new_policy_hold_for_who_waits_already() -> None:
+    """Nobody is thrown out; nobody more gets in."""
+    a_lane = lane(places=1)
+    joined(a_lane, 1, 1, 2)
+    assert a_lane.next() is not None
+    assert a_lane.next() is None
+    a_lane.bound(places=3, places_per_user=3, waiting=2, per_user=2)
+    with pytest.raises(errors.QueueFull, match="2 requests wait, 2 are allowed for the daemon"):
+        a_lane.join(Item(2))
+    assert a_lane.next() is not None
+    assert a_lane.next() is not None
+    assert len(a_lane) == 0
+
+
+def test_a_user_with_too_many_is_told_of_his_own_bound() -> None:
+    """Not of how many others wait."""
+    a_lane: queue.Lane[Item] = queue.Lane(places=1, places_per_user=1, waiting=9, per_user=2)
+    joined(a_lane, 1, 2, 2)
+    with pytest.raises(errors.QueueFull, match="2 requests wait, 2 are allowed for uid 2"):
+        a_lane.join(Item(2))
+
+
+def test_who_never_joined_does_not_leave() -> None:
+    """False, and nothing changes."""
+    a_lane = lane()
+    joined(a_lane, 1)
+    assert not a_lane.leave(Item(1))
+    assert not a_lane.leave(Item(2))
+    assert len(a_lane) == 1
