@@ -22,7 +22,7 @@ import stat
 from typing import TYPE_CHECKING
 
 from convertd_daemon import errors, model
-from convertd_daemon.job import devices, rights, space
+from convertd_daemon.job import devices, paths, rights, space
 from convertd_daemon.job import result as results
 from convertd_daemon.job.devices import DeviceDest
 
@@ -56,6 +56,7 @@ def name(grant: model.Grant, dest: FileDest | DeviceDest) -> bool:
 
     Raises:
         errors.DestExists, errors.NotYours: something has the name by now. Nothing is visible.
+        errors.DirectoryNotFound: the directory has been removed. Nothing is visible.
         errors.AccessRefused: the kernel does not let the caller replace it. Nothing is visible.
         errors.WriteFailed, errors.NoSpace: the directory can't take it. Nothing is visible.
         errors.NameReplaced: the name leads to somebody else's file already.
@@ -69,6 +70,9 @@ def name(grant: model.Grant, dest: FileDest | DeviceDest) -> bool:
             replaced = _take_name(grant, dest)
     except FileExistsError as error:
         raise errors.DestExists(path=path) from error
+    except FileNotFoundError as error:
+        # Removed meanwhile, and with it the place for a name.
+        raise errors.DirectoryNotFound(path=os.path.dirname(path)) from error
     except PermissionError as error:
         # A sticky directory, most likely: what is there is another's, and stays.
         whose = rights.name_of(dest.place.root, grant.peer)
@@ -138,7 +142,7 @@ def _link(dest: FileDest, name: str) -> None:
 def _check_replaceable(grant: model.Grant, dest: FileDest) -> None:
     """Look once more at what rename(2) is about to replace."""
     with contextlib.suppress(FileNotFoundError):
-        status = os.stat(dest.target.name, dir_fd=dest.target.directory, follow_symlinks=False)
+        status = paths.status_of(dest.target.directory, dest.target.name)
         if not stat.S_ISREG(status.st_mode):
             raise errors.DestExists(path=dest.place.path)
         if grant.overwrite is model.Overwrite.OWN and status.st_uid != grant.peer.uid:
@@ -149,9 +153,9 @@ def _check_name(dest: FileDest) -> None:
     """Make sure that the name leads to what we wrote, and to nobody else's file."""
     ours = os.fstat(dest.fd)
     try:
-        theirs = os.stat(dest.target.name, dir_fd=dest.target.directory, follow_symlinks=False)
+        theirs = paths.status_of(dest.target.directory, dest.target.name)
     except OSError as error:
-        if error.errno != errno.ENOENT:
+        if error.errno not in {errno.ENOENT, errno.EXDEV}:
             problem = os.strerror(error.errno or 0)
             raise errors.PublishedButNotDurable(path=dest.place.path, problem=problem) from error
         raise errors.NameReplaced(path=dest.place.path) from error

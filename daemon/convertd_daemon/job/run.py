@@ -31,6 +31,7 @@ PROGRESS: Final = re.compile(rb"\((\d{1,3}(?:\.\d+)?)/100%\)")
 ALL: Final = 100.0
 LONGEST_LINE: Final = 64
 MAX_WARNINGS: Final = 16
+MAX_WARNING_CHARACTERS: Final = 512
 
 CPU_TICK_S: Final = 0.01
 """A program that used less processor time than this since the last look did nothing."""
@@ -74,7 +75,7 @@ def convert(
         )
         raise _failure(outcome, plan, ends)
     return tuple(
-        model.Warned(reason="QEMU_IMG", message=line)
+        model.Warned(reason="QEMU_IMG", message=line[:MAX_WARNING_CHARACTERS])
         for line in outcome.stderr.splitlines()[:MAX_WARNINGS]
         if line
     )
@@ -172,7 +173,7 @@ _CONDITIONS: Final[
         lambda _, _plan, ends: errors.QuotaExceeded(path=ends.dest.place.path),
     ),
     (
-        ('failed to get "',),
+        ('failed to get "', 'failed to get shared "'),
         lambda _, _plan, ends: errors.ImageInUse(path=ends.source.place.path),
     ),
     (
@@ -218,4 +219,13 @@ def _strerror_in(said: str) -> str:
     return last if last in _STRERRORS else "the journal has qemu-img's words"
 
 
-_STRERRORS: Final = frozenset(os.strerror(number) for number in range(1, 134))
+_STRERRORS: Final = frozenset(
+    os.strerror(number)
+    for number in (
+        *(errno.EIO, errno.ENODATA, errno.EILSEQ, errno.EUCLEAN, errno.EBADMSG, errno.EINVAL),
+        *(errno.EREMOTEIO, errno.ETIMEDOUT, errno.ESTALE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+        *(errno.EROFS, errno.ENOMEDIUM, errno.EBUSY),
+    )
+)
+"""What a device or a file system says of data. Not what open(2) says of a name: an image can have
+qemu-img open any name, and the answer would tell whether the file exists."""
