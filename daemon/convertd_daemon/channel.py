@@ -97,7 +97,41 @@ class Finished:
     call: int
 
 
-FROM_FRONT: Final = (Ready, Convert, Inspect, ListJobs, CancelJob, GetAccess, Abandon, Finished)
+class Operation(enum.StrEnum):
+    """What somebody asks for, in the audit record's words."""
+
+    CONVERT = "convert"
+    VALIDATE = "validate"
+    INSPECT = "inspect"
+    LIST_JOBS = "list-jobs"
+    CANCEL_JOB = "cancel-job"
+    GET_ACCESS = "get-access"
+    GET_STATS = "get-stats"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejected:
+    """The front itself refused a request, which could not be meant: for the audit record alone.
+
+    `connection` is 0 if the call came by none that the broker accepted.
+    """
+
+    connection: int
+    operation: Operation
+    reason: str
+
+
+FROM_FRONT: Final = (
+    Ready,
+    Convert,
+    Inspect,
+    ListJobs,
+    CancelJob,
+    GetAccess,
+    Abandon,
+    Finished,
+    Rejected,
+)
 
 # --- broker to front ---------------------------------------------------------------------------
 
@@ -288,6 +322,28 @@ class Failed:
 
 
 FROM_JOB: Final = (Planned, Progressed, Succeeded, Inspected, Failed)
+
+# --- job to broker -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Account:
+    """How a forked job ended, for the audit record and the counters: its only word to the broker.
+
+    `done` says that the image is published, or whatever else was asked is done. Otherwise `reason`
+    is that of the failure, or empty if the job was cut short, and whoever cut it knows why.
+    What was never found out is empty or 0. Sizes in bytes.
+    """
+
+    done: bool
+    reason: str = ""
+    detail: str = ""
+    source_format: str = ""
+    source_cache: str = ""
+    dest_cache: str = ""
+    virtual_size_bytes: int = 0
+    allocated_size_bytes: int = 0
+
 
 # --- the socket --------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from convertd_daemon import model
+from convertd_daemon.broker import audit, caller
 from convertd_daemon.kernel import peercred
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Connection:
     number: int
     sock: socket.socket
     peer: model.Peer
+    caller: audit.Caller
 
 
 class Connections:
@@ -68,7 +70,9 @@ class Connections:
             sock.close()
             return None
         peer = model.Peer(uid=told.uid, gid=told.gid, groups=frozenset(told.groups), pid=told.pid)
-        connection = Connection(number=next(self._numbers), sock=sock, peer=peer)
+        comm, unit = caller.name_and_unit(told.pid, told.uid, told.gid)
+        who = audit.Caller(uid=told.uid, gid=told.gid, pid=told.pid, comm=comm, unit=unit)
+        connection = Connection(number=next(self._numbers), sock=sock, peer=peer, caller=who)
         self._by_number[connection.number] = connection
         self._per_user[peer.uid] += 1
         return connection

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from convertd_daemon import channel, codec, errors, model, policy
-from convertd_daemon.broker import accept, front, jobs, loop, notify
+from convertd_daemon.broker import accept, audit, front, jobs, loop, notify
 from convertd_daemon.kernel import getrandom
 
 if TYPE_CHECKING:
@@ -232,37 +232,53 @@ class Broker:
                 | channel.CancelJob(call=call, connection=number)
                 | channel.GetAccess(call=call, connection=number)
             ):
-                try:
-                    self.answer(message, call, self.peer_of(number), descriptors)
-                except errors.ConvertError as error:
-                    self.refuse(call, error.failure())
+                self.attend(message, call, number, descriptors)
+            case channel.Rejected(connection=number, reason=reason):
+                known = reason if reason in errors.BY_REASON else errors.InternalError.reason
+                who = audit.caller_on(self.connections.find(number))
+                self.report_refused(audit.asked(message, who), known)
 
-    def peer_of(self, number: int) -> model.Peer:
-        """Who is at the other end of a connection.
-
-        Raises:
-            errors.UnknownConnection: we know no such connection, or it has ended.
-        """
+    def attend(self, message: object, call: int, number: int, descriptors: list[int]) -> None:
+        """Answer one request or refuse it, and put that on record, unless a job will."""
         connection = self.connections.find(number)
-        if connection is None:
-            raise errors.UnknownConnection
-        return connection.peer
+        asked = audit.asked(message, audit.caller_on(connection))
+        try:
+            if connection is None:
+                raise errors.UnknownConnection
+            self.answer(message, call, connection, descriptors)
+        except errors.ConvertError as error:
+            self.report_refused(asked, error.reason, str(error))
+            self.refuse(call, error.failure())
+        else:
+            if not isinstance(message, channel.Convert | channel.Inspect):
+                self.report(audit.Record(asked=asked, outcome=audit.Outcome.DONE))
 
-    def answer(self, message: object, call: int, peer: model.Peer, descriptors: list[int]) -> None:
+    def report(self, record: audit.Record) -> None:
+        """Put the end of a request on record."""
+        audit.write(record)
+
+    def report_refused(self, asked: audit.Asked, reason: str, detail: str = "") -> None:
+        """Put a refusal on record."""
+        refused = audit.Outcome.REFUSED
+        self.report(audit.Record(asked=asked, outcome=refused, reason=reason, detail=detail))
+
+    def answer(
+        self, message: object, call: int, connection: Connection, descriptors: list[int]
+    ) -> None:
         """Answer one request, or put it in its queue.
 
         Raises:
             errors.ConvertError: the request is refused, and why.
         """
+        peer = connection.peer
         match message:
-            case channel.Convert(connection=number, request=request):
-                grant = self.judge(peer, request.source.path, lambda: self.may(peer, request))
+            case channel.Convert(request=request):
+                grant = self.may(peer, request)
                 self.enqueue(
-                    call, number, channel.Granted(grant, take_secrets(request, descriptors))
+                    call, connection, channel.Granted(grant, take_secrets(request, descriptors))
                 )
-            case channel.Inspect(connection=number, request=request):
-                look = self.judge(peer, request.source.path, lambda: self.may(peer, request))
-                self.enqueue(call, number, channel.Granted(look))
+            case channel.Inspect(request=request):
+                self.enqueue(call, connection, channel.Granted(self.may(peer, request)))
             case channel.ListJobs():
                 self.list_jobs(call, peer)
             case channel.CancelJob(job_id=job_id):
@@ -273,38 +289,18 @@ class Broker:
     def may(
         self, peer: model.Peer, request: model.ConvertRequest | model.InspectRequest
     ) -> model.Grant | model.InspectGrant:
-        """Ask the policy."""
-        if isinstance(request, model.ConvertRequest):
-            return policy.decide(self.rules, peer, request)
-        return policy.decide_inspect(self.rules, peer, request)
-
-    def judge(
-        self,
-        peer: model.Peer,
-        path: str,
-        decide: Callable[[], model.Grant | model.InspectGrant],
-    ) -> model.Grant | model.InspectGrant:
-        """Decide, and put a refusal on record.
+        """Ask the policy.
 
         Raises:
             errors.ConvertError: the request is refused, and why.
         """
-        try:
-            if self.stopping:
-                raise errors.Stopping
-            return decide()
-        except errors.ConvertError as error:
-            log.info(
-                "refused uid=%d gid=%d pid=%d source=%r reason=%s",
-                peer.uid,
-                peer.gid,
-                peer.pid,
-                path,
-                error.reason,
-            )
-            raise
+        if self.stopping:
+            raise errors.Stopping
+        if isinstance(request, model.ConvertRequest):
+            return policy.decide(self.rules, peer, request)
+        return policy.decide_inspect(self.rules, peer, request)
 
-    def enqueue(self, call: int, connection: int, granted: channel.Granted) -> None:
+    def enqueue(self, call: int, connection: Connection, granted: channel.Granted) -> None:
         """Put a granted request in line; it starts at once if there is a place. Owns its pipes.
 
         Raises:
@@ -347,7 +343,9 @@ class Broker:
         except OSError:
             error_id = getrandom.hex_name(6)
             log.exception("could not fork a job id=%s", error_id)
-            self.refuse(job.call, errors.InternalError(error_id=error_id).failure())
+            failure = errors.InternalError(error_id=error_id).failure()
+            self.report(job.record(None, failure))
+            self.refuse(job.call, failure)
             self.jobs.remove(job)
             return
         descriptor = line.sock.detach()
@@ -424,6 +422,7 @@ class Broker:
         if job.is_writing_a_device:
             job.ending = job.ending.with_undefined(job.writes)
         if job.state is jobs.State.WAITING:
+            self.report(job.record(None, job.ending))
             self.jobs.remove(job)
             self.refuse(job.call, job.ending)
             self.advance()
@@ -467,6 +466,10 @@ class Broker:
         if job is None:
             return
         failure = job.ending or self._unexplained(job, status)
+        account = job.account()
+        cut = account is not None and not job.ending and not account.done and not account.reason
+        # The front closed the job's channel before it told us why: its caller was gone.
+        self.report(job.record(account, errors.CancelledByCaller().failure() if cut else failure))
         self.jobs.remove(job)
         self.send(channel.Ended(job_id=job.job_id, failure=failure))
         self.advance()

@@ -9,14 +9,16 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from convertd_daemon import channel, errors, model
-from convertd_daemon.broker import loop, queue
+from convertd_daemon import channel, codec, errors, model
+from convertd_daemon.broker import audit, loop, queue
+from convertd_daemon.job import account as job_account
 from convertd_daemon.job import main as job_main
 from convertd_daemon.kernel import getrandom
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from convertd_daemon.broker.accept import Connection
     from convertd_daemon.sandbox.setup import Setup
 
 
@@ -46,6 +48,8 @@ class Job:
     finished: bool = False
     ending: errors.Failure | None = None
     timer: loop.Timer | None = None
+    caller: audit.Caller = audit.NOBODY
+    _pipe: int = -1
 
     @property
     def grant(self) -> model.Grant | model.InspectGrant:
@@ -81,20 +85,56 @@ class Job:
             OSError: no process, or no descriptors, to be had.
         """
         ours, theirs = channel.Channel.pair()
+        self._pipe, account = os.pipe()
         broker = os.getpid()
         try:
             self.pid = os.fork()
         except BaseException:
             ours.close()
             theirs.close()
+            os.close(account)
             raise
         if self.pid == 0:
             # Not ours.close(): the job's first act closes all but its own.
-            job_main.forked(self.job_id, self.granted, theirs, setup, broker)
+            witness = job_account.Witness(theirs.sock, account)
+            job_main.forked(self.job_id, self.granted, witness, setup, broker)
         theirs.close()
+        os.close(account)
         self.close_secrets()
         self.state, self.started = State.RUNNING, time.time()
         return ours
+
+    def record(self, account: channel.Account | None, failure: errors.Failure) -> audit.Record:
+        """The audit record of its end: by its own account, or as the broker saw it."""
+        said = account or audit.UNKNOWN
+        cut = not said.done and not said.reason
+        now = time.time()
+        begun = now if self.started is None else self.started
+        return audit.Record(
+            asked=audit.asked_of(self.grant.request, self.caller, self.job_id),
+            outcome=audit.Outcome.DONE if said.done else audit.Outcome.FAILED,
+            reason=failure.reason if cut else said.reason,
+            detail=failure.message if cut else said.detail,
+            rule=self.grant.rule,
+            account=said,
+            queued_s=begun - self.queued,
+            seconds=None if self.started is None else now - begun,
+        )
+
+    def account(self) -> channel.Account | None:
+        """What the process, which has ended, said of its end; None if it could not say it."""
+        os.set_blocking(self._pipe, False)
+        try:
+            return codec.decode(os.read(self._pipe, channel.MAX_MESSAGE_BYTES), channel.Account)
+        except (BlockingIOError, codec.CodecError):
+            return None
+
+    def close(self) -> None:
+        """Close what belongs to the job."""
+        self.close_secrets()
+        if self._pipe >= 0:
+            os.close(self._pipe)
+            self._pipe = -1
 
     def close_secrets(self) -> None:
         """Close the pipes with the passphrases: the job's process has its own, or needs none."""
@@ -149,7 +189,7 @@ class Jobs:
     def __len__(self) -> int:
         return len(self._by_id)
 
-    def add(self, call: int, connection: int, granted: channel.Granted) -> Job:
+    def add(self, call: int, asking: Connection, granted: channel.Granted) -> Job:
         """Put a granted request in its queue.
 
         Raises:
@@ -162,7 +202,8 @@ class Jobs:
         job = Job(
             job_id=getrandom.hex_name(6),
             call=call,
-            connection=connection,
+            connection=asking.number,
+            caller=asking.caller,
             granted=granted,
             lane=lane,
         )
@@ -175,7 +216,7 @@ class Jobs:
     def remove(self, job: Job) -> None:
         """Forget a job, wherever it was, and free its place."""
         del self._by_id[job.job_id]
-        job.close_secrets()
+        job.close()
         if job.timer is not None:
             job.timer.cancel()
         if not job.lane.leave(job):

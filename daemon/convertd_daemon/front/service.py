@@ -16,7 +16,7 @@ from convertd_daemon import channel, errors, model
 from convertd_daemon.front import link, pipes, status, translate
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
     from convertd_daemon.front.link import Call, Link
     from convertd_daemon.front.relay import Relay
@@ -29,6 +29,14 @@ Q = TypeVar("Q", bound=Message)
 R = TypeVar("R", bound=Message)
 
 SERVICE: Final = "convertd.v1.ConvertService"
+
+OPERATIONS: Final[Mapping[type[Any], channel.Operation]] = {
+    pb.InspectRequest: channel.Operation.INSPECT,
+    pb.ListJobsRequest: channel.Operation.LIST_JOBS,
+    pb.CancelJobRequest: channel.Operation.CANCEL_JOB,
+    pb.GetAccessRequest: channel.Operation.GET_ACCESS,
+    pb.GetStatsRequest: channel.Operation.GET_STATS,
+}
 
 
 class Unparsable:
@@ -67,6 +75,7 @@ class ConvertService:
             try:
                 return await method(_parsed(request), self._connection_of(context))
             except Exception as error:  # noqa: BLE001 - no traceback goes to a caller
+                self._report(OPERATIONS[kind], context, error)
                 await _fail(context, error)
 
         return grpc.unary_unary_rpc_method_handler(
@@ -81,7 +90,16 @@ class ConvertService:
             async for event in events:
                 yield event
         except Exception as error:  # noqa: BLE001 - no traceback goes to a caller
+            self._report(channel.Operation.CONVERT, context, error)
             await _fail(context, error)
+
+    def _report(self, operation: channel.Operation, context: Context, error: Exception) -> None:
+        """Tell the broker, who keeps the record, of a request that we refuse ourselves."""
+        if isinstance(error, errors.ConvertError):
+            number = self.relay.connection_of(context.peer()) or 0
+            self.broker.send(
+                channel.Rejected(connection=number, operation=operation, reason=error.reason)
+            )
 
     def _connection_of(self, context: Context) -> int:
         """The broker's number for the connection of a call.

@@ -15,7 +15,7 @@ import sys
 from typing import TYPE_CHECKING, NoReturn
 
 from convertd_daemon import channel, errors, model
-from convertd_daemon.job import leash, own, pipeline, qemu_img, rights, secrets
+from convertd_daemon.job import account, leash, own, pipeline, qemu_img, rights, secrets
 from convertd_daemon.kernel import close_range, getrandom, prctl
 from convertd_daemon.sandbox import seccomp
 from convertd_daemon.sandbox.setup import Setup
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def forked(
-    job_id: str, order: channel.Granted, line: channel.Channel, setup: Setup, broker: int
+    job_id: str, order: channel.Granted, line: account.Witness, setup: Setup, broker: int
 ) -> NoReturn:
     """Be the job, in the child that the broker just forked. Never returns.
 
@@ -35,7 +35,7 @@ def forked(
     what belongs to the broker and to other jobs.
     """
     try:
-        close_range.close_all_but({0, 1, 2, line.fileno(), *order.secrets})
+        close_range.close_all_but({0, 1, 2, *line.descriptors(), *order.secrets})
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
@@ -53,6 +53,7 @@ def forked(
         # broker's code.
         try:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            line.give(done=False)
             logging.shutdown()
         finally:
             os._exit(0)

@@ -1,0 +1,224 @@
+"""The audit record: one for each request, refused ones too, when it is over.
+
+It goes to the journal, field by field, so that no name can pass for a field or a second record: a
+value with a newline is sent with its length. Where there is no journal it is one line on stderr, in
+which whatever could break or disguise the line is escaped. Never in it: passphrases, which the
+broker never reads.
+
+The fields and the message ids are for outsiders to rely on: docs/operations.md.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from convertd_daemon import channel, errors, model
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from convertd_daemon.broker.accept import Connection
+log = logging.getLogger("convertd.audit")
+
+JOURNAL: Final = "/run/systemd/journal/socket"
+
+
+class Outcome(enum.StrEnum):
+    """How a request ended."""
+
+    DONE = "done"
+    REFUSED = "refused"
+    """Before anything was opened: by the policy, for want of room, or because it can't be meant."""
+    FAILED = "failed"
+    """After it was allowed."""
+
+
+MESSAGE_IDS: Final = {
+    Outcome.DONE: "afb2615ed37849b78e0aac97a9567cfa",
+    Outcome.REFUSED: "beb6b0f0b06c4ec28714e2e04ff81c0e",
+    Outcome.FAILED: "5ed9153175004620848278f8b00abfe7",
+}
+"""What packaging/systemd/convertd.catalog explains. They never change."""
+
+PRIORITIES: Final = {Outcome.DONE: 6, Outcome.REFUSED: 5, Outcome.FAILED: 4}
+"""info, notice, warning. Source: syslog(3)."""
+
+LONGEST: Final = 4096
+"""What a refused caller may have put on record in one field, in characters: a path's length."""
+
+LOOKS: Final = frozenset(
+    {channel.Operation.LIST_JOBS, channel.Operation.GET_ACCESS, channel.Operation.GET_STATS}
+)
+"""Done, they touch no image: debug."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """Who asked. `comm` and `unit` are its own word, and may be empty."""
+
+    uid: int | None
+    gid: int | None
+    pid: int | None
+    comm: str = ""
+    unit: str = ""
+
+
+UNKNOWN: Final = channel.Account(done=False)
+"""Of a request that had no job, or of one that was killed."""
+
+NOBODY: Final = Caller(uid=None, gid=None, pid=None)
+"""Who calls over a connection that the broker does not know."""
+
+
+def caller_on(connection: Connection | None) -> Caller:
+    """Who calls over a connection."""
+    return NOBODY if connection is None else connection.caller
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What was asked, by whom, in the caller's own words."""
+
+    operation: channel.Operation
+    caller: Caller
+    job_id: str = ""
+    label: str = ""
+    source: str = ""
+    source_format: str = ""
+    dest: str = ""
+    dest_format: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One request and its end. Times in seconds; None is not known."""
+
+    asked: Asked
+    outcome: Outcome
+    reason: str = ""
+    detail: str = ""
+    rule: str = ""
+    account: channel.Account = UNKNOWN
+    queued_s: float | None = None
+    seconds: float | None = None
+
+    def fields(self) -> Iterator[tuple[str, str]]:
+        """The record's own fields that have a value, each with its name in the journal."""
+        values: tuple[tuple[str, str | float | None], ...] = (
+            ("OPERATION", self.asked.operation),
+            ("OUTCOME", self.outcome),
+            ("DECISION", "refused" if self.outcome is Outcome.REFUSED else "granted"),
+            ("REASON", self.reason),
+            ("DETAIL", self.detail),
+            ("RULE", self.rule),
+            ("UID", self.asked.caller.uid),
+            ("GID", self.asked.caller.gid),
+            ("PID", self.asked.caller.pid),
+            ("COMM", self.asked.caller.comm),
+            ("UNIT", self.asked.caller.unit),
+            ("JOB", self.asked.job_id),
+            ("LABEL", self.asked.label),
+            ("SOURCE", self.asked.source),
+            ("SOURCE_FORMAT", self.account.source_format or self.asked.source_format),
+            ("DEST", self.asked.dest),
+            ("DEST_FORMAT", self.asked.dest_format),
+            ("SOURCE_CACHE", self.account.source_cache),
+            ("DEST_CACHE", self.account.dest_cache),
+            ("BYTES", self.account.virtual_size_bytes or None),
+            ("ALLOCATED_BYTES", self.account.allocated_size_bytes or None),
+            ("QUEUED_SECONDS", None if self.queued_s is None else f"{self.queued_s:.3f}"),
+            ("SECONDS", None if self.seconds is None else f"{self.seconds:.3f}"),
+        )
+        for name, value in values:
+            if value not in {None, ""}:
+                yield f"CONVERTD_{name}", str(value)
+
+    def line(self) -> str:
+        """The record as one line of printable text, whatever its values are."""
+        pairs = (
+            (name.removeprefix("CONVERTD_").lower(), value)
+            for name, value in self.fields()
+            if name != "CONVERTD_DECISION"
+        )
+        return " ".join(f"{name}={_printable(value)}" for name, value in pairs)
+
+    @property
+    def priority(self) -> int:
+        """How much it should stand out, as syslog counts."""
+        if self.reason == errors.InternalError.reason:
+            return 3
+        if self.outcome is Outcome.DONE and self.asked.operation in LOOKS:
+            return 7
+        return PRIORITIES[self.outcome]
+
+
+def _printable(value: str) -> str:
+    """A value as it is if it can't be mistaken, else quoted and escaped as Python writes it."""
+    plain = value.isprintable() and not set(value) & set(" '\"\\=")
+    return value if plain else repr(value)
+
+
+def write(record: Record) -> None:
+    """Put a record into the journal, or on stderr if there is none.
+
+    Waits for a journal that has no room: what is not on record shall not go on.
+    """
+    line = record.line()
+    if not os.path.exists(JOURNAL):
+        log.info("%s", line)
+        return
+    from systemd import journal  # noqa: PLC0415 - 2 MiB, for those who have a journal
+
+    journal.sendv(
+        f"MESSAGE={line}",
+        f"MESSAGE_ID={MESSAGE_IDS[record.outcome]}",
+        f"PRIORITY={record.priority}",
+        "SYSLOG_IDENTIFIER=convertd",
+        *(f"{name}={value}" for name, value in record.fields()),
+    )
+
+
+def asked(message: object, caller: Caller) -> Asked:
+    """What a message from the front asks for."""
+    match message:
+        case channel.Convert(request=request) | channel.Inspect(request=request):
+            return asked_of(request, caller)
+        case channel.Rejected(operation=operation):
+            return Asked(operation=operation, caller=caller)
+        case channel.CancelJob(job_id=job_id):
+            operation = channel.Operation.CANCEL_JOB
+            return Asked(operation=operation, caller=caller, job_id=job_id[:LONGEST])
+        case channel.ListJobs():
+            return Asked(operation=channel.Operation.LIST_JOBS, caller=caller)
+        case channel.GetAccess():
+            return Asked(operation=channel.Operation.GET_ACCESS, caller=caller)
+    raise TypeError(message)
+
+
+def asked_of(
+    request: model.ConvertRequest | model.InspectRequest, caller: Caller, job_id: str = ""
+) -> Asked:
+    """What a request for an image asks for. Not yet checked, so cut to what can be meant."""
+    if isinstance(request, model.InspectRequest):
+        return Asked(
+            operation=channel.Operation.INSPECT,
+            caller=caller,
+            job_id=job_id,
+            source=request.source.path[:LONGEST],
+            source_format=request.source.format[:LONGEST],
+        )
+    validates = request.validate_only
+    return Asked(
+        operation=channel.Operation.VALIDATE if validates else channel.Operation.CONVERT,
+        caller=caller,
+        job_id=job_id,
+        label=request.label[:LONGEST],
+        source=request.source.path[:LONGEST],
+        source_format=request.source.format[:LONGEST],
+        dest=request.dest.path[:LONGEST],
+        dest_format=request.dest.format[:LONGEST],
+    )
