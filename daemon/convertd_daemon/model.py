@@ -232,6 +232,14 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """What the policy says of the daemon as a service. Empty and 0 mean: not at all."""
+
+    metrics: str = ""
+    idle_exit_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
     """Leave to convert one image, and the rule that gave it.
 

@@ -15,6 +15,7 @@ Three things hold, and the tests hold them:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from convertd_daemon import errors, model, validation
 
@@ -58,6 +59,9 @@ class Rule:
         return place.root in self.write and format_name in self.write_formats
 
 
+DEFAULT_SERVICE: Final = model.Service()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """What the policy file says, with every name resolved.
@@ -71,6 +75,7 @@ class Policy:
     roots: tuple[model.Root, ...]
     rules: tuple[Rule, ...]
     qemu_img: str
+    service: model.Service = DEFAULT_SERVICE
 
     def place(self, path: str) -> model.Place | None:
         """Find the root that decides about a path: the longest that contains it.

@@ -82,6 +82,10 @@ def bind(document: policy_toml.Document, ids: Ids) -> policy.Policy:
         roots=tuple(roots.values()),
         rules=tuple(_rule(key, grant, usable, ids) for key, grant in document.numbered_grants),
         qemu_img=document.qemu_img,
+        service=model.Service(
+            metrics=document.service.metrics or "",
+            idle_exit_s=document.service.idle_exit or 0.0,
+        ),
     )
 
 

@@ -134,6 +134,13 @@ class GrantTable(_Table, frozen=True, kw_only=True):
     overwrite: model.Overwrite = model.Overwrite.OWN
 
 
+class ServiceTable(_Table, frozen=True):
+    """[service]. None is a key that was left out: no file of counters, no end when idle."""
+
+    metrics: values.AbsolutePath | None = None
+    idle_exit: values.Duration | None = None
+
+
 class _File(_Table, frozen=True):
     """The whole. Roots stay as they are: msgspec does not say in which of them a mistake is."""
 
@@ -141,6 +148,7 @@ class _File(_Table, frozen=True):
     operators: OperatorsTable = OperatorsTable()
     roots: dict[str, Any] = {}
     grants: tuple[GrantTable, ...] = ()
+    service: ServiceTable = ServiceTable()
     qemu_img: values.AbsolutePath = DEFAULT_QEMU_IMG
 
 
@@ -152,6 +160,7 @@ class Document:
     operators: OperatorsTable
     roots: Mapping[str, RootTable]
     grants: tuple[GrantTable, ...]
+    service: ServiceTable
     qemu_img: values.AbsolutePath
 
     @property
@@ -172,9 +181,11 @@ def parse(text: str | bytes) -> Document:
         operators=file.operators,
         roots={name: _root_of(name, table) for name, table in file.roots.items()},
         grants=file.grants,
+        service=file.service,
         qemu_img=file.qemu_img,
     )
     _check_limits(document.limits)
+    _check_service(document.service)
     _check_paths_differ(document.roots)
     for key, grant in document.numbered_grants:
         _check_grant(key, grant, document.roots)
@@ -242,6 +253,11 @@ def _check_limits(limits: LimitsTable) -> None:
         value = getattr(limits, name)
         if not value.of(least) <= value <= value.of(most):
             raise PolicyError(f"limits.{name}", f"must be from {least} to {most}")
+
+
+def _check_service(service: ServiceTable) -> None:
+    if service.idle_exit is not None and service.idle_exit < 1:
+        raise PolicyError("service.idle_exit", "must be at least 1 s")
 
 
 def _check_where(key: str, root: RootTable) -> None:

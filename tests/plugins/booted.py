@@ -88,6 +88,37 @@ class Machine:
         """Write a file in it, directories included."""
         self.run("install", "-D", "-m", f"{mode:04o}", "/dev/stdin", path, said=text)
 
+    def grant(self, root: str, uid: int, policy: str = "") -> None:
+        """Let a user convert in a directory, and the service write there.
+
+        `policy` goes before, and begins in the top level.
+        """
+        self.run("mkdir", "--parents", root)
+        self.write(
+            "/etc/convertd/policy.toml",
+            f"""{policy}
+[roots.images]
+path = "{root}"
+access = "daemon"
+[[grants]]
+users = [{uid}]
+read = ["images"]
+write = ["images"]
+""",
+        )
+        dropped = self.run("convertd", "unit-dropin").stdout
+        self.write("/etc/systemd/system/convertd.service.d/policy.conf", dropped)
+        self.run("systemctl", "daemon-reload")
+        self.run("systemctl", "restart", "convertd.service")
+
+    def revoke(self) -> None:
+        """Take the policy and the drop-in that an install leaves: none."""
+        policy = REPOSITORY / "packaging" / "systemd" / "policy.toml"
+        self.write("/etc/convertd/policy.toml", policy.read_text(encoding="utf-8"))
+        self.run("rm", "-f", "/etc/systemd/system/convertd.service.d/policy.conf")
+        self.run("systemctl", "daemon-reload")
+        self.run("systemctl", "restart", "convertd.service")
+
     def show(self, unit: str, *properties: str) -> Mapping[str, str]:
         """What systemd says of a unit."""
         lines = self.say("systemctl", "show", unit, f"--property={','.join(properties)}")

@@ -34,6 +34,7 @@ def test_the_page_gives_default_and_bounds_of_the_limit(name: str) -> None:
         policy_toml.OperatorsTable,
         policy_toml.RootTable,
         policy_toml.GrantTable,
+        policy_toml.ServiceTable,
     ],
 )
 def test_the_page_has_every_key_of(table: type[policy_toml.LimitsTable]) -> None:

@@ -27,5 +27,6 @@ def machine(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[b
     """A machine on which `make install` ran and the socket is enabled."""
     with booted.machine(tmp_path_factory.mktemp("installed")) as fresh:
         fresh.run("make", "--silent", "--directory", str(built), "install")
+        fresh.run("useradd", f"--uid={ALICE}", "alice")
         fresh.run("systemctl", "enable", "--now", "convertd.socket")
         yield fresh

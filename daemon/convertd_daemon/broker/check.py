@@ -4,15 +4,32 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import TYPE_CHECKING
+import subprocess
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from convertd_daemon import model
-from convertd_daemon.broker import description, load, startup
+from convertd_daemon.broker import description, dropin, load, startup
+
+UNIT: Final = "convertd.service"
+
+SYSTEMCTL: Final = "/usr/bin/systemctl"
+
+PROPERTIES: Final = (
+    "DeviceAllow",
+    "LoadState",
+    "NeedDaemonReload",
+    "PrivateDevices",
+    "PrivateTmp",
+    "ProtectHome",
+    "ProtectSystem",
+    "ReadWritePaths",
+    "RestrictSUIDSGID",
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
 
 def run(policy_path: str = load.DEFAULT_PATH) -> int:
@@ -28,10 +45,57 @@ def run(policy_path: str = load.DEFAULT_PATH) -> int:
         click.echo(error, err=True)
         return 1
     click.echo("\n".join(description.of(loaded)))
-    problems = [*loaded.warnings, *missing_from_system(loaded.policy.qemu_img)]
+    problems = [
+        *loaded.warnings,
+        *missing_from_system(loaded.policy.qemu_img),
+        *beyond_the_unit(loaded),
+    ]
     for problem in (*problems, *notes_on_roots(loaded)):
         click.echo(problem, err=True)
     return 1 if problems else 0
+
+
+def print_dropin(policy_path: str = load.DEFAULT_PATH) -> int:
+    """Print the drop-in with which the service can do what a policy says.
+
+    Returns:
+        The exit status: 1 if the policy can't be loaded.
+    """
+    try:
+        loaded = load.load(policy_path)
+    except load.LoadError as error:
+        click.echo(error, err=True)
+        return 1
+    click.echo(dropin.text(dropin.needs_of(loaded.policy), loaded.file), nl=False)
+    return 0
+
+
+def beyond_the_unit(loaded: load.Loaded) -> Iterator[str]:
+    """Say what the policy grants and the installed unit, with its drop-ins, does not allow."""
+    unit = unit_properties()
+    if unit.get("LoadState") != "loaded":
+        return
+    beyond = list(dropin.uncovered(dropin.needs_of(loaded.policy), unit))
+    yield from (f"{UNIT}: {problem}" for problem in beyond)
+    if beyond:
+        yield f"{UNIT}: `convertd unit-dropin` prints what it needs, and says where that goes"
+    if unit.get("NeedDaemonReload") == "yes":
+        yield f"{UNIT}: changed since systemd read it: systemctl daemon-reload"
+
+
+def unit_properties() -> Mapping[str, str]:
+    """What systemd says of our unit; nothing where there is no systemd to ask."""
+    try:
+        shown = subprocess.run(
+            [SYSTEMCTL, "show", UNIT, f"--property={','.join(PROPERTIES)}"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
 
 
 def missing_from_system(qemu_img: str) -> Iterator[str]:

@@ -21,7 +21,14 @@ def of(loaded: load.Loaded) -> Iterator[str]:
     yield from _section("Grants", (_grant(table, rule, loaded.ids) for table, rule in grants))
     yield from _section("Operators", [_operators(loaded.document.operators, loaded.ids)])
     yield from _section("Limits, at most", ([line] for line in _limits(loaded.policy.limits)))
+    yield from _section("Service", [list(_service(loaded.policy.service))])
     yield from _section("Program", [[loaded.policy.qemu_img]])
+
+
+def _service(service: model.Service) -> Iterator[str]:
+    yield f"counters go to {service.metrics or 'no file'}"
+    idle = service.idle_exit_s
+    yield f"ends after {_time(idle)} without work" if idle else "stays when there is no work"
 
 
 def _section(title: str, entries: Iterable[list[str]]) -> Iterator[str]:

@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 from convertd_daemon import __version__, channel
-from convertd_daemon.broker import broker, listen, load, selftest, startup
+from convertd_daemon.broker import broker, listen, load, reach, selftest, startup
 from convertd_daemon.kernel import prctl
 from convertd_daemon.sandbox import errors as sandbox_errors
 from convertd_daemon.sandbox import limits, narrow, seccomp
@@ -29,11 +29,12 @@ DEFAULT_SOCKET: Final = "/run/convertd/convertd.sock"
 def main(arguments: list[str] | None = None) -> int:
     """Run the command, and give its exit status."""
     asked = _parser().parse_args(arguments)
-    if asked.command == "check":
+    if asked.command is not None:
         # Only here: the daemon has no use for what prints well.
         from convertd_daemon.broker import check  # noqa: PLC0415
 
-        return check.run(asked.policy)
+        run = {"check": check.run, "unit-dropin": check.print_dropin}[asked.command]
+        return run(asked.policy)
     logging.basicConfig(
         level=logging.DEBUG if asked.verbose else logging.INFO,
         format="%(levelname)s %(name)s[%(process)d] %(message)s",
@@ -56,7 +57,12 @@ def _parser() -> argparse.ArgumentParser:
         prog="convertd",
         description="Convert disk images for services that have no right to do it themselves.",
     )
-    parser.add_argument("command", nargs="?", choices=["check"], help="explain a policy and exit")
+    parser.add_argument(
+        "command",
+        nargs="?",
+        choices=["check", "unit-dropin"],
+        help="explain a policy, or print what it needs of the service, and exit",
+    )
     parser.add_argument(
         "--policy", default=load.DEFAULT_PATH, metavar="FILE", help="default: %(default)s"
     )
@@ -148,5 +154,5 @@ def _reloader(path: str) -> Callable[[], Policy | None]:
 
 
 def _warn(loaded: load.Loaded) -> None:
-    for warning in loaded.warnings:
+    for warning in (*loaded.warnings, *reach.problems(loaded.policy)):
         log.warning("%s", warning)

@@ -1,0 +1,52 @@
+"""Whether the service, as systemd confined it, can do what the policy grants. Asked of the kernel.
+
+The policy alone opens nothing: what the unit closes stays closed. This only says so early, in the
+journal, and not first to a caller.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING, Final
+
+from convertd_daemon import model
+from convertd_daemon.kernel import openat2
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from convertd_daemon.policy import Policy
+
+REMEDY: Final = "`convertd unit-dropin` prints what the service needs"
+
+
+def problems(policy: Policy) -> Iterator[str]:
+    """Say what the kernel would refuse us of what the policy grants, as things are now."""
+    used = {root for rule in policy.rules for root in (*rule.read, *rule.write)}
+    if used and not can_resolve():
+        yield f"openat2(2) is refused, so no image can be opened: {REMEDY}"
+    for root in sorted({root for rule in policy.rules for root in rule.write}, key=_path):
+        if root.kind is model.RootKind.FILES and is_read_only(root.path):
+            yield f"roots.{root.name}.path: {root.path} is read-only for the service: {REMEDY}"
+
+
+def _path(root: model.Root) -> str:
+    return root.path
+
+
+def can_resolve() -> bool:
+    """Whether openat2(2) works here. systemd's RestrictSUIDSGID= refuses it."""
+    try:
+        os.close(openat2.openat2(-100, "/", flags=os.O_PATH, resolve=openat2.Resolve.NO_SYMLINKS))
+    except OSError as error:
+        return error.errno not in {errno.ENOSYS, errno.EPERM}
+    return True
+
+
+def is_read_only(path: str) -> bool:
+    """Whether a directory is on a mount that can't be written."""
+    try:
+        return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+    except OSError:
+        return False
