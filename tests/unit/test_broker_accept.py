@@ -1,0 +1,95 @@
+"""Who is connected, by the kernel's word, and how many may be."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+
+import pytest
+from children import in_child
+
+from convertd_daemon import model
+from convertd_daemon.broker import accept
+
+
+def ends() -> tuple[socket.socket, socket.socket]:
+    """A connection; who made it is each end's peer."""
+    return socket.socketpair()
+
+
+def open_descriptors() -> int:
+    """How many descriptors this process has."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_peer_is_who_the_kernel_says() -> None:
+    """With all groups; a caller can't say otherwise."""
+
+    def act() -> model.Peer:
+        os.setgroups([1300, 1400])
+        os.setresgid(1235, 1235, 1235)
+        os.setresuid(1234, 1234, 1234)
+        ours, theirs = ends()
+        with ours, theirs:
+            connection = accept.Connections(model.Limits()).admit(ours)
+            assert connection is not None
+            assert connection.peer.pid == os.getpid()
+            return connection.peer
+
+    peer = in_child(act)
+    assert (peer.uid, peer.gid, peer.groups) == (1234, 1235, frozenset({1300, 1400}))
+
+
+def test_a_number_is_never_used_twice() -> None:
+    """A front that speaks of a connection that ended speaks of nobody."""
+    connections = accept.Connections(model.Limits())
+    numbers = []
+    for _ in range(3):
+        ours, theirs = ends()
+        connection = connections.admit(ours)
+        assert connection is not None
+        assert connections.find(connection.number) is connection
+        assert list(connections) == [connection]
+        numbers.append(connection.number)
+        connections.drop(connection)
+        theirs.close()
+        assert connections.find(connection.number) is None
+        assert ours.fileno() == -1
+    assert len(set(numbers)) == 3
+    assert len(connections) == 0
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        pytest.param(model.Limits(connections=2), id="in-all"),
+        pytest.param(model.Limits(connections_per_user=2), id="of-a-user"),
+    ],
+)
+def test_one_connection_too_many_is_closed(
+    limits: model.Limits, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At once, with a word in the journal; when one of the others ends, there is room again."""
+    connections = accept.Connections(limits)
+    pairs = [ends() for _ in range(4)]
+    admitted = [connections.admit(ours) for ours, _ in pairs[:2]]
+    with caplog.at_level(logging.WARNING):
+        assert connections.admit(pairs[2][0]) is None
+    assert "too many connections uid=0 own=2 total=2" in caplog.text
+    assert pairs[2][1].recv(1) == b""
+    assert admitted[0] is not None
+    connections.drop(admitted[0])
+    assert connections.admit(pairs[3][0]) is not None
+    for pair in pairs:
+        for end in pair:
+            end.close()
+
+
+def test_a_connection_whose_peer_is_not_known_is_closed() -> None:
+    """It is nobody's, and takes nobody's place."""
+    connections = accept.Connections(model.Limits())
+    before = open_descriptors()
+    with pytest.raises(OSError, match="not connected"):
+        connections.admit(socket.socket(socket.AF_UNIX))
+    assert (open_descriptors(), len(connections)) == (before, 0)

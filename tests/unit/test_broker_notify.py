@@ -1,0 +1,71 @@
+"""What the manager is told. Source: sd_notify(3)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from convertd_daemon.broker import notify
+
+
+@pytest.fixture(params=["a path", "an abstract name"])
+def manager(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[socket.socket]:
+    """A manager, where NOTIFY_SOCKET says."""
+    named = {"a path": str(tmp_path / "notify"), "an abstract name": f"@convertd-{os.getpid()}"}
+    name = named[request.param]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
+        sock.bind(name.replace("@", "\0"))
+        monkeypatch.setenv("NOTIFY_SOCKET", name)
+        yield sock
+
+
+def test_each_change_is_one_message(manager: socket.socket) -> None:
+    """As systemd 252 wants them: Type=notify, RELOADING with the time."""
+    before = time.monotonic_ns() // 1000
+    notify.ready()
+    notify.reloading()
+    notify.stopping()
+    notify.status("2 conversions running")
+    assert manager.recv(4096) == b"READY=1"
+    reloading, moment = manager.recv(4096).decode().split("\n")
+    assert reloading == "RELOADING=1"
+    assert before <= int(moment.removeprefix("MONOTONIC_USEC=")) <= time.monotonic_ns() // 1000
+    assert manager.recv(4096) == b"STOPPING=1"
+    assert manager.recv(4096) == b"STATUS=2 conversions running"
+
+
+def test_a_manager_that_does_not_read_does_not_keep_the_daemon_from_serving(
+    manager: socket.socket,
+) -> None:
+    """Its queue takes a few messages; what is only for people is dropped then."""
+    for _ in range(1000):
+        notify.status("x")
+    began = time.monotonic()
+    notify.status("y")
+    assert time.monotonic() - began < notify.PATIENCE_S
+    assert manager.recv(4096) == b"STATUS=x"
+
+
+@pytest.mark.parametrize("address", ["", "relative", "unix:/x"])
+def test_nobody_is_told_where_nobody_asked(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And that is no error."""
+    monkeypatch.setenv("NOTIFY_SOCKET", address)
+    notify.ready()
+
+
+def test_a_manager_that_is_gone_is_no_reason_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is a line in the log."""
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
+    with caplog.at_level(logging.WARNING):
+        notify.ready()
+    assert "notify failed" in caplog.text

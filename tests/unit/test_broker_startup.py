@@ -1,0 +1,219 @@
+"""What must be there before the daemon serves: each thing that is missing gives one clear line."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import resource
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from children import in_child
+
+from convertd_daemon import model
+from convertd_daemon.broker import startup
+from convertd_daemon.broker.startup import CantStart
+from convertd_daemon.kernel import landlock
+from convertd_daemon.sandbox.identity import Identity
+
+FRONT = Identity(uid=1500, gid=1501)
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A directory of root's."""
+    with tempfile.TemporaryDirectory(dir="/run") as made:
+        yield Path(made)
+
+
+def complaint_of(act: Callable[[], object]) -> str:
+    """The line with which the daemon does not start."""
+    with pytest.raises(CantStart) as refused:
+        act()
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+class TestUsers:
+    """The two that the daemon's processes run as."""
+
+    def test_one_that_exists_is_found(self) -> None:
+        """With its own group, and no others."""
+        entry = pwd.getpwnam("nobody")
+        assert startup.user("nobody") == Identity(uid=entry.pw_uid, gid=entry.pw_gid)
+
+    def test_one_that_is_missing_can_be_made_as_the_line_says(self) -> None:
+        """It has the command."""
+        complaint = complaint_of(lambda: startup.user("convertd-nobody"))
+        assert "there is no user convertd-nobody" in complaint
+        assert complaint.endswith("/usr/sbin/nologin convertd-nobody")
+
+    def test_root_is_none_of_them(self) -> None:
+        """An entry of uid 0 would run qemu-img as root."""
+        assert "must not be root" in complaint_of(lambda: startup.user("root"))
+
+
+class TestKernel:
+    """What it must have, and must have on."""
+
+    def test_this_one_will_do(self) -> None:
+        """And its Landlock is told."""
+        assert startup.check_kernel() == landlock.abi()
+
+    def test_a_daemon_that_is_not_root_says_so(self) -> None:
+        """Before anything else goes wrong."""
+
+        def act() -> str:
+            os.setresuid(1234, 1234, 1234)
+            return complaint_of(startup.check_kernel)
+
+        assert "must be started as root" in in_child(act)
+
+    def test_hard_links_to_others_files_must_be_refused_by_the_kernel(
+        self, directory: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """With the command that makes it so."""
+        setting = directory / "protected_hardlinks"
+        setting.write_text("0\n")
+        monkeypatch.setattr(startup, "PROTECTED_HARDLINKS", str(setting))
+        assert "sysctl -w fs.protected_hardlinks=1" in complaint_of(startup.check_kernel)
+
+    def test_without_landlock_nothing_starts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Not with less protection either."""
+        monkeypatch.setattr(landlock, "abi", lambda: 0)
+        assert "no Landlock" in complaint_of(startup.check_kernel)
+
+
+class TestProgram:
+    """qemu-img."""
+
+    def test_the_one_that_debian_installs_will_do(self) -> None:
+        """Root's, and writable by nobody else."""
+        startup.check_program("/usr/bin/qemu-img")
+
+    def test_one_that_is_missing_is_named_with_its_package(self) -> None:
+        """And why it can't be had."""
+        complaint = complaint_of(lambda: startup.check_program("/usr/bin/no-qemu-img"))
+        assert complaint == "/usr/bin/no-qemu-img: No such file or directory (package qemu-utils)"
+
+    @pytest.mark.parametrize(
+        "spoil",
+        [
+            pytest.param(lambda path: path.chmod(0o775), id="its-group-may-write"),
+            pytest.param(lambda path: path.chmod(0o757), id="anybody-may-write"),
+            pytest.param(lambda path: os.chown(path, 1234, 0), id="it-is-anothers"),
+            pytest.param(lambda path: (path.unlink(), path.mkdir()), id="it-is-a-directory"),
+        ],
+    )
+    def test_one_that_others_could_replace_is_refused_if(
+        self, directory: Path, spoil: Callable[[Path], object]
+    ) -> None:
+        """It would be started with what the daemon may."""
+        program = directory / "qemu-img"
+        program.touch(0o755)
+        startup.check_program(str(program))
+        spoil(program)
+        assert "only root can write" in complaint_of(lambda: startup.check_program(str(program)))
+
+
+class TestPrivateDirectory:
+    """Where gRPC listens, and only the front gets in."""
+
+    def test_is_the_fronts_alone(self, directory: Path) -> None:
+        """Beside the public socket."""
+        path = startup.private_directory(str(directory / "sock"), FRONT)
+        assert path == str(directory / "sock.private")
+        status = os.stat(path)
+        assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (1500, 1501, 0o700)
+
+    @pytest.mark.parametrize("owner", [0, FRONT.uid])
+    def test_what_the_last_daemon_left_is_cleared(self, directory: Path, owner: int) -> None:
+        """Also if its mode was changed."""
+        left = directory / "sock.private"
+        left.mkdir(0o777)
+        (left / "grpc.sock").touch()
+        os.chown(left, owner, owner)
+        startup.private_directory(str(directory / "sock"), FRONT)
+        assert os.listdir(left) == []
+        assert left.stat().st_mode & 0o7777 == 0o700
+
+    def test_somebody_elses_is_left_alone(self, directory: Path) -> None:
+        """The daemon does not start instead."""
+        theirs = directory / "sock.private"
+        theirs.mkdir()
+        (theirs / "file").touch()
+        os.chown(theirs, 1234, 1234)
+        complaint = complaint_of(lambda: startup.private_directory(str(directory / "sock"), FRONT))
+        assert complaint == f"{theirs}: belongs to somebody else"
+        assert (theirs / "file").exists()
+
+    def test_a_link_in_its_place_is_not_followed(self, directory: Path) -> None:
+        """What it leads to stays as it is."""
+        elsewhere = directory / "elsewhere"
+        elsewhere.mkdir(0o755)
+        (directory / "sock.private").symlink_to(elsewhere)
+        with pytest.raises(OSError, match=r"sock\.private"):
+            startup.private_directory(str(directory / "sock"), FRONT)
+        assert elsewhere.stat().st_mode & 0o7777 == 0o755
+
+    def test_where_it_can_not_be_made_is_said(self, directory: Path) -> None:
+        """In one line."""
+        complaint = complaint_of(
+            lambda: startup.private_directory(str(directory / "missing" / "sock"), FRONT)
+        )
+        assert complaint.startswith("can't make ")
+
+    def test_goes_with_the_daemon(self, directory: Path) -> None:
+        """With what is in it; and if it is gone already, all the better."""
+        path = startup.private_directory(str(directory / "sock"), FRONT)
+        Path(path, "grpc.sock").touch()
+        startup.remove_directory(path)
+        assert not os.path.exists(path)
+        startup.remove_directory(path)
+
+
+class TestNamesDirectory:
+    """Where jobs make links, for formats that keep a file's name."""
+
+    def test_can_be_passed_through_and_not_looked_into(self, directory: Path) -> None:
+        """By qemu-img, which is another user."""
+        path = startup.names_directory(str(directory / "sock"))
+        status = os.stat(path)
+        assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (0, 0, 0o711)
+
+    def test_links_of_killed_jobs_are_cleared(self, directory: Path) -> None:
+        """Each lies in a directory of its own; what they lead to stays."""
+        left = directory / "sock.names" / "1a2b"
+        left.mkdir(parents=True)
+        (left / "disk.vmdk").symlink_to("/etc/passwd")
+        path = startup.names_directory(str(directory / "sock"))
+        assert os.listdir(path) == []
+        assert os.path.exists("/etc/passwd")
+
+
+class TestDescriptors:
+    """The policy's connections need some each."""
+
+    def test_few_connections_fit(self) -> None:
+        """Into whatever this machine has."""
+        startup.check_descriptors(model.Limits(connections=1))
+
+    def test_more_than_the_hard_limit_has_are_refused(self) -> None:
+        """With both numbers, and both ways out."""
+
+        def act() -> str:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512))
+            limits = model.Limits(connections=1024)
+            return complaint_of(lambda: startup.check_descriptors(limits))
+
+        complaint = in_child(act)
+        assert complaint.startswith("1024 connections take ")
+        assert "the hard limit is 512" in complaint
+
+    def test_a_machine_without_a_limit_has_enough(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Infinity is -1 to Python, and not compared as a number."""
+        endless = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        monkeypatch.setattr(resource, "getrlimit", lambda _: endless)
+        startup.check_descriptors(model.Limits(connections=65536))
