@@ -24,7 +24,8 @@
 
 One class for each gRPC status, so that `except` reads like the contract; `reason` tells the
 conditions of a status apart. A class of its own has only a condition after which a caller acts
-differently. Whatever the error, a destination is there whole or not at all.
+differently. Whatever the error, a file that was to be made is there whole or not at all. A device
+is another matter: if its content is undefined now, metadata has `device_content`.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ class Internal(ConvertError):
 class OutcomeUnknown(ConvertError):
     """The daemon's answer got lost: the conversion was done or it was not.
 
-    Look at the destination before the call is made again. It is there whole, or not at all.
+    Look at the destination before the call is made again. A file is there whole or not at all.
     """
 
 
@@ -203,10 +204,12 @@ BY_REASON: Final[Mapping[str, type[ConvertError]]] = {
     "UNKNOWN_CONNECTION": Unauthenticated,
     "PERMISSION_DENIED": PermissionDenied,
     "FORMAT_NOT_ALLOWED": PermissionDenied,
+    "CLAIM_NOT_ALLOWED": PermissionDenied,
     "BAD_PATH": InvalidArgument,
     "BAD_FORMAT": InvalidArgument,
     "BAD_OPTION": InvalidArgument,
     "BAD_MESSAGE": InvalidArgument,
+    "SECRET_MISSING": InvalidArgument,
     "SOURCE_NOT_FOUND": NotFound,
     "DIRECTORY_NOT_FOUND": NotFound,
     "JOB_NOT_FOUND": NotFound,
@@ -220,6 +223,11 @@ BY_REASON: Final[Mapping[str, type[ConvertError]]] = {
     "IMAGE_REFUSED": ImageRefused,
     "FORMAT_MISMATCH": ImageRefused,
     "IMAGE_TOO_LARGE": ImageRefused,
+    "BACKING_REFUSED": ImageRefused,
+    "WRONG_SECRET": FailedPrecondition,
+    "DEVICE_TOO_SMALL": FailedPrecondition,
+    "DEVICE_NOT_WRITABLE": FailedPrecondition,
+    "NO_DIRECT_WRITES": FailedPrecondition,
     "IMAGE_IN_USE": FailedPrecondition,
     "CONVERSION_FAILED": FailedPrecondition,
     "QUEUE_FULL": QueueFull,

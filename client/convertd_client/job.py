@@ -23,6 +23,9 @@ from convertd_client import errors, order, results
 
 MAX_MESSAGE_BYTES: Final = 1024 * 1024
 
+MAX_SECRET_BYTES: Final = 4097
+"""One more than is allowed, so that the job sees a passphrase that is too long. A pipe holds it."""
+
 GRACE_S: Final = 10.0
 """How long a job may take to end when it is told to. It takes milliseconds, unless a disk hangs."""
 
@@ -40,7 +43,9 @@ runpy.run_module("convertd_daemon.job", run_name="__main__", alter_sys=True)
 class Job:
     """A job program that runs. Ends with the context, if it has not ended by then."""
 
-    def __init__(self, told: bytes, timeout_s: float | None) -> None:
+    def __init__(
+        self, told: bytes, timeout_s: float | None, secrets: tuple[bytes, ...] = ()
+    ) -> None:
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self.timed_out = False
         self._line, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -53,7 +58,8 @@ class Job:
                 # Ctrl-C is for us: we end the job, and see how it ended.
                 start_new_session=True,
             )
-            self._line.send(told)
+            with _on_pipes(secrets) as pipes:
+                socket.send_fds(self._line, [told], pipes)
             stack.pop_all()
 
     def __enter__(self) -> Self:
@@ -113,8 +119,9 @@ class Job:
 class Conversion:
     """One conversion by a job program."""
 
-    def __init__(self, told: bytes) -> None:
+    def __init__(self, told: bytes, secrets: tuple[bytes, ...]) -> None:
         self._told = told
+        self._secrets = secrets
         self._job: Job | None = None
         self._cancelled = False
         self._plan: results.Plan | None = None
@@ -134,7 +141,7 @@ class Conversion:
             errors.ConvertError: it was not done.
         """
         started = time.monotonic()
-        with Job(self._told, timeout_s) as self._job:
+        with Job(self._told, timeout_s, self._secrets) as self._job:
             if self._cancelled:
                 self._job.stop()
             for name, fields in self._job.events():
@@ -190,6 +197,20 @@ def qemu_img() -> str:
     if found is None:
         raise order.unsupported("converting without a daemon", "there is no qemu-img here")
     return os.path.abspath(found)
+
+
+@contextlib.contextmanager
+def _on_pipes(secrets: tuple[bytes, ...]) -> Iterator[list[int]]:
+    """Each passphrase on a pipe of its own: the reading ends. In no argument, file or message."""
+    with contextlib.ExitStack() as stack:
+        readers = []
+        for secret in secrets:
+            reader, writer = os.pipe()
+            stack.callback(os.close, reader)
+            readers.append(reader)
+            with open(writer, "wb") as file:
+                file.write(secret[:MAX_SECRET_BYTES])
+        yield readers
 
 
 def _died(job: Job) -> errors.Internal:

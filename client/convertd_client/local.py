@@ -41,11 +41,12 @@ def conversion_of(
     """Make a conversion that is not running yet, and that another thread can cancel.
 
     Raises:
-        errors.InvalidArgument, errors.Unimplemented: it can't be asked for.
+        errors.InvalidArgument: it can't be asked for.
+        errors.Unimplemented: there is no qemu-img.
     """
     paths = conversion.absolute(source), conversion.absolute(dest)
     asked = conversion.asked(*paths, dest_format, options)
-    return job.Conversion(order.convert(asked, job.qemu_img()))
+    return job.Conversion(order.convert(asked, job.qemu_img()), order.secrets(asked))
 
 
 def inspect(

@@ -7,22 +7,26 @@ mistakes. Imports no gRPC.
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Final
 
 from convertd_client import errors, results
 from convertd_client.conversion import Conversion
 
 Fields = dict[str, Any]
 
+_LUKS: Final = {
+    "cipher_alg": "aes-256",
+    "cipher_mode": "xts",
+    "hash_alg": "sha256",
+    "ivgen_alg": "plain64",
+    "ivgen_hash_alg": "sha256",
+    "iter_time_ms": 2000,
+}
+"""How a result is encrypted: as the contract has it where a request leaves it out."""
+
 
 def convert(asked: Conversion, qemu_img: str) -> bytes:
-    """The order to convert an image.
-
-    Raises:
-        errors.Unimplemented: it asks for encryption.
-    """
-    if asked.source_secret is not None or asked.dest_secret is not None:
-        raise unsupported("encryption without a daemon", "not in this version")
+    """The order to convert an image. Its passphrases go another way: see `secrets`."""
     dest = {
         "path": asked.dest,
         "format": asked.dest_format,
@@ -31,9 +35,14 @@ def convert(asked: Conversion, qemu_img: str) -> bytes:
         "mode": asked.mode,
         "group": asked.group,
         "overwrite": asked.overwrite,
+        "is_zero": False,
+        "encryption": None if asked.dest_secret is None else _LUKS,
+        "options": (),
     }
     request = {
-        "source": {"path": asked.source, "format": asked.source_format},
+        "source": _source(
+            asked.source, asked.source_format, encrypted=asked.source_secret is not None
+        ),
         "dest": dest,
         "cache_mode": asked.cache_mode,
         "verify": asked.verify,
@@ -44,9 +53,14 @@ def convert(asked: Conversion, qemu_img: str) -> bytes:
     return _order({"qemu_img": qemu_img, "convert": request, "inspect": None})
 
 
+def secrets(asked: Conversion) -> tuple[bytes, ...]:
+    """The passphrases that go with the order, each by a pipe."""
+    return tuple(item for item in (asked.source_secret, asked.dest_secret) if item is not None)
+
+
 def inspect(path: str, image_format: str, qemu_img: str) -> bytes:
     """The order to look at an image."""
-    request = {"source": {"path": path, "format": image_format}}
+    request = {"source": _source(path, image_format, encrypted=False)}
     return _order({"qemu_img": qemu_img, "convert": None, "inspect": request})
 
 
@@ -80,22 +94,15 @@ def progress(fields: Fields, bytes_total: int, elapsed_s: float) -> results.Prog
 def plan(fields: Fields) -> results.Plan:
     """What the job will do."""
     planned = fields["plan"]
-    source = planned["source"]
-    member = results.ImageMember(
-        path=planned["source_path"],
-        format=source["format"],
-        virtual_size_bytes=source["virtual_size_bytes"],
-        actual_size_bytes=source["actual_size_bytes"],
-        encrypted=source["encrypted"],
-    )
+    chain = tuple(_member(item) for item in planned["chain"])
     return results.Plan(
-        source_format=source["format"],
+        source_format=chain[0].format,
         dest_format=planned["dest_format"],
-        virtual_size_bytes=source["virtual_size_bytes"],
+        virtual_size_bytes=chain[0].virtual_size_bytes,
         dest_cache=_cache(planned["dest_cache"]),
         source_cache=_cache(planned["source_cache"]),
         command=tuple(planned["command"]),
-        chain=(member,),
+        chain=chain,
         compression=results.Compression(planned["compression"]),
         needed_bytes=planned["needed_bytes"],
         available_bytes=planned["available_bytes"],
@@ -129,7 +136,7 @@ def result(fields: Fields) -> results.ConvertResult:
 
 def image(path: str, fields: Fields) -> results.ImageInfo:
     """What the job found an image to be."""
-    top = fields["chain"][0]
+    top = fields["chain"][0]["info"]
     return results.ImageInfo(
         path=path,
         format=top["format"],
@@ -142,8 +149,8 @@ def image(path: str, fields: Fields) -> results.ImageInfo:
         compressed=False,
         backing_filename=top["backing_name"],
         backing_format=top["backing_format"],
-        backing_chain=(),
-        backing_chain_complete=not top["backing_name"],
+        backing_chain=tuple(_member(item) for item in fields["chain"][1:]),
+        backing_chain_complete=fields["complete"],
         snapshots=tuple(_snapshot(name) for name in top["snapshots"]),
         bitmaps=tuple(
             results.Bitmap(name=name, granularity_bytes=0, flags=()) for name in top["bitmaps"]
@@ -160,12 +167,27 @@ def failure(fields: Fields) -> errors.ConvertError:
     return errors.of_reason(told["reason"], told["message"], dict(told["values"]))
 
 
+def _source(path: str, image_format: str, *, encrypted: bool) -> Fields:
+    return {"path": path, "format": image_format, "encrypted": encrypted}
+
+
 def _order(fields: Fields) -> bytes:
     return json.dumps(["Order", fields], ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def _cache(fields: Fields) -> results.CacheChoice:
     return results.CacheChoice(mode=results.CacheMode(fields["mode"]), reason=fields["reason"])
+
+
+def _member(fields: Fields) -> results.ImageMember:
+    info = fields["info"]
+    return results.ImageMember(
+        path=fields["path"],
+        format=info["format"],
+        virtual_size_bytes=info["virtual_size_bytes"],
+        actual_size_bytes=info["actual_size_bytes"],
+        encrypted=info["encrypted"],
+    )
 
 
 def _snapshot(name: str) -> results.Snapshot:

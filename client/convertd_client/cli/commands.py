@@ -9,7 +9,7 @@ import click
 
 import convertd_client
 from convertd_client import conversion, errors, local
-from convertd_client.cli import converting, failing, machine, showing, values
+from convertd_client.cli import converting, failing, machine, showing, stopping, values
 
 SHELLS: Final = ("bash", "zsh", "fish")
 
@@ -29,7 +29,7 @@ class Commands(click.Group):
     """The group of commands: where every error of ours becomes a line and a status."""
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run a command. An error of ours is a line, and status 1."""
+        """Run a command. An error of ours is a line and status 1, Ctrl-C a status."""
         try:
             return super().invoke(ctx)
         except errors.ConvertError as error:
@@ -38,6 +38,9 @@ class Commands(click.Group):
             else:
                 failing.say(error)
             ctx.exit(1)
+        except KeyboardInterrupt:
+            # click would say "Aborted!", with status 1.
+            ctx.exit(stopping.INTERRUPTED)
 
 
 def _remember_json(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # noqa: FBT001

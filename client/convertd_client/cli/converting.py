@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import stat
 import threading
 from collections.abc import Callable
 from typing import Protocol
@@ -9,7 +12,7 @@ from typing import Protocol
 import click
 
 import convertd_client
-from convertd_client import conversion, errors, local, results
+from convertd_client import conversion, errors, results
 from convertd_client.cli import failing, machine, progress, showing, stopping
 
 JOB_ID_WAIT_S = 2.0
@@ -100,6 +103,8 @@ def run(running: Running, dest: str, *, overwrite: bool, timeout_s: float | None
 def _say_cancelled(error: errors.Cancelled, dest: str, *, as_json: bool, overwrite: bool) -> None:
     if as_json:
         machine.error_line(error)
+    elif _is_device(dest):
+        failing.warn(f"cancelled; if writing had begun, the content of {dest} is undefined now")
     elif overwrite:
         failing.warn(f"cancelled; {dest} is as it was")
     else:
@@ -108,15 +113,14 @@ def _say_cancelled(error: errors.Cancelled, dest: str, *, as_json: bool, overwri
 
 def _say_left(dest: str, *, as_json: bool) -> None:
     """Say what is certain when the job's end was not waited for."""
-    text = f"stopped waiting; the job is being cancelled, and {dest} is there whole or not at all"
+    text = f"stopped waiting; the job is being cancelled, and a file {dest} is whole or not there"
     if as_json:
         machine.error_line(errors.OutcomeUnknown(text, reason="INTERRUPTED"))
     else:
         failing.warn(text)
 
 
-def of_local(
-    paths: tuple[str, str], dest_format: str, options: conversion.ConvertOptions
-) -> Running:
-    """A conversion without a daemon."""
-    return local.conversion_of(*paths, dest_format, options)
+def _is_device(path: str) -> bool:
+    with contextlib.suppress(OSError):
+        return stat.S_ISBLK(os.stat(path).st_mode)
+    return False

@@ -16,6 +16,8 @@ from typing import Final, Self
 
 from convertd_client import errors
 
+INTERRUPTED: Final = 128 + signal.SIGINT
+
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 PATIENCE_S: Final = 5.0
