@@ -14,9 +14,9 @@ import errno
 import mmap
 import os
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, cast
 
-from convertd_client import client, conversion, local, order, results
+from convertd_client import child, client, conversion, local, order, results
 
 Encryption = Mapping[str, str]
 
@@ -49,6 +49,9 @@ def convert_image(  # noqa: PLR0913, PLR0917 - the arguments are Nova's
     _refuse_encryption(src_encryption, dest_encryption)
     options = _options(in_format, instances_path, compress=compress)
     paths = conversion.absolute(source), conversion.absolute(dest)
+    if child.is_needed():
+        done = child.call("convert", *paths, dest_format=out_format, **options)
+        return cast("results.ConvertResult", done)
     with client.Client() as daemon:
         return daemon.convert(*paths, dest_format=out_format, **options)
 
@@ -83,8 +86,11 @@ def privileged_qemu_img_info(path: str, format: str | None = None) -> str:  # no
     Raises:
         errors.ConvertError: the image can't be read.
     """
+    image = conversion.absolute(_image(path))
+    if child.is_needed():
+        return cast("results.ImageInfo", child.call("inspect", image, format)).qemu_img_json
     with client.Client() as daemon:
-        return daemon.inspect(conversion.absolute(_image(path)), format).qemu_img_json
+        return daemon.inspect(image, format).qemu_img_json
 
 
 def unprivileged_qemu_img_info(path: str, format: str | None = None) -> str:  # noqa: A002 - Nova's
