@@ -1,0 +1,296 @@
+"""Client and AsyncClient, against a daemon that is missing, stops, dies, refuses."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from harness.callers import MALLORY
+
+if TYPE_CHECKING:
+    from tests.client.conftest import Fake
+
+both = pytest.mark.parametrize("kind", ["sync", "aio"])
+
+
+@both
+def test_a_conversion_gives_its_plan_its_progress_and_its_result(kind: str, fake: Fake) -> None:
+    """In that order, and typed."""
+    calling = fake.converting(kind, verify=True)
+    calling.await_phase("queued")
+    calling.await_phase("flushing")
+    result = calling.end()["value"]
+    assert result["published"]
+    assert result["verified"]
+    assert result["dest_cache"] == {"mode": "none", "reason": "direct writes work"}
+    assert result["plan"]["command"] == ["qemu-img", "convert", "/images/a"]
+    assert result["warnings"][0]["reason"] == "SNAPSHOTS_DROPPED"
+
+
+@both
+def test_the_other_calls_answer(kind: str, fake: Fake) -> None:
+    """Each in its own type."""
+    image = fake.call(kind, "inspect", "/images/a")["value"]
+    assert (image["format"], image["format_specific"]) == ("qcow2", {"compat": "1.1"})
+    first, second = image["snapshots"]
+    assert first["create_time"] == "1970-01-01 00:00:01+00:00"
+    assert second["create_time"] is None
+    (job,) = fake.call(kind, "jobs")["value"]
+    assert (job["state"], job["progress"]["queue_position"]) == ("queued", 3)
+    assert fake.call(kind, "cancel", job["job_id"])["value"]["job_id"] == job["job_id"]
+    assert fake.call(kind, "cancel", "another")["error"] == "NotFound"
+    access = fake.call(kind, "access")["value"]
+    assert access["grants"][0]["rule"] == "grants[0]"
+    assert access["grants"][0]["roots"][0]["access"] == "caller"
+
+
+@both
+def test_what_a_newer_daemon_says_is_skipped_or_unspecified(kind: str, fake: Fake) -> None:
+    """An event, and a value of an enum, that this client does not know."""
+    calling = fake.converting(kind, "newer")
+    calling.await_phase("unspecified")
+    assert calling.end()["value"]["published"]
+
+
+# --- a daemon that is not there ------------------------------------------------------------------
+
+
+@both
+def test_a_call_waits_for_a_daemon_that_restarts(kind: str, absent: Fake) -> None:
+    """It is made once, and reaches the daemon once."""
+    calling = absent.converting(kind, init={"wait_for_ready": 15})
+    absent.start(wait=False)
+    assert calling.end()["value"]["published"]
+    assert absent.log == ["convert "]
+
+
+@both
+@pytest.mark.parametrize("method", ["convert", "jobs"])
+def test_a_socket_that_is_missing_is_waited_for_and_then_named(
+    kind: str, method: str, absent: Fake
+) -> None:
+    """Not for ever, and not with an error of gRPC's."""
+    init = {"wait_for_ready": 0.4}
+    if method == "convert":
+        end = absent.convert(kind, init=init)
+    else:
+        end = absent.call(kind, method, init=init)
+    assert (end["error"], end["reason"]) == ("Unreachable", "SOCKET_MISSING")
+    assert str(absent.socket) in end["message"]
+    assert 0.4 <= end["seconds"] < 5
+
+
+@both
+def test_without_a_wait_a_missing_socket_is_an_error_at_once(kind: str, absent: Fake) -> None:
+    """wait_for_ready=0."""
+    end = absent.convert(kind, wait_for_ready=0)
+    assert (end["error"], end["reason"]) == ("Unreachable", "SOCKET_MISSING")
+    assert end["seconds"] < 1
+
+
+@both
+def test_a_timeout_shorter_than_the_wait_still_names_the_missing_socket(
+    kind: str, absent: Fake
+) -> None:
+    """Rather than to say that the daemon took too long."""
+    end = absent.convert(kind, timeout=0.3)
+    assert end["reason"] == "SOCKET_MISSING"
+
+
+@both
+def test_a_socket_on_which_nobody_listens_is_named(kind: str, absent: Fake) -> None:
+    """As a daemon leaves it that was killed."""
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(absent.socket))
+    end = absent.convert(kind, wait_for_ready=0.3)
+    assert (end["error"], end["reason"]) == ("Unreachable", "CONNECTION_REFUSED")
+
+
+@both
+def test_a_listener_that_never_answers_is_named(kind: str, absent: Fake) -> None:
+    """As systemd's socket is when the service behind it does not start."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(absent.socket))
+        listener.listen()
+        end = absent.convert(kind, wait_for_ready=0.3)
+    assert (end["error"], end["reason"]) == ("Unreachable", "NOT_ANSWERING")
+
+
+@both
+@pytest.mark.parametrize("mode", [0o600, 0o000])
+def test_a_socket_that_is_not_permitted_is_named_at_once(kind: str, mode: int, fake: Fake) -> None:
+    """Waiting would not help."""
+    os.chmod(fake.socket, mode)
+    end = fake.convert(kind, caller=MALLORY, wait_for_ready=30)
+    assert (end["error"], end["reason"]) == ("Unreachable", "SOCKET_NOT_PERMITTED")
+    assert str(MALLORY.uid) in end["message"]
+    assert end["seconds"] < 5
+
+
+@both
+def test_a_file_that_is_no_socket_is_named_at_once(kind: str, absent: Fake) -> None:
+    """A mistyped path."""
+    absent.socket.write_text("")
+    end = absent.convert(kind)
+    assert (end["error"], end["reason"]) == ("Unreachable", "NOT_A_SOCKET")
+
+
+# --- a daemon that goes ------------------------------------------------------------------------
+
+
+@both
+def test_a_conversion_whose_daemon_dies_may_have_been_done_or_not(kind: str, fake: Fake) -> None:
+    """The error says so, and is none after which a program tries again."""
+    end = fake.convert(kind, "die")
+    assert (end["error"], end["reason"]) == ("OutcomeUnknown", "CONNECTION_LOST")
+    assert "Unavailable" not in end["kinds"]
+
+
+@both
+def test_a_conversion_that_reached_a_daemon_is_never_made_again(kind: str, fake: Fake) -> None:
+    """Not even if another daemon is back while the call would still wait."""
+    calling = fake.converting(kind, "hang", wait_for_ready=15)
+    calling.await_phase("converting")
+    fake.kill()
+    fake.start()
+    assert calling.end()["error"] == "OutcomeUnknown"
+    assert fake.log == []
+
+
+@both
+def test_a_conversion_without_a_result_may_have_been_done_or_not(kind: str, fake: Fake) -> None:
+    """A stream that ends well and says nothing."""
+    end = fake.convert(kind, "no-result")
+    assert (end["error"], end["reason"]) == ("OutcomeUnknown", "NO_RESULT")
+
+
+@both
+def test_a_question_whose_answer_is_lost_may_be_asked_again(kind: str, fake: Fake) -> None:
+    """It changes nothing."""
+    end = fake.call(kind, "inspect", "/images/bare:UNKNOWN")
+    assert (end["error"], end["reason"]) == ("Unreachable", "CONNECTION_LOST")
+
+
+# --- a daemon that refuses -----------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize(
+    ("status", "reason", "kinds"),
+    [
+        ("PERMISSION_DENIED", "PERMISSION_DENIED", ["PermissionDenied"]),
+        ("RESOURCE_EXHAUSTED", "NO_SPACE", ["NoSpace", "ResourceExhausted"]),
+        ("DATA_LOSS", "PUBLISHED_BUT_NOT_DURABLE", ["PublishedButNotDurable", "DataLoss"]),
+        ("UNAVAILABLE", "STOPPING", ["Unavailable"]),
+        ("CANCELLED", "CANCELLED_BY_CALLER", ["Cancelled"]),
+        ("ABORTED", "OF_A_NEWER_DAEMON", ["Aborted"]),
+        ("OUT_OF_RANGE", "OF_A_NEWER_DAEMON", ["ConvertError"]),
+    ],
+)
+def test_a_refusal_becomes_the_class_of_its_reason_or_status(
+    kind: str, fake: Fake, status: str, reason: str, kinds: list[str]
+) -> None:
+    """With its sentence and its values."""
+    end = fake.convert(kind, f"refuse:{status}:{reason}")
+    assert end["kinds"][: len(kinds)] == kinds
+    assert end["reason"] == reason
+    assert end["metadata"]["free_bytes"] == "7"
+    assert end["message"].startswith("the fake refuses")
+
+
+@both
+@pytest.mark.parametrize("label", ["bare:INTERNAL", "two:INTERNAL:X", "foreign:NOT_FOUND:X"])
+def test_a_status_without_exactly_one_errorinfo_of_ours_is_the_transports(
+    kind: str, fake: Fake, label: str
+) -> None:
+    """Whatever its code, the daemon did not say it."""
+    end = fake.convert(kind, label)
+    assert (end["error"], end["reason"]) == ("OutcomeUnknown", "CONNECTION_LOST")
+
+
+@both
+def test_a_call_that_the_daemon_does_not_know_is_unimplemented(kind: str, fake: Fake) -> None:
+    """The answer is gRPC's own, and has no ErrorInfo."""
+    end = fake.call(kind, "inspect", "/images/bare:UNIMPLEMENTED")
+    assert (end["error"], end["reason"]) == ("Unimplemented", "NO_SUCH_METHOD")
+
+
+# --- a caller that has enough --------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize("label", ["hang", "silent"])
+def test_a_timeout_ends_the_call_at_the_daemon_too(kind: str, fake: Fake, label: str) -> None:
+    """And is told apart from a daemon that is not there."""
+    end = fake.convert(kind, label, timeout=0.5, wait_for_ready=0.2)
+    assert (end["error"], end["reason"]) == ("DeadlineExceeded", "TIMEOUT")
+    fake.await_noted("ended")
+
+
+@both
+def test_an_exception_of_on_progress_cancels_the_job_and_passes(kind: str, fake: Fake) -> None:
+    """The caller sees its own exception."""
+    end = fake.convert(kind, "hang", stop_at="converting")
+    assert end["error"] == "OfTheCaller"
+    fake.await_noted("ended")
+
+
+def test_cancelling_the_task_cancels_the_job(fake: Fake) -> None:
+    """And leaves the task cancelled."""
+    end = fake.convert("aio", "hang", cancel_after=0.5)
+    assert end["error"] == "CancelledError"
+    fake.await_noted("ended")
+
+
+def test_a_task_that_is_cancelled_while_it_waits_for_a_daemon_stays_cancelled(
+    absent: Fake,
+) -> None:
+    """It is not taken for the call that the client itself calls off."""
+    end = absent.convert("aio", cancel_after=0.2, wait_for_ready=10)
+    assert end["error"] == "CancelledError"
+
+
+@both
+def test_ctrl_c_cancels_the_job(kind: str, fake: Fake) -> None:
+    """It ends the call, and so the job."""
+    calling = fake.converting(kind, "hang")
+    calling.await_phase("converting")
+    calling.process.send_signal(signal.SIGINT)
+    assert calling.end()["error"] == "KeyboardInterrupt"
+    fake.await_noted("ended")
+
+
+@both
+def test_a_client_that_is_killed_takes_its_job_along(kind: str, fake: Fake) -> None:
+    """Its connection ends with it."""
+    calling = fake.converting(kind, "hang")
+    calling.await_phase("converting")
+    calling.process.kill()
+    fake.await_noted("ended")
+    with calling.process:
+        pass
+
+
+# --- a request that can't be said ----------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"cache_mode": "unsafe"}, "BAD_OPTION"),
+        ({"compression": "lzma"}, "BAD_OPTION"),
+        ({"mode": -1}, "BAD_OPTION"),
+        ({"label": "\udcff"}, "BAD_OPTION"),
+    ],
+)
+def test_an_option_that_the_contract_can_not_carry_is_refused_here(
+    kind: str, fake: Fake, options: dict[str, Any], reason: str
+) -> None:
+    """With the class and reason that the daemon would have given."""
+    end = fake.convert(kind, **options)
+    assert (end["error"], end["reason"]) == ("InvalidArgument", reason)
+    assert fake.log == []

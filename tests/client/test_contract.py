@@ -1,0 +1,149 @@
+"""The client's values are the contract's messages, field by field."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+import pytest
+from google.protobuf.message import Message
+
+from convertd.v1 import convert_pb2 as pb
+from convertd_client import answers, conversion, results, wire
+
+SAME = {
+    pb.CacheChoice: results.CacheChoice,
+    pb.ConvertProgress: results.Progress,
+    pb.ConvertResult: results.ConvertResult,
+    pb.GetAccessResponse: results.Access,
+    pb.Grant: results.Grant,
+    pb.GrantedRoot: results.GrantedRoot,
+    pb.ImageMember: results.ImageMember,
+    pb.InspectResponse: results.ImageInfo,
+    pb.Job: results.Job,
+    pb.Limits: results.Limits,
+    pb.Plan: results.Plan,
+    pb.Snapshot: results.Snapshot,
+    pb.Bitmap: results.Bitmap,
+    pb.Versions: results.Versions,
+    pb.Warning: results.Notice,
+}
+
+
+@pytest.mark.parametrize(("message", "value"), SAME.items(), ids=[kind.__name__ for kind in SAME])
+def test_a_value_has_the_fields_of_its_message(message: type[Message], value: type) -> None:
+    """A field that the contract gains is one that the client must pass on."""
+    own = {item.name for item in dataclasses.fields(value)} - {"plan"}
+    assert own == set(message.DESCRIPTOR.fields_by_name)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        results.CacheMode,
+        results.Compression,
+        results.JobState,
+        results.OverwriteScope,
+        results.Phase,
+        results.Preallocation,
+        results.RootAccess,
+        results.RootKind,
+    ],
+)
+def test_an_enum_has_the_values_of_the_contract(kind: type[enum.StrEnum]) -> None:
+    """No more and no less."""
+    values = pb.DESCRIPTOR.enum_types_by_name[kind.__name__].values
+    prefix = values[0].name.removesuffix("UNSPECIFIED")
+    assert {item.name for item in kind} == {item.name.removeprefix(prefix) for item in values}
+
+
+def test_every_field_of_an_answer_is_read() -> None:
+    """Each is set to something that its default is not."""
+    told = pb.ConvertResult(
+        job_id="1",
+        published=True,
+        source_format="raw",
+        dest_format="qcow2",
+        virtual_size_bytes=2,
+        allocated_size_bytes=3,
+        dest_cache=pb.CacheChoice(mode=pb.CACHE_MODE_NONE, reason="why"),
+        source_cache=pb.CacheChoice(mode=pb.CACHE_MODE_WRITEBACK, reason="else"),
+        warnings=[pb.Warning(reason="W", message="w")],
+        elapsed_seconds=4,
+        queued_seconds=5,
+        bytes_per_second=6,
+        verified=True,
+        replaced=True,
+    )
+    assert len(told.ListFields()) == len(told.DESCRIPTOR.fields)
+    assert answers.result(told, None) == results.ConvertResult(
+        job_id="1",
+        published=True,
+        source_format="raw",
+        dest_format="qcow2",
+        virtual_size_bytes=2,
+        allocated_size_bytes=3,
+        dest_cache=results.CacheChoice(mode=results.CacheMode.NONE, reason="why"),
+        source_cache=results.CacheChoice(mode=results.CacheMode.WRITEBACK, reason="else"),
+        warnings=(results.Notice(reason="W", message="w"),),
+        elapsed_seconds=4,
+        queued_seconds=5,
+        bytes_per_second=6,
+        verified=True,
+        replaced=True,
+    )
+
+
+def test_a_request_has_what_was_asked_for() -> None:
+    """Every option that the client has."""
+    options = conversion.ConvertOptions(
+        source_format="raw",
+        compression="zstd",
+        cache_mode="directsync",
+        preallocation="falloc",
+        mode=0o640,
+        group="disk",
+        overwrite=True,
+        verify=True,
+        rate_limit=1 << 20,
+        label="nightly",
+        validate_only=True,
+        source_secret=b"one",
+        dest_secret=b"two",
+    )
+    asked = conversion.asked("/a", "/b", "qcow2", options)
+    assert wire.convert_request(asked) == pb.ConvertRequest(
+        source=pb.Source(
+            path="/a", format="raw", encryption=pb.SourceEncryption(passphrase=b"one")
+        ),
+        dest=pb.Destination(
+            path="/b",
+            format="qcow2",
+            encryption=pb.DestinationEncryption(passphrase=b"two"),
+            compression=pb.COMPRESSION_ZSTD,
+            preallocation=pb.PREALLOCATION_FALLOC,
+            mode=0o640,
+            group="disk",
+            overwrite=True,
+        ),
+        cache_mode=pb.CACHE_MODE_DIRECTSYNC,
+        verify=True,
+        rate_limit_bytes_per_second=1 << 20,
+        validate_only=True,
+        label="nightly",
+    )
+
+
+def test_a_mode_that_was_not_asked_for_is_not_said() -> None:
+    """For 0 is a mode."""
+    left_out = wire.convert_request(conversion.asked("/a", "/b", "raw", {}))
+    nothing = wire.convert_request(conversion.asked("/a", "/b", "raw", {"mode": 0}))
+    assert not left_out.dest.HasField("mode")
+    assert nothing.dest.HasField("mode")
+
+
+@pytest.mark.parametrize("path", ["/run/a b.sock", "/run/50%41.sock", "/run/ä?#.sock"])
+def test_a_sockets_path_is_quoted_for_grpc(path: str) -> None:
+    """Which reads it as a URI."""
+    assert "%" in wire.target(path)
+    assert not set(" ?#") & set(wire.target(path))

@@ -1,0 +1,126 @@
+"""What is asked for, before it is asked."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from convertd_client import conversion, errors, results
+from convertd_client.conversion import ConvertOptions
+
+
+def test_left_out_options_have_the_defaults_of_the_contract() -> None:
+    """Nothing but the two ends and the format is needed."""
+    asked = conversion.asked("/a", Path("/b"), "qcow2", {})
+    assert (asked.source, asked.dest, asked.dest_format) == ("/a", "/b", "qcow2")
+    assert asked.source_format == ""
+    assert asked.compression is results.Compression.NONE
+    assert asked.cache_mode is results.CacheMode.AUTO
+    assert asked.preallocation is results.Preallocation.OFF
+    assert asked.mode is None
+    assert not asked.overwrite
+
+
+@pytest.mark.parametrize(
+    ("options", "compression"),
+    [
+        (ConvertOptions(compress=True), results.Compression.DEFAULT),
+        (ConvertOptions(compress=True, compression="zstd"), results.Compression.ZSTD),
+        (ConvertOptions(compression="zlib"), results.Compression.ZLIB),
+    ],
+    ids=["compress", "both", "compression"],
+)
+def test_a_stated_compression_wins_over_a_plain_compress(
+    options: ConvertOptions, compression: results.Compression
+) -> None:
+    """Which leaves the choice to the policy."""
+    assert conversion.asked("/a", "/b", "qcow2", options).compression is compression
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ConvertOptions(cache_mode="unsafe"),
+        ConvertOptions(cache_mode="unspecified"),
+        ConvertOptions(compression="lzma"),
+        ConvertOptions(preallocation="some"),
+        ConvertOptions(mode=-1),
+        ConvertOptions(mode=1 << 32),
+        ConvertOptions(rate_limit=1 << 64),
+        ConvertOptions(group="\udcff"),
+    ],
+    ids=str,
+)
+def test_a_value_that_the_contract_has_not_is_refused(options: ConvertOptions) -> None:
+    """With the reason that the daemon gives for values that it refuses."""
+    with pytest.raises(errors.InvalidArgument) as caught:
+        conversion.asked("/a", "/b", "qcow2", options)
+    assert caught.value.reason == "BAD_OPTION"
+
+
+def test_a_path_that_is_not_utf_8_is_refused() -> None:
+    """The contract can't carry it."""
+    with pytest.raises(errors.InvalidArgument) as caught:
+        conversion.asked(os.fsdecode(b"/a\xff"), "/b", "qcow2", {})
+    assert caught.value.reason == "BAD_PATH"
+    str(caught.value).encode()
+
+
+def test_an_option_that_does_not_exist_is_a_type_error() -> None:
+    """As for any function."""
+    with pytest.raises(TypeError, match="'overwriet'"):
+        conversion.asked("/a", "/b", "qcow2", {"overwriet": True})  # type: ignore[typeddict-unknown-key]
+
+
+def test_a_passphrase_is_not_shown() -> None:
+    """In a log or a traceback."""
+    asked = conversion.asked("/a", "/b", "luks", {"dest_secret": b"hunter2"})
+    assert "hunter2" not in repr(asked)
+
+
+@pytest.mark.parametrize(
+    ("path", "absolute"),
+    [
+        ("/a//b/./c/", "/a/b/c"),
+        ("a", "{here}/a"),
+        ("./a/b", "{here}/a/b"),
+        ("../a", "{above}/a"),
+        ("x/../a", "{here}/x/../a"),
+        ("/a/../b", "/a/../b"),
+    ],
+)
+def test_a_path_is_made_absolute_without_a_guess_at_links(
+    path: str, absolute: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`x/..` is another directory than the current one if x is a link."""
+    monkeypatch.chdir(tmp_path)
+    here = os.getcwd()
+    expected = absolute.format(here=here, above=os.path.dirname(here))
+    assert conversion.absolute(path) == expected
+
+
+def test_more_dots_than_directories_end_at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for the kernel."""
+    monkeypatch.chdir("/usr")
+    assert conversion.absolute("../../../a") == "/a"
+
+
+def test_a_relative_path_without_a_working_directory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was removed."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(errors.InvalidArgument):
+        conversion.absolute("a")
+    assert conversion.absolute("/a") == "/a"
+
+
+def test_an_empty_path_is_refused() -> None:
+    """It is not the working directory."""
+    with pytest.raises(errors.InvalidArgument):
+        conversion.absolute("")

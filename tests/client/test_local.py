@@ -1,0 +1,299 @@
+"""local: images converted for a user without rights, and without a daemon."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from harness import images, waiting
+from harness.callers import ALICE, owner_of
+
+from convertd_client import errors, job, order
+
+SCRIPT: Final = """
+import dataclasses, json, sys
+import convertd_client
+from convertd_client import local
+told = json.loads(sys.argv[1])
+stop_at = told.pop("stop_at", None)
+
+def hear(progress):
+    print(progress.phase, flush=True)
+    if progress.phase == stop_at:
+        raise KeyboardInterrupt
+
+try:
+    if told.pop("method") == "inspect":
+        done = local.inspect(*told.pop("args"), **told)
+    else:
+        done = local.convert(*told.pop("args"), on_progress=hear, **told)
+    end = {"value": dataclasses.asdict(done)}
+except convertd_client.ConvertError as error:
+    end = {"error": type(error).__name__, "reason": error.reason, "message": str(error)}
+except KeyboardInterrupt:
+    end = {"error": "KeyboardInterrupt"}
+end["loaded"] = "grpc" in sys.modules or "google.protobuf" in sys.modules
+print(json.dumps(end))
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Path]:
+    """A directory of the user's own, with an image in it."""
+    for directory in (tmp_path.parent.parent, tmp_path.parent, tmp_path):
+        directory.chmod(0o755)
+    images.small(tmp_path / "a.raw")
+    for path in (tmp_path, tmp_path / "a.raw"):
+        os.chown(path, ALICE.uid, ALICE.gid)
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+def begin(method: str, *args: object, **options: object) -> subprocess.Popen[bytes]:
+    """Call one of the functions as the user."""
+    told = json.dumps({"method": method, "args": [str(item) for item in args], **options})
+    return ALICE.popen([sys.executable, "-I", "-c", SCRIPT, told], stdout=subprocess.PIPE)
+
+
+def end_of(process: subprocess.Popen[bytes]) -> dict[str, Any]:
+    """What came of a call."""
+    out, _ = process.communicate(timeout=waiting.DEADLINE_S)
+    end: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return end
+
+
+def run(method: str, *args: object, **options: object) -> dict[str, Any]:
+    """Call one of the functions as the user, and give what came of it."""
+    return end_of(begin(method, *args, **options))
+
+
+def await_phase(process: subprocess.Popen[bytes], phase: str) -> None:
+    """Wait until a conversion is in a phase."""
+    assert process.stdout is not None
+    while (line := process.stdout.readline().decode().strip()) != phase:
+        assert line, f"it ended before {phase}"
+
+
+def jobs_of(process: subprocess.Popen[bytes]) -> list[int]:
+    """The job programs that a process has started, and that live."""
+    path = f"/proc/{process.pid}/task/{process.pid}/children"
+    try:
+        with open(path, encoding="ascii") as children:
+            return [int(pid) for pid in children.read().split()]
+    except FileNotFoundError:
+        return []
+
+
+@pytest.mark.parametrize("dest_format", ["qcow2", "vmdk", "vdi"])
+def test_an_image_is_the_same_there_and_back(dest_format: str, home: Path) -> None:
+    """What is made is the user's, and what a policy would have said by default."""
+    there, back = home / f"there.{dest_format}", home / "back.raw"
+    first = run("convert", home / "a.raw", there, dest_format=dest_format, source_format="raw")
+    second = run("convert", there, back, dest_format="raw")
+    assert first["value"]["published"]
+    assert second["value"]["source_format"] == dest_format
+    assert images.identical(home / "a.raw", back)
+    assert owner_of(there) == (ALICE.uid, ALICE.gid, 0o600)
+
+
+def test_neither_grpc_nor_protobuf_is_needed(home: Path) -> None:
+    """Nor loaded."""
+    assert not run("convert", home / "a.raw", home / "b", dest_format="qcow2")["loaded"]
+
+
+def test_the_result_says_what_a_daemons_says(home: Path) -> None:
+    """Plan included."""
+    options = {"verify": True, "compress": True, "mode": 0o640}
+    value = run("convert", home / "a.raw", home / "b", dest_format="qcow2", **options)["value"]
+    assert value["verified"]
+    assert not value["replaced"]
+    assert value["plan"]["compression"] == "zlib"
+    assert value["plan"]["chain"][0]["path"] == str(home / "a.raw")
+    assert value["bytes_per_second"] > 0
+    assert value["allocated_size_bytes"] == (home / "b").stat().st_blocks * 512
+    assert stat.S_IMODE((home / "b").stat().st_mode) == 0o640
+
+
+def test_an_encrypted_image_is_made_and_read_with_its_passphrase(home: Path) -> None:
+    """Which goes by a pipe."""
+    script = (
+        "from convertd_client import local; import sys; a, b, c = sys.argv[1:];"
+        "local.convert(a, b, dest_format='qcow2', source_format='raw', dest_secret=b'hunter2');"
+        "local.convert(b, c, dest_format='raw', source_format='qcow2', source_secret=b'hunter2')"
+    )
+    paths = [str(home / name) for name in ("a.raw", "b.qcow2", "c.raw")]
+    assert ALICE.run([sys.executable, "-I", "-c", script, *paths]).status == 0
+    assert images.identical(home / "a.raw", home / "c.raw")
+    assert run("inspect", home / "b.qcow2")["value"]["encrypted"]
+    refused = run("convert", home / "b.qcow2", home / "d", dest_format="raw")
+    assert (refused["error"], refused["reason"]) == ("InvalidArgument", "SECRET_MISSING")
+
+
+def test_an_image_is_inspected(home: Path) -> None:
+    """With qemu-img's own answer under the name that was given."""
+    image = images.converted(home / "a.raw", home / "b.qcow2", "qcow2")
+    os.chown(image, ALICE.uid, ALICE.gid)
+    value = run("inspect", image)["value"]
+    assert (value["format"], value["virtual_size_bytes"]) == ("qcow2", 8 << 20)
+    assert json.loads(value["qemu_img_json"])["filename"] == str(image)
+
+
+def test_what_the_user_may_not_read_is_refused(home: Path) -> None:
+    """By the kernel: nobody's rights but one's own."""
+    os.chown(home / "a.raw", 0, 0)
+    end = run("convert", home / "a.raw", home / "b", dest_format="qcow2")
+    assert (end["error"], end["reason"]) == ("FailedPrecondition", "ACCESS_REFUSED")
+    assert os.listdir(home) == ["a.raw"]
+
+
+def test_an_existing_destination_is_kept_unless_overwriting_is_asked_for(home: Path) -> None:
+    """As with a daemon."""
+    dest = home / "b"
+    dest.write_text("precious")
+    os.chown(dest, ALICE.uid, ALICE.gid)
+    end = run("convert", home / "a.raw", dest, dest_format="raw")
+    assert (end["error"], end["reason"]) == ("AlreadyExists", "DEST_EXISTS")
+    assert dest.read_text() == "precious"
+    assert run("convert", home / "a.raw", dest, dest_format="raw", overwrite=True)["value"]
+    assert images.identical(home / "a.raw", dest)
+
+
+def test_a_dry_run_says_its_plan_and_does_nothing(home: Path) -> None:
+    """validate_only."""
+    end = run("convert", home / "a.raw", home / "b", dest_format="qcow2", validate_only=True)
+    assert not end["value"]["published"]
+    assert end["value"]["plan"]["dest_format"] == "qcow2"
+    assert os.listdir(home) == ["a.raw"]
+
+
+def test_a_relative_path_is_below_the_working_directory(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of whoever calls, not of the job."""
+    monkeypatch.chdir(home)
+    script = (
+        "import os, sys; os.chdir(sys.argv[1]); from convertd_client import local;"
+        "local.convert('a.raw', 'b', dest_format='raw')"
+    )
+    assert ALICE.run([sys.executable, "-I", "-c", script, str(home)]).status == 0
+    assert images.identical(home / "a.raw", home / "b")
+
+
+# --- an end before the end -----------------------------------------------------------------------
+
+SLOW: Final = {"dest_format": "qcow2", "source_format": "raw", "rate_limit": 1 << 20}
+
+
+@pytest.fixture
+def bulky(home: Path) -> Path:
+    """An image that takes a minute at the rate limit of SLOW."""
+    path = images.bulky(home / "bulky.raw")
+    os.chown(path, ALICE.uid, ALICE.gid)
+    return path
+
+
+def assert_nothing_left(home: Path, pids: list[int]) -> None:
+    """See that no job lives, and that nothing was made."""
+    for pid in pids:
+        waiting.until(functools.partial(_is_gone, pid), "the job is gone")
+    assert sorted(os.listdir(home)) == ["a.raw", "bulky.raw"]
+
+
+def test_a_timeout_ends_the_job_and_leaves_nothing(home: Path, bulky: Path) -> None:
+    """And says that it was the timeout."""
+    process = begin("convert", bulky, home / "b", timeout=1.0, **SLOW)
+    await_phase(process, "converting")
+    pids = jobs_of(process)
+    end = end_of(process)
+    assert (end["error"], end["reason"]) == ("DeadlineExceeded", "TIMEOUT")
+    assert pids
+    assert_nothing_left(home, pids)
+
+
+def test_an_exception_of_on_progress_ends_the_job_and_leaves_nothing(
+    home: Path, bulky: Path
+) -> None:
+    """When the call is left, the job is gone."""
+    process = begin("convert", bulky, home / "b", stop_at="converting", **SLOW)
+    assert end_of(process)["error"] == "KeyboardInterrupt"
+    assert_nothing_left(home, [])
+
+
+def _is_gone(pid: int) -> bool:
+    return not os.path.exists(f"/proc/{pid}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_caller_that_is_stopped_takes_the_job_along(
+    number: signal.Signals, home: Path, bulky: Path
+) -> None:
+    """Whether it can tidy up or not."""
+    process = begin("convert", bulky, home / "b", **SLOW)
+    await_phase(process, "converting")
+    pids = jobs_of(process)
+    process.send_signal(number)
+    process.communicate(timeout=waiting.DEADLINE_S)
+    assert pids
+    assert_nothing_left(home, pids)
+
+
+def test_a_job_that_is_killed_leaves_nothing_and_its_caller_in_doubt(
+    home: Path, bulky: Path
+) -> None:
+    """It can't say whether it had published."""
+    process = begin("convert", bulky, home / "b", **SLOW)
+    await_phase(process, "converting")
+    (pid,) = jobs_of(process)
+    os.kill(pid, signal.SIGKILL)
+    end = end_of(process)
+    assert (end["error"], end["reason"]) == ("OutcomeUnknown", "JOB_DIED")
+    assert_nothing_left(home, [pid])
+
+
+def test_a_job_that_dies_before_its_work_has_done_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broken installation, for instance."""
+    monkeypatch.setattr(job, "_START", "raise SystemExit(3)")
+    conversion = job.Conversion(b"[]", ())
+    with pytest.raises(errors.Internal) as caught:
+        conversion.run(None, None)
+    assert (caught.value.reason, caught.value.metadata) == ("JOB_DIED", {"status": "3"})
+
+
+def test_a_conversion_that_is_cancelled_before_it_runs_is_not_done() -> None:
+    """The signal may come first."""
+    conversion = job.Conversion(b"[]", ())
+    conversion.cancel()
+    with pytest.raises(errors.Cancelled):
+        conversion.run(None, None)
+
+
+def test_without_qemu_img_converting_is_unimplemented(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And said before anything is started."""
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    with pytest.raises(errors.Unimplemented, match="qemu-img"):
+        job.qemu_img()
+
+
+def test_an_order_is_what_the_job_reads(home: Path) -> None:
+    """Every field of its own types, and none besides: the job takes no other."""
+    from convertd_client import conversion  # noqa: PLC0415 - beside the daemon's modules
+    from convertd_daemon import channel, codec, model  # noqa: PLC0415 - as above
+
+    asked = conversion.asked(home / "a", "/b", "qcow2", {"mode": 0o600, "dest_secret": b"x"})
+    read = codec.decode(order.convert(asked, "/usr/bin/qemu-img"), channel.Order)
+    assert read.convert is not None
+    assert read.convert.dest.encryption == model.Encryption()
+    assert dataclasses.asdict(read.convert.dest)["mode"] == 0o600
+    inspected = codec.decode(order.inspect("/a", "raw", "/usr/bin/qemu-img"), channel.Order)
+    assert inspected.inspect == model.InspectRequest(source=model.Source(path="/a", format="raw"))

@@ -1,0 +1,241 @@
+"""nova: Nova's four functions, held against what Nova 34 has and does."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shutil
+import stat
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+from harness import images
+from harness.callers import ALICE, PYTHON
+from harness.daemon import Daemon
+
+POLICY: Final = """
+[roots.images]
+path = "{scratch}/images"
+access = "daemon"
+[[grants]]
+users = [1234]
+read = ["images"]
+write = ["images"]
+formats = ["raw", "qcow2", "vmdk"]
+overwrite = "any"
+"""
+
+SIGNATURES: Final = {
+    "convert_image": "(source, dest, in_format, out_format, instances_path, compress, "
+    "src_encryption=None, dest_encryption=None)",
+    "unprivileged_convert_image": "(source, dest, in_format, out_format, instances_path, "
+    "compress, src_encryption=None, dest_encryption=None)",
+    "privileged_qemu_img_info": "(path, format=None)",
+    "unprivileged_qemu_img_info": "(path, format=None)",
+}
+"""Source: nova/privsep/qemu.py of Nova 34.0.0."""
+
+SCRIPT: Final = """
+import dataclasses, inspect, json, sys
+from convertd_client import ConvertError, nova
+name, *arguments = json.loads(sys.argv[1])
+try:
+    done = getattr(nova, name)(*arguments)
+    print(json.dumps(done if isinstance(done, str) else dataclasses.asdict(done)))
+except ConvertError as error:
+    print(json.dumps([type(error).__name__, error.reason]))
+"""
+
+FUNCTIONS: Final = ("convert_image", "unprivileged_convert_image")
+
+
+@pytest.fixture
+def home(daemon: Daemon, images_dir: Path, library: Path) -> Iterator[Path]:
+    """A directory of the user's own in the granted root, with an image in it."""
+    assert daemon.is_running
+    shutil.copy(library / "small.raw", images_dir / "a.raw")
+    for path in (images_dir, images_dir / "a.raw"):
+        os.chown(path, ALICE.uid, ALICE.gid)
+    yield images_dir
+    shutil.rmtree(images_dir)
+
+
+@pytest.fixture
+def call(daemon: Daemon) -> Callable[..., object]:
+    """Call one of the functions as the user."""
+
+    def run(name: str, *arguments: object) -> object:
+        told = json.dumps([name, *arguments], default=str)
+        environment = {"CONVERTD_SOCKET": str(daemon.socket)}
+        ran = ALICE.run([PYTHON, "-I", "-c", SCRIPT, told], env=environment)
+        assert ran.status == 0, ran.err
+        return ran.json()
+
+    return run
+
+
+def as_nova_would(source: Path, dest: Path, out_format: str, *, compress: bool) -> None:
+    """Run the qemu-img command that Nova's function makes."""
+    flags = ["-c"] if compress else []
+    argv = ["qemu-img", "convert", "-t", "none", "-O", out_format, "-f", "raw", *flags]
+    subprocess.run([*argv, str(source), str(dest)], check=True)
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_the_arguments_are_novas(name: str) -> None:
+    """By name and in order, for some callers use the one and some the other."""
+    script = (
+        "import inspect, sys; from convertd_client import nova;"
+        "print(inspect.signature(getattr(nova, sys.argv[1])))"
+    )
+    ran = ALICE.run([PYTHON, "-I", "-c", script, name])
+    ours = eval(f"lambda {_without_types(ran.out)}: 0")  # noqa: S307 - our own signature
+    theirs = eval(f"lambda {SIGNATURES[name].strip('()')}: 0")  # noqa: S307 - as above
+    assert inspect.signature(ours) == inspect.signature(theirs)
+
+
+def _without_types(signature: str) -> str:
+    """The parameters of a signature without their annotations."""
+    listed = signature.strip().partition("->")[0].strip().strip("()")
+    names = []
+    for parameter in listed.replace("Encryption | None", "Encryption").split(","):
+        name, _, rest = parameter.partition(":")
+        default = rest.partition("=")[2].strip()
+        names.append(f"{name.strip()}={default}" if default else name.strip())
+    return ", ".join(names)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_result_is_what_qemu_img_makes(
+    name: str, home: Path, call: Callable[..., object], *, compress: bool
+) -> None:
+    """The same disk for a guest, compressed or not."""
+    as_nova_would(home / "a.raw", home / "theirs", "qcow2", compress=compress)
+    call(name, home / "a.raw", home / "ours", "raw", "qcow2", home, compress)
+    assert images.identical(home / "theirs", home / "ours")
+    sizes = [(home / side).stat().st_blocks for side in ("theirs", "ours")]
+    assert min(sizes) > 0.9 * max(sizes)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_an_existing_destination_is_replaced(
+    name: str, home: Path, call: Callable[..., object]
+) -> None:
+    """As qemu-img overwrites it."""
+    (home / "b").write_text("old")
+    os.chown(home / "b", ALICE.uid, ALICE.gid)
+    call(name, home / "a.raw", home / "b", "raw", "raw", home, False)
+    assert images.identical(home / "a.raw", home / "b")
+
+
+def test_what_is_made_with_ones_own_rights_has_the_mode_that_qemu_img_gives(
+    home: Path, call: Callable[..., object]
+) -> None:
+    """0644, less the umask: others read Nova's base images."""
+    call("unprivileged_convert_image", home / "a.raw", home / "b", None, "raw", home, False)
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE((home / "b").stat().st_mode) == 0o644 & ~umask
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize(
+    ("instances", "mode"),
+    [("direct", "none"), ("ramfs", "writeback"), ("missing", "writeback")],
+)
+def test_the_cache_mode_is_the_one_that_nova_chooses(
+    name: str, instances: str, mode: str, home: Path, call: Callable[..., object]
+) -> None:
+    """From whether instances_path takes direct writes. The destination does, each time."""
+    path = home / instances
+    if instances != "missing":
+        path.mkdir()
+    if instances == "ramfs":
+        subprocess.run(["mount", "-t", "ramfs", "none", str(path)], check=True)
+    try:
+        for directory in (path,) if path.exists() else ():
+            os.chown(directory, ALICE.uid, ALICE.gid)
+        done = call(name, home / "a.raw", home / "b", "raw", "raw", path, False)
+    finally:
+        if instances == "ramfs":
+            subprocess.run(["umount", str(path)], check=True)
+    assert isinstance(done, dict)
+    assert done["dest_cache"]["mode"] == mode
+
+
+@pytest.mark.parametrize("name", ["privileged_qemu_img_info", "unprivileged_qemu_img_info"])
+def test_info_is_the_text_that_qemu_img_prints(
+    name: str, home: Path, call: Callable[..., object]
+) -> None:
+    """For oslo.utils' QemuImgInfo, which parses it."""
+    images.converted(home / "a.raw", home / "b.qcow2", "qcow2")
+    os.chown(home / "b.qcow2", ALICE.uid, ALICE.gid)
+    told = call(name, home / "b.qcow2")
+    argv = ["qemu-img", "info", "--output=json", str(home / "b.qcow2")]
+    theirs = subprocess.run(argv, check=True, capture_output=True)
+    assert isinstance(told, str)
+    assert json.loads(told) == json.loads(theirs.stdout)
+    assert json.loads(str(call(name, home / "b.qcow2", "raw")))["format"] == "raw"
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_encryption_is_refused_with_a_reason(
+    name: str, home: Path, call: Callable[..., object]
+) -> None:
+    """Rather than left out."""
+    secret = {"secret": "x", "format": "luks"}
+    arguments = [home / "a.raw", home / "b", "raw", "luks", home, False]
+    assert call(name, *arguments, None, secret) == ["Unimplemented", "UNSUPPORTED"]
+    assert call(name, *arguments, secret) == ["Unimplemented", "UNSUPPORTED"]
+    assert not (home / "b").exists()
+
+
+def test_a_ploop_image_is_looked_at_in_its_directory(
+    home: Path, call: Callable[..., object]
+) -> None:
+    """As Nova does."""
+    ploop = home / "ploop"
+    ploop.mkdir()
+    (ploop / "DiskDescriptor.xml").touch()
+    images.converted(home / "a.raw", ploop / "root.hds", "parallels")
+    for path in (ploop, ploop / "root.hds"):
+        os.chown(path, ALICE.uid, ALICE.gid)
+    told = json.loads(str(call("unprivileged_qemu_img_info", ploop)))
+    assert told["filename"] == str(ploop / "root.hds")
+
+
+# --- under eventlet --------------------------------------------------------------------------
+
+GREEN: Final = """
+import sys, types
+eventlet = sys.modules["eventlet"] = types.ModuleType("eventlet")
+eventlet.patcher = types.SimpleNamespace(is_monkey_patched=lambda name: name == "thread")
+from convertd_client import ConvertError, nova
+path, dest, directory = sys.argv[1:]
+print(nova.convert_image(path, dest, "raw", "qcow2", directory, False).dest_cache.mode)
+print(nova.privileged_qemu_img_info(dest))
+try:
+    nova.privileged_qemu_img_info("/etc/shadow")
+except ConvertError as error:
+    print(type(error).__name__, error.reason)
+"""
+
+
+def test_where_eventlet_has_taken_the_threads_the_daemon_is_asked_by_a_child(
+    daemon: Daemon, home: Path
+) -> None:
+    """In which gRPC runs as it should. Results and errors are the same."""
+    arguments = [str(home / "a.raw"), str(home / "b"), str(home)]
+    environment = {"CONVERTD_SOCKET": str(daemon.socket)}
+    ran = ALICE.run([PYTHON, "-I", "-c", GREEN, *arguments], env=environment)
+    mode, info, refusal = ran.out.splitlines()
+    assert (ran.status, ran.err) == (0, "")
+    assert mode == "none"
+    assert json.loads(info)["format"] == "qcow2"
+    assert refusal == "PermissionDenied PERMISSION_DENIED"
+    assert images.identical(home / "a.raw", home / "b")
