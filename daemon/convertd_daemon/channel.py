@@ -28,6 +28,10 @@ class Closed(Exception):
     """The other end of the channel is gone."""
 
 
+class TooLong(Exception):
+    """A message of more bytes than the other end takes. Nothing was sent."""
+
+
 # --- front to broker ---------------------------------------------------------------------------
 
 
@@ -348,6 +352,18 @@ class Account:
 # --- the socket --------------------------------------------------------------------------------
 
 
+def encoded(message: object) -> bytes:
+    """Put a message into bytes that can be sent. What a queue holds must be this.
+
+    Raises:
+        TooLong: it has more bytes than the other end takes.
+    """
+    data = codec.encode(message)
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise TooLong(f"{type(message).__name__} of {len(data)} bytes")
+    return data
+
+
 class Channel:
     """One end of a SOCK_SEQPACKET pair, with typed messages and descriptors.
 
@@ -384,8 +400,9 @@ class Channel:
 
         Raises:
             Closed: the other end is gone.
+            TooLong: nothing was sent.
         """
-        return self.send_bytes(codec.encode(message), *descriptors, wait=wait)
+        return self.send_bytes(encoded(message), *descriptors, wait=wait)
 
     def send_bytes(self, data: bytes, *descriptors: int, wait: bool = True) -> bool:
         """Send an encoded message. See `send`."""

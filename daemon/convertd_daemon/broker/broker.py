@@ -41,6 +41,7 @@ FRONT_RESTARTS: Final = 5
 
 FRONT_STOP_S: Final = 5.0
 ACCEPTS_AT_ONCE: Final = 64
+TOO_LONG: Final = errors.Unsupported(what="so long an answer", why="it does not fit into a message")
 OUT_OF_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
@@ -112,6 +113,12 @@ class Broker:
             self.front.kill()
         except channel.Closed:
             return  # its end is on its way to us as SIGCHLD
+        except channel.TooLong as error:
+            # A caller in 65,536 groups, a policy of a megabyte: its call ends, and nothing else.
+            log.warning("an answer does not fit into a message: %s", error)
+            call = getattr(message, "call", None)
+            if call is not None and not isinstance(message, channel.Refused):
+                self.refuse(call, TOO_LONG.failure())
         if self.front.is_behind:
             self.loop.watch(self.front.line.fileno(), loop.READ | loop.WRITE, self.hear_front)
 
@@ -128,7 +135,9 @@ class Broker:
         except BlockingIOError:
             return
         except channel.Closed:
+            # An honest front ends now. One that does not would have us accept and never answer.
             self.loop.forget(self.front.line.fileno())
+            self.front.kill()
             return
         except codec.CodecError:
             # We made it and it does not speak our language: it is no longer ours.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import signal
 import sys
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from convertd_daemon import channel, codec
+from convertd_daemon import channel
 from convertd_daemon.kernel import close_range, prctl
 from convertd_daemon.sandbox import identity
 
@@ -48,12 +49,16 @@ class Front:
         Raises:
             FrontIsStuck: far too much waits already.
             channel.Closed: the front is gone.
+            channel.TooLong: the message can't be sent.
         """
-        if len(self._behind) >= MAX_BEHIND:
+        with contextlib.ExitStack() as unsent:
             if descriptor is not None:
-                os.close(descriptor)
-            raise FrontIsStuck
-        self._behind.append((codec.encode(message), descriptor))
+                unsent.callback(os.close, descriptor)
+            data = channel.encoded(message)
+            if len(self._behind) >= MAX_BEHIND:
+                raise FrontIsStuck
+            unsent.pop_all()
+        self._behind.append((data, descriptor))
         self.catch_up()
 
     def catch_up(self) -> None:

@@ -138,6 +138,9 @@ class Link:
         `descriptors` go along with the question; they are the caller's to close, after the block.
 
         If nobody said that it ended, the broker is told that nobody wants it any more.
+
+        Raises:
+            channel.TooLong: the question is longer than any that can be answered.
         """
         call = Call(self, next(self._numbers))
         self._calls[call.number] = call
@@ -151,8 +154,12 @@ class Link:
                 self.send(channel.Abandon(call=call.number))
 
     def send(self, message: object, *descriptors: int) -> None:
-        """Send to the broker, later if there is no room now."""
-        self._behind.append((codec.encode(message), descriptors))
+        """Send to the broker, later if there is no room now.
+
+        Raises:
+            channel.TooLong: it is not sent. It must not get in line: nothing would get past it.
+        """
+        self._behind.append((channel.encoded(message), descriptors))
         self._catch_up()
 
     def _catch_up(self) -> None:

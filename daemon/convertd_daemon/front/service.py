@@ -269,6 +269,8 @@ async def _fail(context: Context, error: Exception) -> NoReturn:
             await status.abort(context, failure)
         case errors.ConvertError():
             await status.abort(context, error.failure())
+        case channel.TooLong():
+            await status.abort(context, errors.BadMessage(problem="it is too long").failure())
         case link.BrokerIsGone():
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the daemon ended")
         case _:

@@ -56,11 +56,15 @@ class Leash:
 
         Raises:
             Cut: nobody is there to hear it.
+            errors.Unsupported: it is too long to be told.
         """
         try:
             self.line.send(message)
         except channel.Closed as error:
             raise Cut from error
+        except channel.TooLong as error:
+            problem = "what there is to say of it does not fit into a message"
+            raise errors.Unsupported(what="so much in an image", why=problem) from error
 
     def progress(self, phase: model.Phase, percent: float = 0.0) -> None:
         """Send how far the job is; dropped if the front is behind: a job never waits for that."""
