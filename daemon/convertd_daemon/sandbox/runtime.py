@@ -7,9 +7,6 @@ from typing import Final
 from convertd_daemon.kernel.landlock import AccessFs
 from convertd_daemon.sandbox import landlock
 
-# Absent on some distributions (/lib64 on aarch64 Debian), then skipped; present but unreadable is
-# an error. /dev/null: glibc and qemu-img's probe for lock support open it.
-_LIBRARIES: Final = ("/usr/lib", "/usr/lib64", "/lib", "/lib64")
 _LOADER_CACHE: Final = "/etc/ld.so.cache"
 
 _ELF_64_LITTLE_ENDIAN: Final = b"\x7fELF\x02\x01"
@@ -21,7 +18,10 @@ _PROGRAM_HEADER: Final = "<IIQQQQQQ"
 def rules(program: int) -> tuple[landlock.Rule, ...]:
     """Say what it takes to execute a program, given as a descriptor open for reading.
 
-    EXECUTE is for the program and its loader alone.
+    EXECUTE is for the program and its loader alone. Of libraries as little as will do: an image can
+    have any file read into its result that qemu-img may open. With all of /usr/lib, a header that
+    was rewritten at the right moment got a file out that was root's alone (below cgi-bin; 23 of 150
+    tries, 2026-11).
 
     Raises:
         OSError: the program can't be read.
@@ -30,13 +30,30 @@ def rules(program: int) -> tuple[landlock.Rule, ...]:
     loader = interpreter(program)
     return (
         landlock.Rule(where=program, access=landlock.EXECUTE),
-        *((landlock.Rule(where=loader, access=landlock.EXECUTE),) if loader else ()),
-        *(
-            landlock.Rule(where=path, access=landlock.READ, optional=True)
-            for path in (*_LIBRARIES, _LOADER_CACHE)
-        ),
+        *(_rules_of_loader(loader) if loader else ()),
+        # glibc and qemu-img's probe for lock support open it.
         landlock.Rule(where="/dev/null", access=AccessFs.READ_FILE | AccessFs.WRITE_FILE),
     )
+
+
+def _rules_of_loader(loader: str) -> tuple[landlock.Rule, ...]:
+    readable = (*library_directories(os.path.realpath(loader)), _LOADER_CACHE)
+    return (
+        landlock.Rule(where=loader, access=landlock.EXECUTE),
+        *(landlock.Rule(where=path, access=landlock.READ, optional=True) for path in readable),
+    )
+
+
+def library_directories(loader: str) -> tuple[str, ...]:
+    """Say where a system keeps its libraries, from where its loader really lies.
+
+    They lie where the loader does, below / or below /usr: /usr/lib/x86_64-linux-gnu on Debian,
+    /usr/lib64 on Fedora. What a distribution keeps elsewhere makes the self-test fail, and with it
+    the start.
+    """
+    directory = os.path.dirname(loader)
+    other = directory.removeprefix("/usr") if directory.startswith("/usr/") else f"/usr{directory}"
+    return (directory, other)
 
 
 def interpreter(program: int) -> str | None:
