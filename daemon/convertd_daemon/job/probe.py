@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from typing import TYPE_CHECKING, Any, Final
 
 from convertd_daemon import errors, model
@@ -27,7 +28,13 @@ NAMES_A_FILE: Final = frozenset({"filename", "data-file"})
 """The keys of format-specific information under which qemu tells the name of another file."""
 
 LOCKED: Final = "lock"
-NOT_THIS_FORMAT: Final = ("image not in", "image is not in", "not a")
+NOT_THIS_FORMAT: Final = re.compile(
+    r"(image|volume) (is )?not in \w+ format( \(bad signature \w+\))?"
+    r"|file is too small, not a valid image|invalid vmdk image descriptor"
+    r"|invalid vpc image|file too small for a vhd header"
+)
+"""All that qemu-img says after the image's own name; never a part of it. An image can have it say
+"Not a directory" of a file that it names, which would tell that the file exists."""
 NO_MEMORY: Final = "cannot allocate memory"
 
 
@@ -72,18 +79,18 @@ def describe(
     path = source.place.path
     if outcome.status != 0:
         log.info("info failed path=%r status=%d said=%r", path, outcome.status, outcome.stderr)
-        raise _refusal(path, stated, outcome)
+        raise _refusal(source, stated, outcome)
     try:
         said = json.loads(outcome.stdout)
         info = _parse(said, source)
-        has_data_file = "data-file" in said.get("format-specific", {}).get("data", {})
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        is_elsewhere = _is_elsewhere(said, source)
+    except _NOT_UNDERSTOOD as error:
         log.info("info unreadable path=%r error=%r", path, error)
         problem = "qemu-img describes it in a way that convertd does not understand"
         raise errors.ImageRefused(path=path, problem=problem) from error
     if stated and info.format != stated:
         raise errors.FormatMismatch(path=path, format=stated)
-    _judge(path, info, has_data_file=has_data_file)
+    _judge(path, info, is_elsewhere=is_elsewhere)
     return info, json.dumps({**said, "filename": path})
 
 
@@ -98,24 +105,39 @@ def result_info(fd: int, image_format: str, runner: qemu_img.Runner) -> tuple[st
     return str(found["format"]), int(found["virtual-size"])
 
 
-def _refusal(path: str, stated: str, outcome: Outcome) -> errors.ConvertError:
-    said = outcome.stderr.lower()
+def _refusal(source: Source, stated: str, outcome: Outcome) -> errors.ConvertError:
+    path, said = source.place.path, outcome.stderr.lower()
     if LOCKED in said and "failed to get" in said:
         return errors.ImageInUse(path=path)
     if NO_MEMORY in said:
         return errors.ImageRefused(path=path, problem="reading it takes more memory than allowed")
     if outcome.status < 0:
         return errors.ImageRefused(path=path, problem="qemu-img did not survive reading it")
-    if stated and any(phrase in said for phrase in NOT_THIS_FORMAT):
+    opening = f"qemu-img: could not open '{plan.path_of(source.fd)}': "
+    if stated and NOT_THIS_FORMAT.fullmatch(said.removeprefix(opening)):
         return errors.FormatMismatch(path=path, format=stated)
     return errors.ImageRefused(
         path=path, problem=f"qemu-img can't open it as {stated or 'any format'} by itself"
     )
 
 
-def _judge(path: str, info: model.ImageInfo, *, has_data_file: bool) -> None:
+_NOT_UNDERSTOOD: Final = (
+    *(ValueError, TypeError, KeyError),
+    *(AttributeError, OverflowError, RecursionError),
+)
+"""What the answer of a qemu-img that an image has taken over may raise when it is read."""
+
+
+def _is_elsewhere(said: dict[str, Any], source: Source) -> bool:
+    """Whether another file has the data: qcow2's external data file, an extent of a VMDK."""
+    specific = said.get("format-specific", {}).get("data", {})
+    extents = {str(extent["filename"]) for extent in specific.get("extents", ())}
+    return "data-file" in specific or not extents <= {plan.path_of(source.fd)}
+
+
+def _judge(path: str, info: model.ImageInfo, *, is_elsewhere: bool) -> None:
     """Refuse what convertd does not convert, whatever qemu-img might make of it."""
-    if has_data_file:
+    if is_elsewhere:
         raise errors.ImageRefused(path=path, problem="its data is in another file")
     if info.encrypted and dict(info.details).get("encrypt.format", "luks") != "luks":
         raise errors.Unsupported(what=f"{path}: its encryption", why="only LUKS is safe")
