@@ -128,12 +128,7 @@ def _existing(grant: model.Grant, directory: int, name: str) -> os.stat_result |
     try:
         # With the rights in force: whoever may not search the directory learns no name in it.
         with rights.of(place.root, grant.peer):
-            fd = openat2(
-                directory,
-                name,
-                flags=os.O_PATH | os.O_NOFOLLOW,
-                resolve=Resolve.BENEATH | Resolve.NO_MAGICLINKS,
-            )
+            fd = look_up(directory, name)
     except FileNotFoundError:
         return None
     try:
@@ -149,6 +144,32 @@ def _existing(grant: model.Grant, directory: int, name: str) -> os.stat_result |
     finally:
         os.close(fd)
     return status
+
+
+def look_up(directory: int, name: str) -> int:
+    """Open what bears a name in a directory, with O_PATH: a link itself, and never a mount's root.
+
+    A file can be a mount point too. What is mounted there may be a FUSE file system of its owner's,
+    which can hold whoever so much as asks for its size in state D.
+
+    Raises:
+        OSError: EXDEV, something is mounted there; or what the kernel says.
+    """
+    resolve = Resolve.BENEATH | Resolve.NO_MAGICLINKS | Resolve.NO_XDEV
+    return openat2(directory, name, flags=os.O_PATH | os.O_NOFOLLOW, resolve=resolve)
+
+
+def status_of(directory: int, name: str) -> os.stat_result:
+    """What fstat(2) says of a name in a directory. A link is not followed, nor a mount entered.
+
+    Raises:
+        OSError: as look_up.
+    """
+    fd = look_up(directory, name)
+    try:
+        return os.fstat(fd)
+    finally:
+        os.close(fd)
 
 
 def _check_unlocked(fd: int, place: model.Place) -> None:

@@ -13,11 +13,12 @@ import errno
 import fcntl
 import grp
 import os
+import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from convertd_daemon import errors, model
-from convertd_daemon.job import alias, rights, space
+from convertd_daemon.job import alias, paths, rights, space
 from convertd_daemon.kernel import getrandom
 
 if TYPE_CHECKING:
@@ -125,12 +126,14 @@ def _open_new(target: Target) -> tuple[int, str]:
 
 
 def _remove_if_unlocked(directory: int, name: str) -> None:
-    fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.unlink(name, dir_fd=directory)
-    finally:
-        os.close(fd)
+    with contextlib.ExitStack() as stack:
+        found = paths.look_up(directory, name)
+        stack.callback(os.close, found)
+        if stat.S_ISREG(os.fstat(found).st_mode):
+            fd = paths.reopen(found, os.O_RDONLY | os.O_NONBLOCK)
+            stack.callback(os.close, fd)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(name, dir_fd=directory)
 
 
 def _unlink(grant: model.Grant, target: Target, name: str) -> None:
