@@ -89,6 +89,7 @@ def serve(policy_path: str, socket_path: str) -> int:
     _warn(loaded)
     startup.check_program(loaded.policy.qemu_img)
     limits.raise_descriptors()
+    limits.refuse_core_dumps()
     startup.check_descriptors(loaded.policy.limits)
     os.umask(0o077)
     listener = listen.listen(socket_path)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 from convertd_daemon import channel, errors, model
 from convertd_daemon.job import account, leash, own, pipeline, qemu_img, rights, secrets
 from convertd_daemon.kernel import close_range, getrandom, prctl
-from convertd_daemon.sandbox import seccomp
+from convertd_daemon.sandbox import limits, seccomp
 from convertd_daemon.sandbox.setup import Setup
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def main() -> int:
     logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
     line = channel.Channel(socket.socket(fileno=os.dup(0)))
     os.umask(0o077)
+    limits.refuse_core_dumps()
     order, descriptors = line.receive(channel.Order)
     setup = Setup(
         path=order.qemu_img, identity=None, seccomp=seccomp.compile_profile(seccomp.QEMU_IMG)

@@ -41,6 +41,16 @@ def raise_descriptors() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def refuse_core_dumps() -> None:
+    """Have nobody of this process's kind dump core, for ever: it may hold a passphrase.
+
+    Raises:
+        OSError: setrlimit(2) refused.
+    """
+    # Not 0, which the kernel ignores when core_pattern is a pipe. Source: core(5).
+    _lower(resource.RLIMIT_CORE, 1)
+
+
 def apply(limits: Limits) -> None:
     """Bind the calling process and its children, for ever. Lowers, never raises.
 
@@ -49,8 +59,7 @@ def apply(limits: Limits) -> None:
     """
     _lower(resource.RLIMIT_AS, limits.address_space_bytes)
     _lower(resource.RLIMIT_NOFILE, DESCRIPTORS)
-    # Not 0, which the kernel ignores when core_pattern is a pipe. Source: core(5).
-    _lower(resource.RLIMIT_CORE, 1)
+    refuse_core_dumps()
     if limits.processor_time_s is not None:
         _lower(resource.RLIMIT_CPU, limits.processor_time_s)
     current = os.getpriority(os.PRIO_PROCESS, 0)
