@@ -1,0 +1,52 @@
+"""strace on a running daemon: to fail system calls, to slow them down, and to see that they came.
+
+Whatever the daemon forks is followed. Source: strace(1), "Tampering".
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Self
+
+from harness import waiting
+
+
+class Tracer:
+    """strace, attached to a process and what it will fork, for as long as the context lasts.
+
+    `inject` is what strace's option of that name takes: system calls, and what becomes of them.
+    With `path`, only calls about that path, or about a descriptor of it, are touched.
+    """
+
+    def __init__(self, pid: int, inject: str, path: Path | None = None) -> None:
+        """Attach when the context is entered."""
+        self._inject = inject
+        self._argv = ["strace", "-f", "-p", str(pid), "-e", f"trace={inject.partition(':')[0]}"]
+        self._argv += ["-e", f"inject={inject}"]
+        if path is not None:
+            self._argv += ["-P", str(path)]
+
+    def __enter__(self) -> Self:
+        self._said = tempfile.NamedTemporaryFile()
+        self._process = subprocess.Popen(self._argv, stdin=subprocess.DEVNULL, stderr=self._said)
+        waiting.until(lambda: " attached" in self.text, "strace is attached")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.send_signal(signal.SIGINT)
+        self._process.wait(waiting.DEADLINE_S)
+        self._said.close()
+
+    @property
+    def text(self) -> str:
+        """What strace has written."""
+        return Path(self._said.name).read_text(errors="replace")
+
+    @property
+    def injected(self) -> int:
+        """How many calls were failed."""
+        return len(re.findall(r"\(INJECTED\)", self.text))
