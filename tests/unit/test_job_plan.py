@@ -1,0 +1,486 @@
+"""The plan: what will be run, decided from what was granted and found, and from nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import grants
+import pytest
+import refusals
+from hypothesis import given
+from hypothesis import strategies as st
+
+from convertd_daemon import creation, errors, model
+from convertd_daemon.job import plan
+
+MIB = 1024 * 1024
+GIB = 1024 * MIB
+
+FILES = grants.files("/images")
+DEVICES = grants.devices("/dev/vg", allow_is_zero=True)
+RULES = grants.Rules(roots=(FILES, DEVICES), limits=model.Limits(virtual_size_bytes=2 * GIB))
+
+MODES = (
+    model.CacheMode.AUTO,
+    model.CacheMode.NONE,
+    model.CacheMode.WRITEBACK,
+    model.CacheMode.WRITETHROUGH,
+    model.CacheMode.DIRECTSYNC,
+)
+
+INFO = model.ImageInfo(format="qcow2", virtual_size_bytes=GIB, actual_size_bytes=100 * MIB)
+
+
+REQUEST = grants.request("/images/in.qcow2", "/images/out", "qcow2")
+ONTO_DEVICE = grants.request("/images/in.qcow2", "/dev/vg/out", "qcow2")
+
+
+def to(image_format: str = "raw", **changes: object) -> model.Grant:
+    """Leave to convert /images/in.qcow2 to /images/out, in this format and so."""
+    return RULES.convert(grants.to(REQUEST, format=image_format, **changes))
+
+
+def asked(**changes: object) -> model.Grant:
+    """Leave to convert /images/in.qcow2 to the raw image /images/out, so."""
+    return RULES.convert(dataclasses.replace(REQUEST, **changes))  # type: ignore[arg-type]
+
+
+ENCRYPTED = model.Source(path="/images/in.luks", format="luks", encrypted=True)
+
+
+def member(info: model.ImageInfo = INFO, path: str = "/images/in.qcow2") -> model.Member:
+    """One image of the source's chain."""
+    return model.Member(path=path, info=info)
+
+
+FACTS = plan.Facts(
+    chain=(plan.Node(format="qcow2", fd=7),),
+    dest=plan.Node(format="raw", fd=8),
+    source_direct=None,
+    dest_direct=None,
+    available_bytes=5 * GIB,
+)
+ON_DEVICE = dataclasses.replace(FACTS, dest=plan.Node(format="raw", fd=8, on_device=True))
+
+
+def made(
+    a_grant: model.Grant | None = None,
+    facts: plan.Facts = FACTS,
+    chain: tuple[model.Member, ...] = (member(),),
+) -> model.Plan:
+    """The plan for a grant."""
+    return plan.make(a_grant or RULES.convert(REQUEST), chain, facts)
+
+
+def after(argv: tuple[str, ...], name: str) -> str:
+    """The argument that follows another one."""
+    return argv[argv.index(name) + 1]
+
+
+def graph_of(*chain: plan.Node, encrypted: bool = False) -> dict[str, Any]:
+    """The graph that these images make."""
+    return parsed(plan.graph(chain, encrypted=encrypted))
+
+
+def parsed(argument: str) -> dict[str, Any]:
+    """What a graph in a command says."""
+    graph: dict[str, Any] = json.loads(argument.removeprefix("json:"))
+    return graph
+
+
+FILE_7 = '"driver":"file","filename":"/proc/self/fd/7"'
+
+
+class TestCommand:
+    """The arguments of qemu-img convert."""
+
+    def test_a_plain_conversion(self) -> None:
+        """All of it: descriptors only, one complete graph, every cache mode stated."""
+        assert made().argv == (
+            *("qemu-img", "convert", "-p", "-t", "none", "-T", "none", "-m", "16", "-W"),
+            *("-O", "raw"),
+            f'json:{{"driver":"qcow2","file":{{{FILE_7}}},"backing":null}}',
+            "/proc/self/fd/8",
+        )
+
+    def test_for_people_it_has_the_paths_of_the_caller(self) -> None:
+        """And neither descriptors nor secrets."""
+        encrypted = to("qcow2", encryption=model.Encryption())
+        assert made(encrypted).command == (
+            *("qemu-img", "convert", "-p", "-t", "none", "-T", "none"),
+            *("-O", "qcow2", "-f", "qcow2", "/images/in.qcow2", "/images/out"),
+        )
+
+    @pytest.mark.parametrize("kind", sorted(model.WRITABLE_FORMATS))
+    def test_out_of_order_is_for_raw_alone_among_what_is_not_compressed(self, kind: str) -> None:
+        """It fragments other formats' files."""
+        encryption = model.Encryption() if kind == "luks" else None
+        argv = made(to(kind, encryption=encryption)).argv
+        assert ("-W" in argv) is (kind == "raw")
+
+    def test_what_is_compressed_is_compressed_out_of_order(self) -> None:
+        """Half the time for the same file."""
+        for compression in (model.Compression.ZLIB, model.Compression.ZSTD):
+            argv = made(to("qcow2", compression=compression)).argv
+            assert {"-c", "-W", "-m"} < set(argv)
+
+    def test_zstd_is_an_option_of_the_image(self) -> None:
+        """The other is qemu's own default, which old readers know too."""
+        zstd = made(to("qcow2", compression=model.Compression.ZSTD))
+        zlib = made(to("qcow2", compression=model.Compression.ZLIB))
+        assert after(zstd.argv, "-o") == "compression_type=zstd"
+        assert "-o" not in zlib.argv
+        assert zstd.compression is model.Compression.ZSTD
+
+    def test_a_rate_limit_is_passed_on(self) -> None:
+        """In bytes per second."""
+        assert after(made(asked(rate_limit_bytes_per_second=MIB)).argv, "-r") == str(MIB)
+        assert "-r" not in made().argv
+
+    def test_options_of_the_image_are_passed_on_in_one_list(self) -> None:
+        """As they were checked, and preallocation with them."""
+        options = (
+            model.Option(name="cluster_size", value="65536"),
+            model.Option(name="compat", value="1.1"),
+        )
+        preallocation = model.Preallocation.METADATA
+        a_grant = to("qcow2", options=options, preallocation=preallocation)
+        expected = "cluster_size=65536,compat=1.1,preallocation=metadata"
+        assert after(made(a_grant).argv, "-o") == expected
+
+    def test_the_size_of_a_vhd_is_exact(self) -> None:
+        """By itself qemu rounds it to what a disk of 1990 could have had."""
+        assert after(made(to("vpc")).argv, "-o") == "force_size=on"
+
+    def test_a_destination_with_an_alias_goes_by_it(self) -> None:
+        """For a VMDK, which writes its own name down."""
+        node = plan.Node(format="vmdk", fd=8, alias="/run/x/out.vmdk")
+        facts = dataclasses.replace(FACTS, dest=node)
+        assert made(to("vmdk"), facts).argv[-1] == "/run/x/out.vmdk"
+
+
+class TestDevice:
+    """A destination that is there already."""
+
+    def test_is_opened_and_not_made(self) -> None:
+        """By one complete set of options: a name would be probed."""
+        argv = made(RULES.convert(ONTO_DEVICE), ON_DEVICE).argv
+        assert argv[-4:-2] == ("-n", "--target-image-opts")
+        assert argv[-1] == "driver=raw,file.driver=host_device,file.filename=/proc/self/fd/8"
+        assert "-O" not in argv
+        assert "--target-is-zero" not in argv
+
+    def test_that_is_zero_is_not_zeroed_again(self) -> None:
+        """If that was claimed, and allowed."""
+        blank = RULES.convert(grants.to(ONTO_DEVICE, is_zero=True))
+        assert "--target-is-zero" in made(blank, ON_DEVICE).argv
+
+    def test_needs_no_room(self) -> None:
+        """It has the size that it has."""
+        planned = made(RULES.convert(ONTO_DEVICE), ON_DEVICE)
+        assert (planned.needed_bytes, planned.available_bytes) == (0, 5 * GIB)
+
+
+STAND_ALONE = {"raw", "luks"}
+
+
+class TestGraph:
+    """What qemu may open, all of it, down to an explicit null."""
+
+    def test_a_chain_ends_where_it_was_seen_to_end(self) -> None:
+        """A header that is rewritten after the probe can't add a parent."""
+        chain = (
+            plan.Node(format="qcow2", fd=3),
+            plan.Node(format="vmdk", fd=4, on_device=True),
+            plan.Node(format="raw", fd=5),
+        )
+        assert graph_of(*chain) == {
+            "driver": "qcow2",
+            "file": {"driver": "file", "filename": "/proc/self/fd/3"},
+            "backing": {
+                "driver": "vmdk",
+                "file": {"driver": "host_device", "filename": "/proc/self/fd/4"},
+                "backing": {
+                    "driver": "raw",
+                    "file": {"driver": "file", "filename": "/proc/self/fd/5"},
+                },
+            },
+        }
+
+    @given(
+        st.lists(
+            st.builds(
+                plan.Node,
+                format=st.sampled_from(sorted(model.FORMATS)),
+                fd=st.integers(3, 200),
+                on_device=st.booleans(),
+            ),
+            min_size=1,
+        )
+    )
+    def test_it_names_descriptors_and_nothing_else(self, nodes: list[plan.Node]) -> None:
+        """Every driver that could have a parent is told its parent, or that it has none."""
+        graph: dict[str, Any] | None = graph_of(*nodes)
+        for node in nodes:
+            assert graph is not None
+            driver = "host_device" if node.on_device else "file"
+            assert graph["file"] == {"driver": driver, "filename": f"/proc/self/fd/{node.fd}"}
+            parent = set() if node.format in STAND_ALONE else {"backing"}
+            assert graph.keys() == {"driver", "file"} | parent
+            if node.format in STAND_ALONE:
+                return  # nothing can lie under it
+            graph = graph["backing"]
+        assert graph is None
+
+    def test_luks_has_its_key_by_name(self) -> None:
+        """Itself, or inside a qcow2; the passphrase is never here."""
+        luks = graph_of(plan.Node(format="luks", fd=3), encrypted=True)
+        assert luks["key-secret"] == "source"
+        qcow2 = graph_of(plan.Node(format="qcow2", fd=3), encrypted=True)
+        assert qcow2["encrypt"] == {"format": "luks", "key-secret": "source"}
+
+    def test_secrets_are_objects_that_come_before_what_uses_them(self) -> None:
+        """Each by a pipe."""
+        argv = plan.with_secrets(("qemu-img", "convert", "-p", "x"), {"source": 5, "dest": 6})
+        assert argv == (
+            *("qemu-img", "convert"),
+            *("--object", "secret,id=source,file=/proc/self/fd/5"),
+            *("--object", "secret,id=dest,file=/proc/self/fd/6"),
+            *("-p", "x"),
+        )
+
+
+class TestEncryption:
+    """Of the destination."""
+
+    NAMED = (
+        "key-secret=dest,cipher-alg=aes-256,cipher-mode=xts,hash-alg=sha256,"
+        "ivgen-alg=plain64,ivgen-hash-alg=sha256,iter-time=2000"
+    )
+
+    def test_of_luks_is_the_image(self) -> None:
+        """Every value is stated, so that no other version of qemu chooses another."""
+        argv = made(to("luks", encryption=model.Encryption())).argv
+        assert after(argv, "-o") == self.NAMED
+
+    def test_of_qcow2_is_inside_of_it(self) -> None:
+        """The same values, by longer names."""
+        argv = made(to("qcow2", encryption=model.Encryption())).argv
+        inside = ",".join(f"encrypt.{item}" for item in self.NAMED.split(","))
+        assert after(argv, "-o") == f"encrypt.format=luks,{inside}"
+
+    def test_of_the_source_is_in_its_graph(self) -> None:
+        """Whether or not the destination has any."""
+        facts = dataclasses.replace(FACTS, chain=(plan.Node(format="luks", fd=7),))
+        info = dataclasses.replace(INFO, format="luks", encrypted=True)
+        argv = made(asked(source=ENCRYPTED), facts, (member(info),)).argv
+        assert parsed(argv[-2])["key-secret"] == "source"
+
+
+class TestCache:
+    """Which modes, and why."""
+
+    def test_what_takes_direct_transfers_gets_them(self) -> None:
+        """Both ends past the page cache."""
+        planned = made()
+        assert planned.dest_cache == model.ChosenCache(
+            mode=model.CacheMode.NONE, reason="the destination takes direct writes"
+        )
+        assert planned.source_cache == model.ChosenCache(
+            mode=model.CacheMode.NONE, reason="the source can be read past the page cache"
+        )
+
+    def test_what_takes_none_goes_through_the_page_cache_and_says_why(self) -> None:
+        """In the kernel's words."""
+        facts = dataclasses.replace(FACTS, source_direct="Not here", dest_direct="Nor here")
+        planned = made(facts=facts)
+        assert planned.dest_cache == model.ChosenCache(
+            mode=model.CacheMode.WRITEBACK,
+            reason="the destination takes no direct writes: Nor here",
+        )
+        assert planned.source_cache == model.ChosenCache(
+            mode=model.CacheMode.WRITEBACK,
+            reason="the source can't be read past the page cache: Not here",
+        )
+
+    @pytest.mark.parametrize("mode", MODES[1:])
+    @pytest.mark.parametrize("refusal", [None, "Invalid argument"])
+    def test_a_mode_that_is_asked_for_is_had_or_refused(
+        self, mode: model.CacheMode, refusal: str | None
+    ) -> None:
+        """Never another one in its place."""
+        facts = dataclasses.replace(FACTS, dest_direct=refusal)
+        a_grant = asked(cache_mode=mode)
+        if refusal and mode in {model.CacheMode.NONE, model.CacheMode.DIRECTSYNC}:
+            failure = refusals.refusal_of(lambda: made(a_grant, facts))
+            assert failure is not None
+            assert failure.reason == "NO_DIRECT_WRITES"
+            assert failure.status is errors.Status.FAILED_PRECONDITION
+        else:
+            planned = made(a_grant, facts)
+            assert planned.dest_cache == model.ChosenCache(mode=mode, reason="asked for")
+            assert after(planned.argv, "-t") == mode.value
+
+    @given(
+        st.sampled_from(MODES),
+        st.none() | st.just("x"),
+        st.none() | st.just("x"),
+    )
+    def test_no_plan_leaves_anything_to_qemus_default(
+        self,
+        mode: model.CacheMode,
+        source: str | None,
+        dest: str | None,
+    ) -> None:
+        """No -t means `unsafe`: not one fdatasync."""
+        facts = dataclasses.replace(FACTS, source_direct=source, dest_direct=dest)
+        try:
+            argv = made(asked(cache_mode=mode), facts).argv
+        except errors.NoDirectWrites:
+            return
+        safe = {item.value for item in MODES[1:]}
+        assert after(argv, "-t") in safe
+        assert after(argv, "-T") in safe
+
+
+class TestSize:
+    """What may be, and what it takes."""
+
+    def test_a_virtual_size_over_the_limit_is_refused(self) -> None:
+        """With both numbers."""
+        large = dataclasses.replace(INFO, virtual_size_bytes=2 * GIB + 1)
+        failure = refusals.refusal_of(lambda: made(chain=(member(large),)))
+        assert failure is not None
+        assert failure.reason == "IMAGE_TOO_LARGE"
+        assert dict(failure.values)["limit_bytes"] == str(2 * GIB)
+        just = dataclasses.replace(INFO, virtual_size_bytes=2 * GIB)
+        assert made(chain=(member(just),)).source.virtual_size_bytes == 2 * GIB
+
+    def test_as_much_is_needed_as_the_whole_chain_takes(self) -> None:
+        """But never more than the disk has."""
+        small = member(dataclasses.replace(INFO, actual_size_bytes=10 * MIB), "/images/base")
+        assert made(chain=(member(), small)).needed_bytes == 110 * MIB
+        huge = member(dataclasses.replace(INFO, actual_size_bytes=5 * GIB), "/images/base")
+        assert made(chain=(member(), huge)).needed_bytes == GIB
+
+    @pytest.mark.parametrize(
+        ("mode", "expected"),
+        [
+            (model.Preallocation.OFF, 100 * MIB),
+            (model.Preallocation.METADATA, 100 * MIB),
+            (model.Preallocation.FALLOC, GIB),
+            (model.Preallocation.FULL, GIB),
+        ],
+    )
+    def test_what_is_allocated_beforehand_needs_all_of_it(
+        self, mode: model.Preallocation, expected: int
+    ) -> None:
+        """Holes and all."""
+        assert made(to("qcow2", preallocation=mode)).needed_bytes == expected
+
+    def test_what_compressing_leaves_can_not_be_known(self) -> None:
+        """So nothing is demanded."""
+        assert made(to("qcow2", compression=model.Compression.ZLIB)).needed_bytes == 0
+
+    @pytest.mark.parametrize(("size", "virtual"), [(0, 0), (1, 512), (512, 512), (1025, 1536)])
+    def test_a_raw_image_has_whole_sectors(self, size: int, virtual: int) -> None:
+        """As qemu rounds; nothing else is known of it, for it is not looked at."""
+        info = plan.raw_info(size, 4096)
+        expected = model.ImageInfo(format="raw", virtual_size_bytes=virtual, actual_size_bytes=4096)
+        assert info == expected
+
+
+class TestWarnings:
+    """What a conversion leaves behind without a word from qemu-img."""
+
+    def test_snapshots_and_bitmaps_that_are_dropped_are_counted(self) -> None:
+        """And an image that was not closed is named as such."""
+        info = dataclasses.replace(INFO, snapshots=("a", "b"), bitmaps=("c",), dirty=True)
+        assert made(chain=(member(info),)).warnings == (
+            model.Warned(
+                reason="SNAPSHOTS_DROPPED",
+                message="2 internal snapshots of the source are not in the result",
+            ),
+            model.Warned(
+                reason="BITMAPS_DROPPED", message="1 bitmaps of the source are not in the result"
+            ),
+            model.Warned(
+                reason="SOURCE_DIRTY",
+                message="the source was not closed cleanly: its dirty flag is set",
+            ),
+        )
+
+    def test_of_an_image_with_nothing_of_the_kind_there_are_none(self) -> None:
+        """Nor of what lies under the source, which is only read."""
+        below = member(dataclasses.replace(INFO, snapshots=("a",)), "/images/base")
+        assert made(chain=(member(), below)).warnings == ()
+
+
+class TestOtherCommands:
+    """qemu-img info and compare."""
+
+    def test_info_probes_only_if_nothing_is_stated(self) -> None:
+        """In the sandbox, and of one descriptor."""
+        assert plan.info_argv(7, "") == ("qemu-img", "info", "--output=json", "/proc/self/fd/7")
+        assert plan.info_argv(7, "vmdk", shared=True) == (
+            *("qemu-img", "info", "--output=json", "--force-share", "-f", "vmdk"),
+            "/proc/self/fd/7",
+        )
+
+    def test_compare_reads_the_source_as_it_was_converted(self) -> None:
+        """The same graph, and the result alone with its own key."""
+        a_grant = RULES.convert(
+            dataclasses.replace(
+                grants.to(REQUEST, format="qcow2", encryption=model.Encryption()), source=ENCRYPTED
+            )
+        )
+        source, dest = plan.Node(format="luks", fd=7), plan.Node(format="qcow2", fd=8)
+        argv = plan.compare_argv(a_grant, made(a_grant), (source,), dest)
+        assert argv[:4] == ("qemu-img", "compare", "-T", "none")
+        read, written = (parsed(item) for item in argv[4:])
+        assert read["key-secret"] == "source"
+        assert written["encrypt"]["key-secret"] == "dest"
+        assert written["backing"] is None
+        assert "size" not in written
+
+    def test_compare_ends_where_the_image_ends_on_a_larger_device(self) -> None:
+        """What lies beyond it is not the image's."""
+        a_grant = RULES.convert(ONTO_DEVICE)
+        argv = plan.compare_argv(a_grant, made(a_grant, ON_DEVICE), FACTS.chain, ON_DEVICE.dest)
+        assert parsed(argv[-1]) == {
+            "driver": "raw",
+            "file": {"driver": "host_device", "filename": "/proc/self/fd/8"},
+            "size": GIB,
+        }
+
+
+options_of = {
+    kind: st.lists(
+        st.sampled_from(
+            [
+                model.Option(name=name, value=value)
+                for name, check in names.items()
+                for value in ("on", "off", "1", "4096", "1048576", "dynamic", "ide", "1.1")
+                if check(value)
+            ]
+        ),
+        unique_by=lambda option: option.name,
+    )
+    for kind, names in creation.OPTIONS.items()
+}
+
+
+@given(st.data())
+def test_what_was_checked_stays_one_argument_with_no_option_more(data: st.DataObject) -> None:
+    """A comma or a blank in a value would begin another option."""
+    kind = data.draw(st.sampled_from(sorted(options_of)))
+    options = tuple(data.draw(options_of[kind]))
+    try:
+        argv = made(to(kind, options=options)).argv
+    except errors.BadOption:
+        return  # each is fine, but they don't go together
+    given_names = {option.name for option in options} | ({"force_size"} if kind == "vpc" else set())
+    passed = after(argv, "-o").split(",") if "-o" in argv else []
+    assert {item.partition("=")[0] for item in passed} == given_names
