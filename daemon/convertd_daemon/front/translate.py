@@ -188,23 +188,26 @@ def _options(message: pb.Destination) -> tuple[model.Option, ...]:
         problem = f"are options of another format than {message.format[:32]!r}"
         raise errors.BadOption(field=f"dest.{kind}", problem=problem)
     return tuple(
-        model.Option(name=QEMU_NAMES.get(field.name, field.name), value=_qemu_value(field, value))
+        model.Option(
+            name=QEMU_NAMES.get(field.name, field.name), value=_qemu_value(kind, field, value)
+        )
         for field, value in getattr(message, kind).ListFields()
     )
 
 
-def _qemu_value(field: FieldDescriptor, value: object) -> str:
+def _qemu_value(kind: str, field: FieldDescriptor, value: object) -> str:
     if field.enum_type is not None:
-        return _known(QEMU_VALUES, (field.enum_type.name, value), field.name)
+        return _known(QEMU_VALUES, (field.enum_type.name, value), f"dest.{kind}.{field.name}")
     if isinstance(value, bool):
         return "on" if value else "off"
     return str(value)
 
 
-def _known(table: Mapping[Any, V], number: object, field: str) -> V:
+def _known(table: Mapping[Any, V], key: object, field: str) -> V:
     try:
-        return table[number]
+        return table[key]
     except KeyError as error:
+        number = key[1] if isinstance(key, tuple) else key
         raise errors.BadOption(field=field, problem=f"has no value {number}") from error
 
 
@@ -247,7 +250,7 @@ def result(job_id: str, value: model.Published, queued_s: float) -> pb.ConvertRe
         dest_cache=_cache(planned.dest_cache),
         source_cache=_cache(planned.source_cache),
         warnings=[pb.Warning(reason=item.reason, message=item.message) for item in value.warnings],
-        elapsed_seconds=value.seconds,
+        elapsed_seconds=queued_s + value.seconds,
         queued_seconds=queued_s,
         bytes_per_second=speed if value.published else 0.0,
         verified=value.verified,
