@@ -1,0 +1,480 @@
+"""Between the contract's messages and our values: nothing is lost, and nothing invented."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from typing import Any
+
+import pytest
+import refusals
+from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor
+from hypothesis import given
+from hypothesis import strategies as st
+
+from convertd.v1 import convert_pb2 as pb
+from convertd_daemon import channel, creation, model
+from convertd_daemon.front import translate
+
+UNKNOWN: Any = 99
+ENUMS = pb.DESCRIPTOR.enum_types_by_name
+OPTIONS = pb.Destination.DESCRIPTOR.oneofs_by_name["options"].fields
+
+
+def request(**dest: object) -> pb.ConvertRequest:
+    """A request with both ends, and these fields of the destination."""
+    return pb.ConvertRequest(
+        source=pb.Source(path="/in/a"),
+        dest=pb.Destination(**({"path": "/out/b", "format": "qcow2"} | dest)),  # type: ignore[arg-type]
+    )
+
+
+def numbers_of(kind: EnumDescriptor) -> list[int]:
+    """Every value of an enum of the contract."""
+    return [value.number for value in kind.values]
+
+
+class TestRequests:
+    """What is asked."""
+
+    def test_what_is_left_out_has_the_default_that_the_contract_states(self) -> None:
+        """Every field of it."""
+        assert translate.convert_request(request()) == model.ConvertRequest(
+            source=model.Source(path="/in/a"), dest=model.Dest(path="/out/b", format="qcow2")
+        )
+
+    def test_what_is_there_is_taken_over(self) -> None:
+        """Every field of it."""
+        message = pb.ConvertRequest(
+            source=pb.Source(path="/in/a", format="vmdk", encryption=pb.SourceEncryption()),
+            dest=pb.Destination(
+                path="/out/b",
+                format="qcow2",
+                encryption=pb.DestinationEncryption(
+                    cipher_alg="serpent-128",
+                    cipher_mode="cbc",
+                    hash_alg="sha512",
+                    ivgen_alg="essiv",
+                    ivgen_hash_alg="sha1",
+                    iter_time_milliseconds=7,
+                ),
+                compression=pb.COMPRESSION_ZSTD,
+                preallocation=pb.PREALLOCATION_FULL,
+                mode=0,
+                group="images",
+                overwrite=True,
+                is_zero=True,
+                qcow2=pb.Qcow2Options(cluster_size_bytes=512),
+            ),
+            cache_mode=pb.CACHE_MODE_DIRECTSYNC,
+            verify=True,
+            rate_limit_bytes_per_second=2**40,
+            validate_only=True,
+            label="nightly",
+        )
+        assert translate.convert_request(message) == model.ConvertRequest(
+            source=model.Source(path="/in/a", format="vmdk", encrypted=True),
+            dest=model.Dest(
+                path="/out/b",
+                format="qcow2",
+                compression=model.Compression.ZSTD,
+                preallocation=model.Preallocation.FULL,
+                mode=0,
+                group="images",
+                overwrite=True,
+                is_zero=True,
+                encryption=model.Encryption(
+                    cipher_alg="serpent-128",
+                    cipher_mode="cbc",
+                    hash_alg="sha512",
+                    ivgen_alg="essiv",
+                    ivgen_hash_alg="sha1",
+                    iter_time_ms=7,
+                ),
+                options=(model.Option(name="cluster_size", value="512"),),
+            ),
+            cache_mode=model.CacheMode.DIRECTSYNC,
+            verify=True,
+            rate_limit_bytes_per_second=2**40,
+            validate_only=True,
+            label="nightly",
+        )
+
+    def test_encryption_without_its_values_is_novas(self) -> None:
+        """The model's defaults."""
+        message = request(encryption=pb.DestinationEncryption())
+        assert translate.convert_request(message).dest.encryption == model.Encryption()
+
+    def test_a_look_is_at_one_source(self) -> None:
+        """With or without a format."""
+        message = pb.InspectRequest(source=pb.Source(path="/in/a", format="vdi"))
+        assert translate.inspect_request(message) == model.InspectRequest(
+            source=model.Source(path="/in/a", format="vdi")
+        )
+
+    @pytest.mark.parametrize("number", numbers_of(ENUMS["CacheMode"]))
+    def test_every_cache_mode_is_known(self, number: int) -> None:
+        """By its own name; left out, it is for the daemon to choose."""
+        message = request()
+        message.cache_mode = number  # type: ignore[assignment]
+        known = translate.convert_request(message).cache_mode
+        assert named(ENUMS["CacheMode"], number, unspecified="auto") == known.value
+
+    @pytest.mark.parametrize("number", numbers_of(ENUMS["Compression"]))
+    def test_every_compression_is_known(self, number: int) -> None:
+        """By its own name; left out, there is none."""
+        known = translate.convert_request(request(compression=number)).dest.compression
+        assert named(ENUMS["Compression"], number, unspecified="none") == known.value
+
+    @pytest.mark.parametrize("number", numbers_of(ENUMS["Preallocation"]))
+    def test_every_preallocation_is_known(self, number: int) -> None:
+        """By its own name; left out, it is off."""
+        known = translate.convert_request(request(preallocation=number)).dest.preallocation
+        assert named(ENUMS["Preallocation"], number, unspecified="off") == known.value
+
+    @pytest.mark.parametrize(
+        ("message", "field"),
+        [
+            pytest.param(pb.ConvertRequest(cache_mode=UNKNOWN), "cache_mode", id="cache-mode"),
+            pytest.param(request(compression=UNKNOWN), "dest.compression", id="compression"),
+            pytest.param(request(preallocation=UNKNOWN), "dest.preallocation", id="preallocation"),
+            pytest.param(
+                request(encryption=pb.DestinationEncryption(format=UNKNOWN)),
+                "dest.encryption.format",
+                id="encryption-of-the-destination",
+            ),
+            pytest.param(
+                pb.ConvertRequest(source=pb.Source(encryption=pb.SourceEncryption(format=UNKNOWN))),
+                "source.encryption.format",
+                id="encryption-of-the-source",
+            ),
+            pytest.param(
+                request(qcow2=pb.Qcow2Options(compat=UNKNOWN)),
+                "dest.qcow2.compat",
+                id="version-of-qcow2",
+            ),
+        ],
+    )
+    def test_a_value_of_a_newer_contract_is_refused(
+        self, message: pb.ConvertRequest, field: str
+    ) -> None:
+        """Not taken for the default: it was meant."""
+        failure = refusals.refusal_of(lambda: translate.convert_request(message))
+        assert failure is not None
+        assert failure.reason == "BAD_OPTION"
+        assert failure.message == f"{field}: has no value {UNKNOWN}"
+
+
+def named(kind: EnumDescriptor, number: int, *, unspecified: str) -> str:
+    """The name of an enum's value as our own enums have it."""
+    full = kind.values_by_number[number].name
+    name = full.rpartition("_")[2].lower()
+    return unspecified if name == "unspecified" else name
+
+
+def options_of(message: pb.Destination) -> dict[str, str]:
+    """The options that a destination has for qemu, by name."""
+    asked = pb.ConvertRequest(dest=message)
+    return {item.name: item.value for item in translate.convert_request(asked).dest.options}
+
+
+def values_of(field: FieldDescriptor) -> list[object]:
+    """Values that an option's field may have, all of them if it is an enum."""
+    if field.enum_type is not None:
+        return [number for number in numbers_of(field.enum_type) if number]
+    return [True] if field.type == FieldDescriptor.TYPE_BOOL else [64]
+
+
+def fields_of(kind: FieldDescriptor) -> list[FieldDescriptor]:
+    """The options of a format."""
+    assert kind.message_type is not None
+    return list(kind.message_type.fields)
+
+
+class TestOptions:
+    """Those of each format."""
+
+    @pytest.mark.parametrize(
+        ("kind", "field", "value"),
+        [
+            pytest.param(
+                kind.name, field.name, value, id=f"{kind.name}-{field.name}-{value}".lower()
+            )
+            for kind in OPTIONS
+            for field in fields_of(kind)
+            for value in values_of(field)
+        ],
+    )
+    def test_every_one_is_qemus_by_name_and_value(
+        self, kind: str, field: str, value: object
+    ) -> None:
+        """Whatever the contract has, the tables of options know."""
+        dest = pb.Destination(format=kind)
+        setattr(getattr(dest, kind), field, value)
+        ((name, text),) = options_of(dest).items()
+        assert name in creation.OPTIONS[kind]
+        if not isinstance(value, bool) and value == 64:
+            assert text == "64"
+        else:
+            assert creation.OPTIONS[kind][name](text) or text in creation.SEVERAL_FILES
+
+    @pytest.mark.parametrize("kind", [field.name for field in OPTIONS])
+    def test_what_is_left_out_is_left_to_qemu(self, kind: str) -> None:
+        """A message of options with nothing in it asks for nothing."""
+        dest = pb.Destination(format=kind)
+        getattr(dest, kind).SetInParent()
+        assert options_of(dest) == {}
+
+    @pytest.mark.parametrize("kind", [field.name for field in OPTIONS])
+    def test_of_another_format_they_are_refused(self, kind: str) -> None:
+        """Whoever set them meant something else."""
+        dest = pb.Destination(format="raw")
+        getattr(dest, kind).SetInParent()
+        failure = refusals.refusal_of(lambda: options_of(dest))
+        assert failure is not None
+        assert failure.message == f"dest.{kind}: are options of another format than 'raw'"
+
+
+class TestSecrets:
+    """Passphrases, which no other value ever holds."""
+
+    @pytest.mark.parametrize(
+        ("source", "dest", "expected"),
+        [
+            (None, None, []),
+            (b"s", None, [b"s"]),
+            (None, b"d", [b"d"]),
+            (b"s", b"d", [b"s", b"d"]),
+            (b"", b"d", [b"", b"d"]),
+        ],
+    )
+    def test_are_taken_out_of_the_message(
+        self, source: bytes | None, dest: bytes | None, expected: list[bytes]
+    ) -> None:
+        """The source's first; afterwards the message has none, though it says that there are."""
+        message = request()
+        if source is not None:
+            message.source.encryption.passphrase = source
+        if dest is not None:
+            message.dest.encryption.passphrase = dest
+        assert translate.secrets(message) == expected
+        assert translate.secrets(message) == [b""] * len(expected)
+        asked = translate.convert_request(message)
+        assert asked.source.encrypted is (source is not None)
+        assert (asked.dest.encryption is not None) is (dest is not None)
+
+    @given(st.binary(min_size=8, max_size=64))
+    def test_are_in_no_value_that_is_passed_on(self, passphrase: bytes) -> None:
+        """Also if they are not taken out."""
+        message = request(encryption=pb.DestinationEncryption(passphrase=passphrase))
+        message.source.encryption.passphrase = passphrase
+        assert repr(passphrase)[2:-1] not in repr(translate.convert_request(message))
+
+
+INFO = model.ImageInfo(
+    format="qcow2",
+    virtual_size_bytes=1000,
+    actual_size_bytes=200,
+    cluster_size_bytes=65536,
+    encrypted=True,
+    dirty=True,
+    backing_name="base.raw",
+    backing_format="raw",
+    snapshots=("one", "two"),
+    bitmaps=("three",),
+    details=(("compat", "1.1"), ("encrypt.format", "luks")),
+)
+BASE = model.ImageInfo(format="raw", virtual_size_bytes=900, actual_size_bytes=100)
+CHAIN = (model.Member(path="/in/a", info=INFO), model.Member(path="/in/base.raw", info=BASE))
+PLAN = model.Plan(
+    chain=CHAIN,
+    dest_format="qcow2",
+    compression=model.Compression.ZSTD,
+    source_cache=model.ChosenCache(mode=model.CacheMode.WRITEBACK, reason="it can't"),
+    dest_cache=model.ChosenCache(mode=model.CacheMode.NONE, reason="it can"),
+    argv=("qemu-img", "/proc/self/fd/7"),
+    command=("qemu-img", "/in/a"),
+    needed_bytes=300,
+    available_bytes=4000,
+)
+PUBLISHED = model.Published(
+    plan=PLAN,
+    published=True,
+    verified=True,
+    replaced=True,
+    allocated_size_bytes=4096,
+    seconds=2.0,
+    warnings=(model.Warned(reason="SNAPSHOTS_DROPPED", message="2 of them"),),
+)
+
+
+class TestReplies:
+    """What is answered."""
+
+    def test_a_plan_is_for_people_and_names_no_descriptor(self) -> None:
+        """The command has the caller's own paths."""
+        event = translate.started("job-1", PLAN).started
+        assert event.job_id == "job-1"
+        assert list(event.plan.command) == ["qemu-img", "/in/a"]
+        assert event.plan.source_format == event.plan.dest_format == "qcow2"
+        assert event.plan.virtual_size_bytes == 1000
+        assert event.plan.dest_cache == pb.CacheChoice(mode=pb.CACHE_MODE_NONE, reason="it can")
+        assert event.plan.source_cache == pb.CacheChoice(
+            mode=pb.CACHE_MODE_WRITEBACK, reason="it can't"
+        )
+        assert event.plan.compression == pb.COMPRESSION_ZSTD
+        assert (event.plan.needed_bytes, event.plan.available_bytes) == (300, 4000)
+        assert [member.path for member in event.plan.chain] == ["/in/a", "/in/base.raw"]
+        assert event.plan.chain[0].encrypted
+        assert event.plan.chain[1].actual_size_bytes == 100
+
+    def test_a_result_says_what_was_done(self) -> None:
+        """How long in all, how long in the queue, and how fast without the queue."""
+        event = translate.result("job-1", PUBLISHED, queued_s=3.0).result
+        assert (event.job_id, event.published, event.verified) == ("job-1", True, True)
+        assert event.replaced
+        assert event.allocated_size_bytes == 4096
+        assert [warning.reason for warning in event.warnings] == ["SNAPSHOTS_DROPPED"]
+        assert event.queued_seconds == 3.0
+        assert event.elapsed_seconds == 5.0
+        assert event.bytes_per_second == 500.0
+
+    @pytest.mark.parametrize(
+        "changes", [{"published": False}, {"seconds": 0.0}], ids=["not-done", "in-no-time"]
+    )
+    def test_a_rate_is_only_told_of_what_took_time(self, changes: dict[str, object]) -> None:
+        """Nobody divides by zero."""
+        value = dataclasses.replace(PUBLISHED, **changes)  # type: ignore[arg-type]
+        assert translate.result("job-1", value, queued_s=0.0).result.bytes_per_second == 0.0
+
+    def test_an_image_is_described_with_all_it_has(self) -> None:
+        """And what lies under it."""
+        message = channel.Inspected(chain=CHAIN, complete=True, raw_json="{}")
+        response = translate.inspected("/in/a", message)
+        assert (response.path, response.format) == ("/in/a", "qcow2")
+        assert (response.virtual_size_bytes, response.actual_size_bytes) == (1000, 200)
+        assert response.cluster_size_bytes == 65536
+        assert (response.encrypted, response.dirty, response.corrupt) == (True, True, False)
+        assert (response.backing_filename, response.backing_format) == ("base.raw", "raw")
+        assert [member.path for member in response.backing_chain] == ["/in/base.raw"]
+        assert response.backing_chain_complete
+        assert [item.name for item in response.snapshots] == ["one", "two"]
+        assert [item.name for item in response.bitmaps] == ["three"]
+        assert dict(response.format_specific) == {"compat": "1.1", "encrypt.format": "luks"}
+        assert response.qemu_img_json == "{}"
+
+    def test_an_image_alone_has_nothing_under_it(self) -> None:
+        """An empty chain that is complete is another thing than one that is not."""
+        alone = channel.Inspected(chain=CHAIN[1:], complete=True, raw_json="")
+        hidden = channel.Inspected(chain=CHAIN[:1], complete=False, raw_json="")
+        assert translate.inspected("/in/a", alone).backing_chain_complete
+        assert not translate.inspected("/in/a", hidden).backing_chain_complete
+        assert not translate.inspected("/in/a", hidden).backing_chain
+
+    @pytest.mark.parametrize("state", channel.JobState)
+    def test_a_job_is_listed_in_whatever_state(self, state: channel.JobState) -> None:
+        """With its times, the start only if it has started."""
+        entry = channel.JobEntry(
+            call=1,
+            job_id="job-1",
+            uid=1234,
+            source="/in/a",
+            dest="/out/b",
+            source_format="",
+            dest_format="raw",
+            label="nightly",
+            state=state,
+            position=1,
+            queued=1_000_000_000.25,
+            started=None,
+        )
+        progress = pb.ConvertProgress(job_id="job-1", percent=3.0)
+        listed = translate.job(entry, progress)
+        assert pb.JobState.Name(listed.state) == f"JOB_STATE_{state.name}"
+        assert (listed.job_id, listed.uid, listed.label) == ("job-1", 1234, "nightly")
+        assert (listed.source_path, listed.dest_path) == ("/in/a", "/out/b")
+        assert (listed.source_format, listed.dest_format) == ("", "raw")
+        assert listed.progress == progress
+        when = datetime.datetime.fromtimestamp(1_000_000_000.25, datetime.UTC)
+        assert listed.create_time.ToDatetime(datetime.UTC) == when
+        assert not listed.HasField("start_time")
+        began = translate.job(dataclasses.replace(entry, started=1_000_000_001.0), None)
+        assert began.start_time.ToSeconds() == 1_000_000_001
+        assert not began.HasField("progress")
+
+    def test_every_phase_of_a_job_is_one_of_the_contract(self) -> None:
+        """And every one of the contract is a phase."""
+        names = {phase: pb.Phase.Name(number) for phase, number in translate.PHASES.items()}
+        assert names == {phase: f"PHASE_{phase.name}" for phase in model.Phase}
+        assert len(names) == len(ENUMS["Phase"].values) - 1
+
+    def test_access_tells_who_one_is_and_what_one_may_do(self) -> None:
+        """By rule; and what this daemon could do, whatever the policy."""
+        devices = model.Root(
+            name="volumes",
+            path="/dev/vg",
+            kind=model.RootKind.BLOCK,
+            access=model.Access.CALLER,
+            allow_is_zero=True,
+        )
+        files = model.Root(name="images", path="/images", access=model.Access.DAEMON)
+        rule = model.RuleRights(
+            rule="grants[0]",
+            roots=(
+                model.RootRights(root=files, may_read=True, may_write=False),
+                model.RootRights(root=devices, may_read=False, may_write=True),
+            ),
+            read_formats=frozenset({"raw", "qcow2"}),
+            write_formats=frozenset({"raw"}),
+            overwrite=model.Overwrite.ANY,
+        )
+        report = channel.AccessReport(
+            call=1,
+            uid=1234,
+            gid=1235,
+            groups=frozenset({20, 3}),
+            rights=model.AccessRights(is_operator=True, rules=(rule,)),
+            limits=model.Limits(jobs=7, stall_s=1.5),
+            versions=channel.Versions(
+                daemon="1", qemu_img="7.2", kernel="6.1", landlock_abi=2, compressions=("zlib",)
+            ),
+        )
+        response = translate.access(report)
+        assert (response.uid, response.gid, list(response.groups)) == (1234, 1235, [3, 20])
+        assert response.is_operator
+        (grant,) = response.grants
+        assert (list(grant.read_formats), list(grant.write_formats)) == (["qcow2", "raw"], ["raw"])
+        assert grant.overwrite == pb.OVERWRITE_SCOPE_ANY
+        first, second = grant.roots
+        assert (first.name, first.path, first.kind) == ("images", "/images", pb.ROOT_KIND_FILE)
+        assert (first.may_read, first.may_write) == (True, False)
+        assert first.access == pb.ROOT_ACCESS_DAEMON
+        assert (second.kind, second.access) == (pb.ROOT_KIND_BLOCK, pb.ROOT_ACCESS_CALLER)
+        assert second.allow_is_zero
+        assert (response.limits.jobs, response.limits.stall_seconds) == (7, 1.5)
+        assert response.versions.landlock_abi == 2
+        assert set(response.source_formats) == model.FORMATS
+        assert set(response.dest_formats) == model.WRITABLE_FORMATS
+        assert list(response.compressions) == [pb.COMPRESSION_ZLIB]
+
+
+def test_every_field_of_a_request_is_read() -> None:
+    """A field that nobody reads is a promise that nobody keeps: each changes what is asked."""
+    changed: dict[str, dict[str, object]] = {
+        "path": {"path": "/c"},
+        "format": {"format": "vdi"},
+        "encryption": {"encryption": pb.DestinationEncryption()},
+        "compression": {"compression": pb.COMPRESSION_ZLIB},
+        "preallocation": {"preallocation": pb.PREALLOCATION_FULL},
+        "mode": {"mode": 0o640},
+        "group": {"group": "images"},
+        "overwrite": {"overwrite": True},
+        "is_zero": {"is_zero": True},
+    }
+    plain = translate.convert_request(request())
+    for fields in changed.values():
+        assert translate.convert_request(request(**fields)) != plain
+    assert {field.name for field in pb.Destination.DESCRIPTOR.fields} == {
+        *changed,
+        *(field.name for field in OPTIONS),
+    }
