@@ -90,6 +90,13 @@ def test_a_refusal_is_a_line_and_a_hint(fake: Fake) -> None:
     assert hint == "  `convertctl access` shows what you may do"
 
 
+def test_an_unknown_outcome_is_told_with_what_to_do(fake: Fake) -> None:
+    """Before anything is repeated."""
+    ran = fake.convertctl(*CONVERT, "die", "-q")
+    assert ran.status == 1
+    assert ran.err.endswith("  look whether the destination is there before you try again\n")
+
+
 def test_a_refusal_in_json_has_all_that_a_program_needs(fake: Fake) -> None:
     """Status, reason, message and metadata."""
     ran = fake.convertctl(*CONVERT, "refuse:RESOURCE_EXHAUSTED:NO_SPACE", "--json")
@@ -324,8 +331,10 @@ def test_a_second_signal_stops_waiting(fake: Fake) -> None:
     """And says no more than is certain; the call's end cancels the job."""
     process = fake.convertctl_started(*CONVERT, "silent")
     fake.await_noted("convert silent")
+    threads = _threads_of(process)
     process.send_signal(signal.SIGINT)
-    time.sleep(0.1)  # two signals at once are one
+    # Two signals at once would be one.
+    waiting.until(lambda: _threads_of(process) > threads, "the first signal is being acted on")
     process.send_signal(signal.SIGINT)
     status, _, err = end_of(process)
     assert status == 130

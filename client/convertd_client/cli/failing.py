@@ -26,16 +26,16 @@ HINTS: Final = {
     "INTERNAL_ERROR": "the daemon's log has more: `journalctl -u convertd`",
     "TIMEOUT": "nothing is half-written: the destination is there whole or not at all",
     "PUBLISHED_BUT_NOT_DURABLE": "`sync` once the disk is well again makes it durable",
-    "NO_RESULT": "look whether the destination is there before you try again",
-    "CONNECTION_LOST": "look whether the destination is there before you try again",
-    "JOB_DIED": "look whether the destination is there before you try again",
 }
+
+LOOK_FIRST: Final = "look whether the destination is there before you try again"
 
 
 def say(error: errors.ConvertError) -> None:
     """Print an error for people."""
     warn(f"{error.message} ({error.reason})")
-    hint = HINTS.get(error.reason)
+    is_open = isinstance(error, errors.OutcomeUnknown)
+    hint = LOOK_FIRST if is_open else HINTS.get(error.reason)
     if hint is not None:
         click.echo(f"  {hint}", err=True)
 
