@@ -20,8 +20,9 @@ DOMAIN: Final = "convertd"
 
 DETAILS_KEY: Final = "grpc-status-details-bin"
 
-MAX_VALUE_CHARACTERS: Final = 256
-"""Longer values are cut in the middle: clients refuse metadata of over 8 or 16 KiB in all."""
+MAX_VALUE_BYTES: Final = 256
+"""Longer values are cut in the middle: clients refuse metadata of over 8 or 16 KiB in all, and the
+message is sent with three bytes for each that is not ASCII."""
 
 CODES: Final = {status: grpc.StatusCode[status.value] for status in errors.Status}
 
@@ -51,8 +52,12 @@ def details_of(failure: errors.Failure) -> status_pb2.Status:
 
 def cut(text: str, times: int = 1) -> str:
     """Cut a text that is too long in its middle."""
-    most = MAX_VALUE_CHARACTERS * times
-    return text if len(text) <= most else f"{text[: most // 2]}…{text[-(most // 2) :]}"
+    data, most = text.encode(), MAX_VALUE_BYTES * times
+    if len(data) <= most:
+        return text
+    # What is left of a character that was cut in two is dropped.
+    begin, end = (part.decode(errors="ignore") for part in (data[: most // 2], data[-most // 2 :]))
+    return f"{begin}…{end}"
 
 
 def _more(failure: errors.Failure, metadata: dict[str, str]) -> list[Message]:
