@@ -87,17 +87,22 @@ class Job:
         ours, theirs = channel.Channel.pair()
         self._pipe, account = os.pipe()
         broker = os.getpid()
+        # Held back until the job has let go of our wakeup descriptor: a SIGTERM to it would be
+        # written there, and we would take it for our own.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             self.pid = os.fork()
+            if self.pid == 0:
+                # Not ours.close(): the job's first act closes all but its own.
+                witness = job_account.Witness(theirs.sock, account)
+                job_main.forked(self.job_id, self.granted, witness, setup, broker)
         except BaseException:
             ours.close()
             theirs.close()
             os.close(account)
             raise
-        if self.pid == 0:
-            # Not ours.close(): the job's first act closes all but its own.
-            witness = job_account.Witness(theirs.sock, account)
-            job_main.forked(self.job_id, self.granted, witness, setup, broker)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         os.close(account)
         self.close_secrets()

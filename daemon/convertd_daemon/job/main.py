@@ -32,13 +32,15 @@ def forked(
     """Be the job, in the child that the broker just forked. Never returns.
 
     fork(2) gives a child all its parent has, close-on-exec or not; so the first act is to close
-    what belongs to the broker and to other jobs.
+    what belongs to the broker and to other jobs. All signals are blocked until ours are set.
     """
     try:
         close_range.close_all_but({0, 1, 2, *line.descriptors(), *order.secrets})
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
+        leash.end_on_sigterm()
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         rights.die_with(broker)
         prctl.set_name("convertd-job")
         os.umask(0o077)
