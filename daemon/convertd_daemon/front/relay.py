@@ -50,13 +50,24 @@ class Relay:
             await asyncio.wait(self._tasks, timeout=seconds)
 
     async def _carry(self, number: int, descriptor: int) -> None:
-        loop = asyncio.get_running_loop()
+        downstream = socket.socket(fileno=descriptor)
+        try:
+            downstream.setblocking(False)
+            await self._carry_upstream(number, downstream)
+        except OSError as error:
+            log.debug("connection %d ended error=%s", number, error)
+        finally:
+            _end(downstream)
+
+    async def _carry_upstream(self, number: int, downstream: socket.socket) -> None:
+        """Carry until either side ends it.
+
+        Raises:
+            OSError: a side ended it, or there are no descriptors.
+        """
         name = f"convertd-{secrets.token_hex(16)}"
         peer = f"unix-abstract:{name}"
-        downstream = socket.socket(fileno=descriptor)
         with contextlib.ExitStack() as stack:
-            stack.callback(_end, downstream)
-            downstream.setblocking(False)
             upstream = stack.enter_context(
                 socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             )
@@ -64,11 +75,8 @@ class Relay:
             self._numbers[peer] = number
             # First forget the name, then close: nobody may find it under somebody else's number.
             stack.callback(self._numbers.pop, peer, None)
-            try:
-                await _connect(upstream, self.upstream_path)
-                await _join(loop, downstream, upstream)
-            except OSError as error:
-                log.debug("connection %d ended error=%s", number, error)
+            await _connect(upstream, self.upstream_path)
+            await _join(asyncio.get_running_loop(), downstream, upstream)
 
 
 async def _connect(sock: socket.socket, path: str) -> None:
