@@ -1,0 +1,331 @@
+"""The relay: bytes both ways, a name that tells whose they are, and an end for every connection."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+from children import in_child
+
+from convertd_daemon.front import relay
+
+KIB = 1024
+MIB = 1024 * KIB
+
+DEADLINE_S = 20.0
+
+
+class Upstream:
+    """What stands in for gRPC: it accepts, and says what a test wants it to say."""
+
+    def __init__(self, path: Path, backlog: int = 16) -> None:
+        self.path = str(path)
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        self.sock.bind(self.path)
+        self.sock.listen(backlog)
+
+    async def accept(self) -> tuple[socket.socket, str]:
+        """Take the next connection, and what gRPC would call its peer."""
+        sock, address = await asyncio.get_running_loop().sock_accept(self.sock)
+        return sock, f"unix-abstract:{address[1:].decode()}"
+
+
+class Peer:
+    """Somebody connected to the daemon. The broker keeps a descriptor of its own."""
+
+    def __init__(self) -> None:
+        self.sock, accepted = socket.socketpair()
+        self.brokers = accepted.dup()
+        self.sock.setblocking(False)
+        self.descriptor = accepted.detach()
+
+    async def send(self, data: bytes) -> None:
+        """Send all of it."""
+        await asyncio.get_running_loop().sock_sendall(self.sock, data)
+
+    async def receive(self, count: int = 64 * KIB) -> bytes:
+        """Receive something, or nothing at the end."""
+        return await asyncio.get_running_loop().sock_recv(self.sock, count)
+
+    def close(self) -> None:
+        """Close what is the peer's and what is the broker's."""
+        self.sock.close()
+        self.brokers.close()
+
+
+@pytest.fixture
+def path() -> Iterator[Path]:
+    """Where gRPC listens."""
+    with tempfile.TemporaryDirectory(dir="/run") as directory:
+        yield Path(directory) / "grpc.sock"
+
+
+@contextlib.asynccontextmanager
+async def carried(path: Path) -> AsyncIterator[tuple[relay.Relay, Peer, socket.socket, str]]:
+    """A connection that is carried: the relay, both far ends, and the name gRPC has for it."""
+    upstream, peer, a_relay = Upstream(path), Peer(), relay.Relay(str(path))
+    with contextlib.closing(upstream.sock), contextlib.closing(peer):
+        a_relay.carry(7, peer.descriptor)
+        there, name = await upstream.accept()
+        with contextlib.closing(there):
+            yield a_relay, peer, there, name
+        peer.sock.close()
+        await a_relay.drain(DEADLINE_S)
+        assert len(a_relay) == 0
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    """Run a test in a loop of its own, in which nothing hangs and nothing is left over."""
+    before = sorted(os.listdir("/proc/self/fd"))
+
+    async def bounded() -> None:
+        await asyncio.wait_for(test(), DEADLINE_S)
+
+    asyncio.run(bounded())
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+async def until(fact: Callable[[], bool]) -> None:
+    """Let the loop run until something is so."""
+    while not fact():  # noqa: ASYNC110 - nobody sets an event for it
+        await asyncio.sleep(0.001)
+
+
+async def receive_all(sock: socket.socket, count: int) -> bytes:
+    """Receive so many bytes."""
+    loop, data = asyncio.get_running_loop(), bytearray()
+    while len(data) < count and (piece := await loop.sock_recv(sock, 64 * KIB)):
+        data += piece
+    return bytes(data)
+
+
+def test_bytes_are_carried_both_ways_as_they_are(path: Path) -> None:
+    """However many, and at once."""
+    data = os.urandom(3 * MIB)
+
+    async def test() -> None:
+        async with carried(path) as (_, peer, there, _):
+            loop = asyncio.get_running_loop()
+            _, up, _, down = await asyncio.gather(
+                peer.send(data),
+                receive_all(there, len(data)),
+                loop.sock_sendall(there, data[::-1]),
+                receive_all(peer.sock, len(data)),
+            )
+            assert up == data
+            assert down == data[::-1]
+
+    run(test)
+
+
+def test_what_the_server_says_first_arrives(path: Path) -> None:
+    """An HTTP/2 server does not wait to be asked."""
+
+    async def test() -> None:
+        async with carried(path) as (_, peer, there, _):
+            there.send(b"settings")
+            assert await peer.receive() == b"settings"
+
+    run(test)
+
+
+def test_the_name_that_grpc_sees_leads_to_the_brokers_number(path: Path) -> None:
+    """For as long as the connection is there, and no longer; another name leads to nobody."""
+
+    async def test() -> None:
+        async with carried(path) as (a_relay, peer, there, name):
+            assert a_relay.connection_of(name) == 7
+            assert a_relay.connection_of(f"{name}0") is None
+            assert a_relay.connection_of("unix:") is None
+            peer.sock.close()
+            assert await asyncio.get_running_loop().sock_recv(there, 1) == b""
+            await until(lambda: a_relay.connection_of(name) is None)
+
+    run(test)
+
+
+def test_two_connections_never_have_one_name(path: Path) -> None:
+    """Even of one peer, one after the other."""
+
+    async def test() -> None:
+        upstream, a_relay = Upstream(path), relay.Relay(str(path))
+        names = {}
+        with contextlib.closing(upstream.sock):
+            for number in range(20):
+                peer = Peer()
+                a_relay.carry(number, peer.descriptor)
+                there, name = await upstream.accept()
+                names[name] = a_relay.connection_of(name)
+                there.close()
+                peer.close()
+            await a_relay.drain(DEADLINE_S)
+        assert sorted(filter(None, names.values())) == list(range(1, 20))
+        assert len(names) == 20
+
+    run(test)
+
+
+def test_a_peer_that_goes_ends_the_connection(path: Path) -> None:
+    """What it had said still arrives."""
+
+    async def test() -> None:
+        async with carried(path) as (_, peer, there, _):
+            await peer.send(b"last words")
+            peer.sock.close()
+            assert await receive_all(there, 100) == b"last words"
+
+    run(test)
+
+
+def test_a_server_that_ends_a_connection_ends_it_for_the_peer(path: Path) -> None:
+    """Though the broker still holds a descriptor of it: close() alone would leave it open."""
+
+    async def test() -> None:
+        async with carried(path) as (_, peer, there, _):
+            await asyncio.get_running_loop().sock_sendall(there, b"goaway")
+            there.close()
+            assert await receive_all(peer.sock, 100) == b"goaway"
+            assert await peer.receive() == b""
+
+    run(test)
+
+
+def test_a_peer_that_says_it_is_done_has_its_connection_ended(path: Path) -> None:
+    """There is no half-open connection in gRPC, and one would be a descriptor for nothing."""
+
+    async def test() -> None:
+        async with carried(path) as (_, peer, there, _):
+            await peer.send(b"x")
+            peer.sock.shutdown(socket.SHUT_WR)
+            assert await receive_all(there, 100) == b"x"
+            assert await peer.receive() == b""
+
+    run(test)
+
+
+def test_a_full_backlog_is_waited_for(path: Path) -> None:
+    """AF_UNIX answers EAGAIN; the peer's bytes wait meanwhile, and nobody else does."""
+
+    async def test() -> None:
+        upstream, a_relay = Upstream(path, backlog=0), relay.Relay(str(path))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.closing(upstream.sock))
+            peers = [stack.enter_context(contextlib.closing(Peer())) for _ in range(8)]
+            for number, peer in enumerate(peers):
+                a_relay.carry(number, peer.descriptor)
+                await peer.send(b"%d" % number)
+            # From then on each of them tries to connect, and one has room.
+            await until(lambda: len(a_relay._numbers) == len(peers))  # noqa: SLF001 - names that are bound
+            await asyncio.sleep(0)
+            heard = set()
+            for _ in peers:
+                there, name = await upstream.accept()
+                stack.enter_context(contextlib.closing(there))
+                data = await asyncio.get_running_loop().sock_recv(there, 10)
+                assert data == b"%d" % (a_relay.connection_of(name) or 0)
+                heard.add(data)
+            assert len(heard) == len(peers)
+        await a_relay.drain(DEADLINE_S)
+
+    run(test)
+
+
+@pytest.mark.parametrize("writer", ["server", "peer"])
+def test_who_does_not_read_holds_up_nobody_but_who_writes_to_it(path: Path, writer: str) -> None:
+    """What waits is bounded: memory can't be filled by asking much and reading nothing."""
+
+    async def test() -> None:
+        async with carried(path) as (a_relay, peer, there, _):
+            sink = there if writer == "server" else peer.sock
+            sent = await fill(sink)
+            assert sent < 4 * MIB
+            other = Peer()
+            with contextlib.closing(other):
+                upstream = a_relay.upstream_path
+                a_relay.upstream_path = f"{upstream}.2"
+                second = Upstream(Path(a_relay.upstream_path))
+                with contextlib.closing(second.sock):
+                    a_relay.carry(8, other.descriptor)
+                    far, _ = await second.accept()
+                    with contextlib.closing(far):
+                        await other.send(b"x")
+                        assert await asyncio.get_running_loop().sock_recv(far, 2) == b"x"
+                os.unlink(a_relay.upstream_path)
+            # And once it reads, everything is there.
+            source = peer.sock if writer == "server" else there
+            assert len(await receive_all(source, sent)) == sent
+
+    run(test)
+
+
+async def fill(sink: socket.socket) -> int:
+    """Write until nothing more is taken, and tell how much was."""
+    sent, refused = 0, 0
+    while refused < 20:
+        try:
+            sent += sink.send(bytes(64 * KIB))
+            refused = 0
+        except BlockingIOError:
+            refused += 1
+            await asyncio.sleep(0.001)
+    return sent
+
+
+def test_without_a_server_the_connection_ends(path: Path) -> None:
+    """It is not kept for one that may come."""
+
+    async def test() -> None:
+        a_relay, peer = relay.Relay(str(path)), Peer()
+        with contextlib.closing(peer):
+            a_relay.carry(1, peer.descriptor)
+            assert await peer.receive() == b""
+        await a_relay.drain(DEADLINE_S)
+        assert len(a_relay) == 0
+
+    run(test)
+
+
+def test_out_of_descriptors_a_connection_ends_and_leaves_no_name(path: Path) -> None:
+    """And the next one, when there are some again, is carried."""
+
+    async def scene() -> None:
+        upstream, a_relay, peer, late = Upstream(path), relay.Relay(str(path)), Peer(), Peer()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+        a_relay.carry(1, peer.descriptor)
+        assert await peer.receive() == b""
+        await a_relay.drain(DEADLINE_S)
+        assert a_relay._numbers == {}  # noqa: SLF001 - that nothing is left is the point
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        a_relay.carry(2, late.descriptor)
+        _, name = await upstream.accept()
+        assert a_relay.connection_of(name) == 2
+
+    def act() -> str:
+        complaints: list[object] = []
+        loop = asyncio.new_event_loop()
+        loop.set_exception_handler(lambda _, context: complaints.append(context["message"]))
+        loop.run_until_complete(asyncio.wait_for(scene(), DEADLINE_S))
+        return str(complaints)
+
+    assert in_child(act) == "[]"
+
+
+def test_draining_ends_by_itself(path: Path) -> None:
+    """What does not end in its time is left."""
+
+    async def test() -> None:
+        async with carried(path) as (a_relay, _, _, _):
+            await a_relay.drain(0.01)
+            assert len(a_relay) == 1
+        await a_relay.drain(0.01)
+        assert len(a_relay) == 0
+
+    run(test)
