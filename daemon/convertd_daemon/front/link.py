@@ -11,6 +11,7 @@ import collections
 import contextlib
 import itertools
 import logging
+import os
 import socket
 from typing import TYPE_CHECKING, Final
 
@@ -122,7 +123,7 @@ class Link:
         self.ended = asyncio.Event()
         self._calls: dict[int, Call] = {}
         self._numbers = itertools.count(1)
-        self._behind: collections.deque[tuple[bytes, tuple[int, ...]]] = collections.deque()
+        self._behind: collections.deque[tuple[bytes, list[int]]] = collections.deque()
         asyncio.get_running_loop().add_reader(line.fileno(), self._listen)
 
     def call_of_job(self, job_id: str) -> Call | None:
@@ -158,8 +159,11 @@ class Link:
 
         Raises:
             channel.TooLong: it is not sent. It must not get in line: nothing would get past it.
+            OSError: there is no room for copies of the descriptors.
         """
-        self._behind.append((channel.encoded(message), descriptors))
+        data = channel.encoded(message)
+        # Copies, for by the time that there is room a number may lead to somebody else's secret.
+        self._behind.append((data, _copies_of(descriptors)))
         self._catch_up()
 
     def _catch_up(self) -> None:
@@ -171,6 +175,7 @@ class Link:
                     loop.add_writer(self.line.fileno(), self._catch_up)
                     return
                 self._behind.popleft()
+                channel.close_all(descriptors)
         except channel.Closed:
             self._close()
             return
@@ -213,10 +218,21 @@ class Link:
         loop.remove_reader(self.line.fileno())
         loop.remove_writer(self.line.fileno())
         self.closed = True
-        self._behind.clear()
+        while self._behind:
+            channel.close_all(self._behind.popleft()[1])
         for call in self._calls.values():
             call.wake()
         self.ended.set()
+
+
+def _copies_of(descriptors: tuple[int, ...]) -> list[int]:
+    copies: list[int] = []
+    try:
+        copies.extend(os.dup(descriptor) for descriptor in descriptors)
+    except OSError:
+        channel.close_all(copies)
+        raise
+    return copies
 
 
 def is_last(message: object) -> errors.Failure | None:
