@@ -1,0 +1,498 @@
+"""The front's channels: what broker and jobs say reaches the call it is about, in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+import refusals
+from children import in_child
+
+from convertd_daemon import channel, errors, model
+from convertd_daemon.front import link, pipes, relay
+
+DEADLINE_S = 20.0
+
+FAILURE = errors.InternalError(error_id="x").failure()
+REPORT = channel.Done(call=1)
+
+
+def waiting(position: int, call: int = 1) -> channel.Waiting:
+    """The broker says where a job stands in the queue."""
+    return channel.Waiting(call=call, job_id="job-1", position=position)
+
+
+def progressed(percent: float) -> channel.Progressed:
+    """A job says how far it is."""
+    progress = model.Progress(phase=model.Phase.CONVERTING, percent=percent)
+    return channel.Progressed(progress=progress)
+
+
+def failed(reason: str) -> channel.Failed:
+    """A job says that it failed."""
+    return channel.Failed(failure=errors.Failure(reason=reason, message=""))
+
+
+def list_jobs(call: int) -> channel.ListJobs:
+    """Something to ask the broker."""
+    return channel.ListJobs(call=call, connection=5)
+
+
+class Broker:
+    """The broker's end of the channel."""
+
+    def __init__(self, line: channel.Channel) -> None:
+        self.line = line
+
+    def hears(self) -> object:
+        """The next thing that the front says. What came with it is closed."""
+        message, descriptors = self.line.receive(*channel.FROM_FRONT, wait=False)
+        channel.close_all(descriptors)
+        return message
+
+    def starts_a_job(self, call: int, job_id: str = "job-1") -> channel.Channel:
+        """Say that a call's job runs, and give the job's end of its channel."""
+        job, fronts = channel.Channel.pair()
+        self.line.send(channel.Started(call=call, job_id=job_id), fronts.fileno())
+        fronts.close()
+        return job
+
+
+Test = Callable[[link.Link, Broker], Awaitable[None]]
+
+
+def run(test: Test) -> None:
+    """Run a test with a link and a broker, in a loop in which nothing hangs or is left over."""
+    before = sorted(os.listdir("/proc/self/fd"))
+
+    async def bounded() -> None:
+        ours, theirs = channel.Channel.pair()
+        with ours, theirs:
+            broker = link.Link(ours, relay.Relay("/nowhere"))
+            await asyncio.wait_for(test(broker, Broker(theirs)), DEADLINE_S)
+            asyncio.get_running_loop().remove_reader(ours.fileno())
+            asyncio.get_running_loop().remove_writer(ours.fileno())
+
+    asyncio.run(bounded())
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+async def until_closed(end: channel.Channel) -> None:
+    """Talk until nobody is at the other end any more."""
+    while True:
+        await turns()
+        try:
+            end.send(progressed(0.0), wait=False)
+        except channel.Closed:
+            return
+
+
+async def turns(count: int = 3) -> None:
+    """Let the loop look at its descriptors."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def test_an_answer_reaches_the_call_that_asked() -> None:
+    """Two calls at once, answered in the other order."""
+
+    async def test(a_link: link.Link, broker: Broker) -> None:
+        with a_link.call(list_jobs) as one, a_link.call(list_jobs) as two:
+            assert broker.hears() == list_jobs(one.number)
+            assert broker.hears() == list_jobs(two.number)
+            for call in (two, one):
+                broker.line.send(channel.Done(call=call.number))
+            assert await one.next() == channel.Done(call=one.number)
+            assert await two.next() == channel.Done(call=two.number)
+
+    run(test)
+
+
+def test_a_call_that_is_left_is_abandoned() -> None:
+    """However it is left, the broker is told, unless the call had ended anyway."""
+
+    async def test(a_link: link.Link, broker: Broker) -> None:
+        with contextlib.suppress(LookupError), a_link.call(list_jobs) as call:
+            broker.hears()
+            raise LookupError
+        assert broker.hears() == channel.Abandon(call=call.number)
+        with a_link.call(list_jobs) as call:
+            broker.hears()
+            call.over = True
+        with pytest.raises(BlockingIOError):
+            broker.hears()
+
+    run(test)
+
+
+def test_what_comes_for_a_call_that_is_over_is_dropped() -> None:
+    """And a job that starts for it ends: its channel is closed."""
+
+    async def test(a_link: link.Link, broker: Broker) -> None:
+        with a_link.call(list_jobs) as call:
+            pass
+        broker.line.send(waiting(1, call.number))
+        broker.line.send(channel.Ended(job_id="job-1", failure=FAILURE))
+        job = broker.starts_a_job(call.number)
+        with job:
+            await until_closed(job)
+        assert a_link.call_of_job("job-1") is None
+
+    run(test)
+
+
+def test_a_question_that_is_too_long_is_not_asked() -> None:
+    """The caller is told, and the next question gets through."""
+
+    async def test(a_link: link.Link, broker: Broker) -> None:
+        def long(call: int) -> channel.CancelJob:
+            return channel.CancelJob(call=call, connection=5, job_id="x" * 200_000)
+
+        with pytest.raises(channel.TooLong), a_link.call(long):
+            pass
+        assert isinstance(broker.hears(), channel.Abandon)
+        with a_link.call(list_jobs) as call:
+            assert broker.hears() == list_jobs(call.number)
+
+    run(test)
+
+
+class TestJobs:
+    """What a job says comes by its own channel."""
+
+    def test_reaches_its_call_in_order(self) -> None:
+        """After what the broker said of the queue."""
+
+        async def test(a_link: link.Link, broker: Broker) -> None:
+            with a_link.call(list_jobs) as call:
+                broker.line.send(waiting(1))
+                assert await call.next() == waiting(1)
+                with broker.starts_a_job(call.number) as job:
+                    job.send(progressed(1.0))
+                    job.send(failed("NO_SPACE"))
+                    assert await call.next() == progressed(1.0)
+                    assert await call.next() == failed("NO_SPACE")
+                assert call.job_id == "job-1"
+                assert a_link.call_of_job("job-1") is call
+
+        run(test)
+
+    def test_progress_that_nobody_read_is_replaced_by_newer(self) -> None:
+        """A slow reader costs one message; what must arrive does."""
+
+        async def test(a_link: link.Link, broker: Broker) -> None:
+            with a_link.call(list_jobs) as call:
+                for position in (9, 8, 7):
+                    broker.line.send(waiting(position))
+                with broker.starts_a_job(call.number) as job:
+                    for percent in (1.0, 2.0, 3.0):
+                        job.send(progressed(percent))
+                    job.send(failed("NO_SPACE"))
+                    await turns()
+                    assert await call.next() == waiting(7)
+                    assert await call.next() == progressed(3.0)
+                    assert await call.next() == failed("NO_SPACE")
+
+        run(test)
+
+    def test_what_it_said_last_comes_before_the_news_of_its_end(self) -> None:
+        """Whichever channel is looked at first: it did succeed, and nobody hears otherwise."""
+
+        async def test(a_link: link.Link, broker: Broker) -> None:
+            with a_link.call(list_jobs) as call:
+                job = broker.starts_a_job(call.number)
+                await turns()
+                broker.line.send(channel.Ended(job_id="job-1", failure=FAILURE))
+                with job:
+                    job.send(failed("NO_SPACE"))
+                assert await call.next() == failed("NO_SPACE")
+                assert await call.next() == channel.Ended(job_id="job-1", failure=FAILURE)
+
+        run(test)
+
+    def test_its_silent_end_is_the_brokers_to_tell(self) -> None:
+        """A channel that closes says nothing of why."""
+
+        async def test(a_link: link.Link, broker: Broker) -> None:
+            with a_link.call(list_jobs) as call:
+                broker.starts_a_job(call.number).close()
+                await turns()
+                broker.line.send(channel.Ended(job_id="job-1", failure=FAILURE))
+                assert await call.next() == channel.Ended(job_id="job-1", failure=FAILURE)
+
+        run(test)
+
+    def test_nonsense_from_it_ends_it(self) -> None:
+        """It was ours once."""
+
+        async def test(a_link: link.Link, broker: Broker) -> None:
+            with a_link.call(list_jobs) as call, broker.starts_a_job(call.number) as job:
+                job.send_bytes(b"nonsense")
+                await until_closed(job)
+
+        run(test)
+
+    def test_descriptors_from_it_are_closed(self) -> None:
+        """It has none to give."""
+
+        async def test(a_link: link.Link, broker: Broker) -> None:
+            with a_link.call(list_jobs) as call, broker.starts_a_job(call.number) as job:
+                job.send(progressed(0.0), job.fileno())
+                assert await call.next() == progressed(0.0)
+
+        run(test)
+
+    def test_leaving_its_call_ends_it(self) -> None:
+        """Its channel is its life."""
+
+        async def test(a_link: link.Link, broker: Broker) -> None:
+            with a_link.call(list_jobs) as call:
+                job = broker.starts_a_job(call.number)
+                while not call.job_id:
+                    await turns()
+            with job, pytest.raises(channel.Closed):
+                job.send(progressed(0.0))
+
+        run(test)
+
+    def test_that_it_said_how_it_ended_is_passed_on(self) -> None:
+        """So that its destination is free before its process is gone."""
+
+        async def test(a_link: link.Link, broker: Broker) -> None:
+            with a_link.call(list_jobs) as call:
+                broker.hears()
+                call.finish()
+                assert broker.hears() == channel.Finished(call=call.number)
+                call.over = True
+
+        run(test)
+
+
+async def first_descriptors(broker: Broker) -> list[int]:
+    """Hear the front out until something comes along with what it says."""
+    while True:
+        try:
+            _, came = broker.line.receive(*channel.FROM_FRONT, wait=False)
+        except BlockingIOError:
+            await turns(1)
+        else:
+            if came:
+                return came
+
+
+def lowest_free() -> int:
+    """The number that the next descriptor will have."""
+    free = os.dup(0)
+    os.close(free)
+    return free
+
+
+class TestBroker:
+    """It is alone, it may be busy, and it may end."""
+
+    def test_its_end_is_told_to_all_calls(self) -> None:
+        """What it had said before is heard first."""
+
+        async def test(a_link: link.Link, broker: Broker) -> None:
+            with a_link.call(list_jobs) as one, a_link.call(list_jobs) as two:
+                broker.line.send(channel.Done(call=one.number))
+                waiter = asyncio.ensure_future(two.next())
+                await turns()
+                broker.line.close()
+                await a_link.ended.wait()
+                assert await one.next() == channel.Done(call=one.number)
+                for call in (one.next(), waiter):
+                    with pytest.raises(link.BrokerIsGone):
+                        await call
+            assert a_link.closed
+
+        run(test)
+
+    def test_its_end_is_noticed_by_who_asks(self) -> None:
+        """Before anybody looked whether there is something to read."""
+
+        async def test(a_link: link.Link, broker: Broker) -> None:
+            broker.line.close()
+            with a_link.call(list_jobs) as call, pytest.raises(link.BrokerIsGone):
+                await call.next()
+
+        run(test)
+
+    def test_what_it_has_no_time_for_waits_and_arrives_in_order(self) -> None:
+        """Thousands of questions, more than the channel holds."""
+
+        async def test(a_link: link.Link, broker: Broker) -> None:
+            count = 5000
+            for number in range(count):
+                a_link.send(list_jobs(number))
+            for number in range(count):
+                while True:
+                    try:
+                        assert broker.hears() == list_jobs(number)
+                        break
+                    except BlockingIOError:
+                        await turns(1)
+
+        run(test)
+
+    def test_a_passphrase_that_had_to_wait_is_still_that_of_its_caller(self) -> None:
+        """Who gave it is gone, its descriptor closed and its number somebody else's by then."""
+
+        async def test(a_link: link.Link, broker: Broker) -> None:
+            while not a_link._behind:  # noqa: SLF001 - to know that there is no room left
+                a_link.send(list_jobs(0))
+            with pipes.holding([b"mine"]) as held, a_link.call(list_jobs, held):
+                pass
+            with pipes.holding([b"another's"]) as others:
+                assert others == held
+                came = await first_descriptors(broker)
+                assert os.read(came[0], 100) == b"mine"
+                channel.close_all(came)
+
+        run(test)
+
+    def test_a_passphrase_that_waits_when_it_ends_is_closed(self) -> None:
+        """Nothing is left of it."""
+
+        async def test(a_link: link.Link, broker: Broker) -> None:
+            while not a_link._behind:  # noqa: SLF001 - as above
+                a_link.send(list_jobs(0))
+            with pipes.holding([b"mine"]) as held, a_link.call(list_jobs, held):
+                broker.line.close()
+                await a_link.ended.wait()
+
+        run(test)
+
+    def test_without_descriptors_for_passphrases_the_question_is_not_asked(self) -> None:
+        """The call fails, and leaves none of the copies that were made already."""
+
+        async def test(a_link: link.Link, broker: Broker) -> None:
+            with pipes.holding([b"one", b"two"]) as held:
+                before = len(os.listdir("/proc/self/fd"))
+                _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+                resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free() + 1, hard))
+                with pytest.raises(OSError, match="Too many"), a_link.call(list_jobs, held):
+                    pass
+                resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+                assert len(os.listdir("/proc/self/fd")) == before
+            assert isinstance(broker.hears(), channel.Abandon)
+
+        in_child(lambda: run(test))
+
+    def test_what_it_says_that_is_nothing_we_know_is_lost_alone(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """The next message is heard."""
+
+        async def test(a_link: link.Link, broker: Broker) -> None:
+            with a_link.call(list_jobs) as call:
+                broker.line.send_bytes(b"nonsense")
+                broker.line.send(channel.Done(call=call.number))
+                assert await call.next() == channel.Done(call=call.number)
+
+        run(test)
+        assert "a message from the broker was lost" in caplog.text
+
+    def test_who_connected_is_handed_to_the_relay(self) -> None:
+        """With the broker's number."""
+
+        async def test(a_link: link.Link, broker: Broker) -> None:
+            here, there = channel.Channel.pair()
+            broker.line.send(channel.Connected(connection=9), there.fileno())
+            there.close()
+            with here:
+                # Nobody listens upstream, so the relay ends the connection.
+                await until_closed(here)
+            await a_link.relay.drain(DEADLINE_S)
+
+        run(test)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (channel.Refused(call=1, failure=FAILURE), FAILURE),
+        (channel.Failed(failure=FAILURE), FAILURE),
+        (channel.Ended(job_id="x", failure=FAILURE), FAILURE),
+        (REPORT, None),
+        (progressed(1.0), None),
+    ],
+    ids=["refused", "failed", "ended", "done", "progress"],
+)
+def test_a_call_ends_with_a_failure_of(message: object, expected: errors.Failure | None) -> None:
+    """Broker or job; nothing else is one."""
+    assert link.is_last(message) == expected
+
+
+@pytest.fixture
+def descriptors() -> Iterator[Callable[[], int]]:
+    """Count the descriptors that are open more than at the test's beginning."""
+    before = len(os.listdir("/proc/self/fd"))
+    yield lambda: len(os.listdir("/proc/self/fd")) - before
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+class TestPassphrases:
+    """On pipes, for the broker to hand on."""
+
+    def test_each_is_on_a_pipe_of_its_own_that_ends_after_it(
+        self, descriptors: Callable[[], int]
+    ) -> None:
+        """And nowhere else: the list is empty at once."""
+        secrets = [b"one", b"x" * pipes.MAX_BYTES]
+        with pipes.holding(secrets) as held:
+            assert secrets == []
+            assert descriptors() == 2
+            assert os.read(held[0], 9999) == b"one"
+            assert len(os.read(held[1], 9999)) == pipes.MAX_BYTES
+            assert os.read(held[0], 1) == b""
+
+    @pytest.mark.parametrize("wrong", [b"", b"x" * (pipes.MAX_BYTES + 1)], ids=["empty", "long"])
+    def test_one_that_is_none_is_refused_and_leaves_nothing(
+        self, descriptors: Callable[[], int], wrong: bytes
+    ) -> None:
+        """Not even the pipe of the one before it; and it is not repeated in the refusal."""
+        refused = refusals.refusal_of(lambda: pipes.holding([b"fine", wrong]).__enter__())
+        assert refused is not None
+        assert refused.message == "encryption.passphrase: must have 1 to 4096 bytes"
+        assert descriptors() == 0
+
+    def test_none_takes_none(self, descriptors: Callable[[], int]) -> None:
+        """Most requests."""
+        with pipes.holding([]) as held:
+            assert (held, descriptors()) == ((), 0)
+
+
+def test_a_relay_that_carries_for_a_link_finds_its_server() -> None:
+    """Both together: who connected talks to who listens."""
+    with tempfile.TemporaryDirectory(dir="/run") as directory:
+        path = str(Path(directory) / "grpc.sock")
+
+        async def test(a_link: link.Link, broker: Broker) -> None:
+            a_link.relay.upstream_path = path
+            greeted = asyncio.Event()
+
+            async def greet(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                peer = f"unix-abstract:{writer.get_extra_info('peername')[1:].decode()}"
+                assert a_link.relay.connection_of(peer) == 9
+                writer.close()
+                await writer.wait_closed()
+                greeted.set()
+
+            server = await asyncio.start_unix_server(greet, path)
+            here, there = channel.Channel.pair()
+            broker.line.send(channel.Connected(connection=9), there.fileno())
+            there.close()
+            await greeted.wait()
+            here.close()
+            await a_link.relay.drain(DEADLINE_S)
+            server.close()
+            await server.wait_closed()
+
+        run(test)
