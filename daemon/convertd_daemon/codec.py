@@ -105,9 +105,20 @@ def _scalar(kind: Any) -> Decoder:
     def decode_scalar(value: Any) -> Any:
         if type(value) not in accepted:
             raise CodecError(f"expected {kind.__name__}, found {type(value).__name__}")
+        # JSON can escape a lone surrogate. Nothing that takes bytes, a journal say, could have it.
+        if kind is str and not _is_unicode(value):
+            raise CodecError("a text that is not Unicode")
         return value
 
     return decode_scalar
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _enum(kind: type[enum.StrEnum]) -> Decoder:
