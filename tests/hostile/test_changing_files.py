@@ -1,0 +1,211 @@
+"""Images and names that change while they are looked at, by a user who may change them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+from harness.callers import ALICE, PYTHON
+from harness.daemon import Daemon
+from hostile import asking, forged, racing
+from hostile.forged import Qcow2
+from hostile.secret import Secret
+
+POLICY: Final = """
+[roots.images]
+path = "{scratch}/images"
+access = "daemon"
+[[grants]]
+users = [1234]
+read = ["images"]
+write = ["images"]
+formats = ["raw", "qcow2", "vmdk"]
+"""
+
+ROUNDS: Final = int(os.environ.get("CONVERTD_TEST_RACES", "25"))
+"""How many conversions each race is run against."""
+
+HONEST: Final = b"what the image is meant to hold " * (forged.SIZE // 32)
+
+
+@pytest.fixture
+def own_dir(images_dir: Path) -> Path:
+    """A directory below the root that is the caller's own."""
+    os.chown(images_dir, ALICE.uid, ALICE.gid)
+    return images_dir
+
+
+@pytest.fixture
+def system_file() -> Iterator[tuple[Path, bytes]]:
+    """A file that only root may read, below a directory that is everybody's to search."""
+    directory = Path(tempfile.mkdtemp(prefix="convertd-test-", dir="/usr/lib"))
+    directory.chmod(0o755)
+    marker = f"<{secrets.token_hex(15)}>".encode()
+    path = directory / "disk.raw"
+    path.write_bytes((marker * forged.SIZE)[: forged.SIZE])
+    path.chmod(0o600)
+    yield path, marker
+    shutil.rmtree(directory)
+
+
+def honest_qcow2(directory: Path) -> bytes:
+    """A qcow2 with what it should hold."""
+    raw, path = directory / "honest.raw", directory / "honest.qcow2"
+    raw.write_bytes(HONEST)
+    argv = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(path)]
+    subprocess.run(argv, check=True)
+    data = path.read_bytes()
+    raw.unlink()
+    path.unlink()
+    return data
+
+
+def hammer(daemon: Daemon, source: Path, stated: str, marker: bytes) -> Counter[str]:
+    """Convert again and again. Every result is looked through; how each ended is counted."""
+    ends: Counter[str] = Counter()
+    for number in range(ROUNDS):
+        out = source.parent / f"out-{number}.raw"
+        answer = asking.convert(daemon, source, out, stated)
+        ends[answer.reason or answer.status] += 1
+        assert out.exists() is answer.is_ok
+        assert not asking.holds(out, marker)
+        assert marker not in answer.said
+        out.unlink(missing_ok=True)
+    return ends
+
+
+def bare_leaks(image: Path, marker: bytes) -> bool:
+    """Whether bare qemu-img puts the secret into its result."""
+    out = image.with_suffix(".bare")
+    argv = ["qemu-img", "convert", "-O", "raw", str(image), str(out)]
+    subprocess.run(argv, check=False, capture_output=True)
+    found = asking.holds(out, marker)
+    out.unlink(missing_ok=True)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["backing file", "data file"])
+@pytest.mark.parametrize("stated", ["qcow2", ""])
+def test_a_header_rewritten_by_its_owner_reaches_no_other_file(
+    daemon: Daemon, secret: Secret, own_dir: Path, kind: str, stated: str
+) -> None:
+    """Honest when it is probed, and not when it is converted: nothing but the kernel can help."""
+    honest, name = honest_qcow2(own_dir), str(secret.raw)
+    evil = {
+        "backing file": Qcow2(backing=name, backing_format="raw"),
+        "data file": Qcow2(data_file=name),
+    }[kind].data()
+    image = asking.given_to(ALICE, own_dir / "image.qcow2", evil)
+    assert bare_leaks(image, secret.marker)
+    with racing.rewriting(ALICE, image, evil, honest) as count:
+        ends = hammer(daemon, image, stated, secret.marker)
+    assert count.changes > 10 * ROUNDS
+    assert ends["OK"] < ROUNDS, "the race was never lost: it tests nothing"
+
+
+def test_a_header_rewritten_by_its_owner_reaches_no_file_of_the_system(
+    daemon: Daemon, system_file: tuple[Path, bytes], own_dir: Path
+) -> None:
+    """Libraries must be open to qemu-img. What lies beside them must not.
+
+    Once all of /usr/lib was, and the worker's CAP_DAC_READ_SEARCH read there what is root's alone.
+    """
+    name, marker = system_file
+    honest, evil = honest_qcow2(own_dir), Qcow2(data_file=str(name)).data()
+    image = asking.given_to(ALICE, own_dir / "image.qcow2", evil)
+    assert bare_leaks(image, marker)
+    with racing.rewriting(ALICE, image, evil, honest):
+        hammer(daemon, image, "qcow2", marker)
+    image.unlink()
+    descriptor = asking.given_to(ALICE, own_dir / "image.vmdk", forged.flat_vmdk(str(name)))
+    assert bare_leaks(descriptor, marker)
+    hammer(daemon, descriptor, "vmdk", marker)
+
+
+def test_a_source_whose_name_is_swapped_is_the_file_or_is_refused(
+    daemon: Daemon, secret: Secret, own_dir: Path
+) -> None:
+    """File, link to a secret, directory, FIFO, device: in turn, under one name."""
+    image = asking.given_to(ALICE, own_dir / "image.raw", HONEST)
+    (own_dir / "link").symlink_to(secret.raw)
+    (own_dir / "directory").mkdir()
+    os.mkfifo(own_dir / "fifo")
+    assert bare_leaks(own_dir / "link", secret.marker)
+    with racing.swapping(ALICE, own_dir, "image.raw", "link", "directory", "fifo") as count:
+        ends = hammer(daemon, image, "raw", secret.marker)
+    assert count.changes > 10 * ROUNDS
+    assert ends.keys() <= {"OK", "SYMLINK_IN_PATH", "NOT_AN_IMAGE"}
+    assert len(ends) > 1, "the race was never lost: it tests nothing"
+
+
+def test_a_directory_on_the_way_that_is_swapped_leads_nowhere_else(
+    daemon: Daemon, secret: Secret, own_dir: Path
+) -> None:
+    """For the source and for the destination: nothing is read from there, nothing made there."""
+    (own_dir / "way").mkdir()
+    os.chown(own_dir / "way", ALICE.uid, ALICE.gid)
+    asking.given_to(ALICE, own_dir / "way" / "disk.raw", HONEST)
+    (own_dir / "link").symlink_to(secret.directory)
+    assert bare_leaks(own_dir / "link" / "disk.raw", secret.marker)
+    with racing.swapping(ALICE, own_dir, "way", "link") as count:
+        ends: Counter[str] = Counter()
+        for number in range(ROUNDS):
+            source, dest = own_dir / "way" / "disk.raw", own_dir / "way" / f"out-{number}.raw"
+            answer = asking.overwrite(daemon, source, dest)
+            ends[answer.reason or answer.status] += 1
+    assert count.changes > 10 * ROUNDS
+    assert ends.keys() <= {"OK", "SYMLINK_IN_PATH"}
+    assert len(ends) > 1, "the race was never lost: it tests nothing"
+    assert secret.unchanged()
+    results = [path for path in (own_dir / "way").iterdir() if path.name != "disk.raw"]
+    assert len(results) == ends["OK"]
+    assert all(path.read_bytes() == HONEST for path in results)
+
+
+def test_a_destination_whose_name_is_swapped_is_replaced_or_left_alone(
+    daemon: Daemon, secret: Secret, own_dir: Path
+) -> None:
+    """Nothing is written through a link, into a directory or to a FIFO; and no temporary stays."""
+    image = asking.given_to(ALICE, own_dir / "image.raw", HONEST)
+    names = {"image.raw", "out", "link", "directory", "fifo"}
+    asking.given_to(ALICE, own_dir / "out", b"old")
+    (own_dir / "link").symlink_to(secret.raw)
+    (own_dir / "directory").mkdir()
+    os.mkfifo(own_dir / "fifo")
+    for name in ("link", "fifo"):
+        os.chown(own_dir / name, ALICE.uid, ALICE.gid, follow_symlinks=False)
+    with racing.swapping(ALICE, own_dir, "out", "link", "directory", "fifo") as count:
+        ends: Counter[str] = Counter()
+        for _ in range(ROUNDS):
+            answer = asking.overwrite(daemon, image, own_dir / "out")
+            ends[answer.reason or answer.status] += 1
+    assert count.changes > 10 * ROUNDS
+    allowed = {"OK", "SYMLINK_IN_PATH", "NOT_AN_IMAGE", "DEST_EXISTS", "NAME_REPLACED"}
+    assert ends.keys() <= allowed | {"WRITE_FAILED"}
+    assert secret.unchanged()
+    assert set(os.listdir(own_dir)) <= names
+    assert os.listdir(own_dir / "directory") == []
+
+
+def test_nobody_can_link_anothers_file_into_a_root(secret: Secret, own_dir: Path) -> None:
+    """A hard link would be a regular file below the root.
+
+    fs.protected_hardlinks, on which the daemon insists, keeps a user from making one.
+    """
+    victim = own_dir.parent / "victim"
+    victim.write_bytes(secret.marker)
+    victim.chmod(0o600)
+    script = "import os, sys; os.link(sys.argv[1], sys.argv[2])"
+    ran = ALICE.run([PYTHON, "-I", "-c", script, str(victim), str(own_dir / "mine")])
+    assert "PermissionError" in ran.err
+    with contextlib.suppress(FileNotFoundError):
+        victim.unlink()

@@ -1,0 +1,90 @@
+"""What a user mounted in a root: a FUSE file system can hold whoever touches it in state D."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import Final
+
+import pytest
+from harness import processes, waiting
+from harness.callers import ALICE
+from harness.daemon import Daemon
+from hostile import asking, silent_fuse
+
+POLICY: Final = """
+[roots.images]
+path = "{scratch}/images"
+access = "daemon"
+[[grants]]
+users = [1234]
+read = ["images"]
+write = ["images"]
+"""
+
+AT_ONCE_S: Final = 10.0
+"""Far less than anybody who waits for a silent file system would take."""
+
+
+@pytest.fixture
+def own_dir(images_dir: Path) -> Path:
+    """A directory of the caller's, with a source and a former result in it."""
+    os.chown(images_dir, ALICE.uid, ALICE.gid)
+    asking.given_to(ALICE, images_dir / "image.raw", b"x" * 65536)
+    asking.given_to(ALICE, images_dir / "out.raw", b"old")
+    (images_dir / "directory").mkdir()
+    return images_dir
+
+
+@pytest.mark.parametrize(
+    ("point", "source", "dest"),
+    [
+        ("directory", "directory/image.raw", "new.raw"),
+        ("directory", "image.raw", "directory/new.raw"),
+        ("directory", "image.raw", "directory"),
+        ("image.raw", "image.raw", "new.raw"),
+        ("out.raw", "image.raw", "out.raw"),
+    ],
+    ids=["below a source", "below a result", "in place of a result", "a source", "a result"],
+)
+def test_a_silent_file_system_holds_nobody(
+    daemon: Daemon, own_dir: Path, point: str, source: str, dest: str
+) -> None:
+    """It is not entered, so it is not asked."""
+    began = time.monotonic()
+    with silent_fuse.mounted(own_dir / point):
+        answer = asking.overwrite(daemon, own_dir / source, own_dir / dest)
+        assert answer.reason == "OUTSIDE_ROOT"
+        assert time.monotonic() - began < AT_ONCE_S
+        daemon.await_calm()
+
+
+def test_a_silent_file_system_in_the_place_of_a_left_over_holds_nobody(
+    daemon: Daemon, own_dir: Path
+) -> None:
+    """Whoever overwrites looks through the directory for what a killed job left."""
+    left_over = asking.given_to(ALICE, own_dir / ".convertd-0123456789abcdef.tmp", b"")
+    other = asking.given_to(ALICE, own_dir / ".convertd-fedcba9876543210.tmp", b"")
+    began = time.monotonic()
+    with silent_fuse.mounted(left_over):
+        assert asking.overwrite(daemon, own_dir / "image.raw", own_dir / "out.raw").is_ok
+        assert time.monotonic() - began < AT_ONCE_S
+        daemon.await_calm()
+    assert left_over.exists()
+    assert not other.exists()
+
+
+def test_the_silent_file_system_does_hold_whoever_asks_it(own_dir: Path) -> None:
+    """The control: without it the others would show nothing. Not even SIGKILL ends the wait."""
+    point = own_dir / "directory"
+    argv = ["stat", str(point)]
+    with (
+        silent_fuse.mounted(point),
+        subprocess.Popen(argv, stderr=subprocess.DEVNULL) as asking_it,
+    ):
+        waiting.until(lambda: processes.state(asking_it.pid) == "S", "stat waits")
+        asking_it.kill()
+        waiting.until(lambda: processes.state(asking_it.pid) == "D", "stat can't be killed")
+        silent_fuse.unmount(point)
