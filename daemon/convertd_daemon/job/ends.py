@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -135,10 +136,19 @@ def rules_of(dest: Dest) -> tuple[landlock.Rule, ...]:
 
 
 def dest_refusal(dest: Dest) -> str | None:
-    """What speaks against direct writes; a device is asked by reading it."""
+    """What speaks against direct writes; a device is asked by reading it.
+
+    Raises:
+        errors.WriteFailed, errors.NoSpace, errors.QuotaExceeded: the trial could not be undone.
+    """
     if isinstance(dest, devices.DeviceDest):
         return direct.read_refusal(dest.fd)
-    return direct.write_refusal(dest.fd)
+    try:
+        return direct.write_refusal(dest.fd)
+    except OSError as error:
+        space.raise_if_full(error, dest.target)
+        problem = os.strerror(error.errno or 0)
+        raise errors.WriteFailed(path=dest.place.path, problem=problem) from error
 
 
 def available_bytes(dest: Dest) -> int:

@@ -33,6 +33,9 @@ LONGEST_LINE: Final = 64
 MAX_WARNINGS: Final = 16
 MAX_WARNING_CHARACTERS: Final = 512
 
+CREATING: Final = "error while converting"
+"""How qemu-img begins what it says of a result that it could not create."""
+
 CPU_TICK_S: Final = 0.01
 """A program that used less processor time than this since the last look did nothing."""
 
@@ -151,6 +154,10 @@ def _failure(outcome: qemu_img.Outcome, plan: model.Plan, ends: Ends) -> errors.
     if outcome.status < 0:
         name = signal.Signals(-outcome.status).name
         return errors.ConversionFailed(path=path, problem=f"ended by {name}")
+    said = _strerror_in(outcome.stderr)
+    if CREATING in outcome.stderr.lower() and said in _WRITE_PROBLEMS:
+        # The header, or the size: the first things that are written.
+        return errors.WriteFailed(path=ends.dest.place.path, problem=said)
     problem = f"status {outcome.status}; the journal has its words"
     return errors.ConversionFailed(path=path, problem=problem)
 
@@ -219,12 +226,18 @@ def _strerror_in(said: str) -> str:
     return last if last in _STRERRORS else "the journal has qemu-img's words"
 
 
+_WRITE_PROBLEMS: Final = frozenset(
+    os.strerror(number)
+    for number in (errno.EIO, errno.EROFS, errno.EFBIG, errno.ENODEV, errno.EREMOTEIO, errno.ESTALE)
+)
+"""What is the disk's fault; not EINVAL, which a bad option gets as well."""
+
 _STRERRORS: Final = frozenset(
     os.strerror(number)
     for number in (
         *(errno.EIO, errno.ENODATA, errno.EILSEQ, errno.EUCLEAN, errno.EBADMSG, errno.EINVAL),
         *(errno.EREMOTEIO, errno.ETIMEDOUT, errno.ESTALE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
-        *(errno.EROFS, errno.ENOMEDIUM, errno.EBUSY),
+        *(errno.EROFS, errno.ENOMEDIUM, errno.EBUSY, errno.ENODEV),
     )
 )
 """What a device or a file system says of data. Not what open(2) says of a name: an image can have
