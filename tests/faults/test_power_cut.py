@@ -193,7 +193,23 @@ def alice(
         if request.param != "as it comes":
             delay = f"delay_exit={SLOWED_MS * 1000}"
             stack.enter_context(Tracer(daemon.pid, f"{','.join(PUBLISHING)}:{delay}"))
+            stack.enter_context(synchronised(disk.point))
         yield daemon.agent(ALICE)
+
+
+@contextlib.contextmanager
+def synchronised(point: Path) -> Iterator[None]:
+    """Have the file system write down all that it knows, again and again.
+
+    Otherwise a journal keeps what is not flushed to itself for seconds, and no cut finds it.
+    """
+    argv = ["sh", "-c", 'while sync -f "$0"; do :; done', str(point)]
+    process = subprocess.Popen(argv)
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait()
 
 
 # --- the proof ----------------------------------------------------------------------------------

@@ -22,11 +22,13 @@ class Tracer:
     With `path`, only calls about that path, or about a descriptor of it, are touched.
     """
 
-    def __init__(self, pid: int, inject: str, path: Path | None = None) -> None:
-        """Attach when the context is entered."""
-        self._inject = inject
-        self._argv = ["strace", "-f", "-p", str(pid), "-e", f"trace={inject.partition(':')[0]}"]
-        self._argv += ["-e", f"inject={inject}"]
+    def __init__(
+        self, pid: int, inject: str, path: Path | None = None, *, follow: bool = True
+    ) -> None:
+        """Attach when the context is entered; without `follow`, to that process alone."""
+        self._text = ""
+        self._argv = ["strace", *(("-f",) if follow else ()), "-p", str(pid)]
+        self._argv += ["-e", f"trace={inject.partition(':')[0]}", "-e", f"inject={inject}"]
         if path is not None:
             self._argv += ["-P", str(path)]
 
@@ -39,11 +41,14 @@ class Tracer:
     def __exit__(self, *_: object) -> None:
         self._process.send_signal(signal.SIGINT)
         self._process.wait(waiting.DEADLINE_S)
+        self._text = self.text
         self._said.close()
 
     @property
     def text(self) -> str:
         """What strace has written."""
+        if self._said.closed:
+            return self._text
         return Path(self._said.name).read_text(errors="replace")
 
     @property
