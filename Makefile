@@ -30,13 +30,13 @@ DEBIAN_PACKAGES := acl bindfs btrfs-progs e2fsprogs gcc libseccomp2 libsystemd-d
 # Passed on: make test PYTEST_FLAGS='-k policy'
 PYTEST_FLAGS :=
 
-.PHONY: build test check demo coverage clean packages users contract
+.PHONY: build test check demo coverage clean packages users peers contract
 
 # The wheel, and an environment that has it installed.
 build: $(ENV)/.installed
 
 # Everything: first the checks, then the tests, so that pytest has the last word.
-test: check packages users
+test: check packages users peers
 	$(ENV)/bin/pytest $(PYTEST_FLAGS)
 
 check: $(ENV)/.installed
@@ -55,7 +55,7 @@ demo: $(ENV)/.installed packages users
 	PATH="$$(readlink -f $(ENV))/bin:$$PATH" examples/demo
 
 # The tests again, measured in every process that they start.
-coverage: $(ENV)/.installed packages users
+coverage: $(ENV)/.installed packages users peers
 	rm -f .coverage .coverage.*
 	$(ENV)/bin/coverage run -m pytest $(PYTEST_FLAGS)
 	$(ENV)/bin/coverage combine --quiet
@@ -80,6 +80,15 @@ packages:
 	  apt-get update; \
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$${missing[@]}"; \
 	fi
+
+# Nova itself, in an environment of its own, to be run beside convertd_client.nova.
+peers: build/nova/.installed
+
+build/nova/.installed: tests/nova/requirements.txt
+	rm -rf build/nova
+	$(PYTHON) -m venv build/nova
+	build/nova/bin/pip install --quiet --no-deps --requirement $<
+	touch $@
 
 # convertd runs the front, convertd-qemu runs qemu-img.
 users:

@@ -43,11 +43,11 @@ def convert_image(  # noqa: PLR0913, PLR0917 - the arguments are Nova's
     nothing; the result is for whoever wants to know, the cache mode for instance.
 
     Raises:
-        errors.Unimplemented: encryption is asked for.
+        errors.Unimplemented: an encryption format other than `luks` is asked for.
         errors.ConvertError: it was not done.
     """
-    _refuse_encryption(src_encryption, dest_encryption)
     options = _options(in_format, instances_path, compress=compress)
+    options.update(_secrets(src_encryption, dest_encryption))
     paths = conversion.absolute(source), conversion.absolute(dest)
     if child.is_needed():
         done = child.call("convert", *paths, dest_format=out_format, **options)
@@ -71,11 +71,11 @@ def unprivileged_convert_image(  # noqa: PLR0913, PLR0917 - the arguments are No
     The result's mode is what qemu-img would have given it.
 
     Raises:
-        errors.Unimplemented: encryption is asked for.
+        errors.Unimplemented: an encryption format other than `luks` is asked for.
         errors.ConvertError: it was not done.
     """
-    _refuse_encryption(src_encryption, dest_encryption)
     options = _options(in_format, instances_path, compress=compress)
+    options.update(_secrets(src_encryption, dest_encryption))
     options["mode"] = CREATE_MODE & ~_umask()
     return local.convert(source, dest, dest_format=out_format, **options)
 
@@ -136,9 +136,17 @@ def _cache_mode(instances_path: str) -> str:
     return "auto"
 
 
-def _refuse_encryption(*asked: Encryption | None) -> None:
-    if any(asked):
-        raise order.unsupported("an encrypted source or destination", "not in this version")
+def _secrets(source: Encryption | None, dest: Encryption | None) -> conversion.ConvertOptions:
+    """The passphrases. How the result is encrypted is Nova's way, which is the contract's default."""
+    for asked in (source, dest):
+        if asked and asked["format"] != "luks":
+            raise order.unsupported(f"encryption format {asked['format']!r}", "only LUKS is safe")
+    options = conversion.ConvertOptions()
+    if source:
+        options["source_secret"] = source["secret"].encode()
+    if dest:
+        options["dest_secret"] = dest["secret"].encode()
+    return options
 
 
 def _image(path: str) -> str:

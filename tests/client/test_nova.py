@@ -25,7 +25,7 @@ access = "daemon"
 users = [1234]
 read = ["images"]
 write = ["images"]
-formats = ["raw", "qcow2", "vmdk"]
+formats = ["raw", "qcow2", "vmdk", "luks"]
 overwrite = "any"
 """
 
@@ -184,12 +184,12 @@ def test_info_is_the_text_that_qemu_img_prints(
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_encryption_is_refused_with_a_reason(
+def test_an_encryption_that_is_not_luks_is_refused(
     name: str, home: Path, call: Callable[..., object]
 ) -> None:
-    """Rather than left out."""
-    secret = {"secret": "x", "format": "luks"}
-    arguments = [home / "a.raw", home / "b", "raw", "luks", home, False]
+    """Rather than taken for LUKS."""
+    secret = {"secret": "x", "format": "aes"}
+    arguments = [home / "a.raw", home / "b", "raw", "qcow2", home, False]
     assert call(name, *arguments, None, secret) == ["Unimplemented", "UNSUPPORTED"]
     assert call(name, *arguments, secret) == ["Unimplemented", "UNSUPPORTED"]
     assert not (home / "b").exists()

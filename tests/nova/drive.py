@@ -1,0 +1,9 @@
+"""Calls Nova's own functions, in Nova's own environment: a JSON list of arguments on standard input."""
+
+import json
+import sys
+
+import nova.privsep.qemu  # type: ignore[import-not-found]  # it has an environment of its own
+
+for arguments in json.load(sys.stdin):
+    nova.privsep.qemu.unprivileged_convert_image(*arguments)
