@@ -137,7 +137,7 @@ def _cache_mode(instances_path: str) -> str:
 
 
 def _secrets(source: Encryption | None, dest: Encryption | None) -> conversion.ConvertOptions:
-    """The passphrases. How the result is encrypted is Nova's way, which is the contract's default."""
+    """The passphrases. How a result is encrypted is Nova's way, which is the contract's default."""
     for asked in (source, dest):
         if asked and asked["format"] != "luks":
             raise order.unsupported(f"encryption format {asked['format']!r}", "only LUKS is safe")

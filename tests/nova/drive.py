@@ -1,4 +1,4 @@
-"""Calls Nova's own functions, in Nova's own environment: a JSON list of arguments on standard input."""
+"""Calls Nova's own function, in Nova's own environment: lists of arguments on standard input."""
 
 import json
 import sys
