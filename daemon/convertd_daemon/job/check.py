@@ -26,11 +26,15 @@ def check(grant: model.Grant, plan: model.Plan, ends: Ends, runner: qemu_img.Run
 
     Raises:
         errors.VerifyFailed: it can't be the source's image.
+        errors.WriteFailed: the file system has given up meanwhile.
     """
     if isinstance(ends.dest, DeviceDest):
         return
     size, path = plan.source.virtual_size_bytes, ends.dest.place.path
-    written = os.fstat(ends.dest.fd).st_size
+    try:
+        written = os.fstat(ends.dest.fd).st_size
+    except OSError as error:
+        raise errors.WriteFailed(path=path, problem=os.strerror(error.errno or 0)) from error
     if plan.dest_format == "raw":
         if written != size:
             problem = f"has {written} bytes instead of {size}"

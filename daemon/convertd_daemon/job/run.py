@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -136,7 +137,10 @@ class Observer:
             cpu_now_s = clock_getcpuclockid.cpu_time_s(child.pid)
         except OSError:
             cpu_now_s = cpu_s  # it has ended, and is about to be noticed
-        self._seen = (self.percent, os.fstat(self.result).st_blocks, cpu_now_s)
+        blocks_now = blocks
+        with contextlib.suppress(OSError):  # a file system that was shut down; qemu-img will say so
+            blocks_now = os.fstat(self.result).st_blocks
+        self._seen = (self.percent, blocks_now, cpu_now_s)
         return self._seen[:2] != (percent, blocks) or cpu_now_s - cpu_s >= CPU_TICK_S
 
 
