@@ -1,0 +1,24 @@
+"""A job as the broker forks it: it converts, and says how it ended."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import grants
+import whole_job
+
+MIB = 1024 * 1024
+
+
+def test_a_job_converts_what_it_is_granted(area: Path) -> None:
+    """Plan, progress, result, in that order."""
+    (area / "in").write_bytes(os.urandom(MIB))
+    rules = grants.Rules(roots=(grants.files(area),))
+    grant = rules.convert(grants.request(area / "in", area / "out", dest_format="qcow2"))
+    said = whole_job.run(grant)
+    assert said.published.plan.source.format == "raw"
+    ends = [str(area / "in"), str(area / "out")]
+    compare = ["qemu-img", "compare", "-f", "raw", "-F", "qcow2", *ends]
+    subprocess.run(compare, check=True, capture_output=True)
