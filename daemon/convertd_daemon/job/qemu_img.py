@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from convertd_daemon import errors
 from convertd_daemon.job import rights
-from convertd_daemon.sandbox import enter
+from convertd_daemon.sandbox import enter, runtime
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,17 +56,17 @@ def opened(setup: Setup) -> Iterator[Worker]:
     """Open the program for the length of a job.
 
     Raises:
-        errors.Unsupported: there is none.
+        errors.Unsupported: there is none, or it is a script, which can't be confined to itself.
     """
-    try:
-        program = os.open(setup.path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        problem = os.strerror(error.errno or 0)
-        raise errors.Unsupported(what="conversion", why=f"{setup.path}: {problem}") from error
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            program = os.open(setup.path, os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, program)
+            runtime.interpreter(program)
+        except (OSError, ValueError) as error:
+            problem = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
+            raise errors.Unsupported(what="conversion", why=f"{setup.path}: {problem}") from error
         yield Worker(setup=setup, program=program)
-    finally:
-        os.close(program)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
