@@ -1,0 +1,170 @@
+"""A qemu-img that does what it likes: the daemon takes it neither at its word nor for gone.
+
+In its place stands a program of ours (misbehaving.c), at the path that the policy names, put there
+after the daemon has tested the real one. What it does to itself is up to it; what it may do to
+anything else is up to its sandbox, which is the real one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Final
+
+import pytest
+from harness import processes, waiting
+from harness.agent import Agent, Call, conversion
+from harness.callers import ALICE
+from harness.daemon import QEMU_IMG, Daemon
+
+POLICY: Final = """
+qemu_img = "{scratch}/bin/qemu-img"
+[limits]
+stall = "1 s"
+duration = "4 s"
+memory = "256 MiB"
+[roots.bin]
+path = "{scratch}/bin"
+access = "daemon"
+[roots.images]
+path = "{scratch}/images"
+access = "daemon"
+[[grants]]
+users = [1234]
+read = ["images"]
+write = ["images"]
+"""
+
+IMAGE_BYTES: Final = 65536
+OLD: Final = b"what was there before"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def real(scratch: Path) -> None:
+    """A copy of qemu-img, with which the daemon starts."""
+    (scratch / "bin").mkdir(mode=0o755)
+    shutil.copy("/usr/bin/qemu-img", scratch / "bin" / "qemu-img")
+
+
+@pytest.fixture(scope="module")
+def alice(daemon: Daemon, scratch: Path) -> Agent:
+    """Calls as uid 1234, of a daemon whose qemu-img has been replaced since its start."""
+    new = scratch / "bin" / "new"
+    source = Path(__file__).with_name("misbehaving.c")
+    subprocess.run(["gcc", "-O1", "-o", str(new), str(source)], check=True)
+    new.rename(scratch / "bin" / "qemu-img")
+    return daemon.agent(ALICE)
+
+
+def ordered(alice: Agent, directory: Path, order: str, *, old: bool = True) -> Call:
+    """Convert an image that tells the stand-in what to do, over a file that is there."""
+    source, dest = directory / "source.raw", directory / "dest.raw"
+    source.write_bytes(order.encode().ljust(IMAGE_BYTES, b"\0"))
+    if old:
+        dest.write_bytes(OLD)
+        os.chown(dest, ALICE.uid, ALICE.gid)
+    return alice.convert(conversion(source, dest, dest_format="raw", overwrite=True))
+
+
+def check_nothing_came_of_it(daemon: Daemon, directory: Path) -> None:
+    """See that the old file is there, nothing else is, and nothing runs."""
+    daemon.await_calm()
+    assert sorted(os.listdir(directory)) == ["dest.raw", "source.raw"]
+    assert (directory / "dest.raw").read_bytes() == OLD
+
+
+FAILING: Final = {
+    "hang": ("DEADLINE_EXCEEDED", "STALLED"),
+    "ignore signals": ("DEADLINE_EXCEEDED", "STALLED"),
+    "close outputs and hang": ("DEADLINE_EXCEEDED", "STALLED"),
+    "use all time": ("DEADLINE_EXCEEDED", "DURATION_EXCEEDED"),
+    "use all memory": ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY"),
+    "write nothing and succeed": ("DATA_LOSS", "VERIFY_FAILED"),
+    "write half and succeed": ("DATA_LOSS", "VERIFY_FAILED"),
+    "shrink": ("DATA_LOSS", "VERIFY_FAILED"),
+    "write half and fail": ("FAILED_PRECONDITION", "CONVERSION_FAILED"),
+    "write half and crash": ("FAILED_PRECONDITION", "CONVERSION_FAILED"),
+    "leave a child": ("FAILED_PRECONDITION", "CONVERSION_FAILED"),
+    "start another program": ("FAILED_PRECONDITION", "CONVERSION_FAILED"),
+}
+"""How a call ends."""
+
+
+@pytest.mark.parametrize("order", FAILING)
+def test_nothing_is_published_by_a_qemu_img_that_is_told_to(
+    daemon: Daemon, alice: Agent, images_dir: Path, order: str
+) -> None:
+    """And nothing of it is left running."""
+    refusal = ordered(alice, images_dir, order).refusal()
+    assert (refusal.status, refusal.reason) == FAILING[order]
+    check_nothing_came_of_it(daemon, images_dir)
+
+
+SUCCEEDING: Final = ("progress without end", "flood stderr", "complain and succeed", "behave")
+
+
+@pytest.mark.parametrize("order", SUCCEEDING)
+def test_what_it_says_does_no_harm_when_it_is_told_to(
+    daemon: Daemon, alice: Agent, images_dir: Path, order: str
+) -> None:
+    """Progress goes up from 0 to 100, warnings are few and short, and the image is whole."""
+    call = ordered(alice, images_dir, order)
+    percents = [event.progress.percent for event in call.events() if event.HasField("progress")]
+    assert percents == sorted(percents)
+    assert all(0 <= percent <= 100 for percent in percents)
+    warnings = call.result().warnings
+    assert len(warnings) <= 16
+    assert all(0 < len(warning.message) <= 512 for warning in warnings)
+    assert bool(warnings) == (order in {"flood stderr", "complain and succeed"})
+    daemon.await_calm()
+    assert (images_dir / "dest.raw").read_bytes() == (images_dir / "source.raw").read_bytes()
+    assert sorted(os.listdir(images_dir)) == ["dest.raw", "source.raw"]
+
+
+@pytest.mark.parametrize("order", ["hang", "ignore signals", "close outputs and hang"])
+def test_a_cancelled_call_ends_at_once_whatever_it_does(
+    daemon: Daemon, alice: Agent, images_dir: Path, order: str
+) -> None:
+    """Nobody asks it: SIGKILL can't be ignored."""
+    call = ordered(alice, images_dir, order)
+    pid = daemon.await_one(QEMU_IMG)
+    call.cancel()
+    assert call.end().status == "CANCELLED"
+    waiting.until(lambda: not processes.exists(pid), "it is gone")
+    check_nothing_came_of_it(daemon, images_dir)
+
+
+def test_one_that_writes_without_end_is_stopped_in_time(
+    daemon: Daemon, alice: Agent, images_dir: Path
+) -> None:
+    """It moves, so it does not stall; the duration ends it."""
+    refusal = ordered(alice, images_dir, "write for ever").refusal()
+    assert (refusal.status, refusal.reason) == ("DEADLINE_EXCEEDED", "DURATION_EXCEEDED")
+    check_nothing_came_of_it(daemon, images_dir)
+
+
+def test_one_that_is_not_there_is_told(alice: Agent, images_dir: Path, scratch: Path) -> None:
+    """As when a package is being upgraded. Afterwards it is there again."""
+    program, away = scratch / "bin" / "qemu-img", scratch / "bin" / "away"
+    program.rename(away)
+    refusal = ordered(alice, images_dir, "behave").refusal()
+    assert (refusal.status, refusal.reason) == ("UNIMPLEMENTED", "UNSUPPORTED")
+    away.rename(program)
+    ordered(alice, images_dir, "behave").result()
+
+
+def test_one_that_is_no_program_is_told(
+    daemon: Daemon, alice: Agent, images_dir: Path, scratch: Path
+) -> None:
+    """A script, say: only an ELF file can be confined to itself."""
+    program, away = scratch / "bin" / "qemu-img", scratch / "bin" / "away"
+    program.rename(away)
+    program.write_text('#!/bin/sh\nexec /usr/bin/qemu-img "$@"\n', encoding="utf-8")
+    program.chmod(0o755)
+    refusal = ordered(alice, images_dir, "behave").refusal()
+    assert (refusal.status, refusal.reason) == ("UNIMPLEMENTED", "UNSUPPORTED")
+    assert "ELF" in refusal.message
+    check_nothing_came_of_it(daemon, images_dir)
+    away.rename(program)
