@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -79,14 +78,18 @@ class Daemon:
         self,
         *,
         wrapper: tuple[str, ...] = (),
-        environment: Mapping[str, str] | None = None,
         pass_fds: tuple[int, ...] = (),
+        options: tuple[str, ...] = ("--verbose",),
     ) -> None:
         """Start, and wait until it serves: it says so as it would to systemd.
+
+        `wrapper` is a program with arguments that executes the daemon in its own place.
 
         Raises:
             DidNotStart: it ended instead.
         """
+        if self._notified is not None:
+            self._notified.close()
         manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         address = self.home / "notify"
         address.unlink(missing_ok=True)
@@ -96,11 +99,11 @@ class Daemon:
         argv = [str(COMMAND), "--policy", str(self.policy_path), "--socket", str(self.socket)]
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [*wrapper, *argv, "--verbose"],
+                [*wrapper, *argv, *options],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "NOTIFY_SOCKET": str(address), **(environment or {})},
+                env={**os.environ, "NOTIFY_SOCKET": str(address)},
                 pass_fds=pass_fds,
                 start_new_session=True,
             )

@@ -1,0 +1,234 @@
+"""kill -9 of each process in the middle of a conversion: nothing to be seen, and nothing left."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+from harness import images, processes, waiting
+from harness.agent import Agent, Call, conversion
+from harness.callers import ALICE, owner_of
+from harness.daemon import FRONT, JOB, QEMU_IMG, Daemon
+from harness.fixtures import MakeDaemon
+from harness.mounts import Mounts
+
+from convertd.v1 import convert_pb2 as pb
+
+POLICY: Final = """
+[roots.library]
+path = "{library}"
+access = "daemon"
+[roots.images]
+path = "{scratch}/images"
+access = "daemon"
+mounts = true
+[[grants]]
+users = [1234]
+read = ["library", "images"]
+write = ["images"]
+"""
+
+MIB: Final = 1024 * 1024
+
+GONE_S: Final = 5.0
+"""Measured: 1 to 17 ms."""
+
+
+@pytest.fixture
+def alice(daemon: Daemon) -> Agent:
+    """Calls as uid 1234."""
+    return daemon.agent(ALICE)
+
+
+def begin(daemon: Daemon, library: Path, dest: Path) -> Call:
+    """Begin a conversion that takes a minute, and wait until qemu-img has written something."""
+    request = conversion(library / "bulky.raw", dest, rate_limit_bytes_per_second=MIB)
+    call = daemon.agent(ALICE).convert(request)
+    call.await_event(lambda event: event.progress.percent > 0)
+    return call
+
+
+def await_gone(daemon: Daemon) -> None:
+    """Wait until neither a job nor a qemu-img is left."""
+    for name in (QEMU_IMG, JOB):
+        waiting.until(lambda name=name: not daemon.processes(name), f"no {name}", GONE_S)  # type: ignore[misc]
+
+
+def check_serves(daemon: Daemon, library: Path, directory: Path) -> None:
+    """See that nothing is visible, and that the next conversion is done."""
+    assert os.listdir(directory) == []
+    dest = directory / "next.qcow2"
+    daemon.agent(ALICE).convert(conversion(library / "small.raw", dest)).result()
+    assert owner_of(dest) == (ALICE.uid, ALICE.gid, 0o600)
+    assert images.identical(library / "small.raw", dest)
+
+
+# --- each of them -------------------------------------------------------------------------------
+
+
+def test_a_client_that_is_killed_takes_its_job_with_it(
+    daemon: Daemon, library: Path, images_dir: Path
+) -> None:
+    """The kernel closes its connection, and that is the cancel."""
+    begin(daemon, library, images_dir / "dest.qcow2")
+    daemon.kill_agent(ALICE)
+    await_gone(daemon)
+    check_serves(daemon, library, images_dir)
+
+
+def test_a_front_that_is_killed_takes_all_jobs_with_it_and_is_replaced(
+    daemon: Daemon, library: Path, images_dir: Path
+) -> None:
+    """Its callers see a broken connection, and no reason: it is the transport's."""
+    call = begin(daemon, library, images_dir / "dest.qcow2")
+    front = daemon.await_one(FRONT)
+    os.kill(front, signal.SIGKILL)
+    ended = call.end()
+    assert (ended.status, ended.details) == ("UNAVAILABLE", ())
+    await_gone(daemon)
+    check_serves(daemon, library, images_dir)
+    assert daemon.await_one(FRONT) != front
+
+
+def test_a_job_that_is_killed_takes_its_qemu_img_with_it(
+    daemon: Daemon, alice: Agent, library: Path, images_dir: Path
+) -> None:
+    """By PDEATHSIG. The caller is told what most likely happened: the kernel wanted memory."""
+    call = begin(daemon, library, images_dir / "dest.qcow2")
+    os.kill(daemon.await_one(JOB), signal.SIGKILL)
+    refusal = call.refusal()
+    assert (refusal.status, refusal.reason) == ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY")
+    await_gone(daemon)
+    assert alice.jobs() == []
+    check_serves(daemon, library, images_dir)
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (signal.SIGKILL, "OUT_OF_MEMORY"),
+        (signal.SIGABRT, "OUT_OF_MEMORY"),
+        (signal.SIGSEGV, "CONVERSION_FAILED"),
+        (signal.SIGTERM, "CONVERSION_FAILED"),
+    ],
+)
+def test_a_qemu_img_that_ends_by_a_signal_publishes_nothing(
+    daemon: Daemon, library: Path, images_dir: Path, number: signal.Signals, reason: str
+) -> None:
+    """And the caller is told."""
+    call = begin(daemon, library, images_dir / "dest.qcow2")
+    os.kill(daemon.await_one(QEMU_IMG), number)
+    assert call.refusal().reason == reason
+    await_gone(daemon)
+    check_serves(daemon, library, images_dir)
+
+
+def test_a_broker_that_is_killed_takes_everything_with_it(
+    make_daemon: MakeDaemon, library: Path, images_dir: Path
+) -> None:
+    """The next start finds a dead socket, clears it, and serves."""
+    daemon = make_daemon(POLICY)
+    daemon.start()
+    call = begin(daemon, library, images_dir / "dest.qcow2")
+    session = daemon.pid
+    daemon.signal(signal.SIGKILL)
+    assert daemon.wait() == -signal.SIGKILL
+    waiting.until(lambda: not living(session), "no process of that daemon", GONE_S)
+    assert call.end().status == "UNAVAILABLE"
+    assert daemon.socket.exists()
+    daemon.start()
+    check_serves(daemon, library, images_dir)
+
+
+def living(session: int) -> list[processes.Process]:
+    """What is left of a daemon. Its orphans' zombies are not its own."""
+    return [process for process in processes.of_session(session) if not process.is_over]
+
+
+# --- at every moment ----------------------------------------------------------------------------
+
+MOMENTS: Final = (
+    pb.PHASE_PREPARING,
+    pb.PHASE_CONVERTING,
+    pb.PHASE_FLUSHING,
+    pb.PHASE_PUBLISHING,
+)
+
+
+@pytest.mark.parametrize("moment", MOMENTS, ids=pb.Phase.Name)
+@pytest.mark.parametrize("name", [JOB, QEMU_IMG, FRONT])
+def test_a_destination_is_there_whole_or_not_at_all_whenever_somebody_dies(
+    daemon: Daemon, library: Path, images_dir: Path, name: str, moment: pb.Phase.ValueType
+) -> None:
+    """Killed as soon as the caller hears of a phase; some of them are too late, as they may be."""
+    dest = images_dir / "dest.qcow2"
+    call = daemon.agent(ALICE).convert(conversion(library / "small.raw", dest))
+    for event in call.events():
+        if event.progress.phase == moment:
+            for process in daemon.processes(name):
+                kill(process.pid)
+            break
+    call.end()
+    await_gone(daemon)
+    daemon.await_one(FRONT)
+    if dest.exists():
+        assert owner_of(dest) == (ALICE.uid, ALICE.gid, 0o600)
+        assert images.identical(library / "small.raw", dest)
+        dest.unlink()
+    check_serves(daemon, library, images_dir)
+
+
+def kill(pid: int) -> None:
+    """Kill a process that may have ended by itself."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+# --- where the result has a name from the start -------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def by_fuse(mounts: Mounts, scratch: Path, daemon: Daemon) -> Iterator[Path]:
+    """A directory by FUSE, which has no O_TMPFILE, in the root `images`."""
+    assert daemon.is_running
+    beneath = scratch / "beneath"
+    beneath.mkdir()
+    inside = scratch / "images" / "by-fuse"
+    inside.mkdir()
+    with Mounts(inside) as made:
+        yield made.by_fuse(beneath, "mounted")
+    assert mounts is not None
+
+
+def test_a_named_temporary_of_a_job_that_was_killed_is_swept_by_the_next(
+    daemon: Daemon, library: Path, by_fuse: Path
+) -> None:
+    """It is nobody's result: hidden, locked by nobody, and gone with the next conversion."""
+    call = begin(daemon, library, by_fuse / "dest.qcow2")
+    os.kill(daemon.await_one(JOB), signal.SIGKILL)
+    assert call.refusal().reason == "OUT_OF_MEMORY"
+    await_gone(daemon)
+    (left,) = os.listdir(by_fuse)
+    assert left.startswith(".convertd-")
+    dest = by_fuse / "next.qcow2"
+    daemon.agent(ALICE).convert(conversion(library / "small.raw", dest)).result()
+    assert os.listdir(by_fuse) == ["next.qcow2"]
+    dest.unlink()
+
+
+@pytest.mark.parametrize("name", [QEMU_IMG, FRONT])
+def test_a_named_temporary_is_removed_by_a_job_that_lives(
+    daemon: Daemon, library: Path, by_fuse: Path, name: str
+) -> None:
+    """Whoever else dies."""
+    call = begin(daemon, library, by_fuse / "dest.qcow2")
+    os.kill(daemon.await_one(name), signal.SIGKILL)
+    call.end()
+    await_gone(daemon)
+    assert os.listdir(by_fuse) == []

@@ -1,0 +1,112 @@
+"""Conversions that stand still, that take too long, and that don't listen."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Final
+
+import pytest
+from harness import processes, waiting
+from harness.agent import conversion
+from harness.callers import ALICE
+from harness.daemon import JOB, QEMU_IMG, Daemon
+from harness.fixtures import MakeDaemon
+
+POLICY: Final = """
+[limits]
+stall = "2 s"
+duration = "{duration}"
+[roots.library]
+path = "{library}"
+access = "daemon"
+[roots.images]
+path = "{scratch}/images"
+access = "daemon"
+[[grants]]
+users = [1234]
+read = ["library"]
+write = ["images"]
+"""
+
+MIB: Final = 1024 * 1024
+
+
+@pytest.fixture
+def daemon(make_daemon: MakeDaemon) -> Daemon:
+    """A daemon that gives a conversion two seconds of standstill, and an hour in all."""
+    one = make_daemon(POLICY.replace("{duration}", "1 h"))
+    one.start()
+    return one
+
+
+def test_a_conversion_that_stands_still_is_given_up(
+    daemon: Daemon, library: Path, images_dir: Path
+) -> None:
+    """No per cent, no block, no processor time: a qemu-img that was stopped moves nothing."""
+    request = conversion(
+        library / "bulky.raw", images_dir / "dest.qcow2", rate_limit_bytes_per_second=MIB
+    )
+    call = daemon.agent(ALICE).convert(request)
+    call.await_event(lambda event: event.progress.percent > 0)
+    os.kill(daemon.await_one(QEMU_IMG), signal.SIGSTOP)
+    began = time.monotonic()
+    refusal = call.refusal()
+    assert (refusal.status, refusal.reason) == ("DEADLINE_EXCEEDED", "STALLED")
+    assert refusal.metadata == {"stall_s": "2.0"}
+    assert 1.5 < time.monotonic() - began < 8
+    daemon.await_calm()
+    assert os.listdir(images_dir) == []
+
+
+def test_a_conversion_that_is_slow_but_moves_is_not_given_up(
+    daemon: Daemon, library: Path, images_dir: Path
+) -> None:
+    """At 1 MiB/s each per cent of it takes more than half a second, the whole over a minute."""
+    request = conversion(
+        library / "bulky.raw", images_dir / "dest.qcow2", rate_limit_bytes_per_second=MIB
+    )
+    call = daemon.agent(ALICE).convert(request)
+    call.await_event(lambda event: event.progress.elapsed_seconds > 4)
+    assert [job.uid for job in daemon.agent(ALICE).jobs()] == [ALICE.uid]
+    call.cancel()
+    assert call.end().status == "CANCELLED"
+
+
+def test_a_conversion_ends_with_its_duration(
+    make_daemon: MakeDaemon, library: Path, images_dir: Path
+) -> None:
+    """Though it moves."""
+    daemon = make_daemon(POLICY.replace("{duration}", "1 s"))
+    daemon.start()
+    request = conversion(
+        library / "bulky.raw", images_dir / "dest.qcow2", rate_limit_bytes_per_second=MIB
+    )
+    refusal = daemon.agent(ALICE).convert(request).refusal()
+    assert (refusal.status, refusal.reason) == ("DEADLINE_EXCEEDED", "DURATION_EXCEEDED")
+    assert refusal.metadata == {"duration_s": "1.0"}
+    daemon.await_calm()
+    assert os.listdir(images_dir) == []
+
+
+def test_a_job_that_does_not_listen_is_killed(
+    daemon: Daemon, library: Path, images_dir: Path
+) -> None:
+    """First it is asked, by SIGTERM; a process that was stopped can't hear that."""
+    request = conversion(
+        library / "bulky.raw", images_dir / "dest.qcow2", rate_limit_bytes_per_second=MIB
+    )
+    call = daemon.agent(ALICE).convert(request)
+    started = call.await_started()
+    daemon.await_one(QEMU_IMG)
+    job = daemon.await_one(JOB)
+    os.kill(job, signal.SIGSTOP)
+    waiting.until(lambda: processes.state(job) == "T", "the job is stopped")
+    daemon.agent(ALICE).cancel_job(started.job_id)
+    refusal = call.refusal()
+    assert (refusal.status, refusal.reason) == ("CANCELLED", "CANCELLED_BY_CALLER")
+    daemon.await_calm()
+    assert os.listdir(images_dir) == []
+    assert daemon.agent(ALICE).jobs() == []
