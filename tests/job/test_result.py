@@ -1,0 +1,319 @@
+"""The file that is being written: no name, an owner from the first byte, and gone if it fails."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import grp
+import os
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grants
+import pytest
+import refusals
+import whole_job
+from harness.mounts import Mounts
+
+from convertd_daemon import errors, model
+from convertd_daemon.job import own, paths, result, rights
+from convertd_daemon.sandbox.setup import Setup
+
+CALLER = grants.CALLER
+WORKER = whole_job.WORKER
+SETUP = whole_job.setup()
+WITHOUT_WORKER = dataclasses.replace(SETUP, identity=None)
+"""As without a daemon."""
+
+
+def grant_to(directory: Path, *, root: model.Root | None = None, **asked: object) -> model.Grant:
+    """Leave to write the file `new` there."""
+    rules = grants.Rules(roots=(root or grants.files(directory),))
+    request = grants.request(directory / "never-read", directory / "new")
+    return rules.convert(grants.to(request, **asked))
+
+
+@contextlib.contextmanager
+def created(grant: model.Grant, setup: Setup = SETUP) -> Iterator[result.FileDest]:
+    """Make the file for a grant."""
+    with paths.open_target(grant) as target, result.create(grant, target, setup) as dest:
+        yield dest
+
+
+def refusal_of(grant: model.Grant) -> errors.Failure:
+    """What the making is refused with; nothing is left open, nor in the directory."""
+    directory = os.path.dirname(grant.dest.path)
+    before = os.listdir("/proc/self/fd"), os.listdir(directory)
+    failure = refusals.refusal_of(lambda: created(grant).__enter__())
+    assert (os.listdir("/proc/self/fd"), os.listdir(directory)) == before
+    assert failure is not None
+    return failure
+
+
+def look_of(descriptor: int) -> tuple[int, int, int]:
+    """Uid, gid and permission bits."""
+    status = os.fstat(descriptor)
+    return status.st_uid, status.st_gid, status.st_mode & 0o7777
+
+
+class TestUnnamed:
+    """Where the file system has O_TMPFILE."""
+
+    def test_is_in_no_directory(self, area: Path) -> None:
+        """And is gone when the block is left."""
+        with created(grant_to(area)) as dest:
+            os.write(dest.fd, b"x")
+            assert os.listdir(area) == []
+            assert os.fstat(dest.fd).st_nlink == 0
+            assert dest.temporary == ""
+        assert os.listdir(area) == []
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(dest.fd)
+
+    def test_is_its_owners_from_the_first_byte_and_the_worker_may_write_it(
+        self, area: Path
+    ) -> None:
+        """It counts to the owner's quota; the worker owns nothing, and so can't chmod it."""
+        with created(grant_to(area)) as dest:
+            assert look_of(dest.fd) == (CALLER.uid, WORKER.gid, 0o060)
+
+    def test_is_ours_alone_if_no_worker_is_another_user(self, area: Path) -> None:
+        """Without a daemon qemu-img has the caller's own uid."""
+        with created(grant_to(area), WITHOUT_WORKER) as dest:
+            assert look_of(dest.fd) == (0, 0, 0o600)
+
+    def test_a_default_acl_of_the_directory_does_not_reach_it(self, area: Path) -> None:
+        """It would mask the worker's bits, and let others read what is being written."""
+        setfacl = ["setfacl", "-d", "-m", "u:1666:rwx,g::r,m::r,o::r", str(area)]
+        subprocess.run(setfacl, check=True)
+        with created(grant_to(area)) as dest:
+            assert look_of(dest.fd) == (CALLER.uid, WORKER.gid, 0o060)
+            assert "system.posix_acl_access" not in os.listxattr(dest.fd)
+
+    def test_is_locked_for_as_long_as_it_lives(self, area: Path) -> None:
+        """Whoever sweeps the directory for left-overs asks for this lock first."""
+        with created(grant_to(area)) as dest:
+            again = os.open(f"/proc/self/fd/{dest.fd}", os.O_RDONLY)
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.close(again)
+
+    def test_one_that_names_itself_has_a_path_with_the_right_name(self, area: Path) -> None:
+        """A link for the worker, which is gone afterwards."""
+        (area / "names").mkdir()
+        setup = dataclasses.replace(SETUP, names=str(area / "names"))
+        with created(grant_to(area, format="vmdk"), setup) as dest:
+            assert os.path.basename(dest.alias) == "new"
+            assert os.readlink(dest.alias) == f"/proc/self/fd/{dest.fd}"
+            assert os.path.dirname(os.path.dirname(dest.alias)) == str(area / "names")
+        assert os.listdir(area / "names") == []
+        with created(grant_to(area), setup) as dest:
+            assert dest.alias == ""
+
+    def test_a_name_that_could_mean_something_in_a_vmdk_is_changed_there(self, area: Path) -> None:
+        """A quote would end the name, a newline the line."""
+        (area / "names").mkdir()
+        setup = dataclasses.replace(SETUP, names=str(area / "names"))
+        rules = grants.Rules(roots=(grants.files(area),))
+        asked = grants.request(area / "a", area / 'q"\nRW 1 FLAT "x', dest_format="vmdk")
+        with created(rules.convert(asked), setup) as dest:
+            assert os.path.basename(dest.alias) == "q__RW_1_FLAT__x"
+
+
+@pytest.fixture
+def fuse(area: Path, mounts: Mounts) -> Path:
+    """A directory on a file system without O_TMPFILE."""
+    (area / "below").mkdir(mode=0o777)
+    (area / "below").chmod(0o777)
+    return mounts.by_fuse(area / "below", "fuse")
+
+
+def bind_socket(path: Path) -> None:
+    """Put a socket there."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+
+
+LEFT = ".convertd-0123456789abcdef.tmp"
+
+
+class TestNamed:
+    """Where it has none: NFS, FUSE."""
+
+    def test_has_a_name_that_nobody_can_guess_and_the_same_rights(self, fuse: Path) -> None:
+        """And is gone when the block is left."""
+        with created(grant_to(fuse)) as dest:
+            assert os.listdir(fuse) == [dest.temporary]
+            assert dest.temporary.startswith(".convertd-")
+            assert len(dest.temporary) > 24
+            assert look_of(dest.fd) == (CALLER.uid, WORKER.gid, 0o060)
+        assert os.listdir(fuse) == []
+
+    def test_one_that_was_published_already_is_not_missed(self, fuse: Path) -> None:
+        """Publishing takes the temporary name away."""
+        with created(grant_to(fuse)) as dest:
+            (fuse / dest.temporary).rename(fuse / "new")
+        assert os.listdir(fuse) == ["new"]
+
+    def test_those_of_jobs_that_were_killed_are_removed(self, fuse: Path) -> None:
+        """By whoever makes the next one in that directory."""
+        (fuse / LEFT).touch()
+        with created(grant_to(fuse)) as dest:
+            assert os.listdir(fuse) == [dest.temporary]
+
+    def test_those_of_jobs_that_live_are_not(self, fuse: Path) -> None:
+        """Two at once in one directory."""
+        with created(grant_to(fuse)) as one, created(grant_to(fuse)) as two:
+            assert {one.temporary, two.temporary} == set(os.listdir(fuse))
+
+    @pytest.mark.parametrize(
+        ("name", "make"),
+        [
+            pytest.param(".convertd-tmp", Path.touch, id="another-ending"),
+            pytest.param("convertd-1.tmp", Path.touch, id="another-beginning"),
+            pytest.param(LEFT, Path.mkdir, id="a-directory"),
+            pytest.param(LEFT, os.mkfifo, id="a-fifo"),
+            pytest.param(LEFT, lambda path: path.symlink_to("/etc/passwd"), id="a-link"),
+            pytest.param(LEFT, bind_socket, id="a-socket"),
+        ],
+    )
+    def test_what_only_looks_like_one_stays(
+        self, area: Path, name: str, make: Callable[[Path], object]
+    ) -> None:
+        """Nothing is opened of it, so that nothing blocks."""
+        make(area / name)
+        with paths.open_target(grant_to(area)) as target:
+            result.sweep(target)
+        assert os.listdir(area) == [name]
+
+    def test_sweeping_is_done_with_the_rights_of_who_asks(self, area: Path) -> None:
+        """In a sticky directory others' files stay, whatever they are called."""
+        area.chmod(0o1777)
+        (area / LEFT).touch(0o600)
+        root = grants.files(area, access=model.Access.CALLER)
+        grant = grant_to(area, root=root)
+        with paths.open_target(grant) as target, rights.of(root, CALLER):
+            result.sweep(target)
+        assert os.listdir(area) == [LEFT]
+
+
+class TestOwnership:
+    """Whose the result is in the end."""
+
+    def owned(self, area: Path, root: model.Root | None = None, **asked: object) -> tuple[int, ...]:
+        """Uid, gid and mode that a result will have."""
+        with created(grant_to(area, root=root, **asked)) as dest:
+            return dataclasses.astuple(dest.ownership)
+
+    def test_the_callers_with_the_roots_mode(self, area: Path) -> None:
+        """By default."""
+        assert self.owned(area) == (CALLER.uid, CALLER.gid, 0o600)
+        assert self.owned(area, grants.files(area, mode=0o640))[2] == 0o640
+
+    def test_the_mode_that_is_asked_for(self, area: Path) -> None:
+        """Also none at all."""
+        assert self.owned(area, mode=0o644)[2] == 0o644
+        assert self.owned(area, mode=0)[2] == 0
+
+    def test_the_roots_owner(self, area: Path) -> None:
+        """If the policy names one."""
+        root = grants.files(area, owner=model.Owner(uid=7, gid=8))
+        assert self.owned(area, root) == (7, 8, 0o600)
+
+    def test_a_setgid_directorys_group(self, area: Path) -> None:
+        """As open(2) would; it outranks the root's."""
+        os.chown(area, 0, 1500)
+        area.chmod(0o2755)
+        assert self.owned(area) == (CALLER.uid, 1500, 0o600)
+        root = grants.files(area, owner=model.Owner(uid=7, gid=8))
+        assert self.owned(area, root) == (7, 1500, 0o600)
+
+    @pytest.mark.parametrize("group", ["1234", "1300", "1400"])
+    def test_a_group_of_the_callers(self, area: Path, group: str) -> None:
+        """It outranks the directory's: it was asked for."""
+        os.chown(area, 0, 1500)
+        area.chmod(0o2755)
+        assert self.owned(area, group=group)[1] == int(group)
+
+    def test_a_group_by_its_name(self, area: Path) -> None:
+        """If the caller is in it."""
+        entry = grp.getgrnam("daemon")
+        peer = dataclasses.replace(CALLER, groups=frozenset({entry.gr_gid}))
+        rules = grants.Rules(roots=(grants.files(area),), peer=peer)
+        asked = grants.to(grants.request(area / "a", area / "new"), group="daemon")
+        with created(rules.convert(asked)) as dest:
+            assert dest.ownership.gid == entry.gr_gid
+
+    @pytest.mark.parametrize("group", ["0", "root", "1500", "no-such-group", "4294967295"])
+    def test_no_group_that_the_caller_is_not_in(self, area: Path, group: str) -> None:
+        """It could not chgrp to it itself; whether there is one is not told."""
+        failure = refusal_of(grant_to(area, group=group))
+        assert failure.message == f"dest.group: {group!r} is not a group of yours"
+
+    def test_ones_own_without_a_daemon(self, area: Path) -> None:
+        """And the group is left as the directory gives it."""
+        grant = dataclasses.replace(
+            grant_to(area), dest=model.Place(root=own.EVERYTHING, below=f"{area}/new"[1:])
+        )
+        with created(grant, WITHOUT_WORKER) as dest:
+            assert dest.ownership.gid == -1
+
+
+class TestRefusals:
+    """Where nothing can be made."""
+
+    def test_in_a_directory_that_the_caller_may_not_write(self, area: Path) -> None:
+        """With its own rights; the daemon's would do."""
+        root = grants.files(area, access=model.Access.CALLER)
+        failure = refusal_of(grant_to(area, root=root))
+        assert failure.reason == "ACCESS_REFUSED"
+        assert "uid 1234" in failure.message
+        with created(grant_to(area)):
+            pass
+
+    def test_with_the_callers_rights_in_its_own_directory(self, area: Path) -> None:
+        """Also by one of its groups; the result is the caller's as everywhere."""
+        os.chown(area, 0, 1400)
+        area.chmod(0o775)
+        with created(grant_to(area, root=grants.files(area, access=model.Access.CALLER))) as dest:
+            assert look_of(dest.fd) == (CALLER.uid, WORKER.gid, 0o060)
+
+    def test_on_a_read_only_file_system(self, area: Path, mounts: Mounts) -> None:
+        """It has a condition of its own."""
+        (area / "below").mkdir()
+        point = mounts.bound(area / "below", "point", read_only=True)
+        assert refusal_of(grant_to(point)).reason == "READ_ONLY_FILE_SYSTEM"
+
+    def test_on_a_file_system_without_room_for_one_more_file(self, mounts: Mounts) -> None:
+        """It may have space left, but no inode."""
+        point = mounts.in_memory("tmpfs", "full", "mode=755,nr_inodes=2")
+        (point / "the-last-one").touch()
+        failure = refusal_of(grant_to(point))
+        assert failure.reason == "NO_SPACE"
+        assert dict(failure.values)["mount_point"] == str(point)
+
+    @pytest.mark.parametrize(
+        ("number", "expected"),
+        [
+            (errno.EDQUOT, "QUOTA_EXCEEDED"),
+            (errno.EPERM, "ACCESS_REFUSED"),
+            (errno.EOPNOTSUPP, "UNSUPPORTED"),
+            (errno.EIO, "WRITE_FAILED"),
+        ],
+        ids=["quota", "not-permitted", "no-owners", "broken"],
+    )
+    def test_what_no_file_system_here_says_has_its_condition_too(
+        self, area: Path, number: int, expected: str
+    ) -> None:
+        """A quota, and a file system that knows no owners."""
+        grant = grant_to(area)
+        error = OSError(number, os.strerror(number))
+        with paths.open_target(grant) as target:
+            reason = refusals.reason_of(
+                lambda: result._raise_for(error, grant, target)  # noqa: SLF001 - see above
+            )
+        assert reason == expected
