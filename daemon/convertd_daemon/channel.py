@@ -84,6 +84,21 @@ class GetAccess:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GetStats:
+    """Somebody asks for the daemon's counters."""
+
+    call: int
+    connection: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probed:
+    """A health check came back over the connection that came with that Probe."""
+
+    probe: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Abandon:
     """The caller of a Convert or Inspect that still waits is gone."""
 
@@ -132,6 +147,8 @@ FROM_FRONT: Final = (
     ListJobs,
     CancelJob,
     GetAccess,
+    GetStats,
+    Probed,
     Abandon,
     Finished,
     Rejected,
@@ -145,6 +162,13 @@ class Connected:
     """Somebody connected; the connection comes along as a descriptor."""
 
     connection: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """The broker called its own socket: the calling end comes along, to check the health over."""
+
+    probe: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,9 +265,59 @@ class AccessReport:
     versions: Versions
 
 
-ToFront = Connected | Waiting | Started | Refused | Ended | JobEntry | Done | AccessReport
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatsReport:
+    """The answer to GetStats begins with this; Done ends it. Bounds and times in seconds."""
+
+    call: int
+    started: float
+    running: int
+    queued: int
+    connections: int
+    bounds: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConversionStats:
+    """Conversions of one pair of formats with one end. `buckets` has one more than the bounds."""
+
+    call: int
+    source_format: str
+    dest_format: str
+    reason: str
+    count: int
+    virtual_bytes: int
+    seconds: float
+    buckets: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefusalStats:
+    """Requests refused for one reason."""
+
+    call: int
+    reason: str
+    count: int
+
+
+ToFront = (
+    Connected
+    | Probe
+    | Waiting
+    | Started
+    | Refused
+    | Ended
+    | JobEntry
+    | Done
+    | AccessReport
+    | StatsReport
+    | ConversionStats
+    | RefusalStats
+)
+
 FROM_BROKER: Final = (
     Connected,
+    Probe,
     Waiting,
     Started,
     Refused,
@@ -251,6 +325,9 @@ FROM_BROKER: Final = (
     JobEntry,
     Done,
     AccessReport,
+    StatsReport,
+    ConversionStats,
+    RefusalStats,
 )
 
 # --- to a job ----------------------------------------------------------------------------------

@@ -83,6 +83,10 @@ Limits, at most
   10 min without progress, 1 d in all
   0 s for running jobs when the daemon is stopped
 
+Service
+  counters go to no file
+    stays when there is no work
+
 Program
   /usr/bin/qemu-img
 """

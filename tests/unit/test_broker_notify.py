@@ -32,13 +32,13 @@ def test_each_change_is_one_message(manager: socket.socket) -> None:
     before = time.monotonic_ns() // 1000
     notify.ready()
     notify.reloading()
-    notify.stopping()
+    notify.stopping(45)
     notify.status("2 conversions running")
     assert manager.recv(4096) == b"READY=1"
     reloading, moment = manager.recv(4096).decode().split("\n")
     assert reloading == "RELOADING=1"
     assert before <= int(moment.removeprefix("MONOTONIC_USEC=")) <= time.monotonic_ns() // 1000
-    assert manager.recv(4096) == b"STOPPING=1"
+    assert manager.recv(4096) == b"STOPPING=1\nEXTEND_TIMEOUT_USEC=45000000"
     assert manager.recv(4096) == b"STATUS=2 conversions running"
 
 

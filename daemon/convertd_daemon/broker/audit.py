@@ -106,6 +106,11 @@ class Record:
     queued_s: float | None = None
     seconds: float | None = None
 
+    @property
+    def source_format(self) -> str:
+        """The source's format as it was found, else as it was stated."""
+        return self.account.source_format or self.asked.source_format
+
     def fields(self) -> Iterator[tuple[str, str]]:
         """The record's own fields that have a value, each with its name in the journal."""
         values: tuple[tuple[str, str | float | None], ...] = (
@@ -123,7 +128,7 @@ class Record:
             ("JOB", self.asked.job_id),
             ("LABEL", self.asked.label),
             ("SOURCE", self.asked.source),
-            ("SOURCE_FORMAT", self.account.source_format or self.asked.source_format),
+            ("SOURCE_FORMAT", self.source_format),
             ("DEST", self.asked.dest),
             ("DEST_FORMAT", self.asked.dest_format),
             ("SOURCE_CACHE", self.account.source_cache),
@@ -196,6 +201,8 @@ def asked(message: object, caller: Caller) -> Asked:
             return Asked(operation=channel.Operation.LIST_JOBS, caller=caller)
         case channel.GetAccess():
             return Asked(operation=channel.Operation.GET_ACCESS, caller=caller)
+        case channel.GetStats():
+            return Asked(operation=channel.Operation.GET_STATS, caller=caller)
     raise TypeError(message)
 
 

@@ -17,7 +17,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from convertd_daemon import channel, codec, errors, model, policy
-from convertd_daemon.broker import accept, audit, front, jobs, loop, notify
+from convertd_daemon.broker import (
+    accept,
+    audit,
+    front,
+    idle,
+    jobs,
+    loop,
+    metrics,
+    notify,
+    status,
+    watchdog,
+)
 from convertd_daemon.kernel import getrandom
 
 if TYPE_CHECKING:
@@ -40,6 +51,7 @@ FRONT_RESTARTS: Final = 5
 """So many fronts may die before one has served; then the daemon gives up."""
 
 FRONT_STOP_S: Final = 5.0
+STOP_MARGIN_S: Final = 5.0
 ACCEPTS_AT_ONCE: Final = 64
 TOO_LONG: Final = errors.Unsupported(what="so long an answer", why="it does not fit into a message")
 OUT_OF_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -54,7 +66,8 @@ class Household:
     front_user: Identity
     setup: Setup
     versions: channel.Versions
-    reload: Callable[[], Policy | None]
+    reload: Callable[[], Policy | str]
+    """Gives the new policy, or why the old one stays."""
 
 
 class Broker:
@@ -66,6 +79,7 @@ class Broker:
         self.rules = rules
         self.loop = loop.Loop()
         self.connections = accept.Connections(rules.limits)
+        self.connections.prober = os.getpid()
         self.jobs = jobs.Jobs(rules.limits)
         self.front: front.Front | None = None
         self.fronts_lost = 0
@@ -73,6 +87,10 @@ class Broker:
         self.ending_front = False
         self.accepting = False
         self.failed = ""
+        self.counters = metrics.Counters()
+        self.said = status.Status()
+        self.watchdog = watchdog.Watchdog(self.loop, household.listener.sock)
+        self.idle = idle.Idle(self.loop, self.retire)
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT, or until the front can't be kept alive."""
@@ -85,7 +103,10 @@ class Broker:
             }
         )
         self.start_front()
+        self.watchdog.tick(self.send, lambda: self.stopping)
+        self.write_counters()
         self.loop.run()
+        self.write_counters()
 
     # --- the front ---------------------------------------------------------------------------
 
@@ -240,8 +261,11 @@ class Broker:
                 | channel.ListJobs(call=call, connection=number)
                 | channel.CancelJob(call=call, connection=number)
                 | channel.GetAccess(call=call, connection=number)
+                | channel.GetStats(call=call, connection=number)
             ):
                 self.attend(message, call, number, descriptors)
+            case channel.Probed(probe=probe):
+                self.watchdog.hear(probe)
             case channel.Rejected(connection=number, reason=reason):
                 known = reason if reason in errors.BY_REASON else errors.InternalError.reason
                 who = audit.caller_on(self.connections.find(number))
@@ -265,6 +289,10 @@ class Broker:
     def report(self, record: audit.Record) -> None:
         """Put the end of a request on record."""
         audit.write(record)
+        self.counters.count(record)
+        if record.outcome is audit.Outcome.REFUSED:
+            self.said.refused(record)
+            self.tell_status()
 
     def report_refused(self, asked: audit.Asked, reason: str, detail: str = "") -> None:
         """Put a refusal on record."""
@@ -294,6 +322,8 @@ class Broker:
                 self.cancel(call, peer, job_id)
             case channel.GetAccess():
                 self.tell_access(call, peer)
+            case channel.GetStats():
+                self.tell_stats(call, peer)
 
     def may(
         self, peer: model.Peer, request: model.ConvertRequest | model.InspectRequest
@@ -342,8 +372,7 @@ class Broker:
                 self.start(job)
         for job in self.jobs.moved():
             self.send(channel.Waiting(call=job.call, job_id=job.job_id, position=job.position))
-        conversions = self.jobs.conversions
-        notify.status(f"{conversions.running} conversions running, {len(conversions)} queued")
+        self.tell_status()
 
     def start(self, job: jobs.Job) -> None:
         """Fork a job, and give the front the other end of its channel."""
@@ -405,6 +434,29 @@ class Broker:
                 versions=self.household.versions,
             )
         )
+
+    def tell_stats(self, call: int, peer: model.Peer) -> None:
+        """Give an operator the counters.
+
+        Raises:
+            errors.PermissionDenied: the peer is none.
+        """
+        if not policy.is_operator(self.rules, peer):
+            raise errors.PermissionDenied(uid=peer.uid, action="read the daemon's counters")
+        now = self.now()
+        self.send(
+            channel.StatsReport(
+                call=call,
+                started=self.counters.start_time,
+                running=now.running,
+                queued=now.queued,
+                connections=now.connections,
+                bounds=metrics.BOUNDS_S,
+            )
+        )
+        for message in self.counters.messages(call):
+            self.send(message)
+        self.send(channel.Done(call=call))
 
     def abandon(self, call: int) -> None:
         """A call is over for the front. If its job is not, it is soon: its channel is closed."""
@@ -502,18 +554,58 @@ class Broker:
         self.fronts_lost = 0
         self.start_accepting()
         notify.ready()
+        self.tell_status()
+        self.mind_idleness()
         log.info("serving versions=%s", self.household.versions)
 
     def reload(self) -> None:
         """Take a new policy, or keep the one in force. Running jobs keep theirs."""
         notify.reloading()
         rules = self.household.reload()
-        if rules is not None:
+        self.said.policy_problem = rules if isinstance(rules, str) else ""
+        if not isinstance(rules, str):
             self.rules = rules
             self.connections.limits = rules.limits
             self.jobs.bound(rules.limits)
             self.advance()
+            self.mind_idleness()
         notify.ready()
+        self.tell_status()
+
+    def now(self) -> metrics.Now:
+        """What is going on."""
+        lane = self.jobs.conversions
+        return metrics.Now(
+            running=lane.running, queued=len(lane), connections=len(self.connections)
+        )
+
+    def tell_status(self) -> None:
+        """Give systemd a new line for `systemctl status`."""
+        notify.status(self.said.line(self.now(), stopping=self.stopping))
+
+    def write_counters(self) -> None:
+        """Write the file for node_exporter, now and from now on, if the policy names one."""
+        if self.rules.service.metrics:
+            try:
+                metrics.write(self.rules.service.metrics, self.counters, self.now())
+            except OSError as error:
+                log.warning("can't write counters file=%r error=%s", error.filename, error)
+        self.loop.after(metrics.INTERVAL_S, self.write_counters)
+
+    def mind_idleness(self) -> None:
+        """End when there is nothing to do for as long as the policy says, if systemd listens."""
+        if not self.household.listener.own_path:
+            self.idle.watch(self.rules.service.idle_exit_s, self.is_idle)
+
+    def is_idle(self) -> bool:
+        """Whether nobody is connected, but for our own probe, and nothing runs."""
+        others = any(connection.caller.pid != os.getpid() for connection in self.connections)
+        return not others and not len(self.jobs)
+
+    def retire(self) -> None:
+        """Nobody needs us: the socket will start another."""
+        log.info("idle for %g s", self.rules.service.idle_exit_s)
+        self.stop()
 
     def stop(self) -> None:
         """Take no more, let what runs finish for a while; asked twice, end it now."""
@@ -521,14 +613,16 @@ class Broker:
             self.end_all()
             return
         self.stopping = True
-        notify.stopping()
+        grace_s = self.rules.limits.stop_grace_s
+        notify.stopping(grace_s + 2 * ENDING_S + FRONT_STOP_S + STOP_MARGIN_S)
+        self.tell_status()
         self.stop_accepting()
         self.household.listener.close()
         for job in self.jobs:
             if job.state is jobs.State.WAITING:
                 self.end(job, errors.Stopping())
         log.info("stopping running=%d", len(self.jobs))
-        self.loop.after(self.rules.limits.stop_grace_s, self.end_all)
+        self.loop.after(grace_s, self.end_all)
         self.stop_if_done()
 
     def end_all(self) -> None:

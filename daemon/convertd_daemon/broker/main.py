@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 from convertd_daemon import __version__, channel
-from convertd_daemon.broker import broker, listen, load, reach, selftest, startup
+from convertd_daemon.broker import broker, listen, load, reach, selftest, startup, stderr
 from convertd_daemon.kernel import prctl
 from convertd_daemon.sandbox import errors as sandbox_errors
 from convertd_daemon.sandbox import limits, narrow, seccomp
@@ -35,11 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         run = {"check": check.run, "unit-dropin": check.print_dropin}[asked.command]
         return run(asked.policy)
-    logging.basicConfig(
-        level=logging.DEBUG if asked.verbose else logging.INFO,
-        format="%(levelname)s %(name)s[%(process)d] %(message)s",
-        stream=sys.stderr,
-    )
+    stderr.log_to_it(logging.DEBUG if asked.verbose else logging.INFO)
     try:
         return serve(asked.policy, os.path.abspath(asked.socket))
     except (
@@ -138,15 +134,15 @@ def _versions(tested: selftest.SelfTest, landlock_abi: int) -> channel.Versions:
     )
 
 
-def _reloader(path: str) -> Callable[[], Policy | None]:
-    """Give what loads the policy anew: the new one, or None to keep the old."""
+def _reloader(path: str) -> Callable[[], Policy | str]:
+    """Give what loads the policy anew: the new one, or why the old one stays."""
 
-    def reload() -> Policy | None:
+    def reload() -> Policy | str:
         try:
             loaded = load.load(path)
         except load.LoadError as error:
             log.error("policy not reloaded, the old one stays in force: %s", error)  # noqa: TRY400
-            return None
+            return str(error)
         _warn(loaded)
         log.info("policy reloaded file=%r", path)
         return loaded.policy

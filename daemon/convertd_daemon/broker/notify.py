@@ -46,9 +46,14 @@ def reloading() -> None:
     notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
 
-def stopping() -> None:
-    """The service takes no more work."""
-    notify("STOPPING=1")
+def stopping(limit_s: float) -> None:
+    """The service takes no more work, and may take so long to end, whatever the unit says."""
+    notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={int(limit_s * 1e6)}")
+
+
+def watchdog() -> None:
+    """The service lives."""
+    notify("WATCHDOG=1")
 
 
 def status(text: str) -> None:

@@ -20,6 +20,7 @@ from convertd_daemon import channel, codec, errors
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from convertd_daemon.front.prober import Prober
     from convertd_daemon.front.relay import Relay
 
 log = logging.getLogger(__name__)
@@ -115,10 +116,11 @@ class Call:
 class Link:
     """The channel to the broker. Owns it."""
 
-    def __init__(self, line: channel.Channel, relay: Relay) -> None:
-        """Hand new connections to the relay."""
+    def __init__(self, line: channel.Channel, relay: Relay, prober: Prober) -> None:
+        """Hand new connections to the relay, and those to probe to the prober."""
         self.line = line
         self.relay = relay
+        self.prober = prober
         self.closed = False
         self.ended = asyncio.Event()
         self._calls: dict[int, Call] = {}
@@ -198,6 +200,9 @@ class Link:
         match message:
             case channel.Connected(connection=number):
                 self.relay.carry(number, descriptors.pop())
+            case channel.Probe(probe=number):
+                healthy = channel.Probed(probe=number)
+                self.prober.probe(descriptors.pop(), lambda: self.send(healthy))
             case channel.Ended(job_id=job_id):
                 call = self.call_of_job(job_id)
                 if call is not None:

@@ -20,7 +20,7 @@ import zoneinfo
 from typing import Final
 
 from convertd_daemon import channel
-from convertd_daemon.front import link, relay, server
+from convertd_daemon.front import link, prober, relay, server, service
 from convertd_daemon.kernel import prctl
 from convertd_daemon.sandbox import confine, seccomp
 
@@ -53,7 +53,7 @@ def main() -> int:
     prctl.set_name("convertd-front")
     _remember_sources()
     confine.confine_front(private, seccomp.compile_profile(seccomp.FRONT))
-    asyncio.run(_serve(line, f"{private}/grpc.sock"))
+    asyncio.run(_serve(line, private))
     return 0
 
 
@@ -64,9 +64,11 @@ def _remember_sources() -> None:
             linecache.getlines(getattr(module, "__file__", None) or "")
 
 
-async def _serve(line: channel.Channel, path: str) -> None:
+async def _serve(line: channel.Channel, private: str) -> None:
+    path = f"{private}/grpc.sock"
     carrier = relay.Relay(path)
-    broker = link.Link(line, carrier)
+    watcher = prober.Prober(f"{private}/probe.sock", service.SERVICE)
+    broker = link.Link(line, carrier, watcher)
     serving = await server.start(path, broker, carrier)
     broker.send(channel.Ready())
     await broker.ended.wait()

@@ -76,7 +76,7 @@ class Relay:
             # First forget the name, then close: nobody may find it under somebody else's number.
             stack.callback(self._numbers.pop, peer, None)
             await _connect(upstream, self.upstream_path)
-            await _join(asyncio.get_running_loop(), downstream, upstream)
+            await join(asyncio.get_running_loop(), downstream, upstream)
 
 
 async def _connect(sock: socket.socket, path: str) -> None:
@@ -92,7 +92,7 @@ async def _connect(sock: socket.socket, path: str) -> None:
             return
 
 
-async def _join(loop: asyncio.AbstractEventLoop, one: socket.socket, other: socket.socket) -> None:
+async def join(loop: asyncio.AbstractEventLoop, one: socket.socket, other: socket.socket) -> None:
     """Carry both ways until one side ends; then the connection is over, both ways."""
     ways = {
         loop.create_task(_pump(loop, one, other)),

@@ -167,11 +167,20 @@ class ConvertService:
             call.over = True
             return translate.access(report)
 
-    async def get_stats(
-        self, _request: pb.GetStatsRequest, _connection: int
-    ) -> pb.GetStatsResponse:
-        """GetStats: the contract has it, this version does not."""
-        raise errors.Unsupported(what="GetStats", why=translate.NOT_YET)
+    async def get_stats(self, _request: pb.GetStatsRequest, connection: int) -> pb.GetStatsResponse:
+        """GetStats: the counters, for operators."""
+        with self.broker.call(functools.partial(_stats_message, connection)) as call:
+            stats = pb.GetStatsResponse()
+            bounds: tuple[float, ...] = ()
+            while not isinstance(said := await _next(call), channel.Done):
+                match said:
+                    case channel.StatsReport(bounds=bounds):
+                        stats.MergeFrom(translate.stats(said))
+                    case channel.ConversionStats():
+                        stats.conversions.append(translate.conversion_stats(said, bounds))
+                    case channel.RefusalStats(reason=reason, count=count):
+                        stats.refusals.add(reason=reason, count=count)
+            return stats
 
 
 class Following:
@@ -324,3 +333,7 @@ def _cancel_message(connection: int, job_id: str, call: int) -> object:
 
 def _access_message(connection: int, call: int) -> object:
     return channel.GetAccess(call=call, connection=connection)
+
+
+def _stats_message(connection: int, call: int) -> object:
+    return channel.GetStats(call=call, connection=connection)

@@ -5,6 +5,8 @@ Nothing is judged here but whether a message says something that has a value on 
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from convertd.v1 import convert_pb2 as pb
@@ -373,4 +375,32 @@ def _grant(rule: model.RuleRights) -> pb.Grant:
         read_formats=sorted(rule.read_formats),
         write_formats=sorted(rule.write_formats),
         overwrite=OVERWRITES[rule.overwrite],
+    )
+
+
+def stats(report: channel.StatsReport) -> pb.GetStatsResponse:
+    """What the daemon does now; its counts follow."""
+    answer = pb.GetStatsResponse(
+        jobs_running=report.running, jobs_queued=report.queued, connections=report.connections
+    )
+    answer.start_time.FromNanoseconds(int(report.started * 1e9))
+    return answer
+
+
+def conversion_stats(
+    counted: channel.ConversionStats, bounds: tuple[float, ...]
+) -> pb.ConversionStats:
+    """Conversions of one kind. Each bucket counts those before it too."""
+    totals = itertools.accumulate(counted.buckets)
+    return pb.ConversionStats(
+        source_format=counted.source_format,
+        dest_format=counted.dest_format,
+        reason=counted.reason,
+        count=counted.count,
+        bytes=counted.virtual_bytes,
+        seconds=counted.seconds,
+        durations=[
+            pb.HistogramBucket(upper_bound_seconds=bound, count=total)
+            for bound, total in zip((*bounds, math.inf), totals, strict=True)
+        ],
     )

@@ -1,0 +1,102 @@
+"""What the daemon counts, for GetStats and for node_exporter's text-file collector."""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import os
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from convertd_daemon import channel
+from convertd_daemon.broker import audit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BOUNDS_S: Final = (0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14400.0)
+"""The upper bounds of the buckets of running times; one more has none."""
+
+INTERVAL_S: Final = 15.0
+"""How often the file is written."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Ended:
+    """Conversions of one pair of formats that ended in one way."""
+
+    count: int = 0
+    virtual_bytes: int = 0
+    seconds: float = 0.0
+    buckets: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS_S) + 1))
+
+
+class Counters:
+    """Counts since the daemon's start. Nothing that a caller can invent becomes a label."""
+
+    def __init__(self) -> None:
+        """Begin at 0."""
+        self.start_time = time.time()
+        self.conversions: dict[tuple[str, str, str], Ended] = collections.defaultdict(Ended)
+        self.refusals: collections.Counter[str] = collections.Counter()
+
+    def count(self, record: audit.Record) -> None:
+        """Count one request."""
+        if record.outcome is audit.Outcome.REFUSED:
+            self.refusals[record.reason] += 1
+        elif record.asked.operation is channel.Operation.CONVERT:
+            formats = (record.source_format, record.asked.dest_format)
+            ended = self.conversions[(*formats, record.reason)]
+            seconds = record.seconds or 0.0
+            ended.count += 1
+            ended.virtual_bytes += record.account.virtual_size_bytes
+            ended.seconds += seconds
+            ended.buckets[bisect.bisect_left(BOUNDS_S, seconds)] += 1
+
+    def messages(self, call: int) -> Iterator[object]:
+        """The counts as the front is told of them."""
+        for (source_format, dest_format, reason), ended in self.conversions.items():
+            yield channel.ConversionStats(
+                call=call,
+                source_format=source_format,
+                dest_format=dest_format,
+                reason=reason,
+                count=ended.count,
+                virtual_bytes=ended.virtual_bytes,
+                seconds=ended.seconds,
+                buckets=tuple(ended.buckets),
+            )
+        for reason, count in self.refusals.items():
+            yield channel.RefusalStats(call=call, reason=reason, count=count)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Now:
+    """What is going on at one moment."""
+
+    running: int
+    queued: int
+    connections: int
+
+
+def write(path: str, counters: Counters, now: Now) -> None:
+    """Write the file anew, at once: a reader sees the one before or this one.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    from convertd_daemon.broker import exposition  # noqa: PLC0415 - 7 MiB, for those who want it
+
+    temporary = f"{path}.{os.getpid()}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        with open(os.open(temporary, flags, 0o644), "wb") as file:
+            # Whatever the umask: node_exporter is another user.
+            os.fchmod(file.fileno(), 0o644)
+            file.write(exposition.text(counters, now))
+        os.rename(temporary, path)
+    except OSError:
+        if os.path.lexists(temporary):
+            os.unlink(temporary)
+        raise

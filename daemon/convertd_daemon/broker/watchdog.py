@@ -1,0 +1,80 @@
+"""Tell systemd that we live, after having asked ourselves as a caller would.
+
+A ping says that a health check was answered over the public socket: that the broker's loop
+accepts and hands on, that the front relays, and that gRPC answers. The broker may not speak
+gRPC, and the front may open no path; so the broker connects to its own socket and gives the
+front the calling end, over which the front, as a client, checks the health of whoever answers.
+A front that lies gains nothing but to stay.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from typing import TYPE_CHECKING, Final
+
+from convertd_daemon import channel
+from convertd_daemon.broker import notify
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from convertd_daemon.broker.loop import Loop
+
+log = logging.getLogger(__name__)
+
+PROBES_PER_LIMIT: Final = 3
+"""So often within the time after which systemd gives us up."""
+
+
+def limit_s() -> float:
+    """The time after which systemd wants to have heard of us, 0 if it doesn't ask.
+
+    Source: sd_watchdog_enabled(3).
+    """
+    limit = os.environ.get("WATCHDOG_USEC", "")
+    pid = os.environ.get("WATCHDOG_PID", str(os.getpid()))
+    return int(limit) / 1e6 if limit.isdecimal() and pid == str(os.getpid()) else 0.0
+
+
+class Watchdog:
+    """Probes the daemon from outside, and pings systemd for each probe that came through."""
+
+    def __init__(self, loop: Loop, listening: socket.socket) -> None:
+        """Probe whoever accepts from this socket, once started."""
+        self._loop = loop
+        self._address = listening.getsockname()
+        self._interval_s = limit_s() / PROBES_PER_LIMIT
+        self._probe = 0
+
+    def tick(self, send: Callable[[object, int], None], is_draining: Callable[[], bool]) -> None:
+        """Probe now and from now on, if systemd asked for it.
+
+        `send` gives the front a message and a descriptor. While the daemon drains nobody is
+        accepted any more: then the loop alone vouches for it.
+        """
+        if not self._interval_s:
+            return
+        if is_draining():
+            notify.watchdog()
+        else:
+            self._begin(send)
+        self._loop.after(self._interval_s, lambda: self.tick(send, is_draining))
+
+    def _begin(self, send: Callable[[object, int], None]) -> None:
+        self._probe += 1
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            sock.connect(self._address)
+        except OSError as error:
+            # A backlog that is full answers EAGAIN. The next probe comes in time.
+            log.warning("can't connect to ourselves error=%s", error)
+            sock.close()
+            return
+        send(channel.Probe(probe=self._probe), sock.detach())
+
+    def hear(self, probe: int) -> None:
+        """A probe came through. One that comes late says nothing about now."""
+        if probe == self._probe:
+            notify.watchdog()

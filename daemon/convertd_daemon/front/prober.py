@@ -1,0 +1,89 @@
+"""A health check from outside: a gRPC client over a connection that the broker made to itself.
+
+grpcio can't adopt a connected socket. So the client connects to a socket in the private directory,
+and what is accepted there is joined to the broker's connection, which leads through the public
+socket back to the server in this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from typing import TYPE_CHECKING, Final
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2
+
+from convertd_daemon.front import relay
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+LIMIT_S: Final = 8.0
+
+CHECK: Final = "/grpc.health.v1.Health/Check"
+
+OPTIONS: Final = (
+    # Each probe is a connection of its own, and so a channel of its own.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+
+class Prober:
+    """Checks the health of a service over connections that it is given, one at a time."""
+
+    def __init__(self, path: str, service: str) -> None:
+        """Listen at `path` for the client, which is our own."""
+        self.path = path
+        self.service = service
+        self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)  # a front's before us
+        self._listening.bind(path)
+        self._listening.listen(1)
+        self._last: asyncio.Task[None] | None = None
+
+    def probe(self, descriptor: int, on_health: Callable[[], None]) -> None:
+        """Check over a connection, which is ours from now on; an earlier check is dropped."""
+        if self._last is not None:
+            self._last.cancel()
+        work = self._check(descriptor, on_health)
+        self._last = asyncio.get_running_loop().create_task(work)
+
+    async def _check(self, descriptor: int, on_health: Callable[[], None]) -> None:
+        with contextlib.closing(socket.socket(fileno=descriptor)) as outside:
+            outside.setblocking(False)
+            try:
+                async with asyncio.timeout(LIMIT_S):
+                    await self._ask(outside)
+            except (grpc.aio.AioRpcError, OSError) as error:  # TimeoutError is one
+                log.warning("health check failed error=%r", error)
+            else:
+                on_health()
+
+    async def _ask(self, outside: socket.socket) -> None:
+        joining = asyncio.get_running_loop().create_task(self._join(outside))
+        try:
+            async with grpc.aio.insecure_channel(f"unix:{self.path}", options=OPTIONS) as client:
+                reply = await client.unary_unary(
+                    CHECK,
+                    request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+                    response_deserializer=health_pb2.HealthCheckResponse.FromString,
+                )(health_pb2.HealthCheckRequest(service=self.service))
+        finally:
+            joining.cancel()
+            await asyncio.gather(joining, return_exceptions=True)
+        if reply.status != health_pb2.HealthCheckResponse.SERVING:
+            raise OSError(f"status {reply.status}")
+
+    async def _join(self, outside: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        inside, _ = await loop.sock_accept(self._listening)
+        with contextlib.closing(inside):
+            await relay.join(loop, inside, outside)
