@@ -130,7 +130,7 @@ import os
 from convertd_client import Client
 
 def call():
-    with Client() as client:
+    with Client(wait_for_ready=60) as client:
         client.access(timeout=60)
 
 callers = []
