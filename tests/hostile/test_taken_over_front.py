@@ -1,0 +1,599 @@
+"""A front that has been taken over: what it can't do. The broker is real, its front is the test."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import socket
+import string
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from harness import processes, waiting
+from harness.callers import ALICE, BOB, MALLORY
+from harness.daemon import JOB, QEMU_IMG, Daemon
+from hostile import asking, false_front
+from hostile.false_front import Asking, FalseFront
+from hostile.secret import Secret
+
+from convertd_daemon import channel, codec, model
+
+POLICY: Final = """
+[limits]
+jobs = 3
+jobs_per_user = 2
+queue = 6
+queue_per_user = 4
+[roots.images]
+path = "{scratch}/images"
+access = "daemon"
+[roots.others]
+path = "{scratch}/others"
+access = "daemon"
+[[grants]]
+users = [1234]
+read = ["images"]
+write = ["images"]
+[[grants]]
+users = [1235]
+read = ["others"]
+write = ["others"]
+"""
+
+MESSAGES: Final = int(os.environ.get("CONVERTD_TEST_FRONT_MESSAGES", "3000"))
+"""How many random messages the broker is sent."""
+
+SPOILT: Final = int(os.environ.get("CONVERTD_TEST_FRONT_SPOILT", "15"))
+"""How many spoilt ones, of which most cost a front."""
+
+SEED: Final = int(os.environ.get("CONVERTD_TEST_SEED", "1"))
+
+
+@pytest.fixture(scope="module")
+def broker(fill_in: Callable[[str], str]) -> Iterator[Daemon]:
+    """The module's daemon, which is not started yet."""
+    one = Daemon(fill_in(POLICY))
+    yield one
+    one.discard()
+
+
+@pytest.fixture(scope="module")
+def front_of_all(broker: Daemon) -> Iterator[FalseFront]:
+    """Its front, once it is started."""
+    home = broker.home / "front"
+    home.mkdir()
+    with false_front.started(broker, home) as one:
+        yield one
+
+
+@pytest.fixture
+def front(broker: Daemon, front_of_all: FalseFront) -> Iterator[FalseFront]:
+    """The front. After each test the broker still runs, and no job does."""
+    yield front_of_all
+    assert broker.is_running
+    broker.await_calm()
+    assert front_of_all.quiet()
+
+
+@pytest.fixture
+def image(images_dir: Path) -> Path:
+    """An image of Alice's, large enough to take a while at the least rate."""
+    os.chown(images_dir, ALICE.uid, ALICE.gid)
+    return asking.given_to(ALICE, images_dir / "image.raw", os.urandom(16 * model.MIB))
+
+
+def conversion(source: Path, dest: Path) -> model.ConvertRequest:
+    """A request that goes as slowly as can be."""
+    return model.ConvertRequest(
+        source=model.Source(path=str(source), format="raw"),
+        dest=model.Dest(path=str(dest), format="raw"),
+        rate_limit_bytes_per_second=model.MIB,
+    )
+
+
+def connection_of(front: FalseFront) -> int:
+    """The number of whoever connected last."""
+    message, descriptors = front.await_message(channel.Connected)
+    channel.close_all(descriptors)
+    return message.connection
+
+
+def reason(answer: object) -> str:
+    """Why a call was refused."""
+    assert isinstance(answer, channel.Refused), answer
+    return answer.failure.reason
+
+
+# --- who it can act for --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda call, number, path: channel.Convert(
+            call=call, connection=number, request=conversion(path, path.with_suffix(".out"))
+        ),
+        lambda call, number, path: channel.Inspect(
+            call=call,
+            connection=number,
+            request=model.InspectRequest(source=model.Source(path=str(path))),
+        ),
+        lambda call, number, _: channel.ListJobs(call=call, connection=number),
+        lambda call, number, _: channel.CancelJob(call=call, connection=number, job_id="1"),
+        lambda call, number, _: channel.GetAccess(call=call, connection=number),
+    ],
+    ids=["Convert", "Inspect", "ListJobs", "CancelJob", "GetAccess"],
+)
+def test_it_can_act_for_nobody_who_is_not_connected(
+    broker: Daemon, front: FalseFront, image: Path, ask: Callable[[int, int, Path], Asking]
+) -> None:
+    """Not over a connection that never was, and not over one that has ended."""
+    with false_front.connected(broker, ALICE):
+        ended = connection_of(front)
+    waiting.until(
+        lambda: reason_of_access(front, ended) == "UNKNOWN_CONNECTION", "the connection ended"
+    )
+    for number in (ended, ended + 1, 0, -1, 2**64, 10**300):
+        assert reason(front.asks(ask(front.call(), number, image))) == "UNKNOWN_CONNECTION"
+    assert not image.with_suffix(".out").exists()
+
+
+def reason_of_access(front: FalseFront, number: int) -> str:
+    """Why GetAccess is refused over a connection, if it is."""
+    answer = front.asks(channel.GetAccess(call=front.call(), connection=number))
+    return answer.failure.reason if isinstance(answer, channel.Refused) else ""
+
+
+def test_it_can_use_no_more_than_the_grants_of_who_is_connected(
+    broker: Daemon, front: FalseFront, image: Path, secret: Secret
+) -> None:
+    """Bob is granted another root, Mallory nothing, and nobody what lies outside of all roots."""
+    with false_front.connected(broker, BOB), false_front.connected(broker, MALLORY):
+        bob, mallory = connection_of(front), connection_of(front)
+        out = image.with_suffix(".out")
+        tries = [
+            (number, source, dest)
+            for number in (bob, mallory)
+            for source, dest in ((image, out), (secret.raw, out), (image, secret.raw))
+        ]
+        for number, source, dest in tries:
+            message = channel.Convert(
+                call=front.call(), connection=number, request=conversion(source, dest)
+            )
+            assert reason(front.asks(message)) == "PERMISSION_DENIED"
+            request = model.InspectRequest(source=model.Source(path=str(source)))
+            look = channel.Inspect(call=front.call(), connection=number, request=request)
+            assert reason(front.asks(look)) == "PERMISSION_DENIED"
+    assert not out.exists()
+
+
+def test_it_can_keep_no_job_of_a_caller_who_is_gone(
+    broker: Daemon, front: FalseFront, image: Path
+) -> None:
+    """Though it holds the job's channel, and says nothing of the kind."""
+    with false_front.connected(broker, ALICE):
+        number, call = connection_of(front), front.call()
+        request = conversion(image, image.with_suffix(".out"))
+        front.line.send(channel.Convert(call=call, connection=number, request=request))
+        _, job = front.await_message(channel.Started, call)
+        broker.await_one(QEMU_IMG)
+    ended, _ = front.await_message(channel.Ended)
+    assert ended.failure.reason == "CANCELLED_BY_CALLER"
+    broker.await_none(QEMU_IMG)
+    channel.close_all(job)
+    assert os.listdir(image.parent) == ["image.raw"]
+
+
+def test_it_can_see_and_end_no_job_of_another(
+    broker: Daemon, front: FalseFront, image: Path
+) -> None:
+    """By Bob's connection neither; that it can end Alice's by Alice's is what it is for."""
+    with false_front.connected(broker, ALICE), false_front.connected(broker, BOB):
+        alice, bob, call = connection_of(front), connection_of(front), front.call()
+        request = conversion(image, image.with_suffix(".out"))
+        front.line.send(channel.Convert(call=call, connection=alice, request=request))
+        started, job = front.await_message(channel.Started, call)
+        listed = front.asks(channel.ListJobs(call=front.call(), connection=bob))
+        assert isinstance(listed, channel.Done)
+        cancel = channel.CancelJob(call=front.call(), connection=bob, job_id=started.job_id)
+        assert reason(front.asks(cancel)) == "JOB_NOT_FOUND"
+        assert broker.processes(JOB)
+        channel.close_all(job)
+
+
+# --- how much it can have ------------------------------------------------------------------------
+
+
+def test_it_can_have_no_more_jobs_than_the_policy_allows(
+    broker: Daemon, front: FalseFront, image: Path
+) -> None:
+    """Two run for Alice, four wait, the others are refused; and to lie that one ended is no use."""
+    with false_front.connected(broker, ALICE):
+        number = connection_of(front)
+        calls = [front.call() for _ in range(20)]
+        for call in calls:
+            request = conversion(image, image.with_name(f"out-{call}"))
+            front.line.send(channel.Convert(call=call, connection=number, request=request))
+        refused: set[int] = set()
+        jobs: list[int] = []
+        while len(refused) < len(calls) - 6 or len(jobs) < 2:
+            message, descriptors = front.hears()
+            jobs += descriptors
+            if isinstance(message, channel.Refused):
+                assert message.failure.reason == "QUEUE_FULL"
+                refused.add(message.call)
+        for call in calls:
+            front.line.send(channel.Finished(call=call))
+        assert front.quiet()
+        jobs_of_its_own = [one for one in broker.processes(JOB) if one.parent == broker.pid]
+        assert len(jobs_of_its_own) == 2
+        channel.close_all(jobs)
+
+
+def test_it_can_have_one_call_do_one_thing(broker: Daemon, front: FalseFront, image: Path) -> None:
+    """A number that is in use is refused: or its job would be out of reach."""
+    with false_front.connected(broker, ALICE):
+        number, call = connection_of(front), front.call()
+        request = conversion(image, image.with_suffix(".out"))
+        message = channel.Convert(call=call, connection=number, request=request)
+        front.line.send(message)
+        _, job = front.await_message(channel.Started, call)
+        assert reason(front.asks(message)) == "BAD_MESSAGE"
+        channel.close_all(job)
+
+
+# --- what it can ask for -------------------------------------------------------------------------
+
+OPTIONS: Final = (
+    ("backing_file", "/etc/shadow"),
+    ("data_file", "/etc/shadow"),
+    ("cluster_size", "65536,backing_file=/etc/shadow"),
+    ("cluster_size", "65536\n"),
+    ("compat", "1.1,data_file=/etc/shadow"),
+    ("encrypt.key-secret", "source"),
+    ("", ""),
+)
+
+
+@pytest.mark.parametrize(("name", "value"), OPTIONS, ids=[f"{n}={v!r}" for n, v in OPTIONS])
+def test_it_can_hand_qemu_img_no_option_that_names_a_file(
+    broker: Daemon, front: FalseFront, image: Path, name: str, value: str
+) -> None:
+    """What a caller can't say by gRPC, it can: the broker looks itself."""
+    dest = model.Dest(
+        path=str(image.with_suffix(".out")),
+        format="qcow2",
+        options=(model.Option(name=name, value=value),),
+    )
+    with false_front.connected(broker, ALICE):
+        request = dataclasses.replace(conversion(image, image), dest=dest)
+        number = connection_of(front)
+        message = channel.Convert(call=front.call(), connection=number, request=request)
+        assert reason(front.asks(message)) == "BAD_OPTION"
+
+
+MAD: Final[dict[str, tuple[dict[str, Any], str]]] = {
+    "climbing": ({"source": model.Source(path="/etc/../etc/shadow")}, "BAD_PATH"),
+    "json:": ({"source": model.Source(path="json:{}")}, "BAD_PATH"),
+    "a NUL": ({"source": model.Source(path="/a\0b")}, "BAD_PATH"),
+    "a long path": ({"source": model.Source(path="/" + "a" * 100_000)}, "BAD_PATH"),
+    "a protocol": ({"source": model.Source(path="/a", format="nbd")}, "BAD_FORMAT"),
+    "a passphrase for raw": (
+        {"source": model.Source(path="/a", format="raw", encrypted=True)},
+        "BAD_OPTION",
+    ),
+    "a negative rate": ({"rate_limit_bytes_per_second": -1}, "BAD_OPTION"),
+    "a rate without end": ({"rate_limit_bytes_per_second": 10**4000}, "BAD_OPTION"),
+    "a label that clears": ({"label": "\x1b[2J"}, "BAD_OPTION"),
+    "a label that is long": ({"label": "a" * 300}, "BAD_OPTION"),
+    "setuid": ({"dest": model.Dest(path="/a", format="raw", mode=0o4755)}, "BAD_OPTION"),
+    "a negative mode": ({"dest": model.Dest(path="/a", format="raw", mode=-1)}, "BAD_OPTION"),
+    "a group and more": (
+        {"dest": model.Dest(path="/a", format="raw", group="root\n")},
+        "BAD_OPTION",
+    ),
+    "a place outside": ({"dest": model.Dest(path="/a", format="raw")}, "PERMISSION_DENIED"),
+}
+
+
+@pytest.mark.parametrize(("changes", "expected"), MAD.values(), ids=tuple(MAD))
+def test_it_can_ask_for_nothing_that_a_caller_could_not(
+    broker: Daemon, front: FalseFront, image: Path, changes: dict[str, Any], expected: str
+) -> None:
+    """Values of the right type that no honest front would send."""
+    with false_front.connected(broker, ALICE):
+        request = dataclasses.replace(conversion(image, image.with_suffix(".out")), **changes)
+        number = connection_of(front)
+        message = channel.Convert(call=front.call(), connection=number, request=request)
+        assert reason(front.asks(message)) == expected
+
+
+def test_it_can_pass_nothing_for_a_passphrase_that_holds_a_job_up(
+    broker: Daemon, front: FalseFront, image: Path
+) -> None:
+    """A pipe whose writer stays, a socket, a file, one too many, none: the call ends at once."""
+    dest = model.Dest(
+        path=str(image.with_suffix(".out")), format="luks", encryption=model.Encryption()
+    )
+    reader, writer = os.pipe()
+    one, other = socket.socketpair()
+    file = os.open("/dev/zero", os.O_RDONLY)
+    before = false_front.descriptors_of(broker.pid)
+    with false_front.connected(broker, ALICE):
+        number = connection_of(front)
+        for descriptors in ((), (reader,), (one.fileno(),), (file,), (reader, reader)):
+            request = dataclasses.replace(conversion(image, image), dest=dest)
+            call = front.call()
+            message = channel.Convert(call=call, connection=number, request=request)
+            front.line.send(message, *descriptors)
+            answer, job = front.await_message(object, call)
+            if isinstance(answer, channel.Started):
+                line = channel.Channel(socket.socket(fileno=job[0]))
+                failed, _ = line.receive(*channel.FROM_JOB)
+                assert isinstance(failed, channel.Failed), failed
+                line.close()
+                front.await_message(channel.Ended)
+            else:
+                assert reason(answer) in {"BAD_MESSAGE", "PERMISSION_DENIED"}
+    waiting.until(
+        lambda: false_front.descriptors_of(broker.pid) <= before, "the broker's descriptors close"
+    )
+    for fd in (reader, writer, file):
+        os.close(fd)
+    one.close()
+    other.close()
+
+
+# --- whether it can bring the broker down --------------------------------------------------------
+
+
+def hello_of(front: FalseFront) -> dict[str, Any]:
+    """A valid request as JSON has it, to be spoilt."""
+    request = conversion(Path("/a/b"), Path("/a/c"))
+    message = channel.Convert(call=front.call(), connection=1, request=request)
+    loaded: dict[str, Any] = json.loads(codec.encode(message))[1]
+    return loaded
+
+
+NO_MESSAGES: Final[dict[str, bytes]] = {
+    "nothing at all": b"[]",
+    "no JSON": b"\x00\xff",
+    "of another class": b'["Peer",{"uid":0,"gid":0,"groups":[],"pid":1}]',
+    "a broker's own": b'["Done",{"call":1}]',
+    "a field too many": b'["ListJobs",{"call":1,"connection":1,"uid":0}]',
+    "a field too few": b'["ListJobs",{"call":1}]',
+    "another type": b'["ListJobs",{"call":"1","connection":1}]',
+    "true for 1": b'["ListJobs",{"call":true,"connection":1}]',
+    "not a number": b'["ListJobs",{"call":NaN,"connection":1}]',
+    "infinite": b'["ListJobs",{"call":1e999,"connection":1}]',
+    "a number without end": b'["ListJobs",{"call":' + b"9" * 5000 + b',"connection":1}]',
+    "too deep": b"[" * 100_000,
+    "deep in a field": b'["ListJobs",{"call":'
+    + b"[" * 50_000
+    + b"]" * 50_000
+    + b',"connection":1}]',
+    "half a character": b'["CancelJob",{"call":1,"connection":1,"job_id":"\\ud800"}]',
+    "too long": b'["CancelJob",{"call":1,"connection":1,"job_id":"' + b"a" * 200_000 + b'"}]',
+}
+
+
+@pytest.mark.parametrize("data", NO_MESSAGES.values(), ids=tuple(NO_MESSAGES))
+def test_what_is_no_message_ends_the_front_and_nothing_else(
+    broker: Daemon, front: FalseFront, data: bytes
+) -> None:
+    """It no longer speaks our language, so it is no longer ours; another one takes its place."""
+    before = false_front.descriptors_of(broker.pid)
+    front.line.send_bytes(data, 0, 1, 2)
+    await_the_end_of(front)
+    front.take_over()
+    assert front.quiet()
+    assert false_front.descriptors_of(broker.pid) <= before
+
+
+def test_a_front_that_closes_its_channel_and_lives_on_is_replaced(
+    broker: Daemon, front: FalseFront
+) -> None:
+    """Else people would be let in whom nobody ever answers."""
+    first = broker.await_one("convertd-front")
+    front.close_line()
+    waiting.until(lambda: not processes.exists(first), "the front is killed")
+    front.take_over()
+    assert front.quiet()
+
+
+def test_a_front_that_reads_nothing_is_replaced(broker: Daemon, front: FalseFront) -> None:
+    """What it has not been sent does not fill the broker's memory."""
+    first = broker.await_one("convertd-front")
+    before = processes.private_kib(broker.pid)
+    message = codec.encode(channel.ListJobs(call=1, connection=2**40))
+    try:
+        for _ in range(100_000):
+            front.line.send_bytes(message)
+    except channel.Closed:
+        pass
+    waiting.until(lambda: not processes.exists(first), "the front is killed")
+    front.take_over()
+    assert front.quiet()
+    assert processes.private_kib(broker.pid) < before + 16 * 1024
+
+
+def test_a_front_that_dies_again_and_again_is_started_again_and_again(
+    broker: Daemon, front: FalseFront
+) -> None:
+    """As long as each has served. The broker neither gives up nor leaks."""
+    before = false_front.descriptors_of(broker.pid)
+    for _ in range(6):
+        os.kill(broker.await_one("convertd-front"), signal.SIGKILL)
+        front.take_over()
+        assert front.quiet()
+    assert false_front.descriptors_of(broker.pid) <= before
+
+
+class Spoiler:
+    """Makes messages that are nearly right, or of the right types and mad."""
+
+    def __init__(self, seed: int, paths: tuple[str, ...], numbers: tuple[int, ...]) -> None:
+        """Draw from these paths and connections, and from worse."""
+        self.random = random.Random(seed)  # noqa: S311 - a test's, to be repeated
+        self.paths = paths
+        self.numbers = (*numbers, 0, -1, 2**31, 2**63, 2**64, 10**30)
+
+    def message(self, call: int) -> object:
+        """A message of valid types."""
+        pick, number = self.random, self.random.choice(self.numbers)
+        kinds: tuple[Callable[[], object], ...] = (
+            lambda: channel.Convert(call=call, connection=number, request=self.conversion()),
+            lambda: channel.Inspect(
+                call=call,
+                connection=number,
+                request=model.InspectRequest(source=self.source()),
+            ),
+            lambda: channel.ListJobs(call=call, connection=number),
+            lambda: channel.CancelJob(call=call, connection=number, job_id=self.text()),
+            lambda: channel.GetAccess(call=call, connection=number),
+            lambda: channel.Abandon(call=pick.randrange(-1, call + 2)),
+            lambda: channel.Finished(call=pick.randrange(-1, call + 2)),
+            channel.Ready,
+        )
+        return pick.choice(kinds)()
+
+    def conversion(self) -> model.ConvertRequest:
+        """A request of valid types."""
+        pick = self.random
+        return model.ConvertRequest(
+            source=self.source(),
+            dest=self.dest(),
+            cache_mode=pick.choice(tuple(model.CacheMode)),
+            verify=pick.random() < 0.2,
+            rate_limit_bytes_per_second=pick.choice((0, 0, 0, 1, -1, model.MIB, 2**70)),
+            validate_only=pick.random() < 0.5,
+            label=self.text(),
+        )
+
+    def source(self) -> model.Source:
+        """A source of valid types."""
+        pick = self.random
+        formats = ("raw", "raw", "qcow2", "", "luks", "vmdk", self.text())
+        encrypted = pick.random() < 0.1
+        return model.Source(path=self.path(), format=pick.choice(formats), encrypted=encrypted)
+
+    def dest(self) -> model.Dest:
+        """A destination of valid types."""
+        pick = self.random
+        names = ("cluster_size", "compat", "lazy_refcounts", "backing_file", self.text())
+        values = ("on", "65536", "1.1", self.text(), self.path())
+        return model.Dest(
+            path=self.path(),
+            format=pick.choice(("raw", "raw", "qcow2", "qcow2", "luks", "dmg", self.text())),
+            compression=pick.choice(tuple(model.Compression)),
+            preallocation=pick.choice((model.Preallocation.OFF, *model.Preallocation)),
+            mode=pick.choice((None, None, 0o600, 0o666, 0o7777, -1, 2**40)),
+            group=pick.choice(("", "", "root", "0", str(ALICE.gid), self.text())),
+            overwrite=pick.random() < 0.3,
+            is_zero=pick.random() < 0.05,
+            encryption=None if pick.random() < 0.9 else model.Encryption(iter_time_ms=1),
+            options=tuple(
+                model.Option(name=pick.choice(names), value=pick.choice(values))
+                for _ in range(pick.choice((0, 0, 0, 1, 3)))
+            ),
+        )
+
+    def path(self) -> str:
+        """A path that exists, or one that should."""
+        pick = self.random
+        path = pick.choice(self.paths)
+        return pick.choice((path, path, path, f"{path}-{pick.randrange(9)}", self.text()))
+
+    def text(self) -> str:
+        """Anything that can be said."""
+        pick = self.random
+        letters = (*string.printable, "\0", "\x7f", "é", "\u202e", "\U0001f600", "/", "/", "..")
+        return "".join(pick.choices(letters, k=pick.choice((0, 1, 5, 40, 4000))))
+
+
+def test_random_requests_stay_within_the_policy(
+    broker: Daemon, front: FalseFront, image: Path, secret: Secret
+) -> None:
+    """Thousands of them, from a front that knows all numbers and paths, and drops what it hears."""
+    outside = (str(secret.raw), str(image.parent.parent.parent / "others" / "a"), "/etc/shadow")
+    inside = tuple(str(image.with_name(name)) for name in ("image.raw", "a", "b"))
+    image.write_bytes(image.read_bytes()[: 256 * 1024])
+    before = false_front.descriptors_of(broker.pid)
+    pipe = os.pipe()
+    with false_front.connected(broker, ALICE), false_front.connected(broker, MALLORY):
+        numbers = (connection_of(front), connection_of(front))
+        spoiler = Spoiler(SEED, (*inside, *inside, *outside), numbers)
+        for call in range(10, 10 + MESSAGES):
+            extra = (pipe[0],) * spoiler.random.choice((0, 0, 0, 0, 1, 2, 3))
+            data = codec.encode(spoiler.message(call))
+            while not front.line.send_bytes(data, *extra, wait=False):
+                _drop_what_came(front)
+            _drop_what_came(front)
+        assert front.quiet()
+    assert broker.await_one("convertd-front")
+    broker.await_none(QEMU_IMG)
+    broker.await_none(JOB)
+    for fd in pipe:
+        os.close(fd)
+    waiting.until(
+        lambda: false_front.descriptors_of(broker.pid) <= before, "the broker's descriptors close"
+    )
+    assert secret.unchanged()
+    assert {path.stat().st_uid for path in image.parent.iterdir()} == {ALICE.uid}
+    assert not any(asking.holds(path, secret.marker) for path in image.parent.iterdir())
+
+
+def _drop_what_came(front: FalseFront) -> None:
+    try:
+        while True:
+            _, descriptors = front.line.receive(*channel.FROM_BROKER, wait=False)
+            channel.close_all(descriptors)
+    except BlockingIOError:
+        return
+
+
+def test_spoilt_messages_never_end_the_broker(broker: Daemon, front: FalseFront) -> None:
+    """A valid request with one thing in it replaced: each either is answered or ends the front."""
+    pick = random.Random(SEED)  # noqa: S311 - a test's, to be repeated
+    junk: tuple[Any, ...] = (None, True, -1, 1.5, 10**400)
+    junk += ("", "x" * 9000, "\0", "raw", [], [[]], {}, {"a": 1})
+    before = false_front.descriptors_of(broker.pid)
+    for _ in range(SPOILT):
+        spoilt = hello_of(front)
+        part: dict[str, Any] = pick.choice(
+            (spoilt, spoilt["request"], spoilt["request"]["source"], spoilt["request"]["dest"])
+        )
+        key = pick.choice(tuple(part))
+        if pick.random() < 0.2:
+            del part[key]
+        else:
+            part[key] = pick.choice(junk)
+        data = json.dumps(["Convert", spoilt]).encode()
+        front.line.send_bytes(data)
+        if is_a_message(data):
+            assert front.quiet()
+        else:
+            await_the_end_of(front)
+            front.take_over()
+    assert front.quiet()
+    assert false_front.descriptors_of(broker.pid) <= before
+
+
+def is_a_message(data: bytes) -> bool:
+    """Whether it is one that a front may send."""
+    try:
+        codec.decode(data, *channel.FROM_FRONT)
+    except codec.CodecError:
+        return False
+    return True
+
+
+def await_the_end_of(front: FalseFront) -> None:
+    """Wait until the broker has had enough of it."""
+    with pytest.raises(channel.Closed):
+        front.await_message(channel.Granted)
