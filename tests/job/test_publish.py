@@ -1,0 +1,416 @@
+"""The result's name: all of it, on disk, or none of it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grants
+import pytest
+import refusals
+import whole_job
+from harness.mounts import Mounts
+
+from convertd_daemon import errors, model
+from convertd_daemon.job import devices, own, paths, publish, result
+
+CALLER = grants.CALLER
+STRANGER = grants.STRANGER
+SETUP = whole_job.setup()
+
+NEW, OLD, THEIRS = b"the result", b"the old file", b"somebody else's"
+
+
+def grant_to(
+    directory: Path,
+    *,
+    overwrite: model.Overwrite | None = None,
+    root: model.Root | None = None,
+    **asked: object,
+) -> model.Grant:
+    """Leave to write the file `new` there, and to overwrite whose it may."""
+    rules = grants.Rules(
+        roots=(root or grants.files(directory),), overwrite=overwrite or model.Overwrite.OWN
+    )
+    request = grants.request(directory / "never-read", directory / "new")
+    return rules.convert(grants.to(request, overwrite=overwrite is not None, **asked))
+
+
+@contextlib.contextmanager
+def written(grant: model.Grant) -> Iterator[result.FileDest]:
+    """A result that is written, and flushed, but has no name."""
+    with paths.open_target(grant) as target, result.create(grant, target, SETUP) as dest:
+        os.write(dest.fd, NEW)
+        publish.flush(grant, plan_of(grant), dest)
+        yield dest
+
+
+def plan_of(grant: model.Grant) -> model.Plan:
+    """A plan; of it only the size counts here, and that for devices alone."""
+    info = model.ImageInfo(format="raw", virtual_size_bytes=len(NEW), actual_size_bytes=0)
+    cache = model.ChosenCache(mode=model.CacheMode.NONE, reason="")
+    return model.Plan(
+        chain=(model.Member(path=grant.source.path, info=info),),
+        dest_format="raw",
+        compression=model.Compression.NONE,
+        source_cache=cache,
+        dest_cache=cache,
+        argv=(),
+        command=(),
+        needed_bytes=0,
+        available_bytes=0,
+    )
+
+
+def put(path: Path, data: bytes, owner: int = CALLER.uid) -> Path:
+    """Put a file there."""
+    path.write_bytes(data)
+    os.chown(path, owner, owner)
+    return path
+
+
+def published(grant: model.Grant, meanwhile: Callable[[], object] = lambda: None) -> str:
+    """What becomes of a result if something happens between its flushing and its naming."""
+    with written(grant) as dest:
+        meanwhile()
+        return refusals.reason_of(lambda: publish.name(grant, dest))
+
+
+def names_in(directory: Path) -> set[str]:
+    """All names there, ours for the moment too.
+
+    But for what libfuse calls an open file that was unlinked, until it is closed.
+    """
+    return {name for name in os.listdir(directory) if not name.startswith(".fuse_hidden")}
+
+
+@pytest.fixture(params=["unnamed", "named"])
+def place(request: pytest.FixtureRequest, area: Path) -> Iterator[Path]:
+    """A directory on a file system with O_TMPFILE, and on one without."""
+    directory = area / "below"
+    directory.mkdir()
+    directory.chmod(0o777)
+    if request.param == "unnamed":
+        yield directory
+        return
+    with Mounts(area) as mounts:
+        yield mounts.by_fuse(directory, "fuse")
+
+
+class TestNewName:
+    """A name that is free."""
+
+    def test_leads_to_all_of_the_result(self, place: Path) -> None:
+        """And to nothing before; nothing else is left."""
+        with written(grant_to(place)) as dest:
+            assert "new" not in names_in(place)
+            assert publish.name(grant_to(place), dest) is False
+            assert names_in(place) == {"new"}
+        assert (place / "new").read_bytes() == NEW
+        assert os.listdir(place) == ["new"]
+
+    def test_leads_to_a_file_with_the_owner_and_the_mode_asked_for(self, place: Path) -> None:
+        """Set before the name is."""
+        published(grant_to(place, mode=0o640, group="1300"))
+        status = (place / "new").stat()
+        assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (CALLER.uid, 1300, 0o640)
+
+    def test_leads_to_a_file_without_the_directorys_default_acl(self, area: Path) -> None:
+        """The mode is what was asked for, and all there is."""
+        subprocess.run(["setfacl", "-d", "-m", "u:1666:rw", str(area)], check=True)
+        published(grant_to(area, mode=0o640))
+        acl = ["getfacl", "--omit-header", "--absolute-names", str(area / "new")]
+        said = subprocess.run(acl, check=True, capture_output=True, text=True).stdout
+        assert said.split() == ["user::rw-", "group::r--", "other::---"]
+
+    def test_that_somebody_took_meanwhile_is_not_taken_from_him(self, place: Path) -> None:
+        """Whose file it is does not matter: overwriting was not asked for."""
+        reason = published(grant_to(place), lambda: put(place / "new", THEIRS))
+        assert reason == "DEST_EXISTS"
+        assert (place / "new").read_bytes() == THEIRS
+        assert names_in(place) == {"new"}
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            pytest.param(lambda path: path.symlink_to("/nowhere"), id="a-link-that-leads-nowhere"),
+            pytest.param(lambda path: path.symlink_to("elsewhere"), id="a-link-to-a-file"),
+            pytest.param(Path.mkdir, id="a-directory"),
+        ],
+    )
+    def test_that_something_else_took_meanwhile_is_not_followed(
+        self, area: Path, make: Callable[[Path], object]
+    ) -> None:
+        """Linkat(2) creates, and never goes through what is there."""
+        put(area / "elsewhere", THEIRS)
+        assert published(grant_to(area), lambda: make(area / "new")) == "DEST_EXISTS"
+        assert (area / "elsewhere").read_bytes() == THEIRS
+        assert not os.path.lexists("/nowhere")
+
+    def test_in_a_directory_that_was_removed_is_none(self, area: Path) -> None:
+        """And that is said."""
+        directory = area / "removed"
+        directory.mkdir()
+        assert published(grant_to(directory), directory.rmdir) == "DIRECTORY_NOT_FOUND"
+
+    def test_in_a_directory_that_was_renamed_is_there(self, area: Path) -> None:
+        """The descriptor of it is what counts."""
+        directory = area / "before"
+        directory.mkdir()
+        assert published(grant_to(directory), lambda: directory.rename(area / "after")) == "done"
+        assert (area / "after" / "new").read_bytes() == NEW
+
+
+class TestOverwriting:
+    """A name that leads to an old file."""
+
+    @pytest.mark.parametrize("overwrite", model.Overwrite)
+    def test_leads_to_the_new_one_at_once(self, place: Path, overwrite: model.Overwrite) -> None:
+        """Whoever has the old one open keeps it whole."""
+        put(place / "new", OLD)
+        grant = grant_to(place, overwrite=overwrite)
+        with (place / "new").open("rb") as reader, written(grant) as dest:
+            assert (place / "new").read_bytes() == OLD
+            assert publish.name(grant, dest) is True
+            assert reader.read() == OLD
+        assert (place / "new").read_bytes() == NEW
+        assert names_in(place) == {"new"}
+
+    def test_where_there_is_no_old_one_is_a_new_name(self, place: Path) -> None:
+        """To ask for it is no duty."""
+        grant = grant_to(place, overwrite=model.Overwrite.OWN)
+        with written(grant) as dest:
+            assert publish.name(grant, dest) is False
+
+    def test_of_a_file_that_another_user_put_there_meanwhile_is_refused(self, place: Path) -> None:
+        """It was the caller's own when it was allowed."""
+        put(place / "new", OLD)
+        grant = grant_to(place, overwrite=model.Overwrite.OWN)
+        reason = published(
+            grant, lambda: put(place / "theirs", THEIRS, STRANGER.uid).rename(place / "new")
+        )
+        assert reason == "NOT_YOURS"
+        assert (place / "new").read_bytes() == THEIRS
+        assert names_in(place) == {"new"}
+
+    def test_of_anybodys_file_is_done_if_the_policy_says_so(self, place: Path) -> None:
+        """Also of one that came meanwhile."""
+        grant = grant_to(place, overwrite=model.Overwrite.ANY)
+        assert published(grant, lambda: put(place / "new", THEIRS, STRANGER.uid)) == "done"
+        assert (place / "new").read_bytes() == NEW
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            pytest.param(lambda path: path.symlink_to("elsewhere"), id="a-link"),
+            pytest.param(Path.mkdir, id="a-directory"),
+            pytest.param(os.mkfifo, id="a-fifo"),
+        ],
+    )
+    def test_of_what_is_no_file_is_refused(
+        self, place: Path, make: Callable[[Path], object]
+    ) -> None:
+        """Whatever it was when it was looked at first."""
+        grant = grant_to(place, overwrite=model.Overwrite.ANY)
+        before = names_in(place)
+        assert published(grant, lambda: make(place / "new")) == "DEST_EXISTS"
+        assert names_in(place) == before | {"new"}
+
+    def test_of_a_mount_is_refused(self, area: Path) -> None:
+        """What is mounted on the file is not entered, nor is it taken away."""
+        put(area / "new", OLD)
+        put(area / "other", THEIRS)
+        mount = ["mount", "--bind", str(area / "other"), str(area / "new")]
+        grant = grant_to(area, overwrite=model.Overwrite.ANY)
+        try:
+            with written(grant) as dest:
+                subprocess.run(mount, check=True)
+                reason = refusals.reason_of(lambda: publish.name(grant, dest))
+        finally:
+            subprocess.run(["umount", str(area / "new")], check=True)
+        assert reason == "WRITE_FAILED"
+        assert (area / "new").read_bytes() == OLD
+        assert names_in(area) == {"new", "other"}
+
+    def test_of_anothers_file_in_a_sticky_directory_is_the_kernels_to_refuse(
+        self, area: Path
+    ) -> None:
+        """The policy would allow it, the caller's rights do not."""
+        area.chmod(0o1777)
+        put(area / "new", THEIRS, STRANGER.uid)
+        (area / "new").chmod(0o644)
+        root = grants.files(area, access=model.Access.CALLER)
+        grant = grant_to(area, root=root, overwrite=model.Overwrite.ANY)
+        assert published(grant) == "ACCESS_REFUSED"
+        assert (area / "new").read_bytes() == THEIRS
+        assert names_in(area) == {"new"}
+
+    def test_removes_what_killed_jobs_left_there(self, area: Path) -> None:
+        """A kill between link and rename leaves a complete temporary."""
+        put(area / "new", OLD)
+        put(area / ".convertd-0123456789abcdef.tmp", NEW)
+        assert published(grant_to(area, overwrite=model.Overwrite.OWN)) == "done"
+        assert names_in(area) == {"new"}
+
+
+class TestAfterwards:
+    """A name that was given is looked at once more."""
+
+    def test_a_result_that_somebody_replaced_at_once_is_not_called_published(
+        self, area: Path
+    ) -> None:
+        """Somebody else's file is at the name. The caller must not take it for its own."""
+        with written(grant_to(area)) as dest:
+            put(area / "new", THEIRS, STRANGER.uid)
+            reason = refusals.reason_of(lambda: publish._check_name(dest))  # noqa: SLF001 - the
+            # moment after the name was given, which no test can hit from outside
+        assert reason == "NAME_REPLACED"
+
+    def test_nor_is_one_that_somebody_removed_at_once(self, area: Path) -> None:
+        """There is nothing at the name."""
+        with written(grant_to(area)) as dest:
+            reason = refusals.reason_of(lambda: publish._check_name(dest))  # noqa: SLF001 - as above
+        assert reason == "NAME_REPLACED"
+
+    def test_nor_is_one_over_which_somebody_mounted_at_once(self, area: Path) -> None:
+        """What is mounted there is not entered."""
+        put(area / "other", THEIRS)
+        with written(grant_to(area)) as dest:
+            publish.name(grant_to(area), dest)
+            point = str(area / "new")
+            subprocess.run(["mount", "--bind", str(area / "other"), point], check=True)
+            try:
+                reason = refusals.reason_of(lambda: publish._check_name(dest))  # noqa: SLF001 - as above
+            finally:
+                subprocess.run(["umount", point], check=True)
+        assert reason == "NAME_REPLACED"
+
+    def test_a_swapped_temporary_is_not_taken_for_the_result(
+        self, area: Path, mounts: Mounts
+    ) -> None:
+        """Whoever may write the directory may put another file in the place of a named one."""
+        (area / "below").mkdir()
+        fuse = mounts.by_fuse(area / "below", "fuse")
+        with written(grant_to(fuse)) as dest:
+            put(fuse / dest.temporary, THEIRS).rename(fuse / "aside")
+            put(fuse / dest.temporary, THEIRS)
+            reason = refusals.reason_of(lambda: publish.name(grant_to(fuse), dest))
+        assert reason == "NAME_REPLACED"
+
+    def test_a_name_that_is_not_on_disk_is_said_to_be_there_but_not_durable(
+        self, area: Path
+    ) -> None:
+        """Fsync(2) of the directory fails; here, for it is open as a mere path."""
+        grant = grant_to(area)
+        with written(grant) as dest:
+            path = os.open(area, os.O_PATH | os.O_DIRECTORY)
+            weak = dataclasses.replace(dest.target, directory=path)
+            failure = refusals.refusal_of(
+                lambda: publish.name(grant, dataclasses.replace(dest, target=weak))
+            )
+            os.close(path)
+        assert failure is not None
+        assert failure.reason == "PUBLISHED_BUT_NOT_DURABLE"
+        assert "Bad file descriptor" in failure.message
+        assert (area / "new").read_bytes() == NEW
+
+    def test_a_name_that_can_not_be_looked_at_is_not_called_durable(
+        self, area: Path, mounts: Mounts
+    ) -> None:
+        """A file system that went away: it may or may not be there."""
+        (area / "below").mkdir()
+        fuse = mounts.by_fuse(area / "below", "fuse")
+        with written(grant_to(area)) as dest:
+            directory = os.open(fuse, os.O_RDONLY | os.O_DIRECTORY)
+            subprocess.run(["umount", "--lazy", "--force", str(fuse)], check=True)
+            gone = dataclasses.replace(dest.target, directory=directory)
+            reason = refusals.reason_of(
+                lambda: publish._check_name(dataclasses.replace(dest, target=gone))  # noqa: SLF001 - as above
+            )
+            os.close(directory)
+            subprocess.run(["bindfs", str(area / "below"), str(fuse)], check=True)
+        assert reason == "PUBLISHED_BUT_NOT_DURABLE"
+
+
+class TestFailing:
+    """What can't be flushed or named leaves nothing."""
+
+    def test_a_result_that_can_not_be_flushed_is_not_published(self, area: Path) -> None:
+        """In the kernel's words; here a pipe, which can't be."""
+        grant = grant_to(area)
+        reader, writer = os.pipe()
+        with paths.open_target(grant) as target, result.create(grant, target, SETUP) as dest:
+            broken = dataclasses.replace(dest, fd=writer)
+            failure = refusals.refusal_of(lambda: publish.flush(grant, plan_of(grant), broken))
+        os.close(reader)
+        os.close(writer)
+        assert failure is not None
+        assert failure.reason == "WRITE_FAILED"
+        assert "Invalid argument" in failure.message
+
+    def test_a_directory_that_takes_no_link_is_named_as_the_reason(
+        self, area: Path, mounts: Mounts
+    ) -> None:
+        """Another file system's, here: nothing is visible in either."""
+        other = mounts.in_memory("tmpfs", "other")
+        grant = grant_to(area)
+        with written(grant) as dest:
+            directory = os.open(other, os.O_RDONLY | os.O_DIRECTORY)
+            moved = dataclasses.replace(dest.target, directory=directory)
+            failure = refusals.refusal_of(
+                lambda: publish.name(grant, dataclasses.replace(dest, target=moved))
+            )
+            os.close(directory)
+        assert failure is not None
+        assert failure.reason == "WRITE_FAILED"
+        assert "cross-device" in failure.message
+        assert names_in(other) == set()
+        assert names_in(area) == {"other"}
+
+    def test_an_old_file_that_goes_meanwhile_is_no_hindrance(self, area: Path) -> None:
+        """The name is free then."""
+        grant = grant_to(area, overwrite=model.Overwrite.OWN)
+        with written(grant) as dest:
+            assert (
+                refusals.reason_of(lambda: publish._check_replaceable(grant, dest))  # noqa: SLF001 - as above
+                == "done"
+            )
+
+
+class TestOwnRights:
+    """Without a daemon."""
+
+    def test_the_group_is_left_as_the_directory_gave_it(self, area: Path) -> None:
+        """Nobody may chown who is not root; nothing is asked of the kernel that need not be."""
+        grant = dataclasses.replace(
+            grant_to(area), dest=model.Place(root=own.EVERYTHING, below=f"{area}/new"[1:])
+        )
+        peer = dataclasses.replace(CALLER, uid=0, gid=0)
+        grant = dataclasses.replace(grant, peer=peer)
+        setup = dataclasses.replace(SETUP, identity=None)
+        with paths.open_target(grant) as target, result.create(grant, target, setup) as dest:
+            os.fchown(dest.fd, -1, 1400)
+            publish.flush(grant, plan_of(grant), dest)
+            publish.name(grant, dest)
+        assert (area / "new").stat().st_gid == 1400
+
+
+def test_a_device_has_its_name(area: Path) -> None:
+    """There is nothing to be given."""
+    place = model.Place(root=grants.devices("/dev/vg"), below="lv")
+    device = devices.DeviceDest(place=place, fd=-1, size_bytes=0, group=None)
+    assert publish.name(grant_to(area), device) in {True, False}
+    assert names_in(area) == set()
+
+
+def test_what_is_refused_has_the_callers_path(area: Path) -> None:
+    """And no name of ours."""
+    grant = grant_to(area)
+    with written(grant) as dest:
+        put(area / "new", THEIRS)
+        with pytest.raises(errors.DestExists, match=f"^{area}/new: exists"):
+            publish.name(grant, dest)
