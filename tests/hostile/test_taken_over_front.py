@@ -390,7 +390,7 @@ def test_what_is_no_message_ends_the_front_and_nothing_else(
     before = false_front.descriptors_of(broker.pid)
     front.line.send_bytes(data, 0, 1, 2)
     await_the_end_of(front)
-    front.take_over()
+    front.take_over_next(broker)
     assert front.quiet()
     assert false_front.descriptors_of(broker.pid) <= before
 
@@ -402,7 +402,7 @@ def test_a_front_that_closes_its_channel_and_lives_on_is_replaced(
     first = broker.await_one("convertd-front")
     front.close_line()
     waiting.until(lambda: not processes.exists(first), "the front is killed")
-    front.take_over()
+    front.take_over_next(broker)
     assert front.quiet()
 
 
@@ -417,7 +417,7 @@ def test_a_front_that_reads_nothing_is_replaced(broker: Daemon, front: FalseFron
     except channel.Closed:
         pass
     waiting.until(lambda: not processes.exists(first), "the front is killed")
-    front.take_over()
+    front.take_over_next(broker)
     assert front.quiet()
     assert processes.private_kib(broker.pid) < before + 16 * 1024
 
@@ -429,7 +429,7 @@ def test_a_front_that_dies_again_and_again_is_started_again_and_again(
     before = false_front.descriptors_of(broker.pid)
     for _ in range(6):
         os.kill(broker.await_one("convertd-front"), signal.SIGKILL)
-        front.take_over()
+        front.take_over_next(broker)
         assert front.quiet()
     assert false_front.descriptors_of(broker.pid) <= before
 
@@ -579,7 +579,7 @@ def test_spoilt_messages_never_end_the_broker(broker: Daemon, front: FalseFront)
             assert front.quiet()
         else:
             await_the_end_of(front)
-            front.take_over()
+            front.take_over_next(broker)
     assert front.quiet()
     assert false_front.descriptors_of(broker.pid) <= before
 

@@ -90,6 +90,11 @@ class FalseFront:
         (descriptor,) = array.array("i", ancillary[0][2])
         self.line = channel.Channel(socket.socket(fileno=descriptor))
 
+    def take_over_next(self, daemon: Daemon) -> None:
+        """Become the front that replaces the one before, and wait until it serves."""
+        daemon.await_notice("READY=1")
+        self.take_over()
+
     def close_line(self) -> None:
         """Close the channel, and live on."""
         self.line.close()
