@@ -29,8 +29,11 @@ class Listener:
     own_path: str
 
     def close(self) -> None:
-        """Stop listening. A path that systemd made stays: the next start is behind it."""
-        if self.own_path:
+        """Stop listening. A path that systemd made stays: the next start is behind it.
+
+        Done twice it changes nothing: by then the path may be the next daemon's.
+        """
+        if self.own_path and self.sock.fileno() != -1:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.own_path)
         self.sock.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import logging
 import os
@@ -88,10 +89,13 @@ def serve(policy_path: str, socket_path: str) -> int:
     limits.refuse_core_dumps()
     startup.check_descriptors(loaded.policy.limits)
     os.umask(0o077)
-    listener = listen.listen(socket_path)
-    try:
+    with contextlib.ExitStack() as undo:
+        listener = listen.listen(socket_path)
+        undo.callback(listener.close)
         private = startup.private_directory(socket_path, front_user)
+        undo.callback(startup.remove_directory, private)
         names = startup.names_directory(socket_path)
+        undo.callback(startup.remove_directory, names)
         setup = Setup(
             path=loaded.policy.qemu_img,
             identity=worker_user,
@@ -109,16 +113,11 @@ def serve(policy_path: str, socket_path: str) -> int:
             versions=_versions(tested, landlock_abi),
             reload=_reloader(policy_path),
         )
-    except BaseException:
-        listener.close()
-        raise
-    running = broker.Broker(household, loaded.policy)
-    # What is here now stays: a collection would only copy pages that each job shares with us.
-    gc.collect()
-    gc.freeze()
-    running.run()
-    startup.remove_directory(private)
-    startup.remove_directory(names)
+        running = broker.Broker(household, loaded.policy)
+        # What is here now stays: a collection would only copy pages that each job shares with us.
+        gc.collect()
+        gc.freeze()
+        running.run()
     if running.failed:
         raise startup.CantStart(running.failed)
     return 0
