@@ -15,7 +15,7 @@ import refusals
 from children import in_child
 
 from convertd_daemon import channel, errors, model
-from convertd_daemon.front import link, pipes, relay
+from convertd_daemon.front import link, pipes, prober, relay
 
 DEADLINE_S = 20.0
 
@@ -64,6 +64,18 @@ class Broker:
         return job
 
 
+class Prober(prober.Prober):
+    """Finds every connection healthy, without looking."""
+
+    def __init__(self) -> None:
+        """Listen nowhere."""
+
+    def probe(self, descriptor: int, on_health: Callable[[], None]) -> None:
+        """Take the connection, and say at once that all is well."""
+        os.close(descriptor)
+        on_health()
+
+
 Test = Callable[[link.Link, Broker], Awaitable[None]]
 
 
@@ -74,7 +86,7 @@ def run(test: Test) -> None:
     async def bounded() -> None:
         ours, theirs = channel.Channel.pair()
         with ours, theirs:
-            broker = link.Link(ours, relay.Relay("/nowhere"))
+            broker = link.Link(ours, relay.Relay("/nowhere"), Prober())
             await asyncio.wait_for(test(broker, Broker(theirs)), DEADLINE_S)
             asyncio.get_running_loop().remove_reader(ours.fileno())
             asyncio.get_running_loop().remove_writer(ours.fileno())
@@ -398,6 +410,19 @@ class TestBroker:
 
         run(test)
         assert "a message from the broker was lost" in caplog.text
+
+    def test_a_connection_to_probe_is_handed_to_the_prober(self) -> None:
+        """And what it finds is told, under the broker's number."""
+
+        async def test(_: link.Link, broker: Broker) -> None:
+            here, there = channel.Channel.pair()
+            broker.line.send(channel.Probe(probe=4), there.fileno())
+            there.close()
+            with here:
+                await until_closed(here)
+            assert broker.hears() == channel.Probed(probe=4)
+
+        run(test)
 
     def test_who_connected_is_handed_to_the_relay(self) -> None:
         """With the broker's number."""
