@@ -1,0 +1,287 @@
+"""SIGTERM lets what runs finish; SIGHUP takes a new policy, or keeps the old one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Final
+
+import pytest
+from harness import images, processes, waiting
+from harness.agent import Call, conversion
+from harness.callers import ALICE, BOB
+from harness.daemon import FRONT, JOB, QEMU_IMG, Daemon
+from harness.fixtures import MakeDaemon
+
+from convertd.v1 import convert_pb2 as pb
+
+POLICY: Final = """
+[limits]
+jobs = 1
+jobs_per_user = 1
+stop_grace = "30 s"
+[roots.library]
+path = "{library}"
+access = "daemon"
+[roots.images]
+path = "{scratch}/images"
+access = "daemon"
+[[grants]]
+users = [1234]
+read = ["library"]
+write = ["images"]
+"""
+
+MIB: Final = 1024 * 1024
+
+
+@pytest.fixture
+def daemon(make_daemon: MakeDaemon) -> Daemon:
+    """A daemon with one place."""
+    one = make_daemon(POLICY)
+    one.start()
+    return one
+
+
+def begin(daemon: Daemon, source: Path, dest: Path) -> Call:
+    """Begin a conversion at 1 MiB/s, and wait until qemu-img works."""
+    request = conversion(source, dest, rate_limit_bytes_per_second=MIB)
+    call = daemon.agent(ALICE).convert(request)
+    call.await_event(lambda event: event.progress.phase == pb.PHASE_CONVERTING)
+    daemon.await_one(QEMU_IMG)
+    return call
+
+
+def check_stopped(daemon: Daemon) -> None:
+    """See that it ends with 0, and leaves nothing."""
+    assert daemon.wait() == 0
+    daemon.check_gone()
+
+
+# --- SIGTERM ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_what_runs_is_finished_and_what_waits_is_refused(
+    daemon: Daemon, library: Path, images_dir: Path, number: signal.Signals
+) -> None:
+    """A caller whose request had not begun is told to come again, and with what reason."""
+    running = begin(daemon, library / "small.raw", images_dir / "dest.qcow2")
+    queued = daemon.agent(ALICE).convert(conversion(library / "small.raw", images_dir / "b.qcow2"))
+    queued.await_queued()
+    daemon.signal(number)
+    refusal = queued.refusal()
+    assert (refusal.status, refusal.reason) == ("UNAVAILABLE", "STOPPING")
+    assert running.result().published
+    assert images.identical(library / "small.raw", images_dir / "dest.qcow2")
+    assert os.listdir(images_dir) == ["dest.qcow2"]
+    check_stopped(daemon)
+
+
+def test_nobody_is_let_in_any_more_and_who_is_in_is_refused(
+    daemon: Daemon, library: Path, images_dir: Path
+) -> None:
+    """While what runs is finished."""
+    running = begin(daemon, library / "small.raw", images_dir / "dest.qcow2")
+    daemon.signal(signal.SIGTERM)
+    daemon.await_notice("STOPPING=1")
+    waiting.until(lambda: not daemon.socket.exists(), "the socket is gone")
+    for call in (
+        daemon.agent(ALICE).convert(conversion(library / "small.raw", images_dir / "b.qcow2")),
+        daemon.agent(ALICE).call(
+            "Inspect", pb.InspectRequest(source=pb.Source(path=str(library / "small.raw")))
+        ),
+    ):
+        refusal = call.refusal()
+        assert (refusal.status, refusal.reason) == ("UNAVAILABLE", "STOPPING")
+    assert running.result().published
+    check_stopped(daemon)
+
+
+def test_a_second_sigterm_ends_what_runs(daemon: Daemon, library: Path, images_dir: Path) -> None:
+    """Somebody is in a hurry."""
+    running = begin(daemon, library / "bulky.raw", images_dir / "dest.qcow2")
+    daemon.signal(signal.SIGTERM)
+    daemon.await_notice("STOPPING=1")
+    assert len(daemon.processes(JOB)) == 1
+    daemon.signal(signal.SIGTERM)
+    refusal = running.refusal()
+    assert (refusal.status, refusal.reason) == ("UNAVAILABLE", "STOPPING")
+    check_stopped(daemon)
+    assert os.listdir(images_dir) == []
+
+
+def test_what_still_runs_when_the_grace_is_over_is_ended(
+    make_daemon: MakeDaemon, library: Path, images_dir: Path
+) -> None:
+    """The policy says how long that is."""
+    daemon = make_daemon(POLICY.replace('"30 s"', '"1 s"'))
+    daemon.start()
+    running = begin(daemon, library / "bulky.raw", images_dir / "dest.qcow2")
+    began = time.monotonic()
+    daemon.signal(signal.SIGTERM)
+    assert running.refusal().reason == "STOPPING"
+    assert time.monotonic() - began > 0.9
+    check_stopped(daemon)
+    assert os.listdir(images_dir) == []
+
+
+def test_an_idle_daemon_stops_at_once(daemon: Daemon) -> None:
+    """With clients connected, and though its manager does not read."""
+    daemon.agent(ALICE).access()
+    began = time.monotonic()
+    daemon.stop()
+    assert time.monotonic() - began < 5
+
+
+def test_a_daemon_that_stops_while_its_front_is_dead_stops(daemon: Daemon) -> None:
+    """It waits for nobody who can't come."""
+    front = daemon.await_one(FRONT)
+    os.kill(front, signal.SIGKILL)
+    daemon.signal(signal.SIGTERM)
+    check_stopped(daemon)
+
+
+def test_a_front_that_does_not_listen_is_killed_at_the_end(daemon: Daemon) -> None:
+    """It is asked first, by closing its channel."""
+    os.kill(daemon.await_one(FRONT), signal.SIGSTOP)
+    daemon.signal(signal.SIGTERM)
+    check_stopped(daemon)
+
+
+def test_a_front_that_dies_again_and_again_is_given_up(daemon: Daemon) -> None:
+    """The daemon ends, for its manager to decide, with status 1 and one line that says why."""
+    seen: set[int] = set()
+    while daemon.is_running:
+        for process in daemon.processes():
+            if process.pid != daemon.pid and process.pid not in seen:
+                seen.add(process.pid)
+                os.kill(process.pid, signal.SIGKILL)
+    assert daemon.wait() == 1
+    last = daemon.log.splitlines()[-1]
+    assert last.startswith("convertd: the front ended again and again")
+    assert len(seen) > 1
+    daemon.check_gone()
+
+
+# --- SIGHUP -------------------------------------------------------------------------------------
+
+FOR_BOB_TOO: Final = POLICY.replace("users = [1234]", "users = [1234, 1235]")
+
+
+def reload(daemon: Daemon, library: Path, images_dir: Path, policy: str) -> None:
+    """Have a policy read, in place of the one that is in force."""
+    filled = policy.replace("{library}", str(library))
+    daemon.reload(filled.replace("{scratch}/images", str(images_dir.parent)))
+
+
+def test_a_new_policy_holds_for_whoever_asks_next(
+    daemon: Daemon, library: Path, images_dir: Path
+) -> None:
+    """Also over a connection that was there before."""
+    bob = daemon.agent(BOB)
+    request = conversion(library / "small.raw", images_dir / "dest.qcow2")
+    assert bob.convert(request).refusal().status == "PERMISSION_DENIED"
+    reload(daemon, library, images_dir, FOR_BOB_TOO)
+    assert bob.convert(request).result().published
+    reload(daemon, library, images_dir, POLICY)
+    request.dest.path += "2"
+    assert bob.convert(request).refusal().status == "PERMISSION_DENIED"
+
+
+def test_a_running_job_keeps_the_policy_that_it_began_with(
+    daemon: Daemon, library: Path, images_dir: Path
+) -> None:
+    """Even one that would not allow it any more."""
+    running = begin(daemon, library / "small.raw", images_dir / "dest.qcow2")
+    reload(daemon, library, images_dir, POLICY.replace("users = [1234]", "users = [1235]"))
+    request = conversion(library / "small.raw", images_dir / "other.qcow2")
+    assert daemon.agent(ALICE).convert(request).refusal().status == "PERMISSION_DENIED"
+    assert running.result().published
+
+
+def test_a_new_bound_lets_those_in_who_wait(
+    daemon: Daemon, library: Path, images_dir: Path
+) -> None:
+    """At once, and not only when a place becomes free."""
+    running = begin(daemon, library / "bulky.raw", images_dir / "slow.qcow2")
+    queued = daemon.agent(ALICE).convert(conversion(library / "small.raw", images_dir / "b.qcow2"))
+    queued.await_queued()
+    two = POLICY.replace("jobs = 1", "jobs = 2").replace("jobs_per_user = 1", "jobs_per_user = 2")
+    reload(daemon, library, images_dir, two)
+    assert queued.result().published
+    running.cancel()
+    assert running.end().status == "CANCELLED"
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [
+        pytest.param("[limits]\njobs = 0", "limits.jobs: must be from 1 to 256", id="limit"),
+        pytest.param("[limits", "is not TOML", id="no TOML"),
+        pytest.param("jobs = 4", "jobs: is not a key of the policy", id="unknown key"),
+    ],
+)
+def test_a_bad_policy_keeps_the_old_one_and_says_why(
+    daemon: Daemon, library: Path, images_dir: Path, policy: str, reason: str
+) -> None:
+    """With the file and the key, in the log."""
+    daemon.reload(policy)
+    daemon.await_logged("policy not reloaded, the old one stays in force")
+    assert f"{daemon.policy_path}: {reason}" in daemon.log
+    request = conversion(library / "small.raw", images_dir / "dest.qcow2")
+    assert daemon.agent(ALICE).convert(request).result().published
+
+
+def test_a_policy_that_others_may_write_is_not_taken(
+    daemon: Daemon, library: Path, images_dir: Path
+) -> None:
+    """Nor one that is not there."""
+    daemon.policy_path.chmod(0o666)
+    daemon.signal(signal.SIGHUP)
+    daemon.await_notice("READY=1")
+    assert "can be written by others than root" in daemon.log
+    daemon.policy_path.unlink()
+    daemon.signal(signal.SIGHUP)
+    daemon.await_notice("READY=1")
+    assert "No such file or directory" in daemon.log
+    request = conversion(library / "small.raw", images_dir / "dest.qcow2")
+    assert daemon.agent(ALICE).convert(request).result().published
+
+
+def test_many_reloads_leave_no_process_behind(
+    daemon: Daemon, library: Path, images_dir: Path
+) -> None:
+    """Each looks names up in a child."""
+    named = POLICY.replace("users = [1234]", 'users = [1234, "root", "no-such-user"]')
+    for _ in range(10):
+        reload(daemon, library, images_dir, named)
+    waiting.until(lambda: len(daemon.processes()) == 2, "the broker and its front")
+    assert "there is no user no-such-user" in daemon.log
+
+
+# --- a manager that does not read ---------------------------------------------------------------
+
+
+def test_a_manager_that_does_not_read_holds_nobody_up(
+    daemon: Daemon, library: Path, images_dir: Path
+) -> None:
+    """Its socket takes ten messages; each conversion is worth two."""
+    for number in range(20):
+        dest = images_dir / f"{number}.qcow2"
+        daemon.agent(ALICE).convert(conversion(library / "small.raw", dest)).result()
+    assert len(os.listdir(images_dir)) == 20
+
+
+def test_a_broker_that_was_stopped_for_a_while_loses_nobody(
+    daemon: Daemon, library: Path, images_dir: Path
+) -> None:
+    """It serves whoever came meanwhile."""
+    agent = daemon.agent(ALICE)
+    daemon.signal(signal.SIGSTOP)
+    waiting.until(lambda: processes.state(daemon.pid) == "T", "the broker is stopped")
+    call = agent.convert(conversion(library / "small.raw", images_dir / "a.qcow2"))
+    daemon.signal(signal.SIGCONT)
+    assert call.result().published
