@@ -1,0 +1,78 @@
+"""Whether an inode takes direct I/O: found out by doing it, on file systems that do and don't."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness.mounts import Mounts
+
+from convertd_daemon.job import direct
+
+
+@pytest.fixture
+def unnamed(area: Path) -> Iterator[int]:
+    """An empty inode on a file system that takes direct I/O."""
+    descriptor = os.open(area, os.O_TMPFILE | os.O_RDWR, 0o600)
+    yield descriptor
+    os.close(descriptor)
+
+
+@pytest.fixture
+def on_ramfs(mounts: Mounts) -> Iterator[int]:
+    """An empty inode on the file system that takes none."""
+    point = mounts.in_memory("ramfs", "ramfs")
+    descriptor = os.open(point / "file", os.O_CREAT | os.O_RDWR, 0o600)
+    yield descriptor
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 1024 * 1024])
+def test_what_can_be_read_directly_can_be_whatever_its_size(unnamed: int, size: int) -> None:
+    """And its content is not changed by asking."""
+    data = os.urandom(size)
+    os.write(unnamed, data)
+    assert direct.read_refusal(unnamed) is None
+    assert os.pread(unnamed, size + 1, 0) == data
+
+
+def test_what_can_be_written_directly_is_left_empty(unnamed: int) -> None:
+    """A leftover block would end up in the result."""
+    assert direct.write_refusal(unnamed) is None
+    assert os.fstat(unnamed).st_size == 0
+
+
+def test_where_it_can_not_be_the_kernels_words_say_so(on_ramfs: int) -> None:
+    """Ramfs refuses O_DIRECT when it is opened."""
+    assert direct.read_refusal(on_ramfs) == "Invalid argument"
+    assert direct.write_refusal(on_ramfs) == "Invalid argument"
+
+
+def test_a_write_that_fails_after_the_opening_is_a_refusal_too(mounts: Mounts) -> None:
+    """Here the file system is full, which is seen at the first transfer only."""
+    point = mounts.in_memory("tmpfs", "full", "mode=755,size=64k")
+    with (point / "filler").open("wb", buffering=0) as filler:
+        filler.write(bytes(65536))
+    descriptor = os.open(point / "file", os.O_CREAT | os.O_RDWR, 0o600)
+    assert direct.write_refusal(descriptor) == "No space left on device"
+    assert os.fstat(descriptor).st_size == 0
+    os.close(descriptor)
+
+
+def test_an_inode_that_holds_data_is_not_written_to(unnamed: int) -> None:
+    """It would lose what it holds; to ask is a mistake of ours."""
+    os.write(unnamed, b"data")
+    with pytest.raises(ValueError, match="holds data"):
+        direct.write_refusal(unnamed)
+    assert os.pread(unnamed, 9, 0) == b"data"
+
+
+def test_no_descriptor_is_left_open(unnamed: int, on_ramfs: int) -> None:
+    """Whatever the answer was."""
+    before = os.listdir("/proc/self/fd")
+    for descriptor in (unnamed, on_ramfs):
+        direct.write_refusal(descriptor)
+        direct.read_refusal(descriptor)
+    assert os.listdir("/proc/self/fd") == before

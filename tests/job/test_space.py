@@ -1,0 +1,94 @@
+"""Whether there is room, and what is said where there is not."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import grants
+import pytest
+import refusals
+from harness.mounts import Mounts
+
+from convertd_daemon.job import paths, space
+
+MIB = 1024 * 1024
+
+
+@contextlib.contextmanager
+def target_in(directory: Path) -> Iterator[paths.Target]:
+    """Where a result would be."""
+    rules = grants.Rules(roots=(grants.files(directory),))
+    request = grants.request(directory / "never-read", directory / "new")
+    with paths.open_target(rules.convert(request)) as target:
+        yield target
+
+
+def test_what_fits_is_not_refused(mounts: Mounts) -> None:
+    """To the last byte."""
+    with target_in(mounts.in_memory("tmpfs", "small", "mode=755,size=1m")) as target:
+        free = space.free_bytes(target)
+        assert 0 < free <= MIB
+        space.check(target, free)
+        failure = refusals.refusal_of(lambda: space.check(target, free + 1))
+        assert failure is not None
+        assert failure.reason == "NO_SPACE"
+
+
+def test_what_does_not_fit_is_refused_with_all_the_numbers(mounts: Mounts) -> None:
+    """And the place where to make room."""
+    point = mounts.in_memory("tmpfs", "small", "mode=755,size=1m")
+    with target_in(point) as target:
+        failure = refusals.refusal_of(lambda: space.check(target, 5 * MIB))
+        assert failure is not None
+        assert dict(failure.values) == {
+            "path": f"{point}/new",
+            "mount_point": str(point),
+            "needed_bytes": str(5 * MIB),
+            "free_bytes": str(space.free_bytes(target)),
+        }
+
+
+def test_a_file_system_without_a_size_is_tried(mounts: Mounts) -> None:
+    """Ramfs says 0 of everything."""
+    with target_in(mounts.in_memory("ramfs", "ramfs")) as target:
+        space.check(target, 2**60)
+
+
+def test_an_error_of_a_full_file_system_or_a_spent_quota_has_its_condition(area: Path) -> None:
+    """Any other is left to who asked."""
+    with target_in(area) as target:
+        for number, expected in (
+            (errno.ENOSPC, "NO_SPACE"),
+            (errno.EDQUOT, "QUOTA_EXCEEDED"),
+            (errno.EIO, "done"),
+        ):
+            error = OSError(number, os.strerror(number))
+            reason = refusals.reason_of(lambda error=error: space.raise_if_full(error, target))  # type: ignore[misc]
+            assert reason == expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["plain", "with blank", "with\ttab", "with\nline", "with\\backslash", "with\\040both", "ünï"],
+)
+def test_a_mount_point_is_named_as_it_is(mounts: Mounts, name: str) -> None:
+    """The mount table escapes what would end a field."""
+    point = mounts.in_memory("tmpfs", name)
+    (point / "below").mkdir()
+    for directory in (point, point / "below"):
+        with target_in(directory) as target:
+            assert space.mount_point(target) == str(point)
+
+
+def test_a_mount_point_that_only_begins_like_the_path_is_another_one(
+    area: Path, mounts: Mounts
+) -> None:
+    """The longest that contains it counts."""
+    mounts.in_memory("tmpfs", "image")
+    (area / "images").mkdir()
+    with target_in(area / "images") as target:
+        assert str(area).startswith(space.mount_point(target))
