@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 from typing import TYPE_CHECKING, Final
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 WORKER: Final = Identity(uid=1500, gid=1500)
 
 
+@functools.cache
 def setup() -> Setup:
     """What the broker makes at its start."""
     compiled = seccomp.compile_profile(seccomp.QEMU_IMG)
