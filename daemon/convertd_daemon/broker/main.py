@@ -93,9 +93,9 @@ def serve(policy_path: str, socket_path: str) -> int:
         listener = listen.listen(socket_path)
         undo.callback(listener.close)
         private = startup.private_directory(socket_path, front_user)
-        undo.callback(startup.remove_directory, private)
+        undo.enter_context(startup.kept(private))
         names = startup.names_directory(socket_path)
-        undo.callback(startup.remove_directory, names)
+        undo.enter_context(startup.kept(names))
         setup = Setup(
             path=loaded.policy.qemu_img,
             identity=worker_user,

@@ -7,6 +7,7 @@ import os
 import pwd
 import resource
 import stat
+from collections.abc import Iterator
 from typing import Final
 
 from convertd_daemon import model
@@ -124,11 +125,27 @@ def _fresh_directory(path: str, owner: Identity | None, mode: int) -> str:
         if os.fstat(fd).st_uid not in {0, uid}:
             raise CantStart(f"{path}: belongs to somebody else")
         _empty(path)
-        os.fchmod(fd, mode)
-        os.fchown(fd, uid, gid)
+        # A new one in any case: a daemon that is still stopping has the old one, see `kept`.
+        os.rmdir(path)
     finally:
         os.close(fd)
+    os.mkdir(path, mode)
+    os.chmod(path, mode)
+    os.chown(path, uid, gid)
     return path
+
+
+@contextlib.contextmanager
+def kept(path: str) -> Iterator[None]:
+    """Remove a directory of ours at the end, unless the next daemon has replaced it by its own."""
+    fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield
+    finally:
+        # Kept open, the inode is nobody else's; and one without a link is in no directory.
+        if os.fstat(fd).st_nlink:
+            remove_directory(path)
+        os.close(fd)
 
 
 def remove_directory(path: str) -> None:
