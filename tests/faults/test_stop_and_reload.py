@@ -100,6 +100,22 @@ def test_nobody_is_let_in_any_more_and_who_is_in_is_refused(
     check_stopped(daemon)
 
 
+def test_a_daemon_that_starts_while_another_stops_serves_on(
+    daemon: Daemon, make_daemon: MakeDaemon, library: Path, images_dir: Path
+) -> None:
+    """By hand: a manager waits for the first one's end."""
+    running = begin(daemon, library / "small.raw", images_dir / "dest.qcow2")
+    daemon.signal(signal.SIGTERM)
+    waiting.until(lambda: not daemon.socket.exists(), "the socket is gone")
+    second = make_daemon(POLICY)
+    second.socket, second.private = daemon.socket, daemon.private
+    second.start()
+    assert running.result().published
+    assert daemon.wait() == 0
+    request = conversion(library / "small.raw", images_dir / "other.qcow2")
+    assert second.agent(ALICE).convert(request).result(5).published
+
+
 def test_a_second_sigterm_ends_what_runs(daemon: Daemon, library: Path, images_dir: Path) -> None:
     """Somebody is in a hurry."""
     running = begin(daemon, library / "bulky.raw", images_dir / "dest.qcow2")

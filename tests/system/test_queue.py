@@ -290,6 +290,20 @@ def test_a_user_without_a_connection_left_takes_none_of_anybody_elses(daemon: Da
         assert daemon.agent(ALICE).access().uid == ALICE.uid
 
 
+def test_all_users_together_have_only_so_many_connections(daemon: Daemon) -> None:
+    """So that descriptors are left for those who are in."""
+    argv = [PYTHON, "-I", "-c", CONNECT, str(daemon.socket), "6", "stay"]
+    with (
+        CAROL.popen(argv, stdin=-1, stdout=-1) as one,
+        DAVE.popen(argv, stdin=-1, stdout=-1) as other,
+    ):
+        assert one.stdout is not None
+        assert other.stdout is not None
+        served = json.loads(one.stdout.readline()) + json.loads(other.stdout.readline())
+        assert sum(served) <= 12
+        assert connect(Caller(uid=1238, gid=1238), daemon, 1) == [False]
+
+
 # --- after many calls ---------------------------------------------------------------------------
 
 
