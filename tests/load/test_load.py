@@ -1,0 +1,297 @@
+"""Many callers, and bad ones: everyone gets a share, and afterwards all is as it was.
+
+Sized for a small machine; CONVERTD_TEST_LOAD=full is 1,000 connections and 200 callers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import select
+import socket
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import pytest
+from harness import images, processes, waiting
+from harness.agent import Agent, Call, conversion
+from harness.callers import ALICE, BOB, PYTHON, Caller
+from harness.daemon import FRONT, Daemon
+
+from convertd.v1 import convert_pb2 as pb
+
+POLICY: Final = """
+[limits]
+jobs = 4
+jobs_per_user = 2
+queue = 1000
+queue_per_user = 100
+connections = 2000
+connections_per_user = 1500
+[roots.library]
+path = "{library}"
+access = "daemon"
+[roots.images]
+path = "{scratch}/images"
+access = "daemon"
+[[grants]]
+users = [1234, 1235, 3000, 3001, 3002, 3003, 3004, 3005, 3006, 3007, 3008, 3009,
+         3010, 3011, 3012, 3013, 3014, 3015, 3016, 3017, 3018, 3019]
+read = ["library", "images"]
+write = ["images"]
+"""
+
+FULL: Final = os.environ.get("CONVERTD_TEST_LOAD") == "full"
+CONNECTIONS: Final = 1000 if FULL else 250
+USERS: Final = 20 if FULL else 5
+CALLS_EACH: Final = 10 if FULL else 6
+HONEST: Final = 100 if FULL else 5
+
+ANSWER_S: Final = 5.0
+"""In which whatever does not queue is answered, on a machine that is busy."""
+
+FRONT_MAY_KEEP_KIB: Final = 8 * 1024 + 32 * CONNECTIONS
+BROKER_MAY_KEEP_KIB: Final = 2 * 1024
+"""What an allocator keeps for the next time."""
+
+UNDER_ATTACK_KIB: Final = 256 * 1024
+"""Most of it by headers that never end: 166 MiB after four such attacks in a row, and no more."""
+
+LAZY_DESCRIPTORS: Final = 2
+"""gRPC opens an eventfd or two when it first needs them."""
+
+HEALTH: Final = "/grpc.health.v1.Health/Check"
+HOSTILE: Final = Path(__file__).with_name("hostile.py")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """What broker and front have: descriptors, and memory of their own in KiB."""
+
+    descriptors: tuple[int, int]
+    memory_kib: tuple[int, int]
+
+
+def footprint(daemon: Daemon) -> Footprint:
+    """The daemon's, now."""
+    pids = (daemon.pid, daemon.await_one(FRONT))
+    broker, front = (len(processes.descriptors(pid)) for pid in pids)
+    of_broker, of_front = (processes.private_kib(pid) for pid in pids)
+    return Footprint(descriptors=(broker, front), memory_kib=(of_broker, of_front))
+
+
+@contextlib.contextmanager
+def unchanged(daemon: Daemon, *, front_may_keep_kib: int = FRONT_MAY_KEEP_KIB) -> Iterator[None]:
+    """See that the daemon has as many descriptors as before, and hardly more memory."""
+    before = footprint(daemon)
+    yield
+    daemon.await_calm()
+    for number in range(2):
+        most = before.descriptors[number] + LAZY_DESCRIPTORS
+        waiting.until(
+            functools.partial(_has_at_most, daemon, number, most),
+            f"no more than {most} descriptors",
+        )
+    after = footprint(daemon)
+    print(before, after)  # noqa: T201 - the figures of a long run
+    assert after.memory_kib[0] - before.memory_kib[0] < BROKER_MAY_KEEP_KIB
+    assert after.memory_kib[1] - before.memory_kib[1] < front_may_keep_kib
+
+
+def _has_at_most(daemon: Daemon, number: int, descriptors: int) -> bool:
+    return footprint(daemon).descriptors[number] <= descriptors
+
+
+@pytest.fixture
+def alice(daemon: Daemon) -> Agent:
+    """An honest caller, connected."""
+    agent = daemon.agent(ALICE)
+    agent.access()
+    return agent
+
+
+@pytest.fixture
+def bob(daemon: Daemon) -> Agent:
+    """Another."""
+    agent = daemon.agent(BOB)
+    agent.access()
+    return agent
+
+
+def seconds_of(act: Callable[[], object]) -> float:
+    """How long something takes."""
+    began = time.monotonic()
+    act()
+    return time.monotonic() - began
+
+
+def check_health(agent: Agent) -> None:
+    """Ask for the daemon's health as a prober does."""
+    call = agent.call(HEALTH, b"")
+    assert call.end().status == "OK"
+    assert call.messages == [b"\x08\x01"]  # SERVING
+
+
+# --- connections --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wave", [1, 2])
+def test_many_connections_are_held_and_let_go(
+    daemon: Daemon, alice: Agent, library: Path, images_dir: Path, wave: int
+) -> None:
+    """Each is greeted; meanwhile others are served; and afterwards nothing of them is left."""
+    assert wave
+    with unchanged(daemon), contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(greeting(daemon.socket)) for _ in range(CONNECTIONS)]
+        for sock in socks:
+            assert select.select([sock], [], [], waiting.DEADLINE_S)[0]
+            assert sock.recv(9)[3] == 4  # SETTINGS
+        assert seconds_of(lambda: check_health(alice)) < ANSWER_S
+        alice.convert(conversion(library / "small.raw", images_dir / "dest.qcow2")).result()
+
+
+def greeting(path: Path) -> socket.socket:
+    """A connection that has said what HTTP/2 begins with, and no more."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(str(path))
+    sock.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0)))
+    return sock
+
+
+# --- a queue ------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(600)
+def test_each_user_gets_a_turn_in_each_round_and_what_does_not_queue_is_answered(
+    daemon: Daemon, alice: Agent, bob: Agent, library: Path, images_dir: Path
+) -> None:
+    """All wait first, so that the order in which they start is the queue's alone."""
+    users = [Caller(uid=3000 + number, gid=3000 + number) for number in range(USERS)]
+    agents = [daemon.agent(user) for user in users]
+    for agent in agents:
+        agent.access()
+    with unchanged(daemon):
+        blocking = occupied((alice, bob), library / "bulky.raw", images_dir)
+        calls = [
+            agent.convert(
+                conversion(library / "small.qcow2", images_dir / name, source_format="qcow2")
+            )
+            for agent in agents
+            for name in (f"{agent.caller.uid}-{number}.qcow2" for number in range(CALLS_EACH))
+        ]
+        for call in calls:
+            call.await_queued()
+        begun = len(starts(daemon))
+        for call in blocking:
+            call.cancel()
+        slowest_s = 0.0
+        waits = alice.convert(slow(library / "bulky.raw", images_dir / "cancelled.qcow2"))
+        job_id = waits.await_queued().job_id
+        for act in (
+            alice.jobs,
+            lambda: check_health(bob),
+            lambda: alice.call("Inspect", inspect(library / "small.qcow2")).end(),
+            lambda: alice.cancel_job(job_id),
+            alice.access,
+        ):
+            slowest_s = max(slowest_s, seconds_of(act))
+        assert waits.end().status == "CANCELLED"
+        for call in calls:
+            call.result(deadline_s=300)
+        assert slowest_s < ANSWER_S
+        print(f"{slowest_s=:.3f}")  # noqa: T201 - the figures of a long run
+        check_fair(starts(daemon)[begun:], {user.uid for user in users})
+    for user in users:
+        daemon.kill_agent(user)
+
+
+def slow(source: Path, dest: Path) -> pb.ConvertRequest:
+    """A conversion that takes a minute."""
+    return conversion(source, dest, rate_limit_bytes_per_second=images.MIB)
+
+
+def inspect(path: Path) -> pb.InspectRequest:
+    """A look at an image."""
+    return pb.InspectRequest(source=pb.Source(path=str(path)))
+
+
+def occupied(agents: tuple[Agent, ...], source: Path, directory: Path) -> list[Call]:
+    """Slow conversions in all four places."""
+    calls = [
+        agent.convert(slow(source, directory / f"slow-{agent.caller.uid}-{number}"))
+        for agent in agents
+        for number in range(2)
+    ]
+    for call in calls:
+        call.await_started()
+    return calls
+
+
+def starts(daemon: Daemon) -> list[int]:
+    """The uids of all jobs, in the order in which they were started."""
+    log = daemon.log
+    uids = {job: int(uid) for job, uid in re.findall(r"granted job=(\w+) uid=(\d+)", log)}
+    return [uids[job] for job in re.findall(r"job=(\w+) pid=\d+$", log, re.MULTILINE)]
+
+
+def check_fair(order: list[int], users: set[int]) -> None:
+    """At no time has a user had two turns more than another."""
+    turns: Counter[int] = Counter(dict.fromkeys(users, 0))
+    for uid in order:
+        if uid in users:
+            turns[uid] += 1
+            assert max(turns.values()) - min(turns.values()) <= 1
+    assert set(turns.values()) == {CALLS_EACH}
+
+
+# --- bad clients --------------------------------------------------------------------------------
+
+WAYS: Final = (
+    *("half_open", "slow", "no_message", "rapid_reset", "ping_flood", "settings_flood"),
+    *("endless_headers", "large_messages", "stopped_reader", "garbage"),
+)
+
+
+@pytest.mark.timeout(600)
+def test_an_honest_caller_is_served_while_others_do_their_worst(
+    make_daemon: Callable[[str], Daemon], library: Path, images_dir: Path
+) -> None:
+    """Each bad client is a user of its own, as many times as it may connect, all at once."""
+    daemon = make_daemon(POLICY.replace("_per_user = 1500", "_per_user = 100"))
+    daemon.start()
+    daemon.agent(ALICE).access()
+    with unchanged(daemon, front_may_keep_kib=UNDER_ATTACK_KIB):
+        took = served_under_attack(daemon, library / "small.raw", images_dir)
+    print(f"{took=}")  # noqa: T201 - the figures of a long run
+    assert max(took) < 2 * ANSWER_S
+    assert "Traceback" not in daemon.log
+
+
+def served_under_attack(daemon: Daemon, source: Path, directory: Path) -> list[float]:
+    """Convert for an honest caller, while all bad clients are at work. Seconds for each."""
+    alice, took = daemon.agent(ALICE), []
+    attacks = [attack(daemon, how, 4000 + number) for number, how in enumerate(WAYS)]
+    waiting.until(lambda: "too many connections uid=4000" in daemon.log, "the cap is reached")
+    for number in range(HONEST):
+        began = time.monotonic()
+        alice.convert(conversion(source, directory / f"{number}.qcow2")).result()
+        check_health(alice)
+        took.append(time.monotonic() - began)
+    for process in attacks:
+        said, _ = process.communicate(timeout=waiting.DEADLINE_S)
+        assert int(said) > 0
+    return took
+
+
+def attack(daemon: Daemon, how: str, uid: int) -> subprocess.Popen[bytes]:
+    """Let a user do something to the daemon, until standard input is closed."""
+    argv = [PYTHON, "-I", "-c", HOSTILE.read_text(encoding="utf-8"), str(daemon.socket), how]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return Caller(uid=uid, gid=uid).popen(argv, **pipes)

@@ -1,0 +1,184 @@
+"""Thousands of conversions, some cancelled, some killed: the daemon ends as it began.
+
+CONVERTD_TEST_SOAK says how many; 10,000 take about an hour on two processors.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import random
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import pytest
+from harness import images, processes, waiting
+from harness.agent import Agent, Call, conversion
+from harness.callers import ALICE, BOB
+from harness.daemon import FRONT, JOB, QEMU_IMG, Daemon
+
+from convertd.v1 import convert_pb2 as pb
+
+POLICY: Final = """
+[limits]
+jobs = 4
+jobs_per_user = 3
+[roots.library]
+path = "{library}"
+access = "daemon"
+[roots.images]
+path = "{scratch}/images"
+access = "daemon"
+[operators]
+users = [1234]
+[[grants]]
+users = [1234, 1235]
+read = ["library", "images"]
+write = ["images"]
+"""
+
+CONVERSIONS: Final = int(os.environ.get("CONVERTD_TEST_SOAK", "150"))
+WARM_UP: Final = min(50, CONVERSIONS // 3)
+SEED: Final = int(os.environ.get("CONVERTD_TEST_SEED", str(random.SystemRandom().getrandbits(32))))
+
+AT_ONCE: Final = 8
+MAY_GROW_KIB: Final = (1024, 4096)
+"""Broker and front. A leak of a hundred bytes a conversion would show in a long run."""
+
+ENDS: Final = (
+    *("finish", "finish", "finish", "be cancelled", "be cancelled by an operator"),
+    *("kill a job", "kill a qemu-img"),
+)
+"""What becomes of a conversion, by the throw of a die."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """All that must be as it was: names, not numbers, so that a failure shows what is left."""
+
+    broker_descriptors: tuple[str, ...]
+    front_descriptors: int
+    processes: tuple[str, ...]
+    jobs: int
+
+
+def state(daemon: Daemon, operator: Agent) -> State:
+    """The daemon's, now."""
+    descriptors = processes.descriptors(daemon.pid).values()
+    return State(
+        broker_descriptors=tuple(sorted(one.partition("[")[0] for one in descriptors)),
+        front_descriptors=len(processes.descriptors(daemon.await_one(FRONT))),
+        processes=tuple(sorted(one.name for one in daemon.processes())),
+        jobs=len(operator.jobs()),
+    )
+
+
+def memory_kib(daemon: Daemon) -> tuple[int, int]:
+    """What broker and front have for themselves."""
+    return processes.private_kib(daemon.pid), processes.private_kib(daemon.await_one(FRONT))
+
+
+@pytest.fixture
+def chance() -> random.Random:
+    """The test's dice. A run is thrown again with CONVERTD_TEST_SEED."""
+    print(f"CONVERTD_TEST_SEED={SEED}")  # noqa: T201 - whoever reads a failure needs it
+    return random.Random(SEED)  # noqa: S311 - not for secrets
+
+
+@pytest.fixture
+def agents(daemon: Daemon) -> tuple[Agent, Agent]:
+    """Two callers."""
+    return daemon.agent(ALICE), daemon.agent(BOB)
+
+
+@pytest.mark.timeout(60 + CONVERSIONS)
+def test_after_many_conversions_the_daemon_is_as_it_was(
+    daemon: Daemon,
+    agents: tuple[Agent, Agent],
+    library: Path,
+    images_dir: Path,
+    chance: random.Random,
+) -> None:
+    """Descriptors, processes, memory, temporaries, the queue and the table of jobs."""
+    work = Work(daemon, agents, library, images_dir)
+    tally = collections.Counter(work.batches(WARM_UP, chance))
+    before, memory = state(daemon, agents[0]), memory_kib(daemon)
+    tally += collections.Counter(work.batches(CONVERSIONS - WARM_UP, chance))
+    assert state(daemon, agents[0]) == before
+    after = memory_kib(daemon)
+    print(dict(tally), "KiB before", memory, "and after", after)  # noqa: T201 - for a long run
+    assert all(
+        now - then < most for now, then, most in zip(after, memory, MAY_GROW_KIB, strict=True)
+    )
+    assert os.listdir(images_dir) == []
+    assert not list(images_dir.glob(".*"))
+
+
+class Work:
+    """Conversions in batches; each batch is over, and its results gone, before the next begins."""
+
+    def __init__(
+        self, daemon: Daemon, agents: tuple[Agent, Agent], library: Path, directory: Path
+    ) -> None:
+        """Of the library's images, into one directory."""
+        self.daemon = daemon
+        self.agents = agents
+        self.library = library
+        self.directory = directory
+        self.number = 0
+
+    def batches(self, count: int, chance: random.Random) -> Iterator[str]:
+        """Convert so many; how each ended."""
+        for done in range(0, count, AT_ONCE):
+            yield from self.batch(min(AT_ONCE, count - done), chance)
+
+    def batch(self, count: int, chance: random.Random) -> list[str]:
+        """Begin all, end each in its own way, wait for all."""
+        # Kills first: as long as one that lasts is not ended, there is something to kill.
+        ends = sorted((chance.choice(ENDS) for _ in range(count)), reverse=True)
+        calls = [self.begin(end, chance.choice(self.agents)) for end in ends]
+        for end, call in zip(ends, calls, strict=True):
+            self.bring_about(end, call)
+        outcomes = [call.end().status for call in calls]
+        self.daemon.await_calm()
+        for path in self.directory.iterdir():
+            assert path.suffix == ".qcow2", path
+            path.unlink()
+        return outcomes
+
+    def begin(self, end: str, agent: Agent) -> Call:
+        """Ask for a conversion: one that lasts, unless it is to finish."""
+        self.number += 1
+        dest = self.directory / f"{self.number}.qcow2"
+        if end == "finish":
+            return agent.convert(conversion(self.library / "small.raw", dest))
+        source = self.library / "bulky.raw"
+        request = conversion(source, dest, rate_limit_bytes_per_second=images.MIB)
+        return agent.convert(request)
+
+    def bring_about(self, end: str, call: Call) -> None:
+        """End a conversion in the way it is to end."""
+        match end:
+            case "be cancelled":
+                call.cancel()
+            case "be cancelled by an operator":
+                first = call.await_event(lambda event: bool(job_id_of(event)))
+                self.agents[0].cancel_job(job_id_of(first))
+            case "kill a job" | "kill a qemu-img":
+                self.kill(JOB if end == "kill a job" else QEMU_IMG)
+                call.cancel()
+
+    def kill(self, name: str) -> None:
+        """Kill one of that name, whosever it is."""
+        found = waiting.until(lambda: self.daemon.processes(name), f"a process {name}")
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(found[0].pid, signal.SIGKILL)
+
+
+def job_id_of(event: pb.ConvertResponse) -> str:
+    """The job that an event is about."""
+    return event.started.job_id or event.progress.job_id or event.result.job_id
