@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from convertd_daemon import errors, model
 from convertd_daemon.job import paths, rights
-from convertd_daemon.kernel import blkzeroout
+from convertd_daemon.kernel import blksszget, blkzeroout
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,11 +89,20 @@ def finish(dest: DeviceDest, plan: model.Plan, *, is_zero: bool) -> None:
     end = plan.source.virtual_size_bytes
     try:
         if not is_zero and end < dest.size_bytes:
-            blkzeroout.blkzeroout(dest.fd, end, dest.size_bytes - end)
+            _zero_from(dest, end)
         os.fsync(dest.fd)
     except OSError as error:
         problem = os.strerror(error.errno or 0)
         raise errors.WriteFailed(path=dest.place.path, problem=problem) from error
+
+
+def _zero_from(dest: DeviceDest, end: int) -> None:
+    """Zero a device to its end: first the sector within which the image ends, then whole ones."""
+    sector = blksszget.sector_bytes(dest.fd)
+    rest = -end % sector
+    os.pwrite(dest.fd, bytes(rest), end)
+    if end + rest < dest.size_bytes:
+        blkzeroout.blkzeroout(dest.fd, end + rest, dest.size_bytes - end - rest)
 
 
 def _writing_group(place: model.Place, status: os.stat_result) -> int:
