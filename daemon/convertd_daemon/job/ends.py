@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from convertd_daemon import errors, model
+from convertd_daemon import errors, model, validation
 from convertd_daemon.job import alias, devices, direct, paths, plan, qemu_img, space
 from convertd_daemon.job import result as results
 from convertd_daemon.sandbox import landlock
@@ -101,16 +101,28 @@ def _open_file(grant: model.Grant, setup: Setup) -> Iterator[Dest]:
         yield dest
 
 
-def check_room(dest: Dest, planned: model.Plan) -> None:
-    """Refuse an image that the destination can't hold as it is now.
+def check_room(both: Ends, planned: model.Plan) -> None:
+    """Refuse a destination that can't hold the image as it is now, or that is the image itself.
 
     Raises:
         errors.NoSpace, errors.DeviceTooSmall: it can't.
+        errors.BadPath: it is the device that the source is on, by another name.
     """
-    if isinstance(dest, devices.DeviceDest):
-        devices.check_size(dest, planned)
-    else:
+    dest = both.dest
+    if not isinstance(dest, devices.DeviceDest):
         space.check(dest.target, planned.needed_bytes)
+        return
+    if any(_device_of(link.source.fd) == _device_of(dest.fd) for link in both.chain):
+        path = validation.shown(dest.place.path)
+        raise errors.BadPath(
+            field="dest.path", path=path, problem="is the source, or lies under it"
+        )
+    devices.check_size(dest, planned)
+
+
+def _device_of(fd: int) -> int:
+    """Which device a descriptor leads to; 0 for a file."""
+    return os.fstat(fd).st_rdev
 
 
 @contextlib.contextmanager

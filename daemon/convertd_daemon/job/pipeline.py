@@ -41,7 +41,7 @@ def convert(grant: model.Grant, kept: secrets.Secrets, runner: qemu_img.Runner) 
         narrow.to_inodes(grant, both, runner.worker)
         # 3. Plan.
         planned = plan.make(grant, both.members, both.try_out(request.dest.format))
-        ends.check_room(dest, planned)
+        ends.check_room(both, planned)
         line.tell(channel.Planned(plan=planned))
         if request.validate_only:
             line.tell(channel.Succeeded(published=_validated(planned, line)))
