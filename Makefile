@@ -24,8 +24,9 @@ SOURCES := pyproject.toml hatch_build.py LICENSE \
 
 # What the tests run: qemu-img, file systems of several kinds, and ways to watch and to hinder.
 # systemd-python is built against libsystemd; lowdown makes the man pages.
-DEBIAN_PACKAGES := acl bindfs btrfs-progs e2fsprogs gcc libseccomp2 libsystemd-dev lowdown ntfs-3g \
-  pkg-config python3-dev python3-venv qemu-utils strace systemd-container util-linux xfsprogs
+DEBIAN_PACKAGES := acl bindfs btrfs-progs e2fsprogs gcc groff-base iproute2 libseccomp2 \
+  libsystemd-dev lowdown ntfs-3g pkg-config procps python3-dev python3-venv qemu-utils strace \
+  systemd-container systemd-sysv util-linux xfsprogs
 
 # Passed on: make test PYTEST_FLAGS='-k policy'
 PYTEST_FLAGS :=

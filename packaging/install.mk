@@ -10,9 +10,9 @@ DESTDIR :=
 PREFIX := /usr/local
 SYSCONFDIR := /etc
 
-VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+VERSION := $(shell sed -n 's/^__version__.*"\(.*\)"/\1/p' daemon/convertd_daemon/__init__.py)
 
-MAN_PAGES := $(patsubst docs/man/%.md,build/man/%,$(wildcard docs/man/*.md))
+MAN_PAGES := build/man/convertd.8 build/man/convertd-policy.5
 
 # Files of ours in directories of everybody's, below PREFIX: `uninstall` takes away these, and
 # lib/convertd. A test holds them to what `install` installs.
@@ -21,7 +21,7 @@ INSTALLED := bin/convertctl bin/convertd \
   lib/systemd/catalog/convertd.catalog lib/sysusers.d/convertd.conf lib/tmpfiles.d/convertd.conf \
   share/bash-completion/completions/convertctl share/bash-completion/completions/convertd \
   share/fish/vendor_completions.d/convertctl.fish share/zsh/site-functions/_convertctl \
-  $(foreach page,$(notdir $(MAN_PAGES)),share/man/man$(lastword $(subst ., ,$(page)))/$(page))
+  share/man/man1/convertctl.1 share/man/man5/convertd-policy.5 share/man/man8/convertd.8
 
 .PHONY: install installable uninstall deb
 
@@ -29,17 +29,20 @@ INSTALLED := bin/convertctl bin/convertd \
 installable: build/wheels/.made $(MAN_PAGES)
 
 install: installable
-	packaging/install "$(DESTDIR)" "$(PREFIX)" "$(SYSCONFDIR)"
+	packaging/install "$(DESTDIR)" "$(PREFIX)" "$(SYSCONFDIR)" $(VERSION)
 	[[ -n "$(DESTDIR)" ]] || packaging/hello
 
-# The policy stays, and what an administrator put beside the units in /etc.
+# The policy stays, and what an administrator put beside the units in /etc. So do directories that
+# other software uses too, empty or not.
 uninstall:
 	[[ -n "$(DESTDIR)" ]] || packaging/goodbye
 	rm -rf "$(DESTDIR)$(PREFIX)/lib/convertd" "$(DESTDIR)$(PREFIX)/share/convertd"
 	cd "$(DESTDIR)$(PREFIX)" && rm -f $(INSTALLED)
-	cd "$(DESTDIR)$(PREFIX)" && rmdir --ignore-fail-on-non-empty --parents \
-	  $(sort $(filter-out bin/,$(dir $(INSTALLED)))) 2>/dev/null || true
 	[[ -n "$(DESTDIR)" ]] || packaging/goodbye again
+
+# An installable package, in dist/.
+deb: installable
+	packaging/deb "$(VERSION)"
 
 # The daemon and all it needs from PyPI, so that `install` itself needs no network.
 build/wheels/.made: build/dist/.made
@@ -48,10 +51,13 @@ build/wheels/.made: build/dist/.made
 	$(TOOLS)/bin/pip wheel --quiet --use-pep517 --wheel-dir build/wheels "$$wheel[daemon]"
 	touch $@
 
-build/man/%: docs/man/%.md pyproject.toml
+# The pages and the documents have one source each. convertctl's own page is made where convertctl is
+# installed, for it has its options from there.
+build/man/convertd.8: docs/man/convertd.8.md
+build/man/convertd-policy.5: docs/policy.md
+$(MAN_PAGES): packaging/man daemon/convertd_daemon/__init__.py
 	@mkdir -p $(@D)
-	lowdown -s -t man -M title=$(basename $*) -M section=$(lastword $(subst ., ,$*)) \
-	  -M source="convertd $(VERSION)" -M date=$$(date -u -r $< +%F) $< > $@
+	packaging/man $(@F) $(VERSION) < $(filter %.md,$^) > $@
 
 ifeq ($(shell id -u),0)
 build/wheels/.made $(MAN_PAGES): | packages

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import booted
+import pytest
 
 ALICE = 1234
+
+THE_SYSTEMS = (
+    "/etc/.pwd.lock",
+    "/etc/group",
+    "/etc/gshadow",
+    "/etc/passwd",
+    "/etc/shadow",
+    "/etc/subgid",
+    "/etc/subuid",
+    "/var/cache",
+    "/var/lib/systemd",
+    "/var/log",
+)
+"""Files that the system itself keeps: users stay, catalogs and journals are its own."""
 
 
 def test_the_first_call_starts_the_service(machine: booted.Machine) -> None:
@@ -26,3 +44,57 @@ def test_the_policy_that_is_installed_grants_nothing(machine: booted.Machine) ->
     assert refused.returncode == 1
     assert "PERMISSION_DENIED" in refused.stderr
     assert "nobody may convert anything" in machine.say("convertd", "check")
+
+
+@pytest.mark.parametrize("page", ["convertd.8", "convertctl.1", "convertd-policy.5"])
+def test_the_manual_pages_can_be_read(machine: booted.Machine, page: str) -> None:
+    """Without a complaint of groff's."""
+    section = page.rsplit(".", 1)[1]
+    path = f"/usr/local/share/man/man{section}/{page}"
+    shown = machine.run("sh", "-c", f"groff -k -t -man -Tutf8 -wmac -Wbreak {path} 2>&1 >/dev/null")
+    assert shown.stdout == ""
+
+
+def test_the_manual_page_and_the_completion_have_every_option(machine: booted.Machine) -> None:
+    """Of convertd; convertctl's are made by itself."""
+    told = machine.say("convertd", "--help")
+    options = set(re.findall(r"--[a-z]+", told))
+    assert {"--policy", "--socket"} < options
+    page = booted.REPOSITORY / "docs" / "man" / "convertd.8.md"
+    completion = booted.REPOSITORY / "packaging" / "completions" / "convertd.bash"
+    assert options - {"--help"} <= set(re.findall(r"--[a-z]+", page.read_text()))
+    assert options <= set(re.findall(r"--[a-z]+", completion.read_text()))
+    assert "unit-dropin" in completion.read_text()
+
+
+def test_the_counters_are_written_for_node_exporter(machine: booted.Machine) -> None:
+    """Where the policy says, readable by its user, and the drop-in lets the service write there."""
+    machine.run("mkdir", "-p", "/var/lib/exporter")
+    machine.grant("/srv/images", ALICE, '[service]\nmetrics = "/var/lib/exporter/convertd.prom"')
+    machine.run("qemu-img", "create", "-q", "-f", "raw", "/srv/images/m.raw", "1M")
+    dest = "/srv/images/m.qcow2"
+    machine.run("convertctl", "convert", "/srv/images/m.raw", dest, "-O", "qcow2", uid=ALICE)
+    machine.run("convertctl", "info", "/etc/passwd", uid=ALICE, check=False)
+    machine.run("systemctl", "stop", "convertd.service")
+    text = machine.run("cat", "/var/lib/exporter/convertd.prom", uid=ALICE).stdout
+    labels = '{dest_format="qcow2",reason="",source_format="raw"}'
+    assert f"convertd_conversion_bytes_total{labels} 1.048576e+06" in text
+    assert f"convertd_conversion_seconds_count{labels} 1.0" in text
+    assert 'convertd_refusals_total{reason="PERMISSION_DENIED"} 1.0' in text
+
+
+def test_uninstall_leaves_the_policy_and_nothing_else(
+    built: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """What an install made is gone, used or not."""
+    with booted.machine(tmp_path_factory.mktemp("uninstalled")) as machine:
+        before = machine.changes()
+        machine.run("make", "--silent", "--directory", str(built), "install")
+        machine.run("systemctl", "enable", "--now", "convertd.socket")
+        machine.run("convertctl", "access", uid=ALICE)
+        assert "/usr/local/bin/convertd" in machine.changes()
+        machine.run("make", "--silent", "--directory", str(built), "uninstall")
+        left = {path for path in machine.changes() - before if not path.startswith(THE_SYSTEMS)}
+        assert left == {"/etc/convertd/policy.toml"}
+        assert machine.run("test", "-e", "/run/convertd", check=False).returncode == 1
+        assert machine.show("convertd.service", "LoadState") == {"LoadState": "not-found"}

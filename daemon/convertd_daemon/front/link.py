@@ -116,8 +116,8 @@ class Call:
 class Link:
     """The channel to the broker. Owns it."""
 
-    def __init__(self, line: channel.Channel, relay: Relay, prober: Prober) -> None:
-        """Hand new connections to the relay, and those to probe to the prober."""
+    def __init__(self, line: channel.Channel, relay: Relay, prober: Prober | None = None) -> None:
+        """Hand new connections to the relay, and those to probe to the prober, if there is one."""
         self.line = line
         self.relay = relay
         self.prober = prober
@@ -202,7 +202,8 @@ class Link:
                 self.relay.carry(number, descriptors.pop())
             case channel.Probe(probe=number):
                 healthy = channel.Probed(probe=number)
-                self.prober.probe(descriptors.pop(), lambda: self.send(healthy))
+                if self.prober is not None:
+                    self.prober.probe(descriptors.pop(), lambda: self.send(healthy))
             case channel.Ended(job_id=job_id):
                 call = self.call_of_job(job_id)
                 if call is not None:
