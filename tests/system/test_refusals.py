@@ -330,10 +330,12 @@ def test_a_method_that_nobody_knows_is_refused_by_the_transport(alice: Agent) ->
     assert (ended.status, ended.details) == ("UNIMPLEMENTED", ())
 
 
-def test_a_call_that_this_version_does_not_do_is_told(alice: Agent) -> None:
-    """The contract has it."""
+def test_counters_are_for_operators(daemon: Daemon, alice: Agent) -> None:
+    """They tell what others do."""
     refusal = alice.call("GetStats", pb.GetStatsRequest()).refusal()
-    assert (refusal.status, refusal.reason) == ("UNIMPLEMENTED", "UNSUPPORTED")
+    assert (refusal.status, refusal.reason) == ("PERMISSION_DENIED", "PERMISSION_DENIED")
+    stats = daemon.agent(ROOT).ask("GetStats", pb.GetStatsRequest(), pb.GetStatsResponse)
+    assert stats.connections >= 2
 
 
 def test_a_result_of_several_files_is_not_made(
