@@ -15,7 +15,6 @@ from typing import Any, Final
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.descriptor import FieldDescriptor
-from google.protobuf.message import Message
 from harness import images
 from harness.agent import Agent
 from harness.callers import ALICE, PYTHON
@@ -251,7 +250,7 @@ def put(message: Any, field: FieldDescriptor, value: object) -> None:  # noqa: A
         setattr(message, field.name, value)
 
 
-def fields_of(message: Message) -> Iterator[FieldDescriptor]:
+def fields_of(message: Any) -> Iterator[FieldDescriptor]:  # noqa: ANN401 - made at run time
     """The fields of a message, of a oneof but one."""
     seen = set()
     for field in message.DESCRIPTOR.fields:
