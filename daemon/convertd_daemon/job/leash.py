@@ -32,7 +32,6 @@ class Leash:
         self.started = time.monotonic()
         self._poll = select.poll()
         self._poll.register(line.fileno(), 0)
-        self._last_percent = -1
 
     @property
     def seconds(self) -> float:
