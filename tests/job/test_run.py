@@ -1,0 +1,471 @@
+"""While qemu-img runs: what it prints becomes progress, and what it fails of a condition."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import grants
+import pytest
+import whole_job
+from children import in_child
+from harness import waiting
+from hypothesis import given
+from hypothesis import strategies as st
+
+from convertd_daemon import channel, errors, model
+from convertd_daemon.job import chain, devices, ends, leash, paths, plan, qemu_img, result, run
+from convertd_daemon.kernel import clock_getcpuclockid
+from convertd_daemon.sandbox.child import Child
+
+MIB = 1024 * 1024
+
+
+class Front:
+    """A front that notes the progress it is told."""
+
+    def __init__(self) -> None:
+        ours, self.line = channel.Channel.pair()
+        self.leash = leash.Leash(ours, 60.0)
+
+    def heard(self) -> list[tuple[str, float]]:
+        """Phase and per cent of each message so far."""
+        found = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                message, _ = self.line.receive(channel.Progressed, wait=False)
+                found.append((message.progress.phase.value, message.progress.percent))
+        return found
+
+    def close(self) -> None:
+        """Close both ends."""
+        self.leash.line.close()
+        self.line.close()
+
+
+@pytest.fixture
+def front() -> Iterator[Front]:
+    """Somebody to tell."""
+    made = Front()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def written(area: Path) -> Iterator[int]:
+    """What a conversion writes to."""
+    descriptor = os.open(area, os.O_TMPFILE | os.O_RDWR, 0o600)
+    yield descriptor
+    os.close(descriptor)
+
+
+def printed(*percents: float) -> bytes:
+    """What qemu-img -p prints."""
+    return b"".join(f"    ({percent:.2f}/100%)\r".encode() for percent in percents)
+
+
+class TestProgress:
+    """By qemu-img's own words."""
+
+    def test_is_told_in_steps_of_one_per_cent(self, front: Front, written: int) -> None:
+        """And never backwards; 100 comes before the flushing, which is a phase of its own."""
+        observer = run.Observer(front.leash, written, 1.0)
+        observer.hear(printed(0.0, 0.5, 1.01, 1.99, 1.2, 50.0, 49.0, 99.99, 100.0, 100.0))
+        assert front.heard() == [
+            ("converting", 0.0),
+            ("converting", 1.01),
+            ("converting", 50.0),
+            ("converting", 99.99),
+            ("flushing", 100.0),
+        ]
+
+    @given(st.lists(st.integers(1, 200)))
+    def test_is_the_same_however_the_output_is_cut(self, pieces: list[int]) -> None:
+        """A pipe knows no lines."""
+        front, text = Front(), printed(*range(0, 101, 7), 100.0)
+        observer = run.Observer(front.leash, 0, 1.0)
+        for size in [*pieces, len(text)]:
+            observer.hear(text[:size])
+            text = text[size:]
+        heard = [percent for _, percent in front.heard()]
+        front.close()
+        assert heard == [float(percent) for percent in [*range(0, 101, 7), 100]]
+
+    @given(st.lists(st.binary()))
+    def test_no_output_breaks_anything_or_is_kept(self, pieces: list[bytes]) -> None:
+        """A qemu-img that an image has taken over may print what it likes."""
+        front = Front()
+        observer = run.Observer(front.leash, 0, 1.0)
+        for piece in [*pieces, b"(999.9/100%)\r", b"x" * 10_000]:
+            observer.hear(piece)
+        assert all(0 <= percent <= 100 for _, percent in front.heard())
+        assert len(observer._tail) <= run.LONGEST_LINE  # noqa: SLF001 - the memory is the point
+        front.close()
+
+    def test_that_nobody_reads_is_dropped(self, front: Front, written: int) -> None:
+        """A job never waits for its front."""
+        for _ in range(100):
+            observer = run.Observer(front.leash, written, 1.0)
+            observer.hear(printed(*range(101)))
+        assert 0 < len(front.heard()) < 100 * 101
+
+    def test_that_nobody_can_hear_ends_the_job(self, front: Front, written: int) -> None:
+        """The front is gone, and so is the caller."""
+        front.line.close()
+        with pytest.raises(leash.Cut):
+            run.Observer(front.leash, written, 1.0).hear(printed(1.0))
+
+
+class Clock:
+    """A program that is looked at, with a processor time of its own."""
+
+    def __init__(self, program: str) -> None:
+        self.process = subprocess.Popen(["python3", "-c", program])
+
+    @property
+    def child(self) -> Child:
+        """As the sandbox gives one; of it the pid alone counts."""
+        return cast("Child", self.process)
+
+    def close(self) -> None:
+        """End it."""
+        self.process.kill()
+        self.process.wait()
+
+
+class TestStall:
+    """Nothing moves: no per cent, no block, no processor time."""
+
+    @pytest.fixture
+    def idle(self) -> Iterator[Clock]:
+        """A program that does nothing."""
+        made = Clock("import time; time.sleep(100)")
+        yield made
+        made.close()
+
+    @pytest.fixture
+    def observer(self, front: Front, written: int, idle: Clock) -> run.Observer:
+        """One that has seen the program come to rest, and has no patience."""
+        made = run.Observer(front.leash, written, 0.0)
+
+        def rests() -> bool:
+            try:
+                made.look(idle.child)
+            except errors.Stalled:
+                return True
+            return False
+
+        waiting.until(rests, "the program comes to rest")
+        return made
+
+    def test_is_noticed(self, observer: run.Observer, idle: Clock) -> None:
+        """With the limit that was passed."""
+        with pytest.raises(errors.Stalled, match=r"nothing moved for 0\.0 seconds"):
+            observer.look(idle.child)
+
+    def test_is_not_where_the_percentage_moves(self, observer: run.Observer, idle: Clock) -> None:
+        """However slowly."""
+        observer.hear(printed(3.0))
+        observer.look(idle.child)
+        with pytest.raises(errors.Stalled):
+            observer.look(idle.child)
+
+    def test_is_not_where_blocks_are_written(
+        self, observer: run.Observer, idle: Clock, written: int
+    ) -> None:
+        """To the result, through our own descriptor."""
+        os.posix_fallocate(written, 0, MIB)
+        observer.look(idle.child)
+        with pytest.raises(errors.Stalled):
+            observer.look(idle.child)
+
+    def test_is_not_where_it_computes(self, front: Front, written: int) -> None:
+        """Compressing, or reading zeroes."""
+        busy = Clock("while True: pass")
+        observer = run.Observer(front.leash, written, 0.2)
+        with contextlib.closing(busy):
+            for _ in range(3):
+                before = clock_getcpuclockid.cpu_time_s(busy.process.pid)
+                waiting.until(
+                    lambda before=before: (  # type: ignore[misc]
+                        clock_getcpuclockid.cpu_time_s(busy.process.pid) > before + 0.02
+                    ),
+                    "it computes",
+                )
+                observer.look(busy.child)
+
+    def test_is_not_while_it_flushes(self, observer: run.Observer, idle: Clock) -> None:
+        """That is the disk's work, and bounded by the job's duration alone."""
+        observer.hear(printed(100.0))
+        for _ in range(3):
+            observer.look(idle.child)
+
+    def test_is_not_of_a_program_that_has_ended(self, front: Front, written: int) -> None:
+        """Which is about to be noticed anyway."""
+        gone = Clock("")
+        gone.process.wait()
+        run.Observer(front.leash, written, 60.0).look(gone.child)
+
+
+@pytest.fixture
+def both(area: Path) -> Iterator[ends.Ends]:
+    """Two open ends of a conversion."""
+    (area / "in").touch()
+    rules = grants.Rules(roots=(grants.files(area),))
+    grant = rules.convert(grants.request(area / "in", area / "out"))
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(paths.open_source(grant.source, grant.peer))
+        target = stack.enter_context(paths.open_target(grant))
+        dest = stack.enter_context(result.create(grant, target, whole_job.setup()))
+        link = chain.Link(source=source, info=plan.raw_info(0, 0))
+        yield ends.Ends(chain=(link,), dest=dest)
+
+
+def failed(both: ends.Ends, said: str, status: int = 1) -> errors.Failure:
+    """What a run of qemu-img that ended so failed of."""
+    planned = model.Plan(
+        chain=both.members,
+        dest_format="raw",
+        compression=model.Compression.NONE,
+        source_cache=CACHE,
+        dest_cache=CACHE,
+        argv=(),
+        command=(),
+        needed_bytes=5,
+        available_bytes=0,
+    )
+    outcome = qemu_img.Outcome(status=status, stdout=b"", stderr=said)
+    return run._failure(outcome, planned, both).failure()  # noqa: SLF001 - words that no disk
+    # here makes qemu-img say
+
+
+CACHE = model.ChosenCache(mode=model.CacheMode.NONE, reason="")
+FD = "qemu-img: Could not open '/proc/self/fd/8'"
+
+
+class TestFailures:
+    """What qemu-img says, and how it ends."""
+
+    @pytest.mark.parametrize(
+        ("said", "expected"),
+        [
+            ("qemu-img: error while writing at byte 0: No space left on device", "NO_SPACE"),
+            ("qemu-img: error while writing at byte 0: Disk quota exceeded", "QUOTA_EXCEEDED"),
+            (f'{FD}: Failed to get "write" lock\nIs another process using it?', "IMAGE_IN_USE"),
+            (f'{FD}: Failed to get shared "write" lock', "IMAGE_IN_USE"),
+            (f"{FD}: Invalid password, cannot unlock any keyslot", "WRONG_SECRET"),
+            ("qemu-img: Cannot allocate memory", "OUT_OF_MEMORY"),
+            ("qemu-img: Unknown compression type 'zstd'", "UNSUPPORTED"),
+            ("qemu-img: error while reading at byte 0: Input/output error", "READ_FAILED"),
+            ("qemu-img: error while writing at byte 0: Input/output error", "WRITE_FAILED"),
+            ("qemu-img: flush failed", "WRITE_FAILED"),
+            (f"qemu-img: {FD}: error while converting raw: Read-only file system", "WRITE_FAILED"),
+            (f"qemu-img: {FD}: error while converting raw: Invalid argument", "CONVERSION_FAILED"),
+            ("qemu-img: something that nobody has heard of", "CONVERSION_FAILED"),
+            ("", "CONVERSION_FAILED"),
+        ],
+    )
+    def test_its_words_are_told_from_each_other(
+        self, both: ends.Ends, said: str, expected: str
+    ) -> None:
+        """The result is discarded anyway; they decide only what the caller reads."""
+        assert failed(both, said).reason == expected
+
+    def test_only_the_systems_own_words_are_passed_on(self, both: ends.Ends) -> None:
+        """Never a name: it could be that of a file on this host."""
+        known = failed(both, "qemu-img: error while reading at byte 0: Input/output error")
+        assert known.message.endswith("could not be read in full: Input/output error")
+        unknown = failed(both, "qemu-img: error while reading '/etc/shadow': no luck")
+        assert "shadow" not in unknown.message
+        assert "the journal has qemu-img's words" in unknown.message
+
+    @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT, signal.SIGTRAP])
+    def test_one_that_got_no_memory_ends_by_a_signal(
+        self, both: ends.Ends, number: signal.Signals
+    ) -> None:
+        """The kernel's, or its own."""
+        assert failed(both, "", -number).reason == "OUT_OF_MEMORY"
+
+    def test_one_that_crashed_is_named_by_its_signal(self, both: ends.Ends) -> None:
+        """An image may have done it."""
+        failure = failed(both, "", -signal.SIGSEGV)
+        assert failure.message.endswith("qemu-img failed: ended by SIGSEGV")
+
+    def test_a_full_device_is_no_full_file_system(self, both: ends.Ends) -> None:
+        """There is no mount point at which to make room."""
+        place = grants.Rules(roots=(grants.devices("/dev/vg"),)).place("/dev/vg/lv")
+        device = devices.DeviceDest(place=place, fd=both.dest.fd, size_bytes=0, group=None)
+        thin = dataclasses.replace(both, dest=device)
+        failure = failed(thin, "qemu-img: error while writing: No space left on device")
+        assert failure.reason == "WRITE_FAILED"
+        assert failure.message.startswith("/dev/vg/lv: ")
+
+
+class TestWhole:
+    """With the real program."""
+
+    def converted(self, area: Path, *passphrases: bytes, **asked: object) -> whole_job.Said:
+        """Convert `in` to `out`, by a whole job."""
+        rules = grants.Rules(roots=(grants.files(area),))
+        source = asked.pop("source", None) or model.Source(path=str(area / "in"), format="raw")
+        assert isinstance(source, model.Source)
+        request = dataclasses.replace(grants.request(area / "in", area / "out"), source=source)
+        return whole_job.run(rules.convert(grants.to(request, **asked)), *passphrases)
+
+    def test_phases_come_in_their_order(self, area: Path) -> None:
+        """Each of them, and the percentage never falls."""
+        (area / "in").write_bytes(os.urandom(4 * MIB))
+        said = self.converted(area, format="qcow2")
+        told = [item.progress for item in said.events if isinstance(item, channel.Progressed)]
+        phases = list(dict.fromkeys(item.phase for item in told))
+        assert phases == [
+            model.Phase.PREPARING,
+            model.Phase.CONVERTING,
+            model.Phase.FLUSHING,
+            model.Phase.PUBLISHING,
+        ]
+        percents = [item.percent for item in told]
+        assert percents == sorted(percents)
+
+    @pytest.mark.xfail(
+        strict=True, reason="qemu-img reads what is beyond a file's end as zeroes, and says nothing"
+    )
+    def test_a_source_whose_clusters_are_cut_off_is_not_converted(self, area: Path) -> None:
+        """`qemu-img check` would know; a conversion does not ask."""
+        (area / "raw").write_bytes(os.urandom(4 * MIB))
+        argv = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2"]
+        subprocess.run([*argv, str(area / "raw"), str(area / "in")], check=True)
+        os.truncate(area / "in", MIB)
+        source = model.Source(path=str(area / "in"), format="qcow2")
+        assert self.converted(area, source=source).reason != "done"
+
+    def test_encrypted_at_both_ends_it_takes_both_passphrases(self, area: Path, luks: Path) -> None:
+        """Each at its own end; a wrong one has its own condition."""
+        (area / "in").write_bytes(luks.read_bytes())
+        source = model.Source(path=str(area / "in"), format="luks", encrypted=True)
+        fast = model.Encryption(iter_time_ms=1)
+        wrong = self.converted(
+            area, b"wrong", b"new", source=source, format="luks", encryption=fast
+        )
+        assert wrong.reason == "WRONG_SECRET"
+        done = self.converted(area, PASSPHRASE, source=source)
+        assert done.published.published
+        assert (area / "out").read_bytes() == b"\x5a" * MIB
+
+    def test_an_encrypted_source_without_its_passphrase_is_refused(
+        self, area: Path, luks: Path
+    ) -> None:
+        """Found out by its header."""
+        (area / "in").write_bytes(luks.read_bytes())
+        source = model.Source(path=str(area / "in"))
+        assert self.converted(area, source=source).reason == "SECRET_MISSING"
+
+    def test_a_caller_that_goes_ends_it_and_leaves_nothing(self, area: Path) -> None:
+        """Closing the job's channel is enough."""
+        (area / "in").write_bytes(os.urandom(16 * MIB))
+        rules = grants.Rules(roots=(grants.files(area),))
+        slow = dataclasses.replace(
+            grants.request(area / "in", area / "out"), rate_limit_bytes_per_second=MIB
+        )
+        with whole_job.started(rules.convert(slow)) as (_, line):
+            while not isinstance(line.receive(*channel.FROM_JOB)[0], channel.Planned):
+                pass
+        assert os.listdir(area) == ["in"]
+
+    def test_a_signal_ends_it_and_leaves_nothing(self, area: Path) -> None:
+        """As the broker sends it."""
+        (area / "in").write_bytes(os.urandom(16 * MIB))
+        rules = grants.Rules(roots=(grants.files(area),))
+        slow = dataclasses.replace(
+            grants.request(area / "in", area / "out"), rate_limit_bytes_per_second=MIB
+        )
+        with whole_job.started(rules.convert(slow)) as (job, line):
+            while not isinstance(line.receive(*channel.FROM_JOB)[0], channel.Planned):
+                pass
+            job.signal(signal.SIGTERM)
+            with contextlib.suppress(channel.Closed):
+                while True:
+                    assert not isinstance(line.receive(*channel.FROM_JOB)[0], channel.Failed)
+        assert os.listdir(area) == ["in"]
+
+    def test_one_that_takes_too_long_is_ended(self, area: Path) -> None:
+        """By the policy's `duration`."""
+        (area / "in").write_bytes(os.urandom(16 * MIB))
+        limits = model.Limits(duration_s=0.3)
+        rules = grants.Rules(roots=(grants.files(area),), limits=limits)
+        slow = dataclasses.replace(
+            grants.request(area / "in", area / "out"), rate_limit_bytes_per_second=MIB
+        )
+        assert whole_job.run(rules.convert(slow)).reason == "DURATION_EXCEEDED"
+        assert os.listdir(area) == ["in"]
+
+
+PASSPHRASE = b"correct horse"
+
+
+@pytest.fixture(scope="module")
+def luks(shared_area: Path) -> Path:
+    """An encrypted image of one MiB. Making one takes seconds: qemu-img measures the machine."""
+    (shared_area / "raw").write_bytes(b"\x5a" * MIB)
+    secret = ["--object", f"secret,id=s,data={PASSPHRASE.decode()}"]
+    argv = [
+        "qemu-img",
+        "convert",
+        *secret,
+        "-f",
+        "raw",
+        "-O",
+        "luks",
+        "-o",
+        "key-secret=s,iter-time=1",
+    ]
+    path = shared_area / "luks"
+    subprocess.run([*argv, str(shared_area / "raw"), str(path)], check=True)
+    return path
+
+
+class TestLeash:
+    """What ends a job before its work is done."""
+
+    def test_a_front_that_listens_lets_it_go_on(self, front: Front) -> None:
+        """And time that is left."""
+        front.leash.check()
+        assert 0 <= front.leash.seconds < 60
+
+    def test_a_front_that_is_gone_cuts_it(self, front: Front) -> None:
+        """Wherever it looks, and whatever it says."""
+        front.line.close()
+        for act in (
+            front.leash.check,
+            lambda: front.leash.tell(channel.Done(call=1)),
+            lambda: front.leash.progress(model.Phase.CONVERTING),
+        ):
+            with pytest.raises(leash.Cut):
+                act()
+
+    def test_what_is_too_long_to_be_told_is_said_to_be(self, front: Front) -> None:
+        """An image may have thousands of snapshots."""
+        with pytest.raises(errors.Unsupported, match="does not fit into a message"):
+            front.leash.tell(channel.Inspected(chain=(), complete=True, raw_json="x" * 200_000))
+
+    def test_a_signal_waits_where_there_is_no_way_back(self) -> None:
+        """What is published is reported first."""
+
+        def act() -> list[str]:
+            leash.end_on_sigterm()
+            seen = []
+            try:
+                with leash.no_way_back():
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    seen.append("published")
+            except leash.Cut:
+                seen.append("cut")
+            return seen
+
+        assert in_child(act) == ["published", "cut"]
