@@ -1,0 +1,191 @@
+"""The broker's table of jobs: who waits where, and what is said of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+from collections.abc import Iterator
+
+import grants
+import pytest
+import refusals
+
+from convertd_daemon import channel, model
+from convertd_daemon.broker import accept, jobs
+
+RULES = grants.Rules(roots=(grants.files("/images"), grants.devices("/dev/vg")))
+LIMITS = model.Limits(jobs=1, queue=3, inspections=2)
+
+
+@pytest.fixture
+def connection() -> Iterator[accept.Connection]:
+    """Somebody connected."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        admitted = accept.Connections(model.Limits()).admit(ours)
+        assert admitted is not None
+        yield admitted
+
+
+@pytest.fixture
+def table() -> jobs.Jobs:
+    """No jobs yet."""
+    return jobs.Jobs(LIMITS)
+
+
+def to(dest: str, **changes: object) -> channel.Granted:
+    """Leave to convert to a file of that name."""
+    request = grants.request("/images/a", dest)
+    return channel.Granted(RULES.convert(dataclasses.replace(request, **changes)))  # type: ignore[arg-type]
+
+
+LOOK = channel.Granted(RULES.inspect(model.Source(path="/images/a")))
+
+
+def test_a_look_never_waits_behind_a_conversion(
+    table: jobs.Jobs, connection: accept.Connection
+) -> None:
+    """Inspect, and what is only to be checked."""
+    table.add(1, connection, to("/images/b"))
+    look = table.add(2, connection, LOOK)
+    check = table.add(3, connection, to("/images/b", validate_only=True))
+    assert (len(table.conversions), len(table.looks)) == (1, 2)
+    assert [table.looks.next(), table.looks.next()] == [look, check]
+
+
+def test_one_destination_is_one_jobs_at_a_time(
+    table: jobs.Jobs, connection: accept.Connection
+) -> None:
+    """Until it has published, or is gone; a look at the same path does not count."""
+    first = table.add(1, connection, to("/images/b"))
+    table.add(2, connection, to("/images/b", validate_only=True))
+    busy = refusals.reason_of(lambda: table.add(3, connection, to("/images/b")))
+    assert busy == "DEST_BUSY"
+    assert len(table) == 2
+    first.finished = True
+    second = table.add(3, connection, to("/images/b"))
+    table.remove(second)
+    table.add(4, connection, to("/images/b"))
+
+
+def test_one_that_has_no_room_to_wait_is_in_no_list(
+    table: jobs.Jobs, connection: accept.Connection
+) -> None:
+    """It is refused, and nothing of it stays."""
+    for number in range(3):
+        table.add(number, connection, to(f"/images/{number}"))
+    full = refusals.reason_of(lambda: table.add(9, connection, to("/images/9")))
+    assert full == "QUEUE_FULL"
+    assert table.of_call(9) is None
+    assert len(table) == 3
+
+
+def test_a_job_is_found_by_whatever_names_it(
+    table: jobs.Jobs, connection: accept.Connection
+) -> None:
+    """Its id, its call, its process, its connection."""
+    job = table.add(7, connection, to("/images/b"))
+    job.pid = 4711
+    assert table.find(job.job_id) is job
+    assert table.of_call(7) is job
+    assert table.of_process(4711) is job
+    assert table.of_connection(connection.number) == [job]
+    for found in (table.find("x"), table.of_call(8), table.of_process(1)):
+        assert found is None
+    assert table.of_connection(connection.number + 1) == []
+
+
+def test_ids_are_not_to_be_guessed(table: jobs.Jobs, connection: accept.Connection) -> None:
+    """Whoever knows one could ask to cancel it; that it is refused is another thing."""
+    ids = {table.add(number, connection, LOOK).job_id for number in range(3)}
+    assert len(ids) == 3
+    assert all(len(job_id) == 12 for job_id in ids)
+
+
+def test_who_waits_is_told_when_the_place_in_the_queue_changes(
+    table: jobs.Jobs, connection: accept.Connection
+) -> None:
+    """And only then; it counts from one, in each of the two queues."""
+    first, second = (table.add(number, connection, to(f"/images/{number}")) for number in (1, 2))
+    look = table.add(3, connection, LOOK)
+    assert [(job, job.position) for job in table.moved()] == [(first, 1), (second, 2), (look, 1)]
+    assert list(table.moved()) == []
+    assert table.conversions.next() is first
+    assert [(job, job.position) for job in table.moved()] == [(second, 1)]
+
+
+def test_a_job_that_is_removed_gives_its_place_back(
+    table: jobs.Jobs, connection: accept.Connection
+) -> None:
+    """Whether it waited or ran; its passphrases are closed."""
+    reader, writer = os.pipe()
+    os.close(writer)
+    granted = channel.Granted(to("/images/b").grant, (reader,))
+    running = table.add(1, connection, granted)
+    waiting = table.add(2, connection, to("/images/c"))
+    assert table.conversions.next() is running
+    assert table.conversions.next() is None
+    table.remove(waiting)
+    table.remove(running)
+    assert (len(table), table.conversions.running, len(table.conversions)) == (0, 0, 0)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(reader)
+
+
+def test_new_limits_hold_at_once(table: jobs.Jobs, connection: accept.Connection) -> None:
+    """As the policy was reloaded."""
+    for number in (1, 2):
+        table.add(number, connection, to(f"/images/{number}"))
+    assert table.conversions.next() is not None
+    assert table.conversions.next() is None
+    table.bound(dataclasses.replace(LIMITS, jobs=2))
+    assert table.conversions.next() is not None
+
+
+def test_a_list_shows_what_was_asked_and_nothing_secret(
+    table: jobs.Jobs, connection: accept.Connection
+) -> None:
+    """Paths and formats in the caller's own words."""
+    job = table.add(1, connection, to("/images/b", label="nightly"))
+    job.position = 2
+    assert job.entry(9) == channel.JobEntry(
+        call=9,
+        job_id=job.job_id,
+        uid=grants.CALLER.uid,
+        source="/images/a",
+        source_format="raw",
+        dest="/images/b",
+        dest_format="raw",
+        label="nightly",
+        state=channel.JobState.QUEUED,
+        position=2,
+        queued=job.queued,
+        started=None,
+    )
+    look = table.add(2, connection, LOOK).entry(9)
+    assert (look.dest, look.dest_format, look.label) == ("", "", "")
+
+
+@pytest.mark.parametrize(
+    ("dest", "state", "expected"),
+    [
+        ("/dev/vg/lv", jobs.State.RUNNING, True),
+        ("/dev/vg/lv", jobs.State.ENDING, True),
+        ("/dev/vg/lv", jobs.State.WAITING, False),
+        ("/images/b", jobs.State.RUNNING, False),
+    ],
+)
+def test_a_device_may_be_half_written_once_its_job_runs(
+    table: jobs.Jobs,
+    connection: accept.Connection,
+    dest: str,
+    state: jobs.State,
+    expected: bool,  # noqa: FBT001
+) -> None:
+    """Which is what is said if it then ends without a word."""
+    job = table.add(1, connection, to(dest))
+    job.state = state
+    assert job.is_writing_a_device is expected
+    job.finished = True
+    assert job.is_writing_a_device is False
