@@ -41,8 +41,13 @@ uninstall:
 	[[ -n "$(DESTDIR)" ]] || packaging/goodbye again
 
 # An installable package, in dist/.
-deb: installable
+deb: dist/.made
+
+dist/.made: build/wheels/.made $(MAN_PAGES) $(shell find packaging docs/man -type f) CHANGELOG.md \
+  docs/operations.md
+	rm -rf dist
 	packaging/deb "$(VERSION)"
+	touch $@
 
 # The daemon and all it needs from PyPI, so that `install` itself needs no network.
 build/wheels/.made: build/dist/.made
