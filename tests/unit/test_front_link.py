@@ -86,7 +86,7 @@ def run(test: Test) -> None:
     async def bounded() -> None:
         ours, theirs = channel.Channel.pair()
         with ours, theirs:
-            broker = link.Link(ours, relay.Relay("/nowhere"), Prober())
+            broker = link.Link(ours, relay.Relay("/nowhere", lambda: bytes), Prober())
             await asyncio.wait_for(test(broker, Broker(theirs)), DEADLINE_S)
             asyncio.get_running_loop().remove_reader(ours.fileno())
             asyncio.get_running_loop().remove_writer(ours.fileno())

@@ -22,6 +22,11 @@ MIB = 1024 * KIB
 DEADLINE_S = 20.0
 
 
+def unscreened() -> relay.Passed:
+    """What passes is of no interest here; tests of screen.py tell."""
+    return bytes
+
+
 class Upstream:
     """What stands in for gRPC: it accepts, and says what a test wants it to say."""
 
@@ -70,7 +75,7 @@ def path() -> Iterator[Path]:
 @contextlib.asynccontextmanager
 async def carried(path: Path) -> AsyncIterator[tuple[relay.Relay, Peer, socket.socket, str]]:
     """A connection that is carried: the relay, both far ends, and the name gRPC has for it."""
-    upstream, peer, a_relay = Upstream(path), Peer(), relay.Relay(str(path))
+    upstream, peer, a_relay = Upstream(path), Peer(), relay.Relay(str(path), unscreened)
     with contextlib.closing(upstream.sock), contextlib.closing(peer):
         a_relay.carry(7, peer.descriptor)
         there, name = await upstream.accept()
@@ -155,7 +160,7 @@ def test_two_connections_never_have_one_name(path: Path) -> None:
     """Even of one peer, one after the other."""
 
     async def test() -> None:
-        upstream, a_relay = Upstream(path), relay.Relay(str(path))
+        upstream, a_relay = Upstream(path), relay.Relay(str(path), unscreened)
         names = {}
         with contextlib.closing(upstream.sock):
             for number in range(20):
@@ -214,7 +219,7 @@ def test_a_full_backlog_is_waited_for(path: Path) -> None:
     """AF_UNIX answers EAGAIN; the peer's bytes wait meanwhile, and nobody else does."""
 
     async def test() -> None:
-        upstream, a_relay = Upstream(path, backlog=0), relay.Relay(str(path))
+        upstream, a_relay = Upstream(path, backlog=0), relay.Relay(str(path), unscreened)
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.closing(upstream.sock))
             peers = [stack.enter_context(contextlib.closing(Peer())) for _ in range(8)]
@@ -282,7 +287,7 @@ def test_without_a_server_the_connection_ends(path: Path) -> None:
     """It is not kept for one that may come."""
 
     async def test() -> None:
-        a_relay, peer = relay.Relay(str(path)), Peer()
+        a_relay, peer = relay.Relay(str(path), unscreened), Peer()
         with contextlib.closing(peer):
             a_relay.carry(1, peer.descriptor)
             assert await peer.receive() == b""
@@ -296,7 +301,12 @@ def test_out_of_descriptors_a_connection_ends_and_leaves_no_name(path: Path) -> 
     """And the next one, when there are some again, is carried."""
 
     async def scene() -> None:
-        upstream, a_relay, peer, late = Upstream(path), relay.Relay(str(path)), Peer(), Peer()
+        upstream, a_relay, peer, late = (
+            Upstream(path),
+            relay.Relay(str(path), unscreened),
+            Peer(),
+            Peer(),
+        )
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
         a_relay.carry(1, peer.descriptor)

@@ -20,7 +20,7 @@ import zoneinfo
 from typing import Final
 
 from convertd_daemon import channel
-from convertd_daemon.front import link, prober, relay, server, service
+from convertd_daemon.front import link, prober, relay, screen, server, service
 from convertd_daemon.kernel import prctl
 from convertd_daemon.sandbox import confine, seccomp
 
@@ -66,7 +66,7 @@ def _remember_sources() -> None:
 
 async def _serve(line: channel.Channel, private: str) -> None:
     path = f"{private}/grpc.sock"
-    carrier = relay.Relay(path)
+    carrier = relay.Relay(path, lambda: screen.Screen().pass_on)
     watcher = prober.Prober(f"{private}/probe.sock", service.SERVICE)
     broker = link.Link(line, carrier, watcher)
     serving = await server.start(path, broker, carrier)

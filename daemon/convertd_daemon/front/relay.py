@@ -14,9 +14,15 @@ import contextlib
 import logging
 import secrets
 import socket
+from collections.abc import Callable
 from typing import Final
 
+from convertd_daemon.front import screen
+
 log = logging.getLogger(__name__)
+
+Passed = Callable[[bytes], bytes]
+"""What may go on of the bytes that came. Raises screen.Refused if nothing may any more."""
 
 BUFFER_BYTES: Final = 64 * 1024
 """What may wait in each direction before the other side is not read any more."""
@@ -25,9 +31,10 @@ BUFFER_BYTES: Final = 64 * 1024
 class Relay:
     """The connections that are being carried, by the name that gRPC knows them under."""
 
-    def __init__(self, upstream_path: str) -> None:
-        """Carry to the gRPC server at this path."""
+    def __init__(self, upstream_path: str, screened: Callable[[], Passed]) -> None:
+        """Carry to the gRPC server at this path, through a screen for each connection."""
         self.upstream_path = upstream_path
+        self._screened = screened
         self._numbers: dict[str, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -76,7 +83,7 @@ class Relay:
             # First forget the name, then close: nobody may find it under somebody else's number.
             stack.callback(self._numbers.pop, peer, None)
             await _connect(upstream, self.upstream_path)
-            await join(asyncio.get_running_loop(), downstream, upstream)
+            await join(asyncio.get_running_loop(), downstream, upstream, self._screened())
 
 
 async def _connect(sock: socket.socket, path: str) -> None:
@@ -92,11 +99,19 @@ async def _connect(sock: socket.socket, path: str) -> None:
             return
 
 
-async def join(loop: asyncio.AbstractEventLoop, one: socket.socket, other: socket.socket) -> None:
-    """Carry both ways until one side ends; then the connection is over, both ways."""
+async def join(
+    loop: asyncio.AbstractEventLoop,
+    one: socket.socket,
+    other: socket.socket,
+    passed: Passed = bytes,
+) -> None:
+    """Carry both ways until one side ends; then the connection is over, both ways.
+
+    What the `one` says goes through `passed`.
+    """
     ways = {
-        loop.create_task(_pump(loop, one, other)),
-        loop.create_task(_pump(loop, other, one)),
+        loop.create_task(_pump(loop, one, other, passed)),
+        loop.create_task(_pump(loop, other, one, bytes)),
     }
     try:
         await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
@@ -107,14 +122,17 @@ async def join(loop: asyncio.AbstractEventLoop, one: socket.socket, other: socke
 
 
 async def _pump(
-    loop: asyncio.AbstractEventLoop, source: socket.socket, sink: socket.socket
+    loop: asyncio.AbstractEventLoop, source: socket.socket, sink: socket.socket, passed: Passed
 ) -> None:
     """Carry one way. What one side sends before the other listens waits in the kernel.
 
     No buffer is kept while there is nothing to carry: for 1,000 connections that would be 128 MiB.
     """
-    while data := await loop.sock_recv(source, BUFFER_BYTES):
-        await loop.sock_sendall(sink, data)
+    try:
+        while data := await loop.sock_recv(source, BUFFER_BYTES):
+            await loop.sock_sendall(sink, passed(data))
+    except screen.Refused as error:
+        log.debug("connection ended: %s", error)
 
 
 def _end(sock: socket.socket) -> None:

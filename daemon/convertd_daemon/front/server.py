@@ -29,6 +29,8 @@ OPTIONS: Final = (
     # keepalive_timeout_ms is ignored; this one decides.
     ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.so_reuseport", 0),
+    # Metadata that is not text comes in base64: screen.py lets nothing else pass.
+    ("grpc.http2.true_binary", 0),
 )
 
 

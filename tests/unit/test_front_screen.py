@@ -1,0 +1,140 @@
+"""What of a peer's bytes reaches gRPC: all, unless a header block is not plain text."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import struct
+
+import pytest
+from hostile import http2
+from hostile.http2 import Kind
+from hypothesis import given
+from hypothesis import strategies as some
+
+from convertd_daemon.front import screen
+
+RFC_EXAMPLE = bytes.fromhex("f1e3c2e5f23a6ba0ab90f4ff")
+"""www.example.com. Source: RFC 7541, C.4.1."""
+
+
+def passed(data: bytes, *cuts: int) -> bytes:
+    """What passes a screen of bytes that come in pieces."""
+    one, places = screen.Screen(), sorted({0, *(cut % (len(data) + 1) for cut in cuts), len(data)})
+    return b"".join(one.pass_on(data[a:b]) for a, b in itertools.pairwise(places))
+
+
+def headers(block: bytes, flags: int = http2.END_HEADERS) -> bytes:
+    """A connection that begins with this header block."""
+    return http2.opening(http2.frame(Kind.HEADERS, block, flags=flags, stream=1))
+
+
+def coded(text: bytes) -> bytes:
+    """A header block with a path that is said in Huffman's code."""
+    return b"\x04" + bytes([0x80 | len(text)]) + text
+
+
+@given(some.lists(some.integers(0, 10_000)))
+def test_calls_pass_as_they_are_however_they_are_cut(cuts: list[int]) -> None:
+    """Byte by byte, too."""
+    data = http2.opening(http2.call(1, b"a" * 300), http2.frame(Kind.PING, bytes(8)), http2.call(3))
+    assert passed(data, *cuts) == data
+
+
+@given(some.binary(max_size=400), some.lists(some.integers(0, 500)))
+def test_nothing_is_made_up(noise: bytes, cuts: list[int]) -> None:
+    """Whatever comes, what passes is a beginning of it, or the connection ends."""
+    data = http2.opening(noise)
+    with contextlib.suppress(screen.Refused):
+        assert data.startswith(passed(data, *cuts))
+
+
+@given(some.binary(max_size=60))
+def test_a_block_is_refused_or_plain_and_nothing_else(block: bytes) -> None:
+    """Noise raises nothing that the relay does not expect."""
+    with contextlib.suppress(screen.Refused):
+        screen.check(block)
+
+
+def test_a_block_in_several_frames_passes_when_it_is_whole() -> None:
+    """Nothing of it before: its last letter might be the one that is not plain."""
+    block = http2.block()
+    first = http2.opening(http2.frame(Kind.HEADERS, block[:9], stream=1))
+    more = http2.frame(Kind.CONTINUATION, block[9:20], stream=1)
+    last = http2.frame(Kind.CONTINUATION, block[20:], flags=http2.END_HEADERS, stream=1)
+    one = screen.Screen()
+    assert one.pass_on(first) == http2.opening()
+    assert one.pass_on(more) == b""
+    assert one.pass_on(last) == first[len(http2.opening()) :] + more + last
+
+
+def test_a_priority_is_no_part_of_the_block() -> None:
+    """Some clients still send one."""
+    data = headers(b"\xff\xff\xff\xff\xff" + http2.block(), flags=http2.END_HEADERS | 0x20)
+    assert passed(data) == data
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(b"\x82\x84\x87", id="fields-of-the-table"),
+        pytest.param(b"\x3f\xe1\x1f", id="a-new-size-of-the-table"),
+        pytest.param(b"\x44\x01/", id="a-path-to-keep"),
+        pytest.param(b"\x14\x01/", id="a-path-never-to-keep"),
+        pytest.param(b"\x40\x01a\x01b", id="a-name-of-its-own"),
+        pytest.param(b"\x7f\x10\x01b", id="a-name-of-an-earlier-block"),
+        pytest.param(b"\x04\x7f\x08" + b"a" * 135, id="a-long-text"),
+        pytest.param(coded(RFC_EXAMPLE), id="a-coded-text"),
+        pytest.param(coded(b""), id="an-empty-text"),
+    ],
+)
+def test_plain_text_passes(block: bytes) -> None:
+    """In each of the ways in which it can be said."""
+    assert passed(headers(block)) == headers(block)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(b"\x04\x02/\xf4", id="a-path"),
+        pytest.param(b"\x44\x02/\xf4", id="a-path-to-keep"),
+        pytest.param(b"\x14\x02/\xf4", id="a-path-never-to-keep"),
+        pytest.param(b"\x00\x01\xc3\x01a", id="a-name"),
+        pytest.param(b"\x82\x00\x01a\x02\xc3\xa9", id="a-value-that-is-utf-8"),
+        pytest.param(coded(bytes.fromhex("fffe3f")), id="a-coded-letter-that-is-not-ascii"),
+        pytest.param(coded(bytes.fromhex("ffffff")), id="a-coded-end"),
+        pytest.param(coded(RFC_EXAMPLE + b"\xff"), id="padding-of-a-byte"),
+        pytest.param(coded(b"\x18"), id="padding-of-noughts"),
+        pytest.param(b"\x04\x02/", id="a-text-that-is-cut-off"),
+        pytest.param(b"\x04", id="no-text"),
+        pytest.param(b"\x04\x7f\xff\xff\xff\xff\xff\x01", id="a-length-without-end"),
+        pytest.param(b"\xff", id="an-index-without-end"),
+    ],
+)
+def test_what_is_not_plain_is_refused(block: bytes) -> None:
+    """The connection is over before gRPC sees it."""
+    with pytest.raises(screen.Refused):
+        passed(headers(block))
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        pytest.param(http2.frame(Kind.HEADERS, b"\0", flags=0x0C, stream=1), id="padding"),
+        pytest.param(http2.frame(Kind.CONTINUATION, b"", flags=4, stream=1), id="a-continuation"),
+        pytest.param(
+            http2.frame(Kind.HEADERS, b"\x82", stream=1) + http2.frame(Kind.PING, bytes(8)),
+            id="a-block-that-is-interrupted",
+        ),
+        pytest.param(struct.pack(">I", 70_000)[1:] + b"\x01\x04\0\0\0\x01", id="a-long-block"),
+        pytest.param(
+            http2.frame(Kind.HEADERS, b"\x82", stream=1)
+            + http2.frame(Kind.CONTINUATION, b"\x82" * 16000, stream=1) * 5,
+            id="a-block-without-end",
+        ),
+    ],
+)
+def test_frames_that_no_client_sends_are_refused(frames: bytes) -> None:
+    """Those about which gRPC might think differently than we do."""
+    with pytest.raises(screen.Refused):
+        passed(http2.opening(frames))
