@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-pytest_plugins = ("forbid_skips", "harness.fixtures", "pytester")
+pytest_plugins = ("forbid_skips", "properties", "harness.fixtures", "pytester")

@@ -100,6 +100,7 @@ def test_an_integer_is_a_fine_float() -> None:
         pytest.param(altered(__class__="Inner"), id="a-field-that-python-has"),
         pytest.param(altered(text=1), id="a-number-for-a-text"),
         pytest.param(altered(text=None), id="null-for-a-text"),
+        pytest.param(altered(text="\udcff"), id="a-text-that-is-not-unicode"),
         pytest.param(altered(count="1"), id="a-text-for-a-number"),
         pytest.param(altered(count=1.0), id="a-fraction-for-an-integer"),
         pytest.param(altered(count=True), id="true-for-an-integer"),
