@@ -122,6 +122,9 @@ def _become_front(user: Identity, descriptor: int, private: str) -> NoReturn:
             # Its atfork handlers are for programs that fork; this one can't. Source: grpc's
             # doc/fork_support.md.
             "GRPC_ENABLE_FORK_SUPPORT": "0",
+            # gRPC's core logs what a peer says, newlines and all: whoever could connect could write
+            # any line into our log. Source: grpc's doc/environment_variables.md.
+            "GRPC_VERBOSITY": "NONE",
         }
         argv = [sys.executable, "-m", "convertd_daemon.front", private]
         os.execve(sys.executable, argv, environment)

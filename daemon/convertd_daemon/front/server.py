@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Final
 
 import grpc
@@ -34,8 +35,17 @@ OPTIONS: Final = (
 )
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a record of gRPC's tells more than that a peer went away in the middle of a call.
+
+    That comes with a traceback, as often as a peer likes.
+    """
+    return "ExecuteBatchError raised in core" not in record.msg
+
+
 async def start(path: str, broker: Link, relay: Relay) -> grpc.aio.Server:
     """Make the server and listen at the internal path."""
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
     server = grpc.aio.server(options=OPTIONS)
     server.add_generic_rpc_handlers((service.ConvertService(broker, relay).handler(),))
     checks = health.aio.HealthServicer()
