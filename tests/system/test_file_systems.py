@@ -157,7 +157,7 @@ def test_where_there_are_no_unnamed_files_a_result_is_published_all_the_same(
     """FUSE has no O_TMPFILE. The temporary's name is gone when the call returns."""
     with cleared(by_fuse):
         alice.convert(conversion(source, by_fuse / "dest.qcow2")).result()
-        assert os.listdir(by_fuse) == ["dest.qcow2"]
+        waiting.until(lambda: os.listdir(by_fuse) == ["dest.qcow2"], "the result alone")
         assert owner_of(by_fuse / "dest.qcow2") == (ALICE.uid, ALICE.gid, 0o600)
         assert images.identical(source, by_fuse / "dest.qcow2")
 
@@ -171,7 +171,7 @@ def test_where_there_are_no_unnamed_files_one_is_overwritten_in_one_step(
         dest.write_bytes(b"old")
         os.chown(dest, ALICE.uid, ALICE.gid)
         assert alice.convert(conversion(source, dest, overwrite=True)).result().replaced
-        assert os.listdir(by_fuse) == ["dest.qcow2"]
+        waiting.until(lambda: os.listdir(by_fuse) == ["dest.qcow2"], "the result alone")
         assert images.identical(source, dest)
 
 
@@ -186,7 +186,8 @@ def test_where_there_are_no_unnamed_files_a_failure_leaves_none(
     refusal = alice.convert(request).refusal()
     assert (refusal.status, refusal.reason) == ("DATA_LOSS", "READ_FAILED")
     assert refusal.metadata == {"path": str(source), "problem": "Input/output error"}
-    assert os.listdir(by_fuse) == []
+    # libfuse hides what is removed while it is open, until it hears of the last close.
+    waiting.until(lambda: os.listdir(by_fuse) == [], "no file")
 
 
 def slow(source: Path, dest: Path) -> pb.ConvertRequest:
