@@ -37,7 +37,7 @@ PYTEST_FLAGS :=
 build: $(ENV)/.installed
 
 # Everything: first the checks, then the tests, so that pytest has the last word.
-test: check packages users peers
+test: check packages users peers installable deb
 	$(ENV)/bin/pytest $(PYTEST_FLAGS)
 
 check: $(ENV)/.installed

@@ -78,7 +78,7 @@ def test_a_policy_that_grants_nothing_needs_nothing() -> None:
         pytest.param("/srv/100%", "ReadWritePaths=-/srv/100%%", id="specifier"),
         pytest.param("/srv/a b'c", 'ReadWritePaths="-/srv/a b\'c"', id="blank-and-quote"),
         pytest.param("/srv/\u00e9", 'ReadWritePaths="-/srv/\u00e9"', id="not-ascii"),
-        pytest.param("/home/x", "ProtectHome=read-only", id="home"),
+        pytest.param("/root/x", "ProtectHome=read-only", id="home"),
         pytest.param("/var/tmp/x", "PrivateTmp=no", id="temporary"),  # noqa: S108 - a name
     ],
 )

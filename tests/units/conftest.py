@@ -17,7 +17,7 @@ ALICE = 1234
 def built() -> Path:
     """The checkout, with all made that an install needs."""
     subprocess.run(
-        ["make", "--silent", "installable"], cwd=booted.REPOSITORY, check=True, timeout=100
+        ["make", "--silent", "installable"], cwd=booted.REPOSITORY, check=True, timeout=280
     )
     return booted.REPOSITORY
 
@@ -30,3 +30,11 @@ def machine(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[b
         fresh.run("useradd", f"--uid={ALICE}", "alice")
         fresh.run("systemctl", "enable", "--now", "convertd.socket")
         yield fresh
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Allow these tests to take longer: the first of each file may build, and boots."""
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(here):
+            item.add_marker(pytest.mark.timeout(300))

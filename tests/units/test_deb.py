@@ -16,7 +16,7 @@ ALICE = 1234
 @pytest.fixture(scope="module")
 def package(built: Path) -> Path:
     """What `make deb` makes."""
-    subprocess.run(["make", "--silent", "deb"], cwd=built, check=True, timeout=100)
+    subprocess.run(["make", "--silent", "deb"], cwd=built, check=True, timeout=280)
     (made,) = (built / "dist").glob("convertd_*.deb")
     return made
 

@@ -50,10 +50,8 @@ def processes(machine: booted.Machine) -> list[str]:
 def begin(machine: booted.Machine, name: str) -> subprocess.Popen[str]:
     """Start a conversion that takes minutes, as Alice, and wait until qemu-img is at work."""
     machine.run("rm", "-f", f"{IMAGES}/{name}")
-    machine.run("qemu-img", "create", "-q", "-f", "raw", f"{IMAGES}/big.raw", "300M")
-    machine.run(
-        "dd", "if=/dev/urandom", f"of={IMAGES}/big.raw", "bs=1M", "count=200", "status=none"
-    )
+    machine.run("qemu-img", "create", "-q", "-f", "raw", f"{IMAGES}/big.raw", "100M")
+    machine.run("dd", "if=/dev/urandom", f"of={IMAGES}/big.raw", "bs=1M", "count=90", "status=none")
     running = machine.start(
         *("convertctl", "convert", f"{IMAGES}/big.raw", f"{IMAGES}/{name}"),
         *("-f", "raw", "-O", "raw", SLOW, "-q"),
