@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 NAMES_A_FILE: Final = frozenset({"filename", "data-file"})
 """The keys of format-specific information under which qemu tells the name of another file."""
 
+MAX_SIZE_BYTES: Final = 2**63 - 1
+"""What off_t holds."""
+
 LOCKED: Final = "lock"
 NOT_THIS_FORMAT: Final = re.compile(
     r"(image|volume) (is )?not in \w+ format( \(bad signature \w+\))?"
@@ -150,9 +153,9 @@ def _parse(said: dict[str, Any], source: Source) -> model.ImageInfo:
     specific = said.get("format-specific", {}).get("data", {})
     return model.ImageInfo(
         format=str(said["format"]),
-        virtual_size_bytes=int(said["virtual-size"]),
-        actual_size_bytes=int(said.get("actual-size", source.allocated_bytes)),
-        cluster_size_bytes=int(said.get("cluster-size", 0)),
+        virtual_size_bytes=_size(said["virtual-size"]),
+        actual_size_bytes=_size(said.get("actual-size", source.allocated_bytes)),
+        cluster_size_bytes=_size(said.get("cluster-size", 0)),
         encrypted=bool(said.get("encrypted", False)),
         dirty=bool(said.get("dirty-flag", False)),
         corrupt=bool(specific.get("corrupt", False)),
@@ -162,6 +165,13 @@ def _parse(said: dict[str, Any], source: Source) -> model.ImageInfo:
         bitmaps=tuple(str(item["name"]) for item in specific.get("bitmaps", ())),
         details=tuple(_flat("", specific)),
     )
+
+
+def _size(value: object) -> int:
+    """A number of bytes that can be one. A vpc's header can have qemu-img print a negative one."""
+    if type(value) is not int or not 0 <= value <= MAX_SIZE_BYTES:
+        raise ValueError(f"not a size: {value!r:.40}")
+    return value
 
 
 def _flat(prefix: str, value: object) -> Iterator[tuple[str, str]]:
