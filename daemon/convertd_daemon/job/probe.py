@@ -85,6 +85,8 @@ def describe(
         raise _refusal(source, stated, outcome)
     try:
         said = json.loads(outcome.stdout)
+        # JSON can escape half a character, which no message can hold.
+        json.dumps(said, ensure_ascii=False).encode()
         info = _parse(said, source)
         is_elsewhere = _is_elsewhere(said, source)
     except _NOT_UNDERSTOOD as error:
