@@ -1,0 +1,186 @@
+"""A qemu-img that an image has taken over, as the job sees it. What it may do: tests/kernel.
+
+It runs where the real one was when the daemon started: each job opens the program anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from harness.callers import ALICE, BOB
+from harness.daemon import Daemon
+from hostile import asking, program
+from hostile.program import Behaviour
+from hostile.secret import Secret
+
+POLICY: Final = """
+qemu_img = "{scratch}/program/qemu-img"
+[limits]
+duration = "2 s"
+[roots.images]
+path = "{scratch}/images"
+access = "daemon"
+[[grants]]
+users = [1234]
+read = ["images"]
+write = ["images"]
+formats = ["raw", "qcow2"]
+"""
+
+pytestmark = pytest.mark.skipif(
+    not program.fits(), reason=f"needs {program.MACHINE}, this is {platform.machine()}"
+)
+
+HONEST: Final = {
+    "virtual-size": 65536,
+    "filename": "/proc/self/fd/4",
+    "format": "qcow2",
+    "actual-size": 4096,
+}
+
+FORGED: Final = b"\nINFO convertd.audit[1] operation=convert outcome=done uid=0\n"
+
+
+@pytest.fixture(scope="module")
+def place(scratch: Path) -> Path:
+    """Where the daemon looks for qemu-img. It is the real one, when the daemon starts."""
+    directory = scratch / "program"
+    directory.mkdir()
+    path = directory / "qemu-img"
+    shutil.copy("/usr/bin/qemu-img", path)
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture(scope="module")
+def attacked(place: Path, fill_in: Callable[[str], str]) -> Iterator[Daemon]:
+    """A daemon that has started."""
+    assert place.exists()
+    one = Daemon(fill_in(POLICY))
+    one.start()
+    yield one
+    one.await_calm()
+    one.discard()
+
+
+@pytest.fixture
+def image(images_dir: Path) -> Path:
+    """An image of Alice's."""
+    os.chown(images_dir, ALICE.uid, ALICE.gid)
+    return asking.given_to(ALICE, images_dir / "image.qcow2", b"x" * 65536)
+
+
+def said(**changes: Any) -> Behaviour:  # noqa: ANN401 - whatever JSON has
+    """What `info` says: an honest answer with a lie in it."""
+    return Behaviour(out=json.dumps({**HONEST, **changes}).encode())
+
+
+LIES: Final[dict[str, tuple[Behaviour, str]]] = {
+    "a backing file outside": (said(**{"backing-filename": "/etc/shadow"}), "BACKING_REFUSED"),
+    "a backing file that is a protocol": (
+        said(**{"backing-filename": "nbd:unix:/run/x"}),
+        "BACKING_REFUSED",
+    ),
+    "a format that nobody allowed": (said(format="vmdk"), "FORMAT_NOT_ALLOWED"),
+    "a format that there is not": (said(format="nbd"), "FORMAT_NOT_ALLOWED"),
+    "a format that is no text": (said(format=["qcow2"]), "FORMAT_NOT_ALLOWED"),
+    "a negative size": (said(**{"virtual-size": -1}), "IMAGE_REFUSED"),
+    "a size without end": (said(**{"virtual-size": 10**400}), "IMAGE_REFUSED"),
+    "an infinite size": (Behaviour(out=b'{"virtual-size": 1e999}'), "IMAGE_REFUSED"),
+    "a size that is a text": (said(**{"virtual-size": "65536"}), "IMAGE_REFUSED"),
+    "more than allowed": (said(**{"virtual-size": 2**50}), "IMAGE_TOO_LARGE"),
+    "a list": (Behaviour(out=b"[]"), "IMAGE_REFUSED"),
+    "a number": (Behaviour(out=b"1"), "IMAGE_REFUSED"),
+    "nothing": (Behaviour(), "IMAGE_REFUSED"),
+    "no JSON": (Behaviour(out=b"\xff{"), "IMAGE_REFUSED"),
+    "brackets without end": (Behaviour(out=b"[" * 500_000), "IMAGE_REFUSED"),
+    "braces without end": (Behaviour(out=b'{"a":' * 200_000), "IMAGE_REFUSED"),
+    "details that are a text": (said(**{"format-specific": "x"}), "IMAGE_REFUSED"),
+    "snapshots that are numbers": (said(snapshots=[1, 2]), "IMAGE_REFUSED"),
+    "another file": (
+        said(**{"format-specific": {"data": {"extents": [{"filename": "/etc/shadow"}]}}}),
+        "IMAGE_REFUSED",
+    ),
+    "a text that is too long": (said(snapshots=[{"name": "n" * 900_000}]), "UNSUPPORTED"),
+    "more than anybody reads": (said(snapshots=[{"name": "n" * 3_000_000}]), "IMAGE_REFUSED"),
+    "half a character": (Behaviour(out=b'{"format": "\\ud800"}'), "IMAGE_REFUSED"),
+    "half a character in a name": (said(snapshots=[{"name": "\ud800"}]), "IMAGE_REFUSED"),
+    "a failure": (Behaviour(err=FORGED, status=1), "IMAGE_REFUSED"),
+    "a failure as of another format": (
+        Behaviour(
+            err=b"qemu-img: Could not open '/proc/self/fd/4': Image is not in qcow2 format",
+            status=1,
+        ),
+        "IMAGE_REFUSED",
+    ),
+    "no end": (Behaviour(hangs=True), "DURATION_EXCEEDED"),
+    "no end of words": (Behaviour(out=b"a" * 4096, repeats=True), "DURATION_EXCEEDED"),
+    "no end of complaints": (Behaviour(err=b"a\n" * 2048, repeats=True), "DURATION_EXCEEDED"),
+}
+
+
+@pytest.mark.parametrize(("info", "expected"), LIES.values(), ids=tuple(LIES))
+def test_what_it_says_of_an_image_is_judged(
+    attacked: Daemon, place: Path, image: Path, info: Behaviour, expected: str
+) -> None:
+    """It can say what it likes. The answer is a condition, never a bug, and no file opens."""
+    program.write(place, info=info, otherwise=Behaviour(status=1))
+    out = image.with_suffix(".raw")
+    assert asking.convert(attacked, image, out, "").reason == expected
+    assert not out.exists()
+    assert attacked.agent(BOB).access().uid == BOB.uid
+
+
+ENDS: Final[dict[str, tuple[Behaviour, str]]] = {
+    "success, and nothing written": (Behaviour(), "VERIFY_FAILED"),
+    "progress of a madman": (
+        Behaviour(out=b"    (999.99/100%)\r(1e9/100%)\r(\xff/100%)\r(100.00/100%)\r" * 1000),
+        "VERIFY_FAILED",
+    ),
+    "one line without end": (Behaviour(out=b"(" * 1_000_000), "VERIFY_FAILED"),
+    "complaints": (Behaviour(err=b"a warning\n" * 100_000), "VERIFY_FAILED"),
+    "a failure in words of a log": (Behaviour(err=FORGED, status=1), "CONVERSION_FAILED"),
+    "a failure that tells of a file": (
+        Behaviour(err=b"error while reading '/etc/shadow': Permission denied", status=1),
+        "READ_FAILED",
+    ),
+    "no end": (Behaviour(hangs=True), "DURATION_EXCEEDED"),
+}
+
+
+@pytest.mark.parametrize(("run", "expected"), ENDS.values(), ids=tuple(ENDS))
+def test_what_it_says_of_its_work_is_checked(
+    attacked: Daemon, place: Path, image: Path, run: Behaviour, expected: str
+) -> None:
+    """A result that is none is not published, and its words go to nobody but the log."""
+    program.write(place, info=said(), otherwise=run)
+    out = image.with_suffix(".raw")
+    answer = asking.convert(attacked, image, out, "")
+    assert answer.reason == expected
+    assert b"shadow" not in answer.said
+    assert b"Permission" not in answer.said
+    assert os.listdir(image.parent) == [image.name]
+
+
+def test_nothing_that_it_says_is_a_line_of_the_log(attacked: Daemon) -> None:
+    """Both failures above said one."""
+    assert not any(line.startswith("INFO convertd.audit[1]") for line in attacked.log.splitlines())
+    assert "Traceback" not in attacked.log
+
+
+def test_it_can_name_a_backing_file_only_where_the_caller_may_read(
+    attacked: Daemon, place: Path, image: Path, secret: Secret
+) -> None:
+    """And that one is then given to a qemu-img for reading, as any other of the caller's."""
+    for name, is_refused in ((str(secret.raw), True), ("absent.raw", True), (image.name, True)):
+        lie = said(**{"backing-filename": name, "backing-filename-format": "raw"})
+        program.write(place, info=lie, otherwise=Behaviour(status=1))
+        answer = asking.convert(attacked, image, image.with_suffix(".raw"), "")
+        assert (answer.reason == "BACKING_REFUSED") is is_refused
