@@ -1,0 +1,141 @@
+"""What a guest wrote to its volume, converted from there; and what lies on a volume written to.
+
+CVE-2026-24708: a guest wrote a header onto its raw disk, and a qemu-img that was not told the
+format went on to resize, and so to destroy, the file of the host that the header named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+import loop_devices
+import pytest
+from harness.agent import conversion
+from harness.callers import ALICE
+from harness.daemon import Daemon
+from hostile import asking, forged
+from hostile.forged import Qcow2
+from hostile.secret import Secret
+from loop_devices import Devices
+
+POLICY: Final = """
+[roots.images]
+path = "{scratch}/images"
+access = "daemon"
+[roots.volumes]
+path = "VOLUMES"
+kind = "block"
+access = "daemon"
+[[grants]]
+users = [1234]
+read = ["images", "volumes"]
+write = ["images", "volumes"]
+formats = ["raw", "qcow2", "vmdk"]
+"""
+
+MIB: Final = 1024 * 1024
+
+HEADERS: Final[dict[str, Callable[[str], bytes]]] = {
+    "backing file": lambda name: Qcow2(backing=name, backing_format="raw").data(),
+    "data file": lambda name: Qcow2(data_file=name).data(),
+    "flat extent": forged.flat_vmdk,
+}
+
+
+@pytest.fixture(scope="module")
+def volumes(scratch: Path) -> Iterator[Devices]:
+    """A directory for volumes."""
+    with loop_devices.made(scratch) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def served(volumes: Devices, fill_in: Callable[[str], str]) -> Iterator[Daemon]:
+    """A daemon that converts from there and to there."""
+    policy = POLICY.replace("VOLUMES", str(volumes.links))
+    with contextlib.ExitStack() as undo:
+        one = Daemon(fill_in(policy))
+        undo.callback(one.discard)
+        one.start()
+        yield one
+        one.await_calm()
+        one.stop()
+
+
+@pytest.fixture(params=HEADERS.values(), ids=tuple(HEADERS))
+def volume(request: pytest.FixtureRequest, volumes: Devices, secret: Secret) -> tuple[Path, bytes]:
+    """A volume on which a guest wrote a header that names the secret; and that header."""
+    header: bytes = request.param(str(secret.raw))
+    link = volumes.add(f"volume-{len(os.listdir(volumes.links))}", 4 * MIB)
+    with link.open("r+b") as device:
+        device.write(header)
+    return link, header
+
+
+def test_bare_qemu_img_destroys_what_a_header_names(secret: Secret, scratch: Path) -> None:
+    """The control for what is written: it resizes the victim, here a copy."""
+    victim, image = scratch / "victim", scratch / "guest.raw"
+    shutil.copy(secret.raw, victim)
+    image.write_bytes(Qcow2(data_file=str(victim)).data())
+    subprocess.run(["qemu-img", "resize", "-q", str(image), "1M"], check=True)
+    assert victim.stat().st_size == MIB
+    victim.unlink()
+
+
+def test_bare_qemu_img_reads_what_a_volume_names(
+    volume: tuple[Path, bytes], secret: Secret, scratch: Path
+) -> None:
+    """The control for what is read."""
+    out = scratch / "bare.raw"
+    argv = ["qemu-img", "convert", "-O", "raw", str(volume[0]), str(out)]
+    subprocess.run(argv, check=False, capture_output=True)
+    assert asking.holds(out, secret.marker)
+    out.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("stated", ["raw", "qcow2", "vmdk", ""])
+def test_a_volume_with_a_header_is_read_as_what_it_is_or_refused(
+    served: Daemon, volume: tuple[Path, bytes], secret: Secret, images_dir: Path, stated: str
+) -> None:
+    """Stated as raw it is copied, its header too. Else it would be what the header says."""
+    os.chown(images_dir, ALICE.uid, ALICE.gid)
+    link, header = volume
+    out = images_dir / "out.raw"
+    answer = asking.convert(served, link, out, stated)
+    assert secret.marker not in answer.said + asking.inspect(served, link, stated).said
+    assert not asking.holds(out, secret.marker)
+    if stated == "raw":
+        assert out.read_bytes().startswith(header)
+    assert secret.unchanged()
+
+
+def test_a_volume_with_a_header_is_overwritten_and_nothing_else(
+    served: Daemon, volume: tuple[Path, bytes], secret: Secret, images_dir: Path, volumes: Devices
+) -> None:
+    """The destination is raw, whatever was on it."""
+    link, _ = volume
+    content = os.urandom(2 * MIB)
+    image = asking.given_to(ALICE, images_dir / "image.raw", content)
+    request = conversion(image, link, dest_format="raw")
+    assert asking.answer_of(served.agent(ALICE).convert(request)).is_ok
+    assert volumes.bytes_on(link) == content + bytes(2 * MIB)
+    assert secret.unchanged()
+
+
+def test_a_file_with_a_header_in_place_of_the_result_is_replaced_and_not_opened(
+    served: Daemon, secret: Secret, images_dir: Path
+) -> None:
+    """Nothing that bears the destination's name is ever given to qemu-img."""
+    os.chown(images_dir, ALICE.uid, ALICE.gid)
+    old = asking.given_to(ALICE, images_dir / "out", Qcow2(data_file=str(secret.raw)).data())
+    image = asking.given_to(ALICE, images_dir / "image.raw", os.urandom(MIB))
+    for dest_format in ("raw", "qcow2"):
+        request = conversion(image, old, dest_format=dest_format, overwrite=True)
+        assert asking.answer_of(served.agent(ALICE).convert(request)).is_ok
+    assert secret.unchanged()
