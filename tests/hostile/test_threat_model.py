@@ -1,0 +1,44 @@
+"""docs/threat-model.md names tests, and they are there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+PAGE = (ROOT / "docs" / "threat-model.md").read_text(encoding="utf-8")
+
+LINKED = re.findall(r"\[`(test_\w+)`\]\(\.\./(tests/[\w/]+\.py)\)", PAGE)
+
+SECTION = PAGE.partition("## A taken-over front")[2].partition("\n## ")[0]
+
+OF_THE_FRONT = re.findall(r"(?<!\[)`(test_\w+)`", SECTION)
+
+
+@pytest.mark.parametrize(("name", "path"), sorted(set(LINKED)))
+def test_a_test_that_the_page_links_to_is_there(name: str, path: str) -> None:
+    """Under that name, in that file."""
+    assert re.search(rf"^ *(?:async )?def {name}\(", (ROOT / path).read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", sorted(set(OF_THE_FRONT)))
+def test_a_cant_of_the_front_has_its_test(name: str) -> None:
+    """In the file that the table's head names."""
+    path = ROOT / "tests" / "hostile" / "test_taken_over_front.py"
+    assert f"def {name}(" in path.read_text(encoding="utf-8")
+
+
+def test_the_page_has_many_of_them() -> None:
+    """Or the patterns above would no longer find them."""
+    assert len(set(LINKED)) > 30
+    assert len(set(OF_THE_FRONT)) >= 14
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"CVE-\d{4}-\d+", PAGE))))
+def test_a_cve_of_the_page_is_in_a_test(name: str) -> None:
+    """By its number."""
+    files = (ROOT / "tests" / "hostile").glob("*.py")
+    assert any(name in path.read_text(encoding="utf-8") for path in files)
