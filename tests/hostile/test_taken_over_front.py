@@ -17,6 +17,7 @@ import pytest
 from harness import processes, waiting
 from harness.callers import ALICE, BOB, MALLORY
 from harness.daemon import JOB, QEMU_IMG, Daemon
+from harness.fixtures import MakeDaemon
 from hostile import asking, false_front
 from hostile.false_front import Asking, FalseFront
 from hostile.secret import Secret
@@ -147,6 +148,24 @@ def reason_of_access(front: FalseFront, number: int) -> str:
     """Why GetAccess is refused over a connection, if it is."""
     answer = front.asks(channel.GetAccess(call=front.call(), connection=number))
     return answer.failure.reason if isinstance(answer, channel.Refused) else ""
+
+
+def test_it_can_ask_for_nothing_over_the_probe_that_is_roots(
+    make_daemon: MakeDaemon, image: Path
+) -> None:
+    """The broker makes the connection for it, and is root, who may see and end every job."""
+    daemon = make_daemon(f"[operators]\nusers = [0]\n{POLICY}")
+    home = daemon.home / "front"
+    home.mkdir()
+    with false_front.started(daemon, home, "WATCHDOG_USEC=600000") as front:
+        probe, sockets = front.await_message(channel.Probe)
+        number = connection_of(front)
+        assert reason_of_access(front, number) == "UNKNOWN_CONNECTION"
+        request = conversion(image, image.with_suffix(".out"))
+        message = channel.Convert(call=front.call(), connection=number, request=request)
+        assert reason(front.asks(message)) == "UNKNOWN_CONNECTION"
+        front.line.send(channel.Probed(probe=probe.probe))
+        channel.close_all(sockets)
 
 
 def test_it_can_use_no_more_than_the_grants_of_who_is_connected(

@@ -52,8 +52,12 @@ class Connections:
         return len(self._by_number)
 
     def find(self, number: int) -> Connection | None:
-        """The connection of that number, if it lives."""
-        return self._by_number.get(number)
+        """The connection of that number, if it lives and somebody may ask for something over it.
+
+        Not over our own probe: it is root's by its credentials, and its other end is the front's.
+        """
+        found = self._by_number.get(number)
+        return None if found is None or found.peer.pid == self.prober else found
 
     def admit(self, sock: socket.socket) -> Connection | None:
         """Ask the kernel who this is and keep it; None, and closed, if there are too many.

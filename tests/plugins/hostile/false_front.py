@@ -148,11 +148,11 @@ class FalseFront:
 
 
 @contextlib.contextmanager
-def started(daemon: Daemon, home: Path) -> Iterator[FalseFront]:
+def started(daemon: Daemon, home: Path, *environment: str) -> Iterator[FalseFront]:
     """Start a daemon, and be its front. At the end both go, as they should."""
     front = FalseFront(home)
     with contextlib.closing(front):
-        daemon.start(wrapper=front.wrapper)
+        daemon.start(wrapper=(*front.wrapper, *environment))
         front.take_over()
         yield front
         daemon.signal(signal.SIGTERM)
