@@ -166,7 +166,7 @@ def test_no_spoilt_image_brings_a_secret_or_the_daemon_down(
     after = {name: processes.private_kib(pid) for name, pid in pids.items()}
     open_after = {name: len(processes.descriptors(pid)) for name, pid in pids.items()}
     _tell(run.figures, before, after)
-    assert open_after == open_before
+    assert all(open_after[name] <= open_before[name] for name in pids)
     assert all(after[name] < before[name] + GROWTH_KIB for name in pids), (before, after)
 
 

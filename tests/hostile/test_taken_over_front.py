@@ -127,8 +127,9 @@ def reason(answer: object) -> str:
         lambda call, number, _: channel.ListJobs(call=call, connection=number),
         lambda call, number, _: channel.CancelJob(call=call, connection=number, job_id="1"),
         lambda call, number, _: channel.GetAccess(call=call, connection=number),
+        lambda call, number, _: channel.GetStats(call=call, connection=number),
     ],
-    ids=["Convert", "Inspect", "ListJobs", "CancelJob", "GetAccess"],
+    ids=["Convert", "Inspect", "ListJobs", "CancelJob", "GetAccess", "GetStats"],
 )
 def test_it_can_act_for_nobody_who_is_not_connected(
     broker: Daemon, front: FalseFront, image: Path, ask: Callable[[int, int, Path], Asking]
@@ -477,6 +478,13 @@ class Spoiler:
             lambda: channel.GetAccess(call=call, connection=number),
             lambda: channel.Abandon(call=pick.randrange(-1, call + 2)),
             lambda: channel.Finished(call=pick.randrange(-1, call + 2)),
+            lambda: channel.GetStats(call=call, connection=number),
+            lambda: channel.Probed(probe=pick.choice(self.numbers)),
+            lambda: channel.Rejected(
+                connection=number,
+                operation=pick.choice(tuple(channel.Operation)),
+                reason=pick.choice(("BAD_PATH", self.text())),
+            ),
             channel.Ready,
         )
         return pick.choice(kinds)()
@@ -565,6 +573,13 @@ def test_random_requests_stay_within_the_policy(
     assert secret.unchanged()
     assert {path.stat().st_uid for path in image.parent.iterdir()} == {ALICE.uid}
     assert not any(asking.holds(path, secret.marker) for path in image.parent.iterdir())
+
+
+def test_random_requests_are_of_every_kind() -> None:
+    """One that is added later is tried as well, or this fails."""
+    spoiler = Spoiler(SEED, ("/a",), (1,))
+    made = {type(spoiler.message(call)) for call in range(1000)}
+    assert made == set(channel.FROM_FRONT)
 
 
 def _drop_what_came(front: FalseFront) -> None:
