@@ -106,8 +106,12 @@ def result_info(fd: int, image_format: str, runner: qemu_img.Runner) -> tuple[st
     if outcome.status != 0:
         log.warning("result unreadable format=%s said=%r", image_format, outcome.stderr)
         return "", 0
-    found = json.loads(outcome.stdout)
-    return str(found["format"]), int(found["virtual-size"])
+    try:
+        found = json.loads(outcome.stdout)
+        return str(found["format"]), int(found["virtual-size"])
+    except _NOT_UNDERSTOOD as error:
+        log.warning("result not understood format=%s error=%r", image_format, error)
+        return "", 0
 
 
 def _refusal(source: Source, stated: str, outcome: Outcome) -> errors.ConvertError:
