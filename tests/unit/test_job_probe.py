@@ -1,0 +1,290 @@
+"""What qemu-img says of an image, judged: by answers that real images, and hostile ones, give."""
+
+from __future__ import annotations
+
+import json
+from typing import cast
+
+import grants
+import pytest
+import refusals
+from hypothesis import given
+from hypothesis import strategies as st
+
+from convertd_daemon import errors, model
+from convertd_daemon.job import paths, plan, probe, qemu_img
+
+FD = 7
+PATH = "/images/a"
+SOURCE = paths.Source(
+    place=grants.Rules(roots=(grants.files("/images"),)).place(PATH),
+    fd=FD,
+    size_bytes=1000,
+    allocated_bytes=4096,
+)
+OPENING = f"qemu-img: Could not open '/proc/self/fd/{FD}': "
+
+
+class Runner:
+    """Answers as a qemu-img would, or one that an image has taken over."""
+
+    def __init__(self, stdout: object = "", stderr: str = "", status: int = 0) -> None:
+        text = stdout if isinstance(stdout, bytes) else json.dumps(stdout).encode()
+        self.outcome = qemu_img.Outcome(status=status, stdout=text, stderr=stderr)
+        self.argv: tuple[str, ...] = ()
+
+    def run(self, argv: tuple[str, ...], *_: object) -> qemu_img.Outcome:
+        """Give the answer."""
+        self.argv = argv
+        return self.outcome
+
+
+def described(answer: dict[str, object], stated: str = "") -> model.ImageInfo:
+    """What an image is, by qemu-img's answer."""
+    said = {"format": "qcow2", "virtual-size": 1024, **answer}
+    return probe.describe(SOURCE, stated, cast("qemu_img.Runner", Runner(said)))[0]
+
+
+def refused(stated: str = "", stderr: str = "", status: int = 1) -> errors.Failure:
+    """What an image is refused with, by qemu-img's complaint."""
+    runner = cast("qemu_img.Runner", Runner(stderr=stderr, status=status))
+    failure = refusals.refusal_of(lambda: probe.describe(SOURCE, stated, runner))
+    assert failure is not None
+    return failure
+
+
+class TestAnswers:
+    """JSON, as `qemu-img info` prints it."""
+
+    def test_what_it_says_is_typed(self) -> None:
+        """All that we use of it."""
+        info = described(
+            {
+                "actual-size": 512,
+                "cluster-size": 65536,
+                "encrypted": True,
+                "dirty-flag": True,
+                "backing-filename": "base",
+                "backing-filename-format": "raw",
+                "snapshots": [{"name": "s"}],
+                "format-specific": {
+                    "type": "qcow2",
+                    "data": {
+                        "compat": "1.1",
+                        "lazy-refcounts": False,
+                        "refcount-bits": 16,
+                        "bitmaps": [{"name": "b", "flags": ["auto"]}],
+                        "encrypt": {"format": "luks", "slots": [{"active": True}]},
+                    },
+                },
+            }
+        )
+        assert info == model.ImageInfo(
+            format="qcow2",
+            virtual_size_bytes=1024,
+            actual_size_bytes=512,
+            cluster_size_bytes=65536,
+            encrypted=True,
+            dirty=True,
+            backing_name="base",
+            backing_format="raw",
+            snapshots=("s",),
+            bitmaps=("b",),
+            details=(
+                ("bitmaps.0.flags.0", "auto"),
+                ("bitmaps.0.name", "b"),
+                ("compat", "1.1"),
+                ("encrypt.format", "luks"),
+                ("encrypt.slots.0.active", "true"),
+                ("lazy-refcounts", "false"),
+                ("refcount-bits", "16"),
+            ),
+        )
+
+    def test_what_it_leaves_out_has_a_value_too(self) -> None:
+        """The allocated size is ours to know."""
+        assert described({}) == model.ImageInfo(
+            format="qcow2", virtual_size_bytes=1024, actual_size_bytes=4096
+        )
+
+    def test_its_own_text_has_the_callers_path(self) -> None:
+        """Not the descriptor under which qemu-img saw the image."""
+        said = {"format": "raw", "virtual-size": 1, "filename": f"/proc/self/fd/{FD}"}
+        _, text = probe.describe(SOURCE, "", cast("qemu_img.Runner", Runner(said)))
+        assert json.loads(text) == {**said, "filename": PATH}
+
+    def test_names_of_files_are_no_details(self) -> None:
+        """They are the host's."""
+        extent = {"filename": f"/proc/self/fd/{FD}", "format": "SPARSE"}
+        info = described({"format-specific": {"data": {"extents": [extent]}}})
+        assert info.details == (("extents.0.format", "SPARSE"),)
+
+    @pytest.mark.parametrize(
+        "specific",
+        [
+            pytest.param({"data-file": "/etc/shadow"}, id="a-data-file"),
+            pytest.param({"extents": [{"filename": "/etc/shadow"}]}, id="an-extent"),
+            pytest.param(
+                {"extents": [{"filename": f"/proc/self/fd/{FD}"}, {"filename": "x"}]},
+                id="a-second-extent",
+            ),
+            pytest.param({"extents": [{"filename": f"/proc/self/fd/{FD}0"}]}, id="another-number"),
+        ],
+    )
+    def test_data_in_another_file_is_refused(self, specific: dict[str, object]) -> None:
+        """Though the sandbox would not let it be read."""
+        reason = refusals.refusal_of(lambda: described({"format-specific": {"data": specific}}))
+        assert reason is not None
+        assert reason.message == f"{PATH}: the image is refused: its data is in another file"
+
+    def test_a_corrupt_image_is_refused(self) -> None:
+        """By its own mark."""
+        corrupt: dict[str, object] = {"format-specific": {"data": {"corrupt": True}}}
+        assert refusals.reason_of(lambda: described(corrupt)) == "IMAGE_REFUSED"
+
+    def test_any_encryption_but_luks_is_unsupported(self) -> None:
+        """The old one of qcow2 is broken."""
+        aes: dict[str, object] = {
+            "encrypted": True,
+            "format-specific": {"data": {"encrypt": {"format": "aes"}}},
+        }
+        assert refusals.reason_of(lambda: described(aes)) == "UNSUPPORTED"
+
+    def test_another_format_than_was_stated_is_refused(self) -> None:
+        """Whatever qemu-img made of it."""
+        assert refusals.reason_of(lambda: described({}, "vmdk")) == "FORMAT_MISMATCH"
+
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            b"",
+            b"{",
+            b"\xff",
+            b"[" * 100_000,
+            [],
+            "text",
+            None,
+            {},
+            {"format": "raw"},
+            {"format": "raw", "virtual-size": None},
+            {"format": "raw", "virtual-size": "many"},
+            {"format": "raw", "virtual-size": float("inf")},
+            {"format": "raw", "virtual-size": 1, "snapshots": 5},
+            {"format": "raw", "virtual-size": 1, "snapshots": [5]},
+            {"format": "raw", "virtual-size": 1, "snapshots": [{}]},
+            {"format": "raw", "virtual-size": 1, "format-specific": []},
+            {"format": "raw", "virtual-size": 1, "format-specific": {"data": 5}},
+            {"format": "raw", "virtual-size": 1, "format-specific": {"data": {"extents": 5}}},
+            {"format": "raw", "virtual-size": 1, "format-specific": {"data": {"extents": [{}]}}},
+        ],
+    )
+    def test_an_answer_that_is_none_is_a_refusal(self, answer: object) -> None:
+        """Of the image, not a bug: it may have taken qemu-img over."""
+        runner = cast("qemu_img.Runner", Runner(answer))
+        reason = refusals.reason_of(lambda: probe.describe(SOURCE, "", runner))
+        assert reason == "IMAGE_REFUSED"
+        assert probe.result_info(FD, "raw", runner) in {("", 0), ("raw", 1)}
+
+    @given(
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+            lambda inner: (
+                st.lists(inner)
+                | st.dictionaries(
+                    st.sampled_from(
+                        ["format", "virtual-size", "snapshots", "format-specific", "data", "name"]
+                    ),
+                    inner,
+                )
+            ),
+        )
+    )
+    def test_whatever_the_answer_it_is_an_image_or_a_refusal(self, answer: object) -> None:
+        """Nothing else is raised, by any JSON."""
+        runner = cast("qemu_img.Runner", Runner(answer))
+        refusals.refusal_of(lambda: probe.describe(SOURCE, "", runner))
+        probe.result_info(FD, "raw", runner)
+
+
+class TestComplaints:
+    """What qemu-img says when it can't open an image goes to the journal alone."""
+
+    @pytest.mark.parametrize(
+        ("stderr", "expected"),
+        [
+            (f"{OPENING}Image is not in qcow2 format", "FORMAT_MISMATCH"),
+            (f"{OPENING}Image not in VDI format (bad signature 0)", "FORMAT_MISMATCH"),
+            (
+                f'{OPENING}Failed to get shared "write" lock\nIs another process using…',
+                "IMAGE_IN_USE",
+            ),
+            (f"{OPENING}Cannot allocate memory", "IMAGE_REFUSED"),
+            (f"{OPENING}Could not open '/etc/shadow': Permission denied", "IMAGE_REFUSED"),
+            (f"{OPENING}Could not open '/etc/shadow/x': Not a directory", "IMAGE_REFUSED"),
+            ("", "IMAGE_REFUSED"),
+        ],
+    )
+    def test_they_are_told_from_each_other(self, stderr: str, expected: str) -> None:
+        """A format that was stated, and something else that is wrong."""
+        failure = refused("qcow2", stderr)
+        assert failure.reason == expected
+        assert "shadow" not in failure.message
+
+    def test_without_a_stated_format_there_is_no_mismatch(self) -> None:
+        """Nothing was said that could be wrong."""
+        failure = refused("", f"{OPENING}Image is not in qcow2 format")
+        assert failure.message.endswith("qemu-img can't open it as any format by itself")
+
+    def test_whether_a_file_that_the_image_names_exists_makes_no_difference(self) -> None:
+        """One answer, whatever the errno."""
+        words = (
+            "No such file or directory",
+            "Permission denied",
+            "Not a directory",
+            "Is a directory",
+        )
+        answers = {refused("vmdk", f"{OPENING}Could not open '/etc/x': {word}") for word in words}
+        assert len(answers) == 1
+
+    def test_one_that_qemu_img_did_not_survive_is_refused(self) -> None:
+        """Ended by a signal: its limits, or an image that broke it."""
+        failure = refused("", "", status=-9)
+        assert failure.message.endswith("qemu-img did not survive reading it")
+
+
+class TestIdentifying:
+    """What a source is, and whether it may be read."""
+
+    def test_a_declared_raw_image_is_not_looked_at(self) -> None:
+        """A guest may have written anything into it."""
+        runner = Runner()
+        info = probe.identify(SOURCE, "raw", model.FORMATS, cast("qemu_img.Runner", runner))
+        assert info == plan.raw_info(1000, 4096)
+        assert runner.argv == ()
+
+    def test_a_format_that_the_policy_does_not_allow_is_refused(self) -> None:
+        """Found out, or declared."""
+        said = {"format": "vmdk", "virtual-size": 1}
+        for stated in ("", "vmdk", "raw"):
+            runner = cast("qemu_img.Runner", Runner(said))
+            reason = refusals.reason_of(
+                lambda stated=stated, runner=runner: probe.identify(  # type: ignore[misc]
+                    SOURCE, stated, frozenset({"qcow2"}), runner
+                )
+            )
+            assert reason == "FORMAT_NOT_ALLOWED"
+
+    def test_an_image_in_use_may_be_looked_at(self) -> None:
+        """Inspect says so to qemu-img; a conversion does not."""
+        for shared in (True, False):
+            runner = Runner({"format": "raw", "virtual-size": 1})
+            probe.describe(SOURCE, "", cast("qemu_img.Runner", runner), shared=shared)
+            assert ("--force-share" in runner.argv) is shared
+
+
+def test_a_result_that_can_not_be_read_is_nothing() -> None:
+    """No format, no size; nobody takes that for the source's."""
+    broken = cast("qemu_img.Runner", Runner(status=1))
+    assert probe.result_info(FD, "qcow2", broken) == ("", 0)
+    fine = cast("qemu_img.Runner", Runner({"format": "qcow2", "virtual-size": 5}))
+    assert probe.result_info(FD, "qcow2", fine) == ("qcow2", 5)
