@@ -1,0 +1,338 @@
+"""A qemu-img that says 0 is not taken at its word: what it wrote is looked at."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grants
+import loop_devices
+import pytest
+import refusals
+import whole_job
+from children import in_child
+from harness.mounts import Mounts
+
+from convertd_daemon import channel, errors, model
+from convertd_daemon.job import (
+    chain,
+    check,
+    clone,
+    ends,
+    leash,
+    own,
+    paths,
+    plan,
+    publish,
+    qemu_img,
+    run,
+    secrets,
+)
+
+MIB = 1024 * 1024
+NO_SECRETS = secrets.Secrets()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Steps:
+    """A job that stands still between two of its steps, and is not confined."""
+
+    grant: model.Grant
+    plan: model.Plan
+    ends: ends.Ends
+    runner: qemu_img.Runner
+
+    def convert(self) -> tuple[model.Warned, ...]:
+        """Run qemu-img."""
+        return run.convert(self.grant, self.plan, self.ends, NO_SECRETS, self.runner)
+
+    def check(self) -> None:
+        """Look at size or header."""
+        check.check(self.grant, self.plan, self.ends, self.runner)
+
+    def compare(self) -> None:
+        """Compare with the source."""
+        check.compare(self.grant, self.plan, self.ends, NO_SECRETS, self.runner)
+
+
+@contextlib.contextmanager
+def planned(grant: model.Grant) -> Iterator[Steps]:
+    """Open, probe and plan."""
+    ours, theirs = channel.Channel.pair()
+    setup = whole_job.setup()
+    with ours, theirs, qemu_img.opened(setup) as worker, contextlib.ExitStack() as stack:
+        runner = qemu_img.Runner(worker, leash.Leash(ours, 60.0))
+        source = stack.enter_context(paths.open_source(grant.source, grant.peer))
+        dest = stack.enter_context(ends.open_dest(grant, setup))
+        both = ends.Ends(chain=chain.follow(grant, source, runner, stack), dest=dest)
+        made = plan.make(grant, both.members, both.try_out(grant.request.dest.format))
+        ends.check_room(both, made)
+        yield Steps(grant, made, both, runner)
+
+
+def grant_in(area: Path, *, verify: bool = False, **asked: object) -> model.Grant:
+    """Leave to convert `in`, which is raw, to `out`, so."""
+    rules = grants.Rules(roots=(grants.files(area),))
+    request = grants.to(grants.request(area / "in", area / "out"), **asked)
+    return rules.convert(dataclasses.replace(request, verify=verify))
+
+
+@pytest.fixture
+def area(area: Path) -> Path:
+    """A root with an image in it."""
+    (area / "in").write_bytes(os.urandom(MIB))
+    return area
+
+
+def outcome_of(grant: model.Grant, act: Callable[[Steps], object]) -> errors.Failure | None:
+    """What a plan's steps are refused with, in a child that may start programs."""
+
+    def steps() -> errors.Failure | None:
+        with planned(grant) as standing:
+            return refusals.refusal_of(lambda: act(standing))
+
+    return in_child(steps)
+
+
+class TestSizeAndHeader:
+    """What is always, or cheaply, looked at."""
+
+    @pytest.mark.parametrize("kind", ["raw", "qcow2", "vmdk"])
+    def test_what_qemu_img_really_wrote_passes(self, area: Path, kind: str) -> None:
+        """Its header too, if that is asked for."""
+
+        def act(steps: Steps) -> None:
+            steps.convert()
+            steps.check()
+            steps.compare()
+
+        assert outcome_of(grant_in(area, format=kind, verify=True), act) is None
+
+    @pytest.mark.parametrize(("kind", "words"), [("raw", "has 0 bytes"), ("qcow2", "nothing was")])
+    def test_nothing_written_is_noticed(self, area: Path, kind: str, words: str) -> None:
+        """Of whatever format."""
+        failure = outcome_of(grant_in(area, format=kind), Steps.check)
+        assert failure is not None
+        assert failure.reason == "VERIFY_FAILED"
+        assert words in failure.message
+
+    @pytest.mark.parametrize("size", [MIB - 512, MIB + 512, 2 * MIB])
+    def test_a_raw_result_of_another_size_is_noticed(self, area: Path, size: int) -> None:
+        """To the byte."""
+
+        def act(steps: Steps) -> None:
+            os.ftruncate(steps.ends.dest.fd, size)
+            steps.check()
+
+        failure = outcome_of(grant_in(area), act)
+        assert failure is not None
+        assert failure.message.endswith(f"has {size} bytes instead of {MIB}")
+
+    def test_a_header_that_is_none_is_noticed(self, area: Path) -> None:
+        """If verification is asked for; otherwise that of a job that took long."""
+
+        def act(steps: Steps) -> None:
+            os.write(steps.ends.dest.fd, b"no header" * 100)
+            steps.check()
+
+        assert outcome_of(grant_in(area, format="qcow2"), act) is None
+        failure = outcome_of(grant_in(area, format="qcow2", verify=True), act)
+        assert failure is not None
+        assert failure.message.endswith(f"is unreadable of 0 bytes, not {MIB}")
+
+    def test_a_job_that_took_long_has_its_header_looked_at(self, area: Path) -> None:
+        """It can afford that."""
+
+        def act(steps: Steps) -> None:
+            os.write(steps.ends.dest.fd, b"no header" * 100)
+            steps.runner.leash.started -= check.LONG_S + 1
+            steps.check()
+
+        assert outcome_of(grant_in(area, format="qcow2"), act) is not None
+
+    def test_an_image_of_another_size_is_noticed(self, area: Path) -> None:
+        """By its header."""
+
+        def act(steps: Steps) -> None:
+            path = f"/proc/{os.getpid()}/fd/{steps.ends.dest.fd}"
+            argv = ["qemu-img", "create", "-q", "-f", "qcow2", path, "2M"]
+            subprocess.run(argv, check=True)
+            steps.check()
+
+        failure = outcome_of(grant_in(area, format="qcow2", verify=True), act)
+        assert failure is not None
+        assert failure.message.endswith(f"is qcow2 of {2 * MIB} bytes, not {MIB}")
+
+    def test_a_device_has_neither(self, area: Path) -> None:
+        """It has its own size, and what is on it is compared if that is asked for."""
+        with loop_devices.made(area) as volumes:
+            device = volumes.add("lv", 2 * MIB)
+            rules = grants.Rules(roots=(grants.files(area), grants.devices(volumes.links)))
+            grant = rules.convert(grants.request(area / "in", device))
+
+            def act(steps: Steps) -> None:
+                steps.check()
+                steps.convert()
+                steps.compare()
+                assert steps.ends.rules()
+                publish.flush(grant, steps.plan, steps.ends.dest)
+
+            assert outcome_of(grant, act) is None
+            assert volumes.bytes_on(device) == (area / "in").read_bytes().ljust(2 * MIB, b"\0")
+
+
+class TestContent:
+    """What a guest would see."""
+
+    def test_one_byte_that_differs_is_noticed(self, area: Path) -> None:
+        """Wherever it is."""
+
+        def act(steps: Steps) -> None:
+            steps.convert()
+            byte = os.pread(steps.ends.dest.fd, 1, MIB - 1)
+            os.pwrite(steps.ends.dest.fd, bytes([byte[0] ^ 1]), MIB - 1)
+            steps.check()
+            steps.compare()
+
+        failure = outcome_of(grant_in(area), act)
+        assert failure is not None
+        assert failure.message.endswith("the contents are not the same")
+
+    def test_what_can_not_be_compared_is_not_called_the_same(self, area: Path) -> None:
+        """Here its header is gone."""
+
+        def act(steps: Steps) -> None:
+            steps.convert()
+            os.pwrite(steps.ends.dest.fd, bytes(4096), 0)
+            steps.compare()
+
+        failure = outcome_of(grant_in(area, format="qcow2"), act)
+        assert failure is not None
+        assert failure.reason == "READ_FAILED"
+
+
+@pytest.fixture(params=["xfs", "btrfs"])
+def sharing(request: pytest.FixtureRequest, mounts: Mounts) -> Path:
+    """A root with an image in it, on a file system that shares blocks."""
+    point = mounts.on_a_loop(request.param, "sharing")
+    (point / "in").write_bytes(os.urandom(MIB) + bytes(100))
+    return point
+
+
+class TestClones:
+    """Raw to raw on a file system that shares blocks."""
+
+    def test_are_the_same_and_say_that_they_share(self, sharing: Path) -> None:
+        """Rounded up to whole sectors, as qemu does; both can be written on their own."""
+
+        def act(steps: Steps) -> None:
+            assert steps.convert() == (clone.SHARED,)
+            steps.check()
+            steps.compare()
+            publish.flush(steps.grant, steps.plan, steps.ends.dest)
+            publish.name(steps.grant, steps.ends.dest)
+
+        assert outcome_of(grant_in(sharing), act) is None
+        expected = (sharing / "in").read_bytes().ljust(MIB + 512, b"\0")
+        assert (sharing / "out").read_bytes() == expected
+        with (sharing / "in").open("r+b") as source:
+            source.write(b"changed")
+        assert (sharing / "out").read_bytes() == expected
+
+    @pytest.mark.parametrize(
+        "asked",
+        [
+            pytest.param({"format": "qcow2"}, id="another-format"),
+            pytest.param({"preallocation": model.Preallocation.FULL}, id="room-of-its-own"),
+        ],
+    )
+    def test_are_not_made_where_something_else_is_asked_for(
+        self, sharing: Path, asked: dict[str, object]
+    ) -> None:
+        """Somebody wants bytes to be written."""
+        grant = grant_in(sharing)
+        request = grants.to(grant.request, **asked)
+        assert outcome_of(dataclasses.replace(grant, request=request), is_copied) is None
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"cache_mode": model.CacheMode.WRITEBACK},
+            {"rate_limit_bytes_per_second": 1024 * MIB},
+        ],
+        ids=["a-cache-mode", "a-rate"],
+    )
+    def test_are_not_made_where_it_is_said_how(
+        self, sharing: Path, changes: dict[str, object]
+    ) -> None:
+        """A clone takes no way that could be said."""
+        grant = grant_in(sharing)
+        request = dataclasses.replace(grant.request, **changes)  # type: ignore[arg-type]
+        assert outcome_of(dataclasses.replace(grant, request=request), is_copied) is None
+
+    def test_are_not_made_where_the_file_system_has_none(self, area: Path) -> None:
+        """It is tried, and copied then; nothing is left of the attempt."""
+
+        def act(steps: Steps) -> None:
+            assert clone.is_possible(steps.grant, steps.plan, steps.ends)
+            if not clone.clone(steps.plan, steps.ends):
+                assert os.fstat(steps.ends.dest.fd).st_size == 0
+            is_copied(steps)
+
+        assert outcome_of(grant_in(area), act) is None
+
+
+def is_copied(steps: Steps) -> None:
+    """See that qemu-img was run, and that its result is right."""
+    assert clone.SHARED not in steps.convert()
+    steps.check()
+    steps.compare()
+
+
+class TestOwnRights:
+    """The grant of who needs no daemon."""
+
+    def test_is_to_everything_that_the_kernel_allows(self) -> None:
+        """With the ids of this process, and every format."""
+        asked = grants.request("/a/b", "/c/d")
+        grant = own.grant(channel.Order(qemu_img="", convert=asked, inspect=None))
+        assert isinstance(grant, model.Grant)
+        assert (grant.source.path, grant.dest.path) == ("/a/b", "/c/d")
+        assert (grant.peer.uid, grant.peer.gid) == (os.geteuid(), os.getegid())
+        assert grant.read_formats == model.FORMATS
+        assert grant.overwrite is model.Overwrite.ANY
+
+    def test_to_look_is_the_same(self) -> None:
+        """At one image."""
+        asked = model.InspectRequest(source=model.Source(path="/a/b"))
+        grant = own.grant(channel.Order(qemu_img="", convert=None, inspect=asked))
+        assert isinstance(grant, model.InspectGrant)
+        assert grant.source.path == "/a/b"
+
+    @pytest.mark.parametrize(
+        ("order", "expected"),
+        [
+            (channel.Order(qemu_img="", convert=None, inspect=None), "BAD_MESSAGE"),
+            (
+                channel.Order(qemu_img="", convert=grants.request("a", "/b"), inspect=None),
+                "BAD_PATH",
+            ),
+        ],
+        ids=["without-a-request", "with-a-bad-one"],
+    )
+    def test_is_not_given_for_an_order(self, order: channel.Order, expected: str) -> None:
+        """What can't be meant is refused as by a daemon."""
+        assert refusals.reason_of(lambda: own.grant(order)) == expected
+
+
+def test_without_a_qemu_img_there_is_no_conversion(area: Path) -> None:
+    """And that is said, with the reason."""
+    missing = dataclasses.replace(whole_job.setup(), path=str(area / "missing"))
+    failure = refusals.refusal_of(lambda: qemu_img.opened(missing).__enter__())
+    assert failure is not None
+    assert failure.reason == "UNSUPPORTED"
+    assert "No such file or directory" in failure.message
