@@ -214,6 +214,31 @@ def test_a_text_is_no_toml(text: str | bytes, reason: str) -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
+        ('idle_exit = "0 s"', "must be at least 1 s"),
+        ('idle_exit = "0.9 s"', "must be at least 1 s"),
+        ("idle_exit = 60", "must be a string"),
+        ('metrics = "run/convertd.prom"', "must be absolute"),
+        ("watchdog = true", "is not a key of the policy"),
+    ],
+)
+def test_of_the_service_it_may_not_be_said(line: str, reason: str) -> None:
+    """What would end it at once, or lie nowhere."""
+    mistake = mistake_in(f"[service]\n{line}")
+    assert mistake.key == f"service.{line.split(maxsplit=1)[0]}"
+    assert reason in mistake.reason
+
+
+def test_the_service_may_be_told_to_end_when_idle_and_to_count() -> None:
+    """Neither is done by default."""
+    said = policy_toml.parse('[service]\nidle_exit = "1 s"\nmetrics = "/run/convertd.prom"')
+    assert (said.service.idle_exit, said.service.metrics) == (1.0, "/run/convertd.prom")
+    silent = policy_toml.parse("").service
+    assert (silent.idle_exit, silent.metrics) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
         ("jobs = 0", "must be from 1 to 256"),
         ("jobs = 257", "must be from 1 to 256"),
         ("jobs = true", "must be a whole number"),
