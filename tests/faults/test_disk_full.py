@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+import loop_devices
 import pytest
 from harness import images, waiting
 from harness.agent import Refusal, conversion
@@ -113,7 +114,7 @@ def test_a_thin_device_that_runs_out_is_told_and_so_is_what_is_on_it(
 ) -> None:
     """With writeback, qemu-img itself says 0: it is our fsync(2) that fails."""
     pool = alone.in_memory("tmpfs", "pool", "mode=755,size=40m")
-    with device_on(pool / "disk") as device:
+    with device_on(pool) as device:
         request = conversion(bulky, device, dest_format="raw", cache_mode=CACHES[cache])
         refusal = daemon.agent(ALICE).convert(request).refusal()
         daemon.await_calm()
@@ -123,24 +124,13 @@ def test_a_thin_device_that_runs_out_is_told_and_so_is_what_is_on_it(
 
 
 @contextlib.contextmanager
-def device_on(image: Path) -> Iterator[Path]:
+def device_on(pool: Path) -> Iterator[Path]:
     """A loop device on a sparse file, by the name that a policy's root gives it."""
-    with image.open("wb") as file:
-        file.truncate(PROMISED_MIB * images.MIB)
-    argv = ["losetup", "--find", "--show", str(image)]
-    loop = subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip()
-    Path(loop).chmod(0o660)  # as udev makes it, where there is one
-    DEVICES.mkdir(exist_ok=True)
-    link = DEVICES / "disk"
-    link.symlink_to(f"../{Path(loop).name}")
-    try:
-        yield link
-    finally:
-        link.unlink()
-        DEVICES.rmdir()
-        subprocess.run(["losetup", "--detach", loop], check=True)
-        waiting.until(lambda: loop not in losetup(), f"{loop} is free")
-        image.unlink()
+    with loop_devices.made(pool, DEVICES) as devices:
+        device = devices.add("disk", PROMISED_MIB * images.MIB, dirty=False)
+        loop = str(device.resolve())
+        yield device
+    waiting.until(lambda: loop not in losetup().split(), f"{loop} is free")
 
 
 def losetup() -> str:

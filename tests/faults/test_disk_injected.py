@@ -10,12 +10,12 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import loop_devices
 import pytest
 from harness import images
 from harness.agent import Agent, Refusal, conversion
@@ -274,18 +274,8 @@ def test_a_destination_that_qemu_img_can_not_open_is_told(
 def device(scratch: Path, daemon: Daemon) -> Iterator[Path]:
     """A loop device, by the name that a policy's root gives it, as a volume manager would."""
     assert daemon.is_running
-    image = scratch / "device"
-    image.write_bytes(bytes(DEVICE_MIB * images.MIB))
-    argv = ["losetup", "--find", "--show", str(image)]
-    loop = subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip()
-    Path(loop).chmod(0o660)  # as udev makes it, where there is one
-    link = DEVICES / "disk"
-    # Below /dev, as udev's links are.
-    link.symlink_to(f"../{Path(loop).name}")
-    yield link
-    link.unlink()
-    DEVICES.rmdir()
-    subprocess.run(["losetup", "--detach", loop], check=True)
+    with loop_devices.made(scratch, DEVICES) as devices:
+        yield devices.add("disk", DEVICE_MIB * images.MIB, dirty=False)
 
 
 @pytest.mark.parametrize("cache", CACHES)

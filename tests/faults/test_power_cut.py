@@ -329,6 +329,7 @@ def qemu_img(*arguments: str | Attempt | Path) -> None:
     subprocess.run([*argv, str(attempt.new.source), str(dest)], check=True)
 
 
+@pytest.mark.timeout(120 + 2 * CUTS)
 @pytest.mark.parametrize(
     ("image_format", "convert"),
     [("raw", in_place_of_another), ("qcow2", in_place)],

@@ -186,13 +186,14 @@ class TestOverwriting:
         with written(grant) as dest:
             assert publish.name(grant, dest) is False
 
-    def test_of_a_file_that_another_user_put_there_meanwhile_is_refused(self, place: Path) -> None:
+    @pytest.mark.parametrize("uid", [STRANGER.uid, 0])
+    def test_of_a_file_that_another_user_put_there_meanwhile_is_refused(
+        self, place: Path, uid: int
+    ) -> None:
         """It was the caller's own when it was allowed."""
         put(place / "new", OLD)
         grant = grant_to(place, overwrite=model.Overwrite.OWN)
-        reason = published(
-            grant, lambda: put(place / "theirs", THEIRS, STRANGER.uid).rename(place / "new")
-        )
+        reason = published(grant, lambda: put(place / "theirs", THEIRS, uid).rename(place / "new"))
         assert reason == "NOT_YOURS"
         assert (place / "new").read_bytes() == THEIRS
         assert names_in(place) == {"new"}

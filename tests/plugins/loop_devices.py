@@ -59,10 +59,10 @@ def _detach(node: str) -> None:
 
 
 @contextlib.contextmanager
-def made(directory: Path) -> Iterator[Devices]:
-    """Make devices; all of them are gone afterwards, whatever happened."""
-    links = Path("/dev") / f"convertd-test-{secrets.token_hex(4)}"
+def made(directory: Path, links: Path | None = None) -> Iterator[Devices]:
+    """Make devices, named in `links`; all are gone afterwards, whatever happened."""
+    links = links or Path("/dev") / f"convertd-test-{secrets.token_hex(4)}"
     with contextlib.ExitStack() as undo:
-        links.mkdir(mode=0o755)
+        links.mkdir(mode=0o755, exist_ok=True)
         undo.callback(shutil.rmtree, links)
         yield Devices(directory, links, undo)
