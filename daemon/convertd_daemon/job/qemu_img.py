@@ -19,7 +19,7 @@ from convertd_daemon.job import rights
 from convertd_daemon.sandbox import enter, runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from convertd_daemon.job.leash import Leash
     from convertd_daemon.sandbox import limits
@@ -95,10 +95,15 @@ class Listener(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """Runs qemu-img for one job: with its program, and on its leash."""
+    """Runs qemu-img for one job: with its program, and on its leash.
+
+    `beside`, if there is one, is called as a program of `run` has begun, and then about once a
+    second; raising ends the run. It must not wait.
+    """
 
     worker: Worker
     leash: Leash
+    beside: Callable[[], None] | None = None
 
     def run(
         self,
@@ -113,6 +118,18 @@ class Runner:
             Cut: nobody waits for the result any more.
             errors.DurationExceeded: see Leash.check.
         """
+        with self.started(argv, inodes, bounds, listener) as conversation:
+            return conversation.hold(self.beside)
+
+    @contextlib.contextmanager
+    def started(
+        self,
+        argv: tuple[str, ...],
+        inodes: Inodes,
+        bounds: limits.Limits,
+        listener: Listener | None = None,
+    ) -> Iterator[Conversation]:
+        """Have qemu-img run for the length of the block; afterwards the program is gone."""
         log.debug("run argv=%r", argv)
         identity = self.worker.setup.identity
         if identity is not None:
@@ -129,7 +146,7 @@ class Runner:
         inherit = (*inodes.read, *inodes.write, *inodes.devices, *inodes.pipes)
         program = self.worker.program
         with enter.spawn(program, argv, confinement=confinement, inherit=inherit) as child:
-            return _Conversation(child, self.leash, listener).hold()
+            yield Conversation(child, self.leash, listener)
 
 
 def _is_closed_to(identity: enter.Identity | None, fd: int) -> bool:
@@ -137,7 +154,7 @@ def _is_closed_to(identity: enter.Identity | None, fd: int) -> bool:
     return identity is not None and not rights.can_read(identity, fd)
 
 
-class _Conversation:
+class Conversation:
     """One program's outputs, its end, and the reasons to end it, in one poll loop."""
 
     def __init__(
@@ -150,30 +167,37 @@ class _Conversation:
         self.leash = leash
         self.listener = listener
         self.heard = {child.stdout: bytearray(), child.stderr: bytearray()}
+        self.unheard = set(self.heard)
         self.poll = select.poll()
         for fd in self.heard:
             self.poll.register(fd, select.POLLIN)
         # POLLHUP comes unasked: the channel's other end is gone.
         self.poll.register(leash.line.fileno(), 0)
 
-    def hold(self) -> Outcome:
-        """Listen until both outputs are closed, then take the exit status."""
-        unheard = set(self.heard)
+    def hold(self, beside: Callable[[], None] | None = None) -> Outcome:
+        """Listen until both outputs are closed, then take the exit status. See Runner.beside."""
+        if beside:
+            beside()
         looked = time.monotonic()
-        while unheard:
-            for fd, _ in self.poll.poll(LOOK_S * 1000):
-                if fd in unheard and not self._hear(fd):
-                    self.poll.unregister(fd)
-                    unheard.remove(fd)
+        while self.listen(LOOK_S):
             self.leash.check()
-            if self.listener and time.monotonic() - looked >= LOOK_S:
+            if time.monotonic() - looked >= LOOK_S:
                 looked = time.monotonic()
-                self.listener.look(self.child)
+                self._look(beside)
         return Outcome(
-            status=self._status(),
+            status=self._status(beside),
             stdout=bytes(self.heard[self.child.stdout]),
             stderr=self.heard[self.child.stderr].decode("utf-8", "replace").strip(),
         )
+
+    def listen(self, wait_s: float) -> bool:
+        """Take what the outputs have or get in this time; False once both are closed."""
+        if self.unheard:
+            for fd, _ in self.poll.poll(wait_s * 1000):
+                if fd in self.unheard and not self._hear(fd):
+                    self.poll.unregister(fd)
+                    self.unheard.remove(fd)
+        return bool(self.unheard)
 
     def _hear(self, fd: int) -> bool:
         """Take what an output has; False at its end."""
@@ -187,13 +211,18 @@ class _Conversation:
             self.listener.hear(data)
         return bool(data)
 
-    def _status(self) -> int:
+    def _look(self, beside: Callable[[], None] | None) -> None:
+        if self.listener:
+            self.listener.look(self.child)
+        if beside:
+            beside()
+
+    def _status(self, beside: Callable[[], None] | None) -> int:
         """Wait for the end of a program that has closed its outputs, on the same leash."""
         ended = select.poll()
         ended.register(self.child.pidfd, select.POLLIN)
         ended.register(self.leash.line.fileno(), 0)
         while not any(fd == self.child.pidfd for fd, _ in ended.poll(LOOK_S * 1000)):
             self.leash.check()
-            if self.listener:
-                self.listener.look(self.child)
+            self._look(beside)
         return self.child.wait()
