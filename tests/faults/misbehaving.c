@@ -124,7 +124,7 @@ int main(int argc, char **argv) {
   if (is("write for ever")) {
     int fd = open(out, O_WRONLY);
     while (write(fd, image, sizeof image) > 0)
-      usleep(10000);
+      usleep(50000);
     fputs("qemu-img: error while writing at byte 0: No space left on device\n", stderr);
     return 1;
   }

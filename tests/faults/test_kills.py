@@ -34,9 +34,6 @@ write = ["images"]
 
 MIB: Final = 1024 * 1024
 
-GONE_S: Final = 5.0
-"""Measured: 1 to 17 ms."""
-
 
 @pytest.fixture
 def alice(daemon: Daemon) -> Agent:
@@ -50,12 +47,6 @@ def begin(daemon: Daemon, library: Path, dest: Path) -> Call:
     call = daemon.agent(ALICE).convert(request)
     call.await_event(lambda event: event.progress.percent > 0)
     return call
-
-
-def await_gone(daemon: Daemon) -> None:
-    """Wait until neither a job nor a qemu-img is left."""
-    for name in (QEMU_IMG, JOB):
-        waiting.until(lambda name=name: not daemon.processes(name), f"no {name}", GONE_S)  # type: ignore[misc]
 
 
 def check_serves(daemon: Daemon, library: Path, directory: Path) -> None:
@@ -76,7 +67,7 @@ def test_a_client_that_is_killed_takes_its_job_with_it(
     """The kernel closes its connection, and that is the cancel."""
     begin(daemon, library, images_dir / "dest.qcow2")
     daemon.kill_agent(ALICE)
-    await_gone(daemon)
+    daemon.await_calm()
     check_serves(daemon, library, images_dir)
 
 
@@ -89,7 +80,7 @@ def test_a_front_that_is_killed_takes_all_jobs_with_it_and_is_replaced(
     os.kill(front, signal.SIGKILL)
     ended = call.end()
     assert (ended.status, ended.details) == ("UNAVAILABLE", ())
-    await_gone(daemon)
+    daemon.await_calm()
     check_serves(daemon, library, images_dir)
     assert daemon.await_one(FRONT) != front
 
@@ -102,7 +93,7 @@ def test_a_job_that_is_killed_takes_its_qemu_img_with_it(
     os.kill(daemon.await_one(JOB), signal.SIGKILL)
     refusal = call.refusal()
     assert (refusal.status, refusal.reason) == ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY")
-    await_gone(daemon)
+    daemon.await_calm()
     assert alice.jobs() == []
     check_serves(daemon, library, images_dir)
 
@@ -123,7 +114,7 @@ def test_a_qemu_img_that_ends_by_a_signal_publishes_nothing(
     call = begin(daemon, library, images_dir / "dest.qcow2")
     os.kill(daemon.await_one(QEMU_IMG), number)
     assert call.refusal().reason == reason
-    await_gone(daemon)
+    daemon.await_calm()
     check_serves(daemon, library, images_dir)
 
 
@@ -137,7 +128,7 @@ def test_a_broker_that_is_killed_takes_everything_with_it(
     session = daemon.pid
     daemon.signal(signal.SIGKILL)
     assert daemon.wait() == -signal.SIGKILL
-    waiting.until(lambda: not living(session), "no process of that daemon", GONE_S)
+    waiting.until(lambda: not living(session), "no process of that daemon")
     assert call.end().status == "UNAVAILABLE"
     assert daemon.socket.exists()
     daemon.start()
@@ -173,7 +164,7 @@ def test_a_destination_is_there_whole_or_not_at_all_whenever_somebody_dies(
                 kill(process.pid)
             break
     call.end()
-    await_gone(daemon)
+    daemon.await_calm()
     daemon.await_one(FRONT)
     if dest.exists():
         assert owner_of(dest) == (ALICE.uid, ALICE.gid, 0o600)
@@ -213,7 +204,7 @@ def test_a_named_temporary_of_a_job_that_was_killed_is_swept_by_the_next(
     call = begin(daemon, library, by_fuse / "dest.qcow2")
     os.kill(daemon.await_one(JOB), signal.SIGKILL)
     assert call.refusal().reason == "OUT_OF_MEMORY"
-    await_gone(daemon)
+    daemon.await_calm()
     (left,) = [name for name in os.listdir(by_fuse) if not name.startswith(".fuse_hidden")]
     assert left.startswith(".convertd-")
     dest = by_fuse / "next.qcow2"
@@ -230,6 +221,6 @@ def test_a_named_temporary_is_removed_by_a_job_that_lives(
     call = begin(daemon, library, by_fuse / "dest.qcow2")
     os.kill(daemon.await_one(name), signal.SIGKILL)
     call.end()
-    await_gone(daemon)
+    daemon.await_calm()
     # libfuse hides what is removed while it is open, until it hears of the last close.
     waiting.until(lambda: os.listdir(by_fuse) == [], "no file")

@@ -22,8 +22,8 @@ from harness.daemon import QEMU_IMG, Daemon
 POLICY: Final = """
 qemu_img = "{scratch}/bin/qemu-img"
 [limits]
-stall = "1 s"
-duration = "4 s"
+stall = "3 s"
+duration = "10 s"
 memory = "256 MiB"
 [roots.bin]
 path = "{scratch}/bin"

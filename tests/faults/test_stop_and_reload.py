@@ -113,7 +113,7 @@ def test_a_daemon_that_starts_while_another_stops_serves_on(
     assert running.result().published
     assert daemon.wait() == 0
     request = conversion(library / "small.raw", images_dir / "other.qcow2")
-    assert second.agent(ALICE).convert(request).result(5).published
+    assert second.agent(ALICE).convert(request).result().published
 
 
 def test_a_second_sigterm_ends_what_runs(daemon: Daemon, library: Path, images_dir: Path) -> None:
@@ -145,11 +145,9 @@ def test_what_still_runs_when_the_grace_is_over_is_ended(
 
 
 def test_an_idle_daemon_stops_at_once(daemon: Daemon) -> None:
-    """With clients connected, and though its manager does not read."""
+    """With clients connected: the grace is for what runs, and longer than we wait here."""
     daemon.agent(ALICE).access()
-    began = time.monotonic()
     daemon.stop()
-    assert time.monotonic() - began < 5
 
 
 def test_a_daemon_that_stops_while_its_front_is_dead_stops(daemon: Daemon) -> None:
