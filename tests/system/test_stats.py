@@ -1,0 +1,109 @@
+"""The counters, as an operator gets them by GetStats."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Final
+
+from harness.agent import conversion
+from harness.callers import ALICE, MALLORY, ROOT
+from harness.daemon import Daemon
+from harness.fixtures import MakeDaemon
+
+from convertd.v1 import convert_pb2 as pb
+
+POLICY: Final = """
+[operators]
+users = [0]
+[roots.library]
+path = "{library}"
+access = "daemon"
+[roots.images]
+path = "{scratch}/images"
+access = "daemon"
+[[grants]]
+users = [1234]
+read = ["library"]
+write = ["images"]
+"""
+
+MIB: Final = 1024 * 1024
+
+
+def stats(daemon: Daemon) -> pb.GetStatsResponse:
+    """What the operator is told."""
+    return daemon.agent(ROOT).ask("GetStats", pb.GetStatsRequest(), pb.GetStatsResponse)
+
+
+def test_what_was_done_and_what_was_refused_is_counted(
+    make_daemon: MakeDaemon, library: Path, images_dir: Path
+) -> None:
+    """By formats and reason; bytes and times are sums, and the buckets hold those before them."""
+    began = time.time()
+    daemon = make_daemon(POLICY)
+    daemon.start()
+    first = stats(daemon)
+    assert began - 1 < first.start_time.ToSeconds() <= time.time()
+    assert (first.jobs_running, first.jobs_queued, first.connections) == (0, 0, 1)
+    assert (len(first.conversions), len(first.refusals)) == (0, 0)
+    alice, mallory = daemon.agent(ALICE), daemon.agent(MALLORY)
+    for name in ("one.qcow2", "two.qcow2"):
+        alice.convert(conversion(library / "small.raw", images_dir / name)).result()
+    again = conversion(library / "small.raw", images_dir / "one.qcow2")
+    assert alice.convert(again).refusal().reason == "DEST_EXISTS"
+    for _ in range(3):
+        assert mallory.convert(again).refusal().reason == "PERMISSION_DENIED"
+    daemon.await_calm()
+    told = stats(daemon)
+    assert told.start_time == first.start_time
+    assert told.connections == 3
+    counted = {
+        (item.source_format, item.dest_format, item.reason): (item.count, item.bytes)
+        for item in told.conversions
+    }
+    assert counted == {
+        ("raw", "qcow2", ""): (2, 16 * MIB),
+        ("raw", "qcow2", "DEST_EXISTS"): (1, 0),
+    }
+    assert [(item.reason, item.count) for item in told.refusals] == [("PERMISSION_DENIED", 3)]
+    for item in told.conversions:
+        assert item.seconds > 0
+        buckets = [(bucket.upper_bound_seconds, bucket.count) for bucket in item.durations]
+        assert buckets == sorted(buckets)
+        assert buckets[-1] == (math.inf, item.count)
+
+
+def test_what_runs_and_waits_is_counted(
+    make_daemon: MakeDaemon, library: Path, images_dir: Path
+) -> None:
+    """At this moment."""
+    daemon = make_daemon(f"[limits]\njobs = 1\n{POLICY}")
+    daemon.start()
+    alice = daemon.agent(ALICE)
+    calls = [
+        alice.convert(
+            conversion(library / "bulky.raw", images_dir / name, rate_limit_bytes_per_second=MIB)
+        )
+        for name in ("running", "waiting")
+    ]
+    calls[0].await_started()
+    calls[1].await_queued()
+    told = stats(daemon)
+    assert (told.jobs_running, told.jobs_queued) == (1, 1)
+    for call in calls:
+        call.cancel()
+        call.end()
+    daemon.await_calm()
+    told = stats(daemon)
+    assert (told.jobs_running, told.jobs_queued) == (0, 0)
+
+
+def test_counters_are_not_for_a_user_whom_nobody_listed(make_daemon: MakeDaemon) -> None:
+    """They tell what others do."""
+    daemon = make_daemon(POLICY)
+    daemon.start()
+    refusal = daemon.agent(MALLORY).call("GetStats", pb.GetStatsRequest()).refusal()
+    assert (refusal.status, refusal.reason) == ("PERMISSION_DENIED", "PERMISSION_DENIED")
+    assert refusal.metadata["uid"] == "1666"
