@@ -1,0 +1,54 @@
+"""What is nobody's fault but ours: INTERNAL, with an id that the log has too."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Final
+
+import pytest
+from harness.agent import conversion
+from harness.callers import ALICE
+from harness.daemon import JOB, QEMU_IMG, Daemon
+
+POLICY: Final = """
+[roots.library]
+path = "{library}"
+access = "daemon"
+[roots.images]
+path = "{scratch}/images"
+access = "daemon"
+[[grants]]
+users = [1234]
+read = ["library"]
+write = ["images"]
+"""
+
+MIB: Final = 1024 * 1024
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS])
+def test_a_job_that_crashes_is_answered_with_an_id_that_the_log_has(
+    daemon: Daemon, library: Path, images_dir: Path, number: signal.Signals
+) -> None:
+    """Nothing of what happened is told but that; nothing is left, and the next one is done."""
+    request = conversion(
+        library / "bulky.raw", images_dir / "dest.qcow2", rate_limit_bytes_per_second=MIB
+    )
+    agent = daemon.agent(ALICE)
+    call = agent.convert(request)
+    call.await_event(lambda event: event.progress.percent > 0)
+    daemon.await_one(QEMU_IMG)
+    os.kill(daemon.await_one(JOB), number)
+    refusal = call.refusal()
+    assert (refusal.status, refusal.reason) == ("INTERNAL", "INTERNAL_ERROR")
+    assert set(refusal.metadata) == {"error_id"}
+    error_id = refusal.metadata["error_id"]
+    assert refusal.message == f"an internal error, recorded in the journal as {error_id}"
+    daemon.await_logged(f"id={error_id}")
+    daemon.await_calm()
+    assert os.listdir(images_dir) == []
+    assert agent.jobs() == []
+    done = agent.convert(conversion(library / "small.raw", images_dir / "next.qcow2")).result()
+    assert done.published
