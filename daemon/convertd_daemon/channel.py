@@ -337,11 +337,32 @@ FROM_BROKER: Final = (
 class Granted:
     """A grant, and the pipes with the passphrases that go with it: source's, then destination's.
 
-    To a forked job only: it is no message.
+    It is no message: it goes with a fork, or is made of Begin and the descriptors that came along.
     """
 
     grant: model.Grant | model.InspectGrant
     secrets: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begin:
+    """What a process does that was forked ahead. Exactly one of the grants is there."""
+
+    job_id: str
+    convert: model.Grant | None
+    inspect: model.InspectGrant | None
+
+    @property
+    def grant(self) -> model.Grant | model.InspectGrant:
+        """The one that is there.
+
+        Raises:
+            ValueError: none is.
+        """
+        grant = self.convert or self.inspect
+        if grant is None:
+            raise ValueError("an order without a grant")
+        return grant
 
 
 # --- to a job that was not forked ---------------------------------------------------------------

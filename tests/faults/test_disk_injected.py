@@ -91,7 +91,7 @@ def source(library: Path) -> Path:
 
 def refused(daemon: Daemon, fault: Fault, request: pb.ConvertRequest) -> Refusal:
     """Ask while a fault is in force. It must have come, and the daemon must serve afterwards."""
-    with Tracer(daemon.pid, fault.inject, fault.about) as tracer:
+    with Tracer(daemon.traced(), fault.inject, fault.about) as tracer:
         refusal = daemon.agent(ALICE).convert(request).refusal()
         daemon.await_calm()
     assert tracer.injected, tracer.text
@@ -305,7 +305,7 @@ def test_a_device_of_which_the_rest_can_not_be_zeroed_is_told(
         conversion(source, device, dest_format="raw", rate_limit_bytes_per_second=images.MIB)
     )
     daemon.await_one(QEMU_IMG)
-    with Tracer(daemon.await_one(JOB), "ioctl:error=EIO", follow=False) as tracer:
+    with Tracer([daemon.await_one(JOB)], "ioctl:error=EIO", follow=False) as tracer:
         refusal = call.refusal()
         daemon.await_calm()
     assert tracer.injected

@@ -192,7 +192,7 @@ def alice(
     with contextlib.ExitStack() as stack:
         if request.param != "as it comes":
             delay = f"delay_exit={SLOWED_MS * 1000}"
-            stack.enter_context(Tracer(daemon.pid, f"{','.join(PUBLISHING)}:{delay}"))
+            stack.enter_context(Tracer(daemon.traced(), f"{','.join(PUBLISHING)}:{delay}"))
             stack.enter_context(synchronised(disk.point))
         yield daemon.agent(ALICE)
 

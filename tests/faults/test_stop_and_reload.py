@@ -272,7 +272,8 @@ def test_many_reloads_leave_no_process_behind(
     named = POLICY.replace("users = [1234]", 'users = [1234, "root", "no-such-user"]')
     for _ in range(10):
         reload(daemon, library, images_dir, named)
-    waiting.until(lambda: len(daemon.processes()) == 2, "the broker and its front")
+    daemon.await_calm()
+    waiting.until(lambda: len(daemon.processes()) == 3, "the broker, its front, and the spare")
     assert "there is no user no-such-user" in daemon.log
 
 

@@ -222,7 +222,7 @@ def test_it_can_see_and_end_no_job_of_another(
         assert isinstance(listed, channel.Done)
         cancel = channel.CancelJob(call=front.call(), connection=bob, job_id=started.job_id)
         assert reason(front.asks(cancel)) == "JOB_NOT_FOUND"
-        assert broker.processes(JOB)
+        waiting.until(lambda: broker.processes(JOB), "the job works")
         channel.close_all(job)
 
 
@@ -250,9 +250,13 @@ def test_it_can_have_no_more_jobs_than_the_policy_allows(
         for call in calls:
             front.line.send(channel.Finished(call=call))
         assert front.quiet()
-        jobs_of_its_own = [one for one in broker.processes(JOB) if one.parent == broker.pid]
-        assert len(jobs_of_its_own) == 2
+        waiting.until(lambda: len(jobs_of_its_own(broker)) == 2, "two jobs work")
         channel.close_all(jobs)
+
+
+def jobs_of_its_own(broker: Daemon) -> list[processes.Process]:
+    """The jobs that a broker has, without what they have forked in turn."""
+    return [one for one in broker.processes(JOB) if one.parent == broker.pid]
 
 
 def test_it_can_have_one_call_do_one_thing(broker: Daemon, front: FalseFront, image: Path) -> None:

@@ -9,7 +9,7 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from convertd_daemon import channel, errors, model
-from convertd_daemon.broker import jobs, queue
+from convertd_daemon.broker import jobs, loop, queue, workers
 from convertd_daemon.front import pipes
 from convertd_daemon.sandbox import seccomp
 from convertd_daemon.sandbox.identity import Identity
@@ -72,7 +72,7 @@ def started(
         job = jobs.Job(
             job_id="job-1", call=1, connection=1, granted=channel.Granted(grant, own), lane=lane
         )
-        line = job.fork(setup())
+        line = job.start(workers.Spare(loop.Loop(), setup()))
     with line:
         try:
             yield job, line

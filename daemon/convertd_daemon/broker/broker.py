@@ -28,6 +28,7 @@ from convertd_daemon.broker import (
     notify,
     status,
     watchdog,
+    workers,
 )
 from convertd_daemon.kernel import getrandom
 
@@ -91,6 +92,7 @@ class Broker:
         self.said = status.Status()
         self.watchdog = watchdog.Watchdog(self.loop, household.listener.sock)
         self.idle = idle.Idle(self.loop, self.retire)
+        self.spare = workers.Spare(self.loop, household.setup)
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT, or until the front can't be kept alive."""
@@ -375,9 +377,9 @@ class Broker:
         self.tell_status()
 
     def start(self, job: jobs.Job) -> None:
-        """Fork a job, and give the front the other end of its channel."""
+        """Have a process do a job, and give the front the other end of its channel."""
         try:
-            line = job.fork(self.household.setup)
+            line = job.start(self.spare)
         except OSError:
             error_id = getrandom.hex_name(6)
             log.exception("could not fork a job id=%s", error_id)
@@ -388,10 +390,16 @@ class Broker:
             return
         descriptor = line.sock.detach()
         self.send(channel.Started(call=job.call, job_id=job.job_id), descriptor)
+        self.keep_spare()
         duration_s = job.grant.limits.duration_s
         overdue = errors.DurationExceeded(duration_s=duration_s)
         # The job minds its time itself; this is for one that can't, being stuck in the kernel.
         job.timer = self.loop.after(duration_s + ENDING_S, lambda: self.end(job, overdue))
+
+    def keep_spare(self) -> None:
+        """Have a process ready for the next job, while one could begin at once."""
+        lane = self.jobs.conversions
+        self.spare.keep(lambda: not self.stopping and lane.running < self.rules.limits.jobs)
 
     def refuse(self, call: int, failure: errors.Failure) -> None:
         """End a call with a condition."""
@@ -525,6 +533,7 @@ class Broker:
             return
         job = self.jobs.of_process(pid)
         if job is None:
+            self.spare.lost(pid)
             return
         failure = job.ending or self._unexplained(job, status)
         account = job.account()
@@ -534,6 +543,7 @@ class Broker:
         self.jobs.remove(job)
         self.send(channel.Ended(job_id=job.job_id, failure=failure))
         self.advance()
+        self.keep_spare()
 
     def _unexplained(self, job: jobs.Job, status: int) -> errors.Failure:
         """What the caller is told if the job said nothing itself. Most jobs did."""
@@ -556,6 +566,7 @@ class Broker:
         notify.ready()
         self.tell_status()
         self.mind_idleness()
+        self.keep_spare()
         log.info("serving versions=%s", self.household.versions)
 
     def reload(self) -> None:
@@ -613,6 +624,7 @@ class Broker:
             self.end_all()
             return
         self.stopping = True
+        self.spare.end()
         grace_s = self.rules.limits.stop_grace_s
         notify.stopping(grace_s + 2 * ENDING_S + FRONT_STOP_S + STOP_MARGIN_S)
         self.tell_status()

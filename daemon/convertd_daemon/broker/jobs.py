@@ -10,16 +10,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from convertd_daemon import channel, codec, errors, model
-from convertd_daemon.broker import audit, loop, queue
-from convertd_daemon.job import account as job_account
-from convertd_daemon.job import main as job_main
+from convertd_daemon.broker import audit, loop, queue, workers
 from convertd_daemon.kernel import getrandom
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from convertd_daemon.broker.accept import Connection
-    from convertd_daemon.sandbox.setup import Setup
 
 
 class State(enum.Enum):
@@ -78,36 +75,17 @@ class Job:
             return self.grant.dest.path
         return ""
 
-    def fork(self, setup: Setup) -> channel.Channel:
+    def start(self, spare: workers.Spare) -> channel.Channel:
         """Start the job's process, and give the end of its channel that is for the front.
 
         Raises:
             OSError: no process, or no descriptors, to be had.
         """
-        ours, theirs = channel.Channel.pair()
-        self._pipe, account = os.pipe()
-        broker = os.getpid()
-        # Held back until the job has let go of our wakeup descriptor: a SIGTERM to it would be
-        # written there, and we would take it for our own.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        try:
-            self.pid = os.fork()
-            if self.pid == 0:
-                # Not ours.close(): the job's first act closes all but its own.
-                witness = job_account.Witness(theirs.sock, account)
-                job_main.forked(self.job_id, self.granted, witness, setup, broker)
-        except BaseException:
-            ours.close()
-            theirs.close()
-            os.close(account)
-            raise
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()
-        os.close(account)
+        worker = spare.begin(self.job_id, self.granted)
+        self.pid, self._pipe = worker.pid, worker.account
         self.close_secrets()
         self.state, self.started = State.RUNNING, time.time()
-        return ours
+        return worker.line
 
     def record(self, account: channel.Account | None, failure: errors.Failure) -> audit.Record:
         """The audit record of its end: by its own account, or as the broker saw it."""

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 from convertd_daemon import channel, errors, model
@@ -26,28 +27,46 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def forked(
-    job_id: str, order: channel.Granted, line: account.Witness, setup: Setup, broker: int
-) -> NoReturn:
-    """Be the job, in the child that the broker just forked. Never returns.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begun:
+    """A job and its grant, for a process that is forked with it."""
 
-    fork(2) gives a child all its parent has, close-on-exec or not; so the first act is to close
-    what belongs to the broker and to other jobs. All signals are blocked until ours are set.
+    job_id: str
+    granted: channel.Granted
+
+
+def forked(
+    begun: Begun | None,
+    orders: channel.Channel,
+    line: account.Witness,
+    setup: Setup,
+    broker: int,
+) -> NoReturn:
+    """Be a job, in the child that the broker just forked; first wait for it, unless it is given.
+
+    Never returns. fork(2) gives a child all its parent has, close-on-exec or not; so the first act
+    is to close what belongs to the broker and to other jobs. All signals are blocked until ours are
+    set.
     """
     try:
-        close_range.close_all_but({0, 1, 2, *line.descriptors(), *order.secrets})
+        pipes = begun.granted.secrets if begun else ()
+        close_range.close_all_but({0, 1, 2, orders.fileno(), *line.descriptors(), *pipes})
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         leash.end_on_sigterm()
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         rights.die_with(broker)
-        prctl.set_name("convertd-job")
         os.umask(0o077)
-        log.debug("job=%s pid=%d", job_id, os.getpid())
-        _work(lambda: order, line, setup)
+        job = begun or _wait(orders)
+        orders.close()
+        prctl.set_name("convertd-job")
+        log.debug("job=%s pid=%d", job.job_id, os.getpid())
+        _work(lambda: job.granted, line, setup)
     except leash.Cut:
         log.info("job cut short at its very end")
+    except channel.Closed:
+        log.debug("no job came pid=%d", os.getpid())
     except BaseException:
         log.exception("job failed before its work")
     finally:
@@ -59,6 +78,18 @@ def forked(
             logging.shutdown()
         finally:
             os._exit(0)
+
+
+def _wait(orders: channel.Channel) -> Begun:
+    """Wait for the one order.
+
+    Raises:
+        channel.Closed: there will be none.
+        leash.Cut: SIGTERM came first.
+    """
+    prctl.set_name("convertd-spare")
+    begin, pipes = orders.receive(channel.Begin)
+    return Begun(job_id=begin.job_id, granted=channel.Granted(begin.grant, tuple(pipes)))
 
 
 def main() -> int:

@@ -22,6 +22,7 @@ COMMAND: Final = Path(sys.executable).with_name("convertd")
 
 FRONT: Final = "convertd-front"
 JOB: Final = "convertd-job"
+SPARE: Final = "convertd-spare"
 QEMU_IMG: Final = "qemu-img"
 
 LIVE: Final[set[Daemon]] = set()
@@ -108,6 +109,7 @@ class Daemon:
                 start_new_session=True,
             )
         self.await_notice("READY=1")
+        self.await_one(SPARE)
 
     def await_notice(self, notice: str) -> None:
         """Wait until it tells its manager something.
@@ -165,9 +167,14 @@ class Daemon:
         waiting.until(lambda: not self.processes(name), f"no process {name}")
 
     def await_calm(self) -> None:
-        """Wait until nothing runs but the broker and its front."""
+        """Wait until nothing runs but the broker, its front, and the spare for the next job."""
         self.await_none(QEMU_IMG)
         self.await_none(JOB)
+        self.await_one(SPARE)
+
+    def traced(self) -> tuple[int, int]:
+        """What to trace to see all jobs: the broker, which forks them, and its spare."""
+        return self.pid, self.await_one(SPARE)
 
     def await_logged(self, text: str) -> None:
         """Wait until the log has that text."""

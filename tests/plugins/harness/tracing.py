@@ -1,6 +1,6 @@
 """strace on a running daemon: to fail system calls, to slow them down, and to see that they came.
 
-Whatever the daemon forks is followed. Source: strace(1), "Tampering".
+Whatever they fork is followed. Source: strace(1), "Tampering".
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
@@ -23,11 +24,14 @@ class Tracer:
     """
 
     def __init__(
-        self, pid: int, inject: str, path: Path | None = None, *, follow: bool = True
+        self, pids: Iterable[int], inject: str, path: Path | None = None, *, follow: bool = True
     ) -> None:
-        """Attach when the context is entered; without `follow`, to that process alone."""
+        """Attach when the context is entered; without `follow`, to these processes alone."""
         self._text = ""
-        self._argv = ["strace", *(("-f",) if follow else ()), "-p", str(pid)]
+        self._pids = list(pids)
+        self._argv = ["strace", *(("-f",) if follow else ())]
+        for traced in self._pids:
+            self._argv += ["-p", str(traced)]
         self._argv += ["-e", f"trace={inject.partition(':')[0]}", "-e", f"inject={inject}"]
         if path is not None:
             self._argv += ["-P", str(path)]
@@ -35,7 +39,8 @@ class Tracer:
     def __enter__(self) -> Self:
         self._said = tempfile.NamedTemporaryFile()
         self._process = subprocess.Popen(self._argv, stdin=subprocess.DEVNULL, stderr=self._said)
-        waiting.until(lambda: " attached" in self.text, "strace is attached")
+        every = len(self._pids)
+        waiting.until(lambda: self.text.count(" attached") == every, "strace is attached")
         return self
 
     def __exit__(self, *_: object) -> None:

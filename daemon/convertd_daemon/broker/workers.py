@@ -1,0 +1,162 @@
+"""A job's process, as the broker sees it: forked, perhaps ahead of its job, and given one order.
+
+fork(2) takes milliseconds, and a process is slow at first, until it has its own copy of each page it
+writes to. So one process is kept that waits for an order. It holds nothing of anybody's: no grant,
+no connection, no descriptor but the ends of its own channels. Each serves one job and ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from convertd_daemon import channel, model
+from convertd_daemon.job import account as job_account
+from convertd_daemon.job import main as job_main
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from convertd_daemon.broker.loop import Loop
+    from convertd_daemon.sandbox.setup import Setup
+
+log = logging.getLogger(__name__)
+
+FORK_AFTER_S: Final = 0.02
+"""A spare is forked when the job that took the one before is under way, so as not to hinder it."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Worker:
+    """A forked process that waits for its order, or has had it.
+
+    Owns the broker's end of the way orders go, the front's end of the job's channel, and the pipe
+    in which the job says how it ended.
+    """
+
+    pid: int
+    orders: channel.Channel
+    line: channel.Channel
+    account: int
+
+    def order(self, job_id: str, granted: channel.Granted) -> None:
+        """Have it do a job. The caller keeps the pipes; the worker gets its own.
+
+        Raises:
+            channel.Closed: it is gone.
+            channel.TooLong: the grant can't be sent; nothing was.
+        """
+        grant = granted.grant
+        begin = channel.Begin(
+            job_id=job_id,
+            convert=grant if isinstance(grant, model.Grant) else None,
+            inspect=grant if isinstance(grant, model.InspectGrant) else None,
+        )
+        self.orders.send(begin, *granted.secrets)
+        self.orders.close()
+
+    def end(self) -> None:
+        """End one that has had no order."""
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        self.close()
+
+    def close(self) -> None:
+        """Close what belongs to it."""
+        self.orders.close()
+        self.line.close()
+        os.close(self.account)
+
+
+def fork(setup: Setup, begun: job_main.Begun | None = None) -> Worker:
+    """Fork a worker, that waits for an order unless it has been given one.
+
+    Raises:
+        OSError: no process, or no descriptors, to be had.
+    """
+    broker = os.getpid()
+    with contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
+        orders, orders_end = (undo.enter_context(end) for end in channel.Channel.pair())
+        line, line_end = (undo.enter_context(end) for end in channel.Channel.pair())
+        account, account_end = os.pipe()
+        undo.callback(os.close, account)
+        theirs.callback(os.close, account_end)
+        # Held back until the worker has let go of our wakeup descriptor: a SIGTERM to it would be
+        # written there, and we would take it for our own.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            pid = os.fork()
+            if pid == 0:
+                # Nothing is closed here: its first act closes all but its own.
+                witness = job_account.Witness(line_end.sock, account_end)
+                job_main.forked(begun, orders_end, witness, setup, broker)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        undo.pop_all()
+        orders_end.close()
+        line_end.close()
+    return Worker(pid=pid, orders=orders, line=line, account=account)
+
+
+class Spare:
+    """At most one worker, forked ahead."""
+
+    def __init__(self, loop: Loop, setup: Setup) -> None:
+        """Begin with none."""
+        self._loop = loop
+        self._setup = setup
+        self._worker: Worker | None = None
+        self._is_wanted = False
+        self._may_fork: Callable[[], bool] = lambda: False
+
+    def keep(self, may_fork: Callable[[], bool]) -> None:
+        """Have one soon, if by then `may_fork` says so."""
+        self._may_fork = may_fork
+        if not self._is_wanted:
+            self._is_wanted = True
+            self._loop.after(FORK_AFTER_S, self._fork)
+
+    def _fork(self) -> None:
+        self._is_wanted = False
+        if self._worker is None and self._may_fork():
+            # Whoever comes next has a process forked in his own time, or hears why not.
+            with contextlib.suppress(OSError):
+                self._worker = fork(self._setup)
+
+    def begin(self, job_id: str, granted: channel.Granted) -> Worker:
+        """Give a job to the spare; to a new worker, if there is none, or it can't take it.
+
+        Raises:
+            OSError: no process, or no descriptors, to be had.
+        """
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            try:
+                worker.order(job_id, granted)
+            except (channel.Closed, channel.TooLong):
+                worker.end()
+            else:
+                return worker
+        worker = fork(self._setup, job_main.Begun(job_id=job_id, granted=granted))
+        worker.orders.close()
+        return worker
+
+    def end(self) -> None:
+        """Keep none any more."""
+        self._may_fork = lambda: False
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.end()
+
+    def lost(self, pid: int) -> bool:
+        """Take note that a process has ended; whether it was the spare."""
+        if self._worker is None or self._worker.pid != pid:
+            return False
+        log.warning("the spare process ended pid=%d", pid)
+        self._worker.close()
+        self._worker = None
+        return True

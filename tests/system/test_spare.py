@@ -1,0 +1,151 @@
+"""The process that is forked ahead of the next job: what it holds, and that it stands in no way."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import pytest
+from harness import images, processes, waiting
+from harness.agent import conversion
+from harness.callers import ALICE, Caller
+from harness.daemon import JOB, SPARE, Daemon
+
+POLICY: Final = """
+[limits]
+jobs = 2
+jobs_per_user = 2
+[roots.library]
+path = "{library}"
+access = "daemon"
+[roots.images]
+path = "{scratch}/images"
+access = "daemon"
+[[grants]]
+users = [1234]
+read = ["library", "images"]
+write = ["images"]
+"""
+
+STANDARD: Final = {0, 1, 2}
+MANY_GROUPS: Final = 40_000
+"""Their numbers alone are more than a message holds."""
+
+
+def convert(daemon: Daemon, library: Path, images_dir: Path, caller: Caller = ALICE) -> None:
+    """Convert an image, and see that it is one."""
+    dest = images_dir / "dest.qcow2"
+    daemon.agent(caller).convert(conversion(library / "small.raw", dest)).result()
+    assert images.identical(library / "small.raw", dest)
+    dest.unlink()
+
+
+def test_a_job_is_done_by_the_process_that_waited_for_it(
+    daemon: Daemon, library: Path, images_dir: Path
+) -> None:
+    """And there is another one soon."""
+    spare = daemon.await_one(SPARE)
+    convert(daemon, library, images_dir)
+    assert f" pid={spare}\n" in daemon.log
+    waiting.until(lambda: not processes.exists(spare), "the job is gone")
+    assert daemon.await_one(SPARE) != spare
+
+
+def test_it_holds_nothing_but_its_own_channels(daemon: Daemon) -> None:
+    """Three, of which no other process has that end: no connection, no job, no image."""
+    connected = daemon.agent(ALICE)
+    connected.access()
+    held = processes.descriptors(daemon.await_one(SPARE))
+    own = {number: name for number, name in held.items() if number not in STANDARD}
+    assert sorted(name.partition(":")[0] for name in own.values()) == ["pipe", "socket", "socket"]
+    sockets = {name for name in own.values() if name.startswith("socket")}
+    assert sockets.isdisjoint(processes.descriptors(daemon.pid).values())
+
+
+def test_a_job_that_follows_gets_the_rights_of_its_own_caller_alone(
+    daemon: Daemon, library: Path, images_dir: Path
+) -> None:
+    """Nothing of one order stays for the next: who is not in the policy is refused as ever."""
+    convert(daemon, library, images_dir)
+    stranger = daemon.agent(Caller(uid=4999, gid=4999))
+    dest = images_dir / "dest.qcow2"
+    refusal = stranger.convert(conversion(library / "small.raw", dest)).refusal()
+    assert refusal.status == "PERMISSION_DENIED"
+    assert not os.listdir(images_dir)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_one_that_is_killed_is_missed_by_nobody(
+    daemon: Daemon, library: Path, images_dir: Path, number: signal.Signals
+) -> None:
+    """The next job has a process forked in its own time."""
+    spare = daemon.await_one(SPARE)
+    os.kill(spare, number)
+    waiting.until(lambda: not processes.exists(spare), "the spare is gone")
+    convert(daemon, library, images_dir)
+    daemon.await_calm()
+
+
+def test_one_that_is_stopped_is_ended_with_its_job(
+    daemon: Daemon, library: Path, images_dir: Path
+) -> None:
+    """It takes the order and does nothing; its caller cancels, and the place is free again."""
+    spare = daemon.await_one(SPARE)
+    os.kill(spare, signal.SIGSTOP)
+    granted = daemon.log.count("granted job=")
+    call = daemon.agent(ALICE).convert(conversion(library / "small.raw", images_dir / "dest.qcow2"))
+    waiting.until(lambda: daemon.log.count("granted job=") > granted, "the job is granted")
+    call.cancel()
+    assert call.end().status == "CANCELLED"
+    waiting.until(lambda: not processes.exists(spare), "the job is gone")
+    convert(daemon, library, images_dir)
+
+
+def test_an_order_that_does_not_fit_into_a_message_is_done_all_the_same(
+    make_daemon: Callable[[str], Daemon], library: Path, images_dir: Path
+) -> None:
+    """By a process that was forked with it."""
+    daemon = make_daemon(POLICY)
+    daemon.start()
+    groups = tuple(range(100_000, 100_000 + MANY_GROUPS))
+    caller = Caller(uid=ALICE.uid, gid=ALICE.gid, groups=groups)
+    spare = daemon.await_one(SPARE)
+    convert(daemon, library, images_dir, caller)
+    assert f" pid={spare}\n" not in daemon.log
+    daemon.await_calm()
+
+
+def test_there_is_none_while_every_place_is_taken(
+    daemon: Daemon, library: Path, images_dir: Path
+) -> None:
+    """No job could begin; when one ends, the next has a spare again."""
+    slow = [
+        daemon.agent(ALICE).convert(
+            conversion(
+                library / "bulky.raw",
+                images_dir / f"slow-{number}",
+                rate_limit_bytes_per_second=images.MIB,
+            )
+        )
+        for number in range(2)
+    ]
+    for call in slow:
+        call.await_started()
+    waiting.until(lambda: len(daemon.processes(JOB)) == 2, "both places are taken")
+    for call in slow:
+        call.cancel()
+        call.end()
+    daemon.await_calm()
+
+
+def test_it_ends_with_a_broker_that_is_killed(make_daemon: Callable[[str], Daemon]) -> None:
+    """As every process of the daemon does."""
+    daemon = make_daemon(POLICY)
+    daemon.start()
+    spare = daemon.await_one(SPARE)
+    daemon.signal(signal.SIGKILL)
+    daemon.wait()
+    waiting.until(lambda: not processes.exists(spare), "the spare is gone")
