@@ -58,7 +58,12 @@ PROBLEMS: Final = {"EIO": "Input/output error", "ENOSPC": "No space left on devi
 FLUSHES: Final = "fdatasync,fsync"
 """A disk that fails to flush fails both. Of a raw file qemu-img takes no notice, and says 0."""
 
-CACHES: Final = {"none": pb.CACHE_MODE_AUTO, "writeback": pb.CACHE_MODE_WRITEBACK}
+CACHES: Final = {
+    "none": pb.CACHE_MODE_AUTO,
+    "writeback": pb.CACHE_MODE_WRITEBACK,
+    "writethrough": pb.CACHE_MODE_WRITETHROUGH,
+    "directsync": pb.CACHE_MODE_DIRECTSYNC,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
