@@ -22,16 +22,20 @@ TOOLS := build/tools
 SOURCES := pyproject.toml hatch_build.py LICENSE \
   $(shell find proto daemon client -type f -not -name '*.pyc')
 
-# What the tests run: qemu-img, file systems of several kinds, and ways to watch and to hinder.
-# systemd-python is built against libsystemd; lowdown makes the man pages.
-DEBIAN_PACKAGES := acl bindfs btrfs-progs e2fsprogs gcc groff-base iproute2 libseccomp2 \
-  libsystemd-dev lowdown ntfs-3g pkg-config procps python3-dev python3-venv qemu-utils strace \
-  systemd-container systemd-sysv util-linux xfsprogs
+# What the tests run: qemu-img, file systems of several kinds, and ways to watch and to hinder;
+# fio and nbdcopy (libnbd-bin) for the benchmarks. systemd-python is built against libsystemd;
+# lowdown makes the man pages.
+DEBIAN_PACKAGES := acl bindfs btrfs-progs e2fsprogs fio gcc groff-base iproute2 libnbd-bin \
+  libseccomp2 libsystemd-dev lowdown ntfs-3g pkg-config procps python3-dev python3-venv qemu-utils \
+  strace systemd systemd-container systemd-sysv util-linux xfsprogs
 
 # Passed on: make test PYTEST_FLAGS='-k policy'
 PYTEST_FLAGS :=
 
-.PHONY: build test check demo coverage clean packages users peers contract
+# Passed on: make bench BENCH_FLAGS='--large-rounds 5 --directory /srv'
+BENCH_FLAGS :=
+
+.PHONY: build test check demo coverage bench bench-smoke clean packages users peers contract
 
 # The wheel, and an environment that has it installed.
 build: $(ENV)/.installed
@@ -61,6 +65,19 @@ coverage: $(ENV)/.installed packages users peers
 	$(ENV)/bin/coverage run -m pytest $(PYTEST_FLAGS)
 	$(ENV)/bin/coverage combine --quiet
 	$(ENV)/bin/coverage report
+
+# How quick it is, beside others: a quarter of an hour on a machine that does nothing else, then
+# docs/benchmarks.md is made anew.
+bench: $(ENV)/.installed packages users peers
+	PYTHONPATH=tests/plugins $(ENV)/bin/python -m benchmarks measure $(BENCH_FLAGS)
+	PYTHONPATH=tests/plugins $(ENV)/bin/python -m benchmarks render
+
+# The same with tiny images, to see that all of it runs; its page is build/bench/smoke.md.
+bench-smoke: $(ENV)/.installed packages users peers
+	PYTHONPATH=tests/plugins $(ENV)/bin/python -m benchmarks measure --smoke \
+	  --results build/bench/smoke.json
+	PYTHONPATH=tests/plugins $(ENV)/bin/python -m benchmarks render \
+	  --results build/bench/smoke.json --page build/bench/smoke.md
 
 # The descriptor image that `make check` compares with. Refuses a change that breaks callers.
 contract: $(ENV)/.installed

@@ -1,0 +1,131 @@
+"""Calls the daemon as the user who runs this. Orders come on standard input, a JSON object a line.
+
+Each is answered by a line. Times are taken here, around the call, by the clock that all processes
+share. Nothing of the benchmarks is imported: this runs with `python -I`, and the file is handed
+over by `-c`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from convertd_client import Client, errors
+
+clients: list[Client] = []
+stopping = threading.Event()
+
+
+def client(socket: str, number: int = 0) -> Client:
+    """The connection of that number, made when it is first asked for."""
+    while len(clients) <= number:
+        clients.append(Client(socket))
+    return clients[number]
+
+
+def timed(act: Callable[[], object]) -> float:
+    """How long something takes."""
+    began = time.monotonic()
+    act()
+    return time.monotonic() - began
+
+
+def convert(socket: str, call: dict[str, Any], number: int = 0) -> float:
+    """Convert one image."""
+    one = client(socket, number)
+    return timed(lambda: one.convert(call["source"], call["dest"], **call["options"]))
+
+
+def timeline(socket: str, call: dict[str, Any]) -> list[float]:
+    """Convert, and say when that began and ended, by the clock of the wall."""
+    one = client(socket)
+    began = time.time()
+    one.convert(call["source"], call["dest"], **call["options"])
+    return [began, time.time()]
+
+
+def ask(socket: str, times: int) -> list[float]:
+    """GetAccess, again and again."""
+    one = client(socket)
+    return [timed(one.access) for _ in range(times)]
+
+
+def first(socket: str) -> float:
+    """The first call of a connection that does not exist yet."""
+    with Client(socket) as one:
+        return timed(one.access)
+
+
+def crowd(socket: str, threads: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """Conversions in several threads at once, each with a connection of its own."""
+    seconds: list[float] = []
+
+    def work(number: int, calls: list[dict[str, Any]]) -> None:
+        seconds.extend(convert(socket, call, number) for call in calls)
+
+    for number in range(len(threads)):
+        client(socket, number).access()
+    return {"seconds": seconds, "span": span(work, threads)}
+
+
+def span(work: Callable[[int, Any], None], loads: list[Any]) -> list[float]:
+    """Do that in as many threads as there are loads; when it began, and when it ended."""
+    crew = [threading.Thread(target=work, args=pair) for pair in enumerate(loads)]
+    began = time.monotonic()
+    for thread in crew:
+        thread.start()
+    for thread in crew:
+        thread.join()
+    return [began, time.monotonic()]
+
+
+def occupy(socket: str, calls: list[dict[str, Any]]) -> int:
+    """Convert the same things over and over in threads, until the connection is closed."""
+
+    def work(call: dict[str, Any]) -> None:
+        while not stopping.is_set():
+            try:
+                convert(socket, call)
+            except errors.ConvertError:
+                if not stopping.is_set():
+                    raise
+
+    client(socket).access()
+    for call in calls:
+        threading.Thread(target=work, args=(call,), daemon=True).start()
+    return len(calls)
+
+
+def running(socket: str) -> int:
+    """How many conversions of this user's run."""
+    return sum(job.state == "running" for job in client(socket).jobs())
+
+
+ORDERS: dict[str, Callable[..., Any]] = {
+    "convert": convert,
+    "timeline": timeline,
+    "ask": ask,
+    "first": first,
+    "crowd": crowd,
+    "occupy": occupy,
+    "running": running,
+}
+
+
+def main(socket: str) -> None:
+    """Obey until standard input ends."""
+    for line in sys.stdin:
+        name, *arguments = json.loads(line)
+        sys.stdout.write(json.dumps(ORDERS[name](socket, *arguments)) + "\n")
+        sys.stdout.flush()
+    stopping.set()
+    for one in clients:
+        one.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,62 @@
+"""Calls Nova's own convert_image, which is run by oslo.privsep's helper: orders as for caller.py.
+
+This runs in an environment that has Nova. The helper is root; this process is not, once the helper
+is there: it takes the uid that it is told.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import nova.privsep  # type: ignore[import-not-found]  # it has an environment of its own
+import nova.privsep.qemu  # type: ignore[import-not-found]  # the same
+from oslo_privsep import priv_context  # type: ignore[import-not-found]  # the same
+
+
+def convert(arguments: list[Any]) -> float:
+    """Convert one image; the arguments are those of convert_image."""
+    began = time.monotonic()
+    nova.privsep.qemu.convert_image(*arguments)
+    return time.monotonic() - began
+
+
+def crowd(threads: list[list[list[Any]]]) -> dict[str, Any]:
+    """Conversions in several threads at once."""
+    seconds: list[float] = []
+
+    def work(calls: list[list[Any]]) -> None:
+        seconds.extend(convert(arguments) for arguments in calls)
+
+    crew = [threading.Thread(target=work, args=(calls,)) for calls in threads]
+    began = time.monotonic()
+    for thread in crew:
+        thread.start()
+    for thread in crew:
+        thread.join()
+    return {"seconds": seconds, "span": [began, time.monotonic()]}
+
+
+ORDERS: dict[str, Callable[[Any], Any]] = {"convert": convert, "crowd": crowd}
+
+
+def main(uid: int) -> None:
+    """Start the helper, become that user, and obey until standard input ends."""
+    nova.privsep.sys_admin_pctxt.start(priv_context.Method.FORK)
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+    for line in sys.stdin:
+        name, argument = json.loads(line)
+        done = ORDERS[name](argument)
+        sys.stdout.write(json.dumps(done) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

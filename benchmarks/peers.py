@@ -1,0 +1,306 @@
+"""Contestants that are more than a command line, and the form that all contestants have."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+import os
+import re
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from harness.callers import ALICE, PYTHON, Caller
+from harness.daemon import Daemon
+
+from benchmarks import contestants, usage
+from benchmarks.cases import Case
+from convertd_daemon.sandbox import enter
+
+ROOT: Final = Path(__file__).parents[1]
+NOVA: Final = ROOT / "build/nova/bin/python"
+NOVA_CALLER: Final = ROOT / "benchmarks/nova_caller.py"
+CALLER: Final = (ROOT / "benchmarks/caller.py").read_text(encoding="utf-8")
+
+POLICY: Final = """
+[limits]
+jobs = {jobs}
+jobs_per_user = {jobs}
+queue = 1000
+queue_per_user = 1000
+[roots.images]
+path = "{images}"
+access = "daemon"
+[roots.xfs]
+path = "{xfs}"
+access = "daemon"
+[[grants]]
+users = [1234, 1235]
+read = ["images", "xfs"]
+write = ["images", "xfs"]
+"""
+
+JOBS: Final = 4
+"""Conversions at once, as by default."""
+
+RAN: Final = re.compile(r"run argv=(\(.*'convert'.*\))$", re.MULTILINE)
+"""How the daemon logs at debug what it runs."""
+
+
+class Failed(Exception):
+    """Something that is measured did not do what it should."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Took:
+    """What one conversion took. `cpu_s` is of all processes."""
+
+    seconds: float
+    cpu_s: float
+
+
+class Racer(Protocol):
+    """Whoever takes part."""
+
+    @property
+    def name(self) -> str:
+        """A name for tables."""
+
+    @property
+    def what(self) -> str:
+        """What it is, in a sentence."""
+
+    @property
+    def copies(self) -> bool:
+        """Whether there is a result to be compared."""
+
+    def enters(self, case: Case) -> bool:
+        """Whether it can do that."""
+
+    def convert(self, case: Case, dest: Path) -> Took:
+        """Do it. `dest` does not exist."""
+
+
+class CommandLine:
+    """Commands, run one after the other by this process."""
+
+    copies = True
+
+    def __init__(self, name: str, commands: contestants.Contestant) -> None:
+        self.name = name
+        self.what = " ".join((commands.__doc__ or "").split())
+        self._commands = commands
+
+    def enters(self, case: Case) -> bool:
+        """See Racer."""
+        return self._commands(case, Path("/dest")) is not None
+
+    def convert(self, case: Case, dest: Path) -> Took:
+        """See Racer."""
+        return run(self._commands(case, dest) or [])
+
+
+def run(commands: Sequence[Sequence[str]]) -> Took:
+    """Run commands to their ends.
+
+    Raises:
+        Failed: one did not end with status 0.
+    """
+    cpu_s = 0.0
+    began = time.monotonic()
+    for argv in commands:
+        process = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env=enter.ENVIRONMENT,
+        )
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        cpu_s += used.ru_utime + used.ru_stime
+        if process.returncode:
+            raise Failed(f"{argv} ended with {process.returncode}")
+    return Took(seconds=time.monotonic() - began, cpu_s=cpu_s)
+
+
+class SameArgv:
+    """qemu-img alone, with the arguments that convertd gave it: what is left is convertd's own."""
+
+    name = "same argv"
+    what = "qemu-img alone, with the arguments that convertd gives it, as it logs them at debug."
+    copies = True
+
+    def __init__(self, argv: Mapping[str, list[str]]) -> None:
+        self._argv = argv
+
+    def enters(self, case: Case) -> bool:
+        """See Racer."""
+        return bool(self._argv[case.name])
+
+    def convert(self, case: Case, dest: Path) -> Took:
+        """See Racer."""
+        return run([[*self._argv[case.name][:-1], str(dest)]])
+
+
+class Line:
+    """A process that obeys orders: a line of JSON each, answered by another."""
+
+    def __init__(self, process: subprocess.Popen[bytes], name: str) -> None:
+        self.process = process
+        self.name = name
+
+    def order(self, *order: object) -> Any:  # noqa: ANN401 - JSON is anything
+        """Give an order, and wait for the answer."""
+        self.begin(*order)
+        return self.answer()
+
+    def begin(self, *order: object) -> None:
+        """Give an order."""
+        assert self.process.stdin is not None  # noqa: S101 - for mypy
+        self.process.stdin.write(json.dumps(order).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def answer(self) -> Any:  # noqa: ANN401 - JSON is anything
+        """Wait for the answer.
+
+        Raises:
+            Failed: the process ended instead; it has said why on standard error.
+        """
+        assert self.process.stdout is not None  # noqa: S101 - for mypy
+        line = self.process.stdout.readline()
+        if not line:
+            raise Failed(f"{self.name} ended")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """End it."""
+        with self.process:
+            pass
+
+
+@contextlib.contextmanager
+def caller(socket: Path, who: Caller = ALICE) -> Iterator[Line]:
+    """A process of a user's that calls the daemon through convertd_client.Client."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    argv = [PYTHON, "-I", "-c", CALLER, str(socket)]
+    line = Line(who.popen(argv, **pipes), f"caller of uid {who.uid}")
+    try:
+        yield line
+    finally:
+        line.close()
+
+
+def call(case: Case, dest: Path) -> dict[str, Any]:
+    """A conversion as caller.py takes it."""
+    options = {"dest_format": case.dest_format, "compression": case.compression or None}
+    if not case.undeclared:
+        options["source_format"] = case.source.format
+    return {"source": str(case.source.path), "dest": str(dest), "options": options}
+
+
+class Convertd:
+    """The daemon, called over one connection by a user without rights."""
+
+    name = "convertd"
+    what = "The daemon, called through `convertd_client.Client` by a user without rights."
+    copies = True
+
+    def __init__(self, daemon: Daemon, line: Line) -> None:
+        self._daemon = daemon
+        self._line = line
+
+    def enters(self, case: Case) -> bool:
+        """See Racer."""
+        del case
+        return True
+
+    def convert(self, case: Case, dest: Path) -> Took:
+        """See Racer."""
+        before = usage.cpu_s(self._daemon.pid)
+        seconds = self._line.order("convert", call(case, dest))
+        self._daemon.await_none("qemu-img")
+        return Took(seconds=seconds, cpu_s=usage.cpu_s(self._daemon.pid) - before)
+
+
+class Nova:
+    """Nova's own function, run by oslo.privsep's helper."""
+
+    name = "nova"
+    what = (
+        "Nova 34's own `nova.privsep.qemu.convert_image`, called by a user without rights and run "
+        "by oslo.privsep's helper, which is root."
+    )
+    copies = True
+
+    def __init__(self, line: Line) -> None:
+        self.line = line
+
+    def enters(self, case: Case) -> bool:
+        """See Racer."""
+        return case.compression != "zstd"
+
+    def convert(self, case: Case, dest: Path) -> Took:
+        """See Racer."""
+        before = usage.cpu_s(self.line.process.pid)
+        seconds = self.line.order("convert", nova_call(case, dest))
+        return Took(seconds=seconds, cpu_s=usage.cpu_s(self.line.process.pid) - before)
+
+
+def nova_call(case: Case, dest: Path) -> list[object]:
+    """A conversion as Nova's convert_image takes it."""
+    source_format = None if case.undeclared else case.source.format
+    paths = [str(case.source.path), str(dest)]
+    return [*paths, source_format, case.dest_format, str(dest.parent), bool(case.compression)]
+
+
+@contextlib.contextmanager
+def nova_caller() -> Iterator[Line]:
+    """A process that has Nova, and its helper."""
+    process = subprocess.Popen(
+        [NOVA, "-W", "ignore", NOVA_CALLER, str(ALICE.uid)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=enter.ENVIRONMENT,
+        start_new_session=True,
+    )
+    line = Line(process, "caller of Nova")
+    try:
+        yield line
+    finally:
+        line.close()
+
+
+@contextlib.contextmanager
+def daemon(images: Path, xfs: Path, *options: str) -> Iterator[Daemon]:
+    """A daemon of our own, which converts in two directories."""
+    one = Daemon(policy(images, xfs))
+    try:
+        one.start(options=options)
+        yield one
+        one.stop()
+    finally:
+        one.discard()
+
+
+def policy(images: Path, xfs: Path) -> str:
+    """The text of its policy."""
+    return POLICY.format(jobs=JOBS, images=images, xfs=xfs)
+
+
+def what_it_runs(verbose: Daemon, line: Line, case: Case, dest: Path) -> list[str]:
+    """Convert once, and give qemu-img's arguments, with paths in the place of descriptors.
+
+    Empty if the daemon ran no `qemu-img convert`.
+    """
+    before = len(verbose.log)
+    line.order("convert", call(case, dest))
+    found = RAN.findall(verbose.log[before:])
+    if not found:
+        return []
+    *argv, graph, _ = ast.literal_eval(found[-1])
+    source = re.sub(r"/proc/self/fd/\d+", lambda _: str(case.source.path), graph)
+    return [*argv, source, "DEST"]

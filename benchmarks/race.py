@@ -1,0 +1,79 @@
+"""Everyone on every case, in turn, round after round; and whether the results are the same."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import cases, measured, usage
+from benchmarks.cases import Case
+from benchmarks.peers import Failed, Racer
+
+log = logging.getLogger(__name__)
+
+
+def race(case: Case, racers: Sequence[Racer]) -> list[measured.Entry]:
+    """Run a case. Who begins changes from round to round.
+
+    Raises:
+        Failed: a result is not what a guest saw on the source.
+    """
+    entered = [racer for racer in racers if racer.enters(case)]
+    entries = [
+        measured.Entry(case=case.name, contestant=racer.name, cache=cache, runs=[])
+        for cache in case.caches
+        for racer in entered
+    ]
+    by_name = {racer.name: racer for racer in entered}
+    for number in range(case.rounds):
+        shift = number % len(entries)
+        for entry in (*entries[shift:], *entries[:shift]):
+            racer = by_name[entry.contestant]
+            dest = case.source.path.with_name("result")
+            entry.runs.append(_run(case, racer, entry.cache, dest))
+            if number == 0 and racer.copies:
+                check(case, racer.name, dest)
+            dest.unlink()
+    return entries
+
+
+def warm_up(case: Case, racers: Sequence[Racer]) -> None:
+    """Have everyone convert once: the first time, programs come from the disk."""
+    dest = case.source.path.with_name("result")
+    for racer in racers:
+        if racer.enters(case):
+            racer.convert(case, dest)
+            dest.unlink()
+
+
+def _run(case: Case, racer: Racer, cache: str, dest: Path) -> measured.Run:
+    source = case.source.path
+    usage.forget(source)
+    if cache == cases.WARM:
+        usage.remember(source)
+    before = usage.cached_bytes(source)
+    with usage.DirtyPages() as dirty:
+        took = racer.convert(case, dest)
+    after = usage.cached_bytes(source, dest)
+    log.info("%-36s %-5s %-12s %9.3f s", case.name, cache, racer.name, took.seconds)
+    return measured.Run(
+        seconds=took.seconds,
+        cpu_s=took.cpu_s,
+        cached_bytes=after - before,
+        dirty_bytes=dirty.most_bytes,
+    )
+
+
+def check(case: Case, name: str, dest: Path) -> None:
+    """Compare a result with its source, as guests would see them.
+
+    Raises:
+        Failed: they differ.
+    """
+    formats = ("-f", case.source.format, "-F", case.dest_format)
+    argv = ["qemu-img", "compare", "-T", "none", *formats, str(case.source.path), str(dest)]
+    done = subprocess.run(argv, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise Failed(f"{name} on {case.name}: {done.stdout or done.stderr}")

@@ -1,0 +1,85 @@
+"""Where the time of one small conversion goes, from the caller's call to its result.
+
+The daemon runs below strace, which stops it at the few system calls that mark a step, and at no
+others (--seccomp-bpf). The clock is the wall's, for strace prints no other in full.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from harness.daemon import Daemon
+
+from benchmarks import measured, peers
+from benchmarks.cases import Case
+from benchmarks.settings import Settings
+
+CALLS: Final = "fork,vfork,clone,clone3,execveat,openat2,exit_group,linkat,fsync"
+
+LINE: Final = re.compile(r"(?P<pid>\d+) +(?P<time>\d+\.\d+) (?P<said>.*)")
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A step's end: the first line after the step before it that has this."""
+
+    name: str
+    pattern: re.Pattern[str]
+
+
+MARKS: Final = (
+    Mark("the job looks for the source", re.compile(r"openat2\(.*")),
+    Mark("qemu-img is started", re.compile(r"execveat\(.*\"convert\".*")),
+    Mark("qemu-img has ended", re.compile(r"exit_group\(.*")),
+    Mark("the result is being flushed", re.compile(r"fsync\(.*")),
+    Mark("the result gets its name", re.compile(r"linkat\(.*")),
+    Mark("its directory is being flushed", re.compile(r"fsync\(.*")),
+)
+
+CALLED: Final = "the call is made"
+ANSWERED: Final = "the directory is flushed, and the caller has the result"
+
+
+def trace(images: Path, xfs: Path, case: Case, settings: Settings) -> list[measured.Trace]:
+    """Convert some times below strace, and tell when each step was reached."""
+    daemon = Daemon(peers.policy(images, xfs))
+    log = daemon.home / "strace"
+    wrapper = ("strace", "-f", "--seccomp-bpf", "-ttt", "-s", "256", "-e", f"trace={CALLS}")
+    traces = []
+    try:
+        daemon.start(wrapper=(*wrapper, "-o", str(log)), options=())
+        with peers.caller(daemon.socket) as line:
+            line.order("ask", 1)
+            for _ in range(settings.traces):
+                dest = case.source.path.with_name("traced")
+                began, ended = line.order("timeline", peers.call(case, dest))
+                dest.unlink()
+                traces.append(_trace(log.read_text(errors="replace"), began, ended))
+    finally:
+        daemon.discard()
+    return traces
+
+
+def _trace(text: str, began: float, ended: float) -> measured.Trace:
+    marks = {CALLED: 0.0}
+    lines = [match for line in text.splitlines() if (match := LINE.fullmatch(line))]
+    within = [line for line in lines if began <= float(line["time"]) <= ended]
+    for mark, at in _found(within):
+        marks[mark] = (at - began) * 1000
+    marks[ANSWERED] = (ended - began) * 1000
+    return measured.Trace(marks=marks)
+
+
+def _found(lines: Sequence[re.Match[str]]) -> list[tuple[str, float]]:
+    found, rest = [], list(lines)
+    for mark in MARKS:
+        for number, line in enumerate(rest):
+            if mark.pattern.match(line["said"]):
+                found.append((mark.name, float(line["time"])))
+                rest = rest[number + 1 :]
+                break
+    return found

@@ -1,0 +1,116 @@
+"""What a conversion takes beside time: processors, memory, the page cache."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+from pathlib import Path
+from typing import Final, Self
+
+from harness import processes
+
+TICK_S: Final = 1 / os.sysconf("SC_CLK_TCK")
+
+SAMPLE_S: Final = 0.05
+
+KIB: Final = 1024
+
+
+def cpu_s(session: int) -> float:
+    """The processor time of a session's processes, and of those that they have reaped.
+
+    In steps of a clock tick. Source: proc_pid_stat(5).
+    """
+    ticks = 0
+    for process in processes.of_session(session):
+        try:
+            with open(f"/proc/{process.pid}/stat", encoding="utf-8", errors="replace") as file:
+                fields = file.read().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # reaped since: its parent's figures have it
+        ticks += sum(int(field) for field in fields[11:15])
+    return ticks * TICK_S
+
+
+def cached_bytes(*paths: Path) -> int:
+    """How much of these files is in the page cache. Source: fincore(1)."""
+    argv = ["fincore", "--bytes", "--noheadings", "--output", "RES"]
+    names = [str(path) for path in paths if path.exists()]
+    if not names:
+        return 0
+    said = subprocess.run([*argv, *names], check=True, text=True, stdout=subprocess.PIPE).stdout
+    return sum(int(number) for number in said.split())
+
+
+def forget(path: Path) -> None:
+    """Take a file out of the page cache."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def remember(path: Path) -> None:
+    """Read a file into the page cache: its data, and not its holes, of which 20 GiB take long."""
+    with path.open("rb") as file:
+        end, size = 0, os.path.getsize(path)
+        while end < size:
+            try:
+                start = os.lseek(file.fileno(), end, os.SEEK_DATA)
+            except OSError:  # ENXIO: no more data
+                return
+            end = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+            os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
+            file.seek(start)
+            while file.tell() < end and file.read(min(2**20, end - file.tell())):
+                pass
+
+
+def dirty_bytes() -> int:
+    """What waits to be written to disks, of the whole machine. Source: proc_meminfo(5)."""
+    return sum(_meminfo()[name] for name in ("Dirty", "Writeback"))
+
+
+def _meminfo() -> dict[str, int]:
+    with open("/proc/meminfo", encoding="ascii") as file:
+        pairs = (line.split(":") for line in file)
+        return {name: int(rest.split()[0]) * KIB for name, rest in pairs}
+
+
+class DirtyPages:
+    """Watches in a thread how many pages wait to be written, while the context lasts."""
+
+    def __init__(self) -> None:
+        self.most_bytes = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> Self:
+        self._before = dirty_bytes()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(SAMPLE_S):
+            self.most_bytes = max(self.most_bytes, dirty_bytes() - self._before)
+
+
+def pss_kib(pid: int) -> int:
+    """A process's share of the memory that it uses. Source: proc_pid_smaps(5)."""
+    with open(f"/proc/{pid}/smaps_rollup", encoding="ascii") as file:
+        (line,) = [line for line in file if line.startswith("Pss:")]
+    return int(line.split()[1])
+
+
+def peak_kib(pid: int) -> int:
+    """The most memory that a process had. Source: proc_pid_status(5), VmHWM."""
+    with open(f"/proc/{pid}/status", encoding="utf-8") as file:
+        (line,) = [line for line in file if line.startswith("VmHWM:")]
+    return int(line.split()[1])
