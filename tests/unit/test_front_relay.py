@@ -242,6 +242,32 @@ def test_a_full_backlog_is_waited_for(path: Path) -> None:
     run(test)
 
 
+def test_a_peer_that_is_gone_before_it_is_carried_reaches_no_server(path: Path) -> None:
+    """Nor one that leaves while it waits for room: neither costs more than a look."""
+
+    async def test() -> None:
+        upstream, a_relay = Upstream(path, backlog=0), relay.Relay(str(path), unscreened)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.closing(upstream.sock))
+            gone, first, waiting = (
+                stack.enter_context(contextlib.closing(Peer())) for _ in range(3)
+            )
+            gone.sock.close()
+            for number, peer in enumerate((gone, first, waiting)):
+                a_relay.carry(number, peer.descriptor)
+            await until(lambda: len(a_relay) == 2)
+            waiting.sock.close()
+            await until(lambda: len(a_relay) == 1)
+            there, name = await upstream.accept()
+            stack.enter_context(contextlib.closing(there))
+            assert a_relay.connection_of(name) == 1
+            with pytest.raises(BlockingIOError):
+                upstream.sock.accept()
+        await a_relay.drain(DEADLINE_S)
+
+    run(test)
+
+
 @pytest.mark.parametrize("writer", ["server", "peer"])
 def test_who_does_not_read_holds_up_nobody_but_who_writes_to_it(path: Path, writer: str) -> None:
     """What waits is bounded: memory can't be filled by asking much and reading nothing."""

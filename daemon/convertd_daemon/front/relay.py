@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import secrets
+import select
 import socket
 from collections.abc import Callable
 from typing import Final
@@ -82,14 +84,23 @@ class Relay:
             self._numbers[peer] = number
             # First forget the name, then close: nobody may find it under somebody else's number.
             stack.callback(self._numbers.pop, peer, None)
-            await _connect(upstream, self.upstream_path)
+            await _connect(upstream, self.upstream_path, downstream)
             await join(asyncio.get_running_loop(), downstream, upstream, self._screened())
 
 
-async def _connect(sock: socket.socket, path: str) -> None:
-    """Connect; a full backlog, which AF_UNIX answers with EAGAIN, has room a little later."""
+async def _connect(sock: socket.socket, path: str, caller: socket.socket) -> None:
+    """Connect; a full backlog, which AF_UNIX answers with EAGAIN, has room a little later.
+
+    Whoever comes and goes takes no place in it. The broker counts a connection only until its peer
+    is gone: with those that are, one user filled the table of descriptors (measured 2026-11).
+
+    Raises:
+        OSError: there is nobody to connect for any more, or nobody to connect to.
+    """
     pause_s = 0.001
     while True:
+        if _is_over(caller):
+            raise ConnectionAbortedError(errno.ECONNABORTED, "the peer is gone")
         try:
             sock.connect(path)
         except BlockingIOError:
@@ -133,6 +144,13 @@ async def _pump(
             await loop.sock_sendall(sink, passed(data))
     except screen.Refused as error:
         log.debug("connection ended: %s", error)
+
+
+def _is_over(sock: socket.socket) -> bool:
+    """Whether the peer has ended a connection, or its own half, which the broker takes for both."""
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 def _end(sock: socket.socket) -> None:
