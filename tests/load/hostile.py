@@ -66,6 +66,11 @@ def half_open() -> Iterator[bytes]:
         yield b""
 
 
+def come_and_go() -> Iterator[bytes]:
+    """Connect, and be gone at once."""
+    yield from ()
+
+
 def slow() -> Iterator[bytes]:
     """One byte at a time."""
     for byte in GREETING + call(1, "ListJobs") * MANY:
@@ -135,7 +140,7 @@ def garbage() -> Iterator[bytes]:
 HOW: Final = {
     function.__name__: function
     for function in (
-        *(half_open, slow, no_message, rapid_reset, ping_flood, settings_flood),
+        *(half_open, come_and_go, slow, no_message, rapid_reset, ping_flood, settings_flood),
         *(endless_headers, large_messages, stopped_reader, garbage),
     )
 }

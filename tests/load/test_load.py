@@ -253,8 +253,8 @@ def check_fair(order: list[int], users: set[int]) -> None:
 # --- bad clients --------------------------------------------------------------------------------
 
 WAYS: Final = (
-    *("half_open", "slow", "no_message", "rapid_reset", "ping_flood", "settings_flood"),
-    *("endless_headers", "large_messages", "stopped_reader", "garbage"),
+    *("half_open", "come_and_go", "slow", "no_message", "rapid_reset", "ping_flood"),
+    *("settings_flood", "endless_headers", "large_messages", "stopped_reader", "garbage"),
 )
 
 
