@@ -24,12 +24,16 @@ class Cut(BaseException):
 
 
 class Leash:
-    """A job's end of its channel, and its time. Owns neither."""
+    """A job's end of its channel, and its time. Owns neither.
+
+    `undefined_device` is the device that holds what nobody knows, should the job fail now.
+    """
 
     def __init__(self, line: channel.Channel, duration_s: float) -> None:
         self.line = line
         self.duration_s = duration_s
         self.started = time.monotonic()
+        self.undefined_device = ""
         self._poll = select.poll()
         self._poll.register(line.fileno(), 0)
 
@@ -64,6 +68,15 @@ class Leash:
         except channel.TooLong as error:
             problem = "what there is to say of it does not fit into a message"
             raise errors.Unsupported(what="so much in an image", why=problem) from error
+
+    def tell_failed(self, error: errors.ConvertError) -> None:
+        """Send how the job fails, before what may take long.
+
+        Raises:
+            Cut: nobody is there to hear it.
+        """
+        error.undefined_device = self.undefined_device
+        self.tell(channel.Failed(failure=error.failure()))
 
     def progress(self, phase: model.Phase, percent: float = 0.0) -> None:
         """Send how far the job is; dropped if the front is behind: a job never waits for that."""
