@@ -146,7 +146,13 @@ class Runner:
         inherit = (*inodes.read, *inodes.write, *inodes.devices, *inodes.pipes)
         program = self.worker.program
         with enter.spawn(program, argv, confinement=confinement, inherit=inherit) as child:
-            yield Conversation(child, self.leash, listener)
+            try:
+                yield Conversation(child, self.leash, listener)
+            except errors.DeadlineExceeded as error:
+                # While storage does not answer, a program can't be killed, and leaving this block
+                # waits for its end: the caller is told before that.
+                self.leash.tell_failed(error)
+                raise
 
 
 def _is_closed_to(identity: enter.Identity | None, fd: int) -> bool:
