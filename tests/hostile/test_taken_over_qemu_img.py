@@ -160,12 +160,63 @@ def test_what_it_says_of_its_work_is_checked(
     attacked: Daemon, place: Path, image: Path, run: Behaviour, expected: str
 ) -> None:
     """A result that is none is not published, and its words go to nobody but the log."""
-    program.write(place, info=said(), otherwise=run)
+    program.write(place, info=said(format="raw"), otherwise=run)
     out = image.with_suffix(".raw")
     answer = asking.convert(attacked, image, out, "")
     assert answer.reason == expected
     assert b"shadow" not in answer.said
     assert b"Permission" not in answer.said
+    assert os.listdir(image.parent) == [image.name]
+
+
+DIRTY: Final = said(**{"dirty-flag": True})
+"""An image that is asked for a map instead of a check."""
+
+EXAMINED: Final[dict[str, tuple[Behaviour, Behaviour, str]]] = {
+    "nothing": (said(), Behaviour(), "IMAGE_REFUSED"),
+    "no JSON": (said(), Behaviour(out=b"\xff{"), "IMAGE_REFUSED"),
+    "brackets without end": (said(), Behaviour(out=b"[" * 500_000), "IMAGE_REFUSED"),
+    "an end that is a text": (said(), Behaviour(out=b'{"image-end-offset": ""}'), "IMAGE_REFUSED"),
+    "an end beyond all": (said(), Behaviour(out=b'{"image-end-offset": 1e999}'), "IMAGE_REFUSED"),
+    "an end too far": (said(), Behaviour(out=b'{"image-end-offset": 65537}'), "IMAGE_REFUSED"),
+    "a failure": (said(), Behaviour(err=FORGED, status=63), "CONVERSION_FAILED"),
+    "a failure to read": (
+        said(),
+        Behaviour(err=b"error while reading '/etc/shadow': Permission denied", status=1),
+        "READ_FAILED",
+    ),
+    "no end": (said(), Behaviour(hangs=True), "DURATION_EXCEEDED"),
+    "no end of words": (said(), Behaviour(out=b"a" * 4096, repeats=True), "DURATION_EXCEEDED"),
+    "a map of no JSON": (DIRTY, Behaviour(out=b"[{\n"), "IMAGE_REFUSED"),
+    "a map of a number": (DIRTY, Behaviour(out=b"1\n"), "IMAGE_REFUSED"),
+    "a map of another thing": (
+        DIRTY,
+        Behaviour(out=b'[{"data": true, "offset": []}]'),
+        "IMAGE_REFUSED",
+    ),
+    "a map of one line without end": (
+        DIRTY,
+        Behaviour(out=b"a" * 4096, repeats=True),
+        "IMAGE_REFUSED",
+    ),
+    "a map without end": (
+        DIRTY,
+        Behaviour(out=b'{"data": true, "offset": 1, "length": 1},\n' * 512, repeats=True),
+        "DURATION_EXCEEDED",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXAMINED)
+def test_what_it_says_of_an_images_tables_is_judged(
+    attacked: Daemon, place: Path, image: Path, name: str
+) -> None:
+    """Nothing is published before they are known to be right."""
+    info, otherwise, expected = EXAMINED[name]
+    program.write(place, info=info, otherwise=otherwise)
+    answer = asking.convert(attacked, image, image.with_suffix(".raw"), "")
+    assert answer.reason == expected
+    assert b"shadow" not in answer.said
     assert os.listdir(image.parent) == [image.name]
 
 

@@ -178,10 +178,12 @@ def test_where_there_are_no_unnamed_files_one_is_overwritten_in_one_step(
 def test_where_there_are_no_unnamed_files_a_failure_leaves_none(
     alice: Agent, images_dir: Path, by_fuse: Path
 ) -> None:
-    """A truncated image, compressed so that qemu-img notices it in the middle."""
+    """An image that does not decompress, so that qemu-img notices it in the middle."""
     source = images_dir / "source.qcow2"
     images.converted(Path("/usr/bin/qemu-img"), source, "qcow2", "-c")
-    os.truncate(source, source.stat().st_size // 2)
+    with source.open("r+b") as file:
+        file.seek(source.stat().st_size // 2)
+        file.write(b"\xff" * 65536)
     request = conversion(source, by_fuse / "dest.raw", source_format="qcow2", dest_format="raw")
     refusal = alice.convert(request).refusal()
     assert (refusal.status, refusal.reason) == ("DATA_LOSS", "READ_FAILED")

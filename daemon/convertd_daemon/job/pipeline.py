@@ -13,7 +13,9 @@ from convertd_daemon import channel, model
 from convertd_daemon.job import (
     chain,
     check,
+    devices,
     ends,
+    integrity,
     leash,
     narrow,
     paths,
@@ -43,13 +45,17 @@ def convert(grant: model.Grant, kept: secrets.Secrets, runner: qemu_img.Runner) 
         planned = plan.make(grant, both.members, both.try_out(request.dest.format))
         ends.check_room(both, planned)
         line.tell(channel.Planned(plan=planned))
+        whole = stack.enter_context(integrity.Examination(grant, both, kept, runner))
+        if request.validate_only or isinstance(dest, devices.DeviceDest):
+            # A device is not begun with what can't be ended.
+            whole.finish()
         if request.validate_only:
             line.tell(channel.Succeeded(published=_validated(planned, line)))
             return
-        with ends.undefined_on_failure(dest):
-            # 4. Run.
+        with ends.undefined_on_failure(dest), whole.awaited():
+            # 4. Run, and ask meanwhile whether the file holds all of the image.
             line.progress(model.Phase.CONVERTING)
-            warnings = run.convert(grant, planned, both, kept, runner)
+            warnings = run.convert(grant, planned, both, kept, whole.beside())
             # 5. Check.
             after = model.Phase.VERIFYING if request.verify else model.Phase.FLUSHING
             line.progress(after, run.ALL)

@@ -98,6 +98,16 @@ def info_argv(fd: int, image_format: str, *, shared: bool = False) -> tuple[str,
     return ("qemu-img", "info", "--output=json", *force, *stated, path_of(fd))
 
 
+def check_argv(node: Node, *, encrypted: bool = False) -> tuple[str, ...]:
+    """`qemu-img check` of one image: do its tables lead where they should."""
+    return ("qemu-img", "check", "--output=json", graph((node,), encrypted=encrypted))
+
+
+def map_argv(node: Node, *, encrypted: bool = False) -> tuple[str, ...]:
+    """`qemu-img map` of one image, as if nothing were under it: where its data lies."""
+    return ("qemu-img", "map", "--output=json", graph((node,), encrypted=encrypted))
+
+
 def compare_argv(
     grant: model.Grant, plan: model.Plan, chain: tuple[Node, ...], dest: Node
 ) -> tuple[str, ...]:

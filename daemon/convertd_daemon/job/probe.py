@@ -89,7 +89,7 @@ def describe(
         json.dumps(said, ensure_ascii=False).encode()
         info = _parse(said, source)
         is_elsewhere = _is_elsewhere(said, source)
-    except _NOT_UNDERSTOOD as error:
+    except NOT_UNDERSTOOD as error:
         log.info("info unreadable path=%r error=%r", path, error)
         problem = "qemu-img describes it in a way that convertd does not understand"
         raise errors.ImageRefused(path=path, problem=problem) from error
@@ -109,7 +109,7 @@ def result_info(fd: int, image_format: str, runner: qemu_img.Runner) -> tuple[st
     try:
         found = json.loads(outcome.stdout)
         return str(found["format"]), int(found["virtual-size"])
-    except _NOT_UNDERSTOOD as error:
+    except NOT_UNDERSTOOD as error:
         log.warning("result not understood format=%s error=%r", image_format, error)
         return "", 0
 
@@ -130,7 +130,7 @@ def _refusal(source: Source, stated: str, outcome: Outcome) -> errors.ConvertErr
     )
 
 
-_NOT_UNDERSTOOD: Final = (
+NOT_UNDERSTOOD: Final = (
     *(ValueError, TypeError, KeyError),
     *(AttributeError, OverflowError, RecursionError),
 )

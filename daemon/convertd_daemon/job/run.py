@@ -37,6 +37,10 @@ MAX_WARNING_CHARACTERS: Final = 512
 CREATING: Final = "error while converting"
 """How qemu-img begins what it says of a result that it could not create."""
 
+IN_USE: Final = ('failed to get "', 'failed to get shared "')
+WRONG_SECRET: Final = ("invalid password", "cannot unlock")
+"""What qemu-img says, in lower case, of an image that is locked in one way or the other."""
+
 CPU_TICK_S: Final = 0.01
 """A program that used less processor time than this since the last look did nothing."""
 
@@ -158,7 +162,7 @@ def _failure(outcome: qemu_img.Outcome, plan: model.Plan, ends: Ends) -> errors.
     if outcome.status < 0:
         name = signal.Signals(-outcome.status).name
         return errors.ConversionFailed(path=path, problem=f"ended by {name}")
-    said = _strerror_in(outcome.stderr)
+    said = strerror_in(outcome.stderr)
     if CREATING in outcome.stderr.lower() and said in _WRITE_PROBLEMS:
         # The header, or the size: the first things that are written.
         return errors.WriteFailed(path=ends.dest.place.path, problem=said)
@@ -184,11 +188,11 @@ _CONDITIONS: Final[
         lambda _, _plan, ends: errors.QuotaExceeded(path=ends.dest.place.path),
     ),
     (
-        ('failed to get "', 'failed to get shared "'),
+        IN_USE,
         lambda _, _plan, ends: errors.ImageInUse(path=ends.source.place.path),
     ),
     (
-        ("invalid password", "cannot unlock"),
+        WRONG_SECRET,
         lambda _, _plan, ends: errors.WrongSecret(path=ends.source.place.path),
     ),
     (("cannot allocate memory",), lambda *_: errors.OutOfMemory()),
@@ -199,13 +203,13 @@ _CONDITIONS: Final[
     (
         ("error while reading",),
         lambda outcome, _, ends: errors.ReadFailed(
-            path=ends.source.place.path, problem=_strerror_in(outcome.stderr)
+            path=ends.source.place.path, problem=strerror_in(outcome.stderr)
         ),
     ),
     (
         ("error while writing", "flush"),
         lambda outcome, _, ends: errors.WriteFailed(
-            path=ends.dest.place.path, problem=_strerror_in(outcome.stderr)
+            path=ends.dest.place.path, problem=strerror_in(outcome.stderr)
         ),
     ),
 )
@@ -224,7 +228,7 @@ _OUT_OF_MEMORY: Final = frozenset({-signal.SIGKILL, -signal.SIGABRT, -signal.SIG
 """The kernel's OOM killer, and how glib ends a program that gets no memory."""
 
 
-def _strerror_in(said: str) -> str:
+def strerror_in(said: str) -> str:
     """The operating system's words at the end of a message of qemu-img's; never a file name."""
     last = said.rsplit(": ", 1)[-1].strip()
     return last if last in _STRERRORS else "the journal has qemu-img's words"

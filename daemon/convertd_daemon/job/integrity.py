@@ -1,0 +1,273 @@
+"""Does the file hold all of the image? Fails closed: what can't be found out is refused.
+
+qemu does not ask. Where a table leads beyond the end of the file, it reads zeroes, without a word:
+half of a qcow2 would become a whole disk. So qemu-img is asked, in the same sandbox and while the
+conversion runs, and nothing is published before the answer is in.
+
+    qcow2                       `check`, which follows every table: where one is cut off, all that
+                                it led to would read as zeroes. It forgives an end within the last
+                                cluster, where compressed images end; those are asked for a `map`.
+    vmdk, vdi, qed, parallels   `map`, which tells where all data lies. Their tables come first, and
+                                one of qed's that is cut off is an error to qemu.
+    vpc, vhdx, dmg              nothing: qemu does not open one that is cut off.
+    raw, luks                   nothing: what is there is the image.
+
+A compressed cluster that is cut off fails to decompress in the conversion itself, as a rule: raw
+deflate, the qcow2 kind of zlib, has no checksum, and of the last cluster alone may give garbage.
+A qcow2 whose dirty flag is set has reference counts that are wrong as a matter of course: it is
+asked for a `map` alone.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import json
+import logging
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final, Self
+
+from convertd_daemon import errors, model
+from convertd_daemon.job import plan as plans
+from convertd_daemon.job import probe, qemu_img, run, secrets
+from convertd_daemon.sandbox import limits
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+    from convertd_daemon.job.ends import Ends
+    from convertd_daemon.job.paths import Source
+
+log = logging.getLogger(__name__)
+
+CHECKED: Final = frozenset({"qcow2"})
+MAPPED: Final = frozenset({"vmdk", "vdi", "qed", "parallels"})
+
+SOUND: Final = frozenset({0, 3})
+"""What `check` exits with where nothing is wrong, and where nothing but space is lost."""
+
+CORRUPT: Final = 2
+
+PIECES: Final = 16
+"""How much of a long answer is taken at a glance, in pieces of 64 KiB."""
+
+LONGEST_ENTRY_BYTES: Final = 4096
+"""No line of a `map` comes near it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What is asked about one member of a chain: for a `map`, or else for a `check`."""
+
+    source: Source
+    node: plans.Node
+    secret: bytes
+    mapped: bool
+
+
+class Examination:
+    """Asks about one member of the chain after the other, beside the conversion or before it.
+
+    Use it as a context manager: leaving the block ends what still runs.
+    """
+
+    def __init__(
+        self, grant: model.Grant, ends: Ends, kept: secrets.Secrets, runner: qemu_img.Runner
+    ) -> None:
+        self._limits = grant.limits
+        self._result = ends.dest.fd
+        self._runner = runner
+        self._left = deque(
+            Question(
+                source=link.source,
+                node=node,
+                # Only the first may be encrypted.
+                secret=kept.source if link.info.encrypted else b"",
+                mapped=link.info.dirty or link.info.format in MAPPED,
+            )
+            for link, node in zip(ends.chain, ends.nodes(), strict=True)
+            if link.info.format in CHECKED | MAPPED
+        )
+        self._running = contextlib.ExitStack()
+        self._asked: tuple[qemu_img.Conversation, _Answer] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._running.close()
+
+    def beside(self) -> qemu_img.Runner:
+        """A runner during whose runs this goes on."""
+        return replace(self._runner, beside=self.glance)
+
+    @contextlib.contextmanager
+    def awaited(self) -> Iterator[None]:
+        """Have what is done in the block count only if all of the image is there.
+
+        Where it fails of what was read, this is known first, for it tells why. Raises what finish
+        raises.
+        """
+        try:
+            yield
+        except (errors.ReadFailed, errors.VerifyFailed):
+            self.finish()
+            raise
+        self.finish()
+
+    def glance(self) -> None:
+        """Go on without waiting. What it raises is what finish would raise."""
+        if self._asked is not None:
+            conversation, answer = self._asked
+            answer.look(conversation.child)
+            if all(conversation.listen(0) for _ in range(PIECES)):
+                return
+            self._conclude(conversation, answer)
+        self._ask()
+
+    def finish(self) -> None:
+        """Wait for all answers.
+
+        Raises:
+            errors.ImageRefused: data is missing, or tables contradict each other.
+            errors.ReadFailed, errors.WrongSecret, errors.ImageInUse: it could not be examined.
+            errors.Stalled: nothing moved for the policy's `stall`.
+            errors.DurationExceeded: the policy's `duration` is over.
+        """
+        self._ask()
+        while self._asked is not None:
+            self._conclude(*self._asked)
+            self._ask()
+
+    def _ask(self) -> None:
+        """Start on the next question, if there is one and none is open."""
+        if self._asked is not None or not self._left:
+            return
+        question = self._left.popleft()
+        kind, argv_of = (_Map, plans.map_argv) if question.mapped else (_Check, plans.check_argv)
+        answer = kind(self._runner, self._result, self._limits.stall_s, question)
+        kept = secrets.Secrets(source=question.secret)
+        with secrets.offered(kept, self._runner.worker.setup.identity) as pipes:
+            argv = argv_of(question.node, encrypted=bool(question.secret))
+            inodes = qemu_img.Inodes(read=(question.source.fd,), pipes=tuple(pipes.values()))
+            bounds = limits.Limits(address_space_bytes=self._limits.memory_bytes)
+            conversation = self._running.enter_context(
+                self._runner.started(plans.with_secrets(argv, pipes), inodes, bounds, answer)
+            )
+        self._asked = conversation, answer
+
+    def _conclude(self, conversation: qemu_img.Conversation, answer: _Answer) -> None:
+        outcome = conversation.hold()
+        self._asked = None
+        self._running.close()
+        if not answer.settles(outcome):
+            self._left.appendleft(replace(answer.question, mapped=True))
+
+
+class _Answer(run.Observer, abc.ABC):
+    """What qemu-img says to a question, followed as a conversion is."""
+
+    def __init__(
+        self, runner: qemu_img.Runner, result: int, stall_s: float, question: Question
+    ) -> None:
+        super().__init__(runner.leash, result, stall_s)
+        self.question = question
+
+    def hear(self, data: bytes) -> None:
+        """Take a piece of standard output. It has no progress in it."""
+
+    @abc.abstractmethod
+    def settles(self, outcome: qemu_img.Outcome) -> bool:
+        """Judge the whole answer; False if a map is needed as well.
+
+        Raises:
+            errors.ConvertError: the image is not to be converted.
+        """
+
+    def refused(self, problem: str) -> errors.ImageRefused:
+        """The condition that the image is in."""
+        return errors.ImageRefused(path=self.question.source.place.path, problem=problem)
+
+    def failed(self, outcome: qemu_img.Outcome) -> errors.ConvertError:
+        """Why there is no answer: in the words in which the conversion itself would fail."""
+        path, said = self.question.source.place.path, outcome.stderr.lower()
+        log.warning("not examined path=%r status=%d said=%r", path, outcome.status, outcome.stderr)
+        if probe.NO_MEMORY in said:
+            return self.refused("examining it takes more memory than allowed")
+        if outcome.status < 0:
+            return self.refused("qemu-img did not survive examining it")
+        if any(phrase in said for phrase in run.IN_USE):
+            return errors.ImageInUse(path=path)
+        if any(phrase in said for phrase in run.WRONG_SECRET):
+            return errors.WrongSecret(path=path)
+        return errors.ReadFailed(path=path, problem=run.strerror_in(outcome.stderr))
+
+
+class _Check(_Answer):
+    """The answer of `check`: errors in the tables, and where the image should end."""
+
+    def settles(self, outcome: qemu_img.Outcome) -> bool:
+        if outcome.status not in {*SOUND, CORRUPT}:
+            raise self.failed(outcome)
+        if outcome.status == CORRUPT:
+            log.info("corrupt path=%r said=%r", self.question.source.place.path, outcome.stderr)
+            raise self.refused(
+                "its tables lead beyond its end, or contradict each other, as qemu-img check tells"
+            )
+        try:
+            end = json.loads(outcome.stdout)["image-end-offset"]
+            return bool(int(end) <= self.question.source.size_bytes)
+        except probe.NOT_UNDERSTOOD as error:
+            raise self.refused(_STRANGE) from error
+
+
+class _Map(_Answer):
+    """The answer of `map`: a line for each stretch of the disk, with its place in the file."""
+
+    def __init__(
+        self, runner: qemu_img.Runner, result: int, stall_s: float, question: Question
+    ) -> None:
+        super().__init__(runner, result, stall_s, question)
+        self._cut = b""
+        self._end_bytes = 0
+
+    def hear(self, data: bytes) -> None:
+        """Take a piece of the list: it may be longer than what is kept of an output."""
+        *lines, self._cut = (self._cut + data).split(b"\n")
+        for line in lines:
+            self._take(line)
+        if len(self._cut) > LONGEST_ENTRY_BYTES:
+            raise self.refused(_STRANGE)
+
+    def settles(self, outcome: qemu_img.Outcome) -> bool:
+        if outcome.status != 0:
+            raise self.failed(outcome)
+        self._take(self._cut)
+        size = self.question.source.size_bytes
+        if self._end_bytes > size:
+            raise self.refused(f"its data goes on to byte {self._end_bytes}, it ends at {size}")
+        return True
+
+    def _take(self, line: bytes) -> None:
+        entry = line.strip(b"[],\r ")
+        if not entry:
+            return
+        try:
+            found = json.loads(entry)
+            # What reads as zero may have a place too, that was never written. Compressed data has
+            # none that qemu-img tells.
+            if found["data"] and "offset" in found:
+                end = int(found["offset"]) + int(found["length"])
+                self._end_bytes = max(self._end_bytes, end)
+        except probe.NOT_UNDERSTOOD as error:
+            raise self.refused(_STRANGE) from error
+
+
+_STRANGE: Final = "qemu-img describes it in a way that convertd does not understand"
