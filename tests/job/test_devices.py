@@ -19,8 +19,8 @@ import whole_job
 from harness.mounts import Mounts
 from loop_devices import DISK_GROUP, Devices
 
-from convertd_daemon import errors, model
-from convertd_daemon.job import devices, ends, paths
+from convertd_daemon import channel, errors, model
+from convertd_daemon.job import devices, ends, leash, paths
 
 MIB = 1024 * 1024
 SIZE = 8 * MIB
@@ -379,7 +379,8 @@ class TestOpening:
         with (
             ends.open_dest(grant, whole_job.setup()) as dest,
             pytest.raises(errors.Stalled) as stalled,
-            ends.undefined_on_failure(dest),
+            channel.Channel.pair()[0] as line,
+            ends.undefined_on_failure(dest, leash.Leash(line, 60.0)),
         ):
             raise errors.Stalled(stall_s=1.0)
         assert stalled.value.undefined_device == ""
@@ -390,7 +391,8 @@ class TestOpening:
         with (
             self.opened(volumes, device) as dest,
             pytest.raises(errors.Stalled) as stalled,
-            ends.undefined_on_failure(dest),
+            channel.Channel.pair()[0] as line,
+            ends.undefined_on_failure(dest, leash.Leash(line, 60.0)),
         ):
             raise errors.Stalled(stall_s=1.0)
         assert stalled.value.undefined_device == str(device)

@@ -30,7 +30,7 @@ from convertd_daemon.broker import (
     watchdog,
     workers,
 )
-from convertd_daemon.kernel import getrandom
+from convertd_daemon.kernel import children, getrandom
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -509,7 +509,7 @@ class Broker:
     def _call_unkillable(self, job: jobs.Job) -> None:
         """A process in state D: its caller is told, its place stays taken, the job list says so."""
         if self.jobs.find(job.job_id) is job and job.ending is not None:
-            log.error("job can't be killed job=%s pid=%d", job.job_id, job.pid)
+            log.error("job can't be killed job=%s pids=%s", job.job_id, sorted(job.processes()))
             job.state = jobs.State.UNKILLABLE
             self.send(channel.Ended(job_id=job.job_id, failure=job.ending))
 
@@ -527,7 +527,7 @@ class Broker:
             self.stop_if_done()
 
     def bury(self, pid: int, status: int) -> None:
-        """One process is gone. Of an orphan nothing need be known."""
+        """One process is gone. Of one that nobody knows nothing need be known."""
         if self.front is not None and pid == self.front.pid:
             log.info("front ended pid=%d status=%d", pid, status)
             self.lose_front()
@@ -536,15 +536,32 @@ class Broker:
         if job is None:
             self.spare.lost(pid)
             return
+        if pid == job.pid:
+            self._lose(job, status)
+        job.left.discard(pid)
+        if not job.left:
+            self.jobs.remove(job)
+            self.advance()
+            self.keep_spare()
+
+    def _lose(self, job: jobs.Job, status: int) -> None:
+        """A job's own process is gone: its call ends. Its place is taken while anything is left."""
+        job.left = set(self._strangers())
         failure = job.ending or self._unexplained(job, status)
         account = job.account()
         cut = account is not None and not job.ending and not account.done and not account.reason
         # The front closed the job's channel before it told us why: its caller was gone.
         self.report(job.record(account, errors.CancelledByCaller().failure() if cut else failure))
-        self.jobs.remove(job)
         self.send(channel.Ended(job_id=job.job_id, failure=failure))
-        self.advance()
-        self.keep_spare()
+        job.pid = 0
+        if job.left:
+            job.ending = failure
+            self._kill(job)
+
+    def _strangers(self) -> frozenset[int]:
+        """Children of ours that we did not start: a job that ended left them to us."""
+        own = {self.spare.pid, self.front.pid if self.front is not None else 0}
+        return children.of_self() - self.jobs.processes() - own
 
     def _unexplained(self, job: jobs.Job, status: int) -> errors.Failure:
         """What the caller is told if the job said nothing itself. Most jobs did."""
@@ -644,8 +661,8 @@ class Broker:
             self.end(job, errors.Stopping())
 
     def stop_if_done(self) -> None:
-        """When no job is left, end the front, and with it the loop."""
-        if len(self.jobs):
+        """When no job runs, end the front, and with it the loop. What can't be killed is left."""
+        if any(job.pid for job in self.jobs):
             return
         if self.front is None:
             self.loop.stop()

@@ -30,7 +30,11 @@ class State(enum.Enum):
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Job:
-    """One request that was granted, until its process is gone."""
+    """One request that was granted, until its process is gone, and what that left behind.
+
+    `left` are the processes that its own left to us when it ended: a qemu-img that can't be killed,
+    because storage does not answer, and that may still write when it does.
+    """
 
     job_id: str
     call: int
@@ -46,6 +50,7 @@ class Job:
     ending: errors.Failure | None = None
     timer: loop.Timer | None = None
     caller: audit.Caller = audit.NOBODY
+    left: set[int] = field(default_factory=set)
     _pipe: int = -1
 
     @property
@@ -125,8 +130,13 @@ class Job:
         self.granted = channel.Granted(self.grant)
 
     def signal(self, number: signal.Signals) -> None:
-        """Signal the process. It is our child and not reaped yet, so the pid is its own."""
-        os.kill(self.pid, number)
+        """Signal the process, or what it left: our children, not reaped, so the pids are theirs."""
+        for pid in self.processes():
+            os.kill(pid, number)
+
+    def processes(self) -> frozenset[int]:
+        """Its processes that are our children."""
+        return frozenset(self.left or ({self.pid} if self.pid else ()))
 
     def entry(self, call: int) -> channel.JobEntry:
         """The job as ListJobs tells of it."""
@@ -214,8 +224,12 @@ class Jobs:
         return next((job for job in self if job.call == call), None)
 
     def of_process(self, pid: int) -> Job | None:
-        """The job whose process that is."""
-        return next((job for job in self if job.pid == pid), None)
+        """The job whose process that is, or was left by it."""
+        return next((job for job in self if pid in job.processes()), None)
+
+    def processes(self) -> frozenset[int]:
+        """All processes of all jobs that are our children."""
+        return frozenset(pid for job in self for pid in job.processes())
 
     def of_connection(self, connection: int) -> list[Job]:
         """The jobs that were asked for over a connection."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from convertd_daemon import model
-from convertd_daemon.kernel import landlock
+from convertd_daemon.kernel import children, landlock
 from convertd_daemon.sandbox.identity import Identity
 
 FRONT_USER: Final = "convertd"
@@ -48,7 +48,8 @@ def check_kernel() -> int:
     """Check what the kernel must give, and tell its Landlock ABI.
 
     Raises:
-        CantStart: Landlock is missing or off, or hard links to others' files are allowed.
+        CantStart: Landlock is missing or off, hard links to others' files are allowed, or processes
+            that a job leaves can't be found.
     """
     if os.geteuid() != 0:
         raise CantStart("the daemon must be started as root; see docs/operations.md")
@@ -57,6 +58,10 @@ def check_kernel() -> int:
     if protected != "1":
         how = "sysctl -w fs.protected_hardlinks=1"
         raise CantStart(f"fs.protected_hardlinks is off; turn it on with: {how}")
+    try:
+        children.of_self()
+    except OSError as error:
+        raise CantStart("this kernel lists no children (CONFIG_PROC_CHILDREN)") from error
     abi = landlock.abi()
     if abi < 1:
         raise CantStart(

@@ -1,8 +1,8 @@
-"""A job's process, as the broker sees it: forked, perhaps ahead of its job, and given one order.
+"""A job's process, as the broker sees it: forked, perhaps ahead of its job, for one order.
 
-fork(2) takes milliseconds, and a process is slow at first, until it has its own copy of each page it
-writes to. So one process is kept that waits for an order. It holds nothing of anybody's: no grant,
-no connection, no descriptor but the ends of its own channels. Each serves one job and ends.
+fork(2) takes milliseconds, and a process is slow at first, until it has its own copy of each page
+that it writes to. So one process is kept that waits for an order. It holds nothing of anybody's: no
+grant, no connection, no descriptor but the ends of its own channels. Each serves one job and ends.
 """
 
 from __future__ import annotations
@@ -113,6 +113,11 @@ class Spare:
         self._is_wanted = False
         self._may_fork: Callable[[], bool] = lambda: False
 
+    @property
+    def pid(self) -> int:
+        """Its process; 0 if there is none."""
+        return self._worker.pid if self._worker is not None else 0
+
     def keep(self, may_fork: Callable[[], bool]) -> None:
         """Have one soon, if by then `may_fork` says so."""
         self._may_fork = may_fork
@@ -154,7 +159,7 @@ class Spare:
 
     def lost(self, pid: int) -> bool:
         """Take note that a process has ended; whether it was the spare."""
-        if self._worker is None or self._worker.pid != pid:
+        if self._worker is None or self.pid != pid:
             return False
         log.warning("the spare process ended pid=%d", pid)
         self._worker.close()

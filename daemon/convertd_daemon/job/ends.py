@@ -15,6 +15,7 @@ from convertd_daemon.sandbox import landlock
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from convertd_daemon.job import leash
     from convertd_daemon.job.chain import Link
     from convertd_daemon.sandbox.setup import Setup
 
@@ -125,13 +126,13 @@ def _device_of(fd: int) -> int:
 
 
 @contextlib.contextmanager
-def undefined_on_failure(dest: Dest) -> Iterator[None]:
+def undefined_on_failure(dest: Dest, line: leash.Leash) -> Iterator[None]:
     """Have a failure say that the device's content is undefined. A file just never appears."""
+    line.undefined_device = dest.place.path if isinstance(dest, devices.DeviceDest) else ""
     try:
         yield
     except errors.ConvertError as error:
-        if isinstance(dest, devices.DeviceDest):
-            error.undefined_device = dest.place.path
+        error.undefined_device = line.undefined_device
         raise
 
 

@@ -1,0 +1,103 @@
+"""Storage that does not answer: processes in state D can't be killed, and nobody waits for them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+from harness import images, waiting
+from harness.agent import Agent, Call, conversion
+from harness.callers import ALICE
+from harness.daemon import JOB, QEMU_IMG, Daemon
+from harness.mounts import Mounts
+
+from convertd.v1 import convert_pb2 as pb
+
+POLICY: Final = """
+[limits]
+jobs = 1
+stall = "1 s"
+[roots.library]
+path = "{library}"
+access = "daemon"
+[roots.images]
+path = "{scratch}/images"
+access = "daemon"
+mounts = true
+[[grants]]
+users = [1234]
+read = ["library"]
+write = ["images"]
+"""
+
+
+@pytest.fixture
+def disk(daemon: Daemon, scratch: Path) -> Iterator[Path]:
+    """A file system of a test's own, in which the daemon may write."""
+    with Mounts(scratch / "images") as made:
+        yield made.on_a_loop("ext4", "disk", 300)
+        daemon.await_calm()
+
+
+@contextlib.contextmanager
+def frozen(disk: Path, daemon: Daemon, library: Path) -> Iterator[Call]:
+    """A conversion whose destination stops answering in the middle. Source: fsfreeze(8)."""
+    request = conversion(
+        library / "bulky.raw", disk / "dest.qcow2", rate_limit_bytes_per_second=images.MIB
+    )
+    call = daemon.agent(ALICE).convert(request)
+    call.await_event(lambda event: event.progress.percent > 0)
+    subprocess.run(["fsfreeze", "--freeze", str(disk)], check=True)
+    try:
+        yield call
+    finally:
+        subprocess.run(["fsfreeze", "--unfreeze", str(disk)], check=True)
+
+
+def is_unkillable(agent: Agent) -> bool:
+    """Whether the one job there is can't be ended."""
+    return [job.state for job in agent.jobs()] == [pb.JOB_STATE_UNKILLABLE]
+
+
+@pytest.mark.parametrize("how", ["stall", "cancel", "kill"])
+def test_its_caller_is_told_and_its_place_stays_taken(
+    daemon: Daemon, disk: Path, library: Path, images_dir: Path, how: str
+) -> None:
+    """The list says why; when the storage answers, nothing is left, and the next one begins."""
+    agent = daemon.agent(ALICE)
+    with frozen(disk, daemon, library) as call:
+        if how == "cancel":
+            (job,) = agent.jobs()
+            agent.cancel_job(job.job_id)
+        if how == "kill":
+            os.kill(daemon.await_one(JOB), signal.SIGKILL)
+        expected = {"stall": "STALLED", "cancel": "CANCELLED_BY_CALLER", "kill": "OUT_OF_MEMORY"}
+        assert call.refusal().reason == expected[how]
+        waiting.until(lambda: is_unkillable(agent), "the list says so")
+        dest = images_dir / "other.qcow2"
+        other = agent.convert(conversion(library / "small.raw", dest))
+        other.await_queued()
+    other.result()
+    assert images.identical(library / "small.raw", dest)
+    waiting.until(lambda: not agent.jobs(), "no job is left")
+    daemon.await_none(QEMU_IMG)
+    assert os.listdir(disk) == ["lost+found"]
+
+
+def test_a_stop_does_not_wait_for_it(daemon: Daemon, disk: Path, library: Path) -> None:
+    """Asked twice, the daemon ends at once; what it can't kill ends when the storage answers."""
+    with frozen(disk, daemon, library) as call:
+        left = daemon.await_one(QEMU_IMG)
+        daemon.signal(signal.SIGTERM)
+        daemon.signal(signal.SIGTERM)
+        assert call.end().status in {"CANCELLED", "UNAVAILABLE"}
+        assert daemon.wait() == 0
+        assert os.path.exists(f"/proc/{left}")  # one thread of it is over, another is not
+    daemon.check_gone()
+    daemon.start()
