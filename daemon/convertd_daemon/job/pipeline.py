@@ -52,7 +52,7 @@ def convert(grant: model.Grant, kept: secrets.Secrets, runner: qemu_img.Runner) 
         if request.validate_only:
             line.tell(channel.Succeeded(published=_validated(planned, line)))
             return
-        with ends.undefined_on_failure(dest), whole.awaited():
+        with ends.undefined_on_failure(dest, line), whole.awaited():
             # 4. Run, and ask meanwhile whether the file holds all of the image.
             line.progress(model.Phase.CONVERTING)
             warnings = run.convert(grant, planned, both, kept, whole.beside())

@@ -11,7 +11,7 @@ import signal
 import time
 from typing import TYPE_CHECKING, Final
 
-from convertd_daemon import channel, errors, model
+from convertd_daemon import errors, model
 from convertd_daemon.job import clone, qemu_img, secrets, space
 from convertd_daemon.job import plan as plans
 from convertd_daemon.job.result import FileDest
@@ -65,15 +65,10 @@ def convert(
         return (clone.SHARED,)
     bounds = limits.Limits(address_space_bytes=grant.limits.memory_bytes)
     observer = Observer(runner.leash, ends.dest.fd, grant.limits.stall_s)
-    try:
-        with secrets.offered(kept, runner.worker.setup.identity) as pipes:
-            argv = plans.with_secrets(plan.argv, pipes)
-            inodes = ends.inodes(tuple(pipes.values()))
-            outcome = runner.run(argv, inodes, bounds, observer)
-    except errors.DeadlineExceeded as error:
-        # A qemu-img in state D can't be killed: its caller is told before we wait for its end.
-        runner.leash.tell(channel.Failed(failure=error.failure()))
-        raise
+    with secrets.offered(kept, runner.worker.setup.identity) as pipes:
+        argv = plans.with_secrets(plan.argv, pipes)
+        inodes = ends.inodes(tuple(pipes.values()))
+        outcome = runner.run(argv, inodes, bounds, observer)
     if outcome.status != 0:
         log.warning(
             "convert failed path=%r status=%d said=%r",
