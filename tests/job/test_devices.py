@@ -333,6 +333,14 @@ class TestReading:
         assert volumes.bytes_on(dest) == (b"\xaa" * MIB).ljust(SIZE, b"\0")
 
 
+@contextlib.contextmanager
+def failing(dest: ends.Dest) -> Iterator[None]:
+    """What a job does while a failure would leave a device undefined."""
+    ours, theirs = channel.Channel.pair()
+    with ours, theirs, ends.undefined_on_failure(dest, leash.Leash(ours, 60.0)):
+        yield
+
+
 class TestOpening:
     """What is held while a device is written."""
 
@@ -379,8 +387,7 @@ class TestOpening:
         with (
             ends.open_dest(grant, whole_job.setup()) as dest,
             pytest.raises(errors.Stalled) as stalled,
-            channel.Channel.pair()[0] as line,
-            ends.undefined_on_failure(dest, leash.Leash(line, 60.0)),
+            failing(dest),
         ):
             raise errors.Stalled(stall_s=1.0)
         assert stalled.value.undefined_device == ""
@@ -391,8 +398,7 @@ class TestOpening:
         with (
             self.opened(volumes, device) as dest,
             pytest.raises(errors.Stalled) as stalled,
-            channel.Channel.pair()[0] as line,
-            ends.undefined_on_failure(dest, leash.Leash(line, 60.0)),
+            failing(dest),
         ):
             raise errors.Stalled(stall_s=1.0)
         assert stalled.value.undefined_device == str(device)
