@@ -1,8 +1,10 @@
-"""The counters, as an operator gets them by GetStats."""
+"""The counters: as an operator gets them by GetStats, and node_exporter from a file."""
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import time
 from pathlib import Path
 from typing import Final
@@ -11,6 +13,7 @@ from harness.agent import conversion
 from harness.callers import ALICE, MALLORY, ROOT
 from harness.daemon import Daemon
 from harness.fixtures import MakeDaemon
+from prometheus_client import parser
 
 from convertd.v1 import convert_pb2 as pb
 
@@ -30,6 +33,8 @@ write = ["images"]
 """
 
 MIB: Final = 1024 * 1024
+
+DASHBOARD: Final = Path(__file__).parents[2] / "packaging" / "grafana" / "convertd.json"
 
 
 def stats(daemon: Daemon) -> pb.GetStatsResponse:
@@ -82,17 +87,15 @@ def test_what_runs_and_waits_is_counted(
     daemon = make_daemon(f"[limits]\njobs = 1\n{POLICY}")
     daemon.start()
     alice = daemon.agent(ALICE)
-    calls = [
-        alice.convert(
-            conversion(library / "bulky.raw", images_dir / name, rate_limit_bytes_per_second=MIB)
-        )
-        for name in ("running", "waiting")
-    ]
-    calls[0].await_started()
-    calls[1].await_queued()
+    source = library / "bulky.raw"
+    slow = conversion(source, images_dir / "running", rate_limit_bytes_per_second=MIB)
+    running = alice.convert(slow)
+    running.await_started()
+    waiting = alice.convert(conversion(source, images_dir / "waiting"))
+    waiting.await_queued()
     told = stats(daemon)
     assert (told.jobs_running, told.jobs_queued) == (1, 1)
-    for call in calls:
+    for call in (waiting, running):
         call.cancel()
         call.end()
     daemon.await_calm()
@@ -107,3 +110,30 @@ def test_counters_are_not_for_a_user_whom_nobody_listed(make_daemon: MakeDaemon)
     refusal = daemon.agent(MALLORY).call("GetStats", pb.GetStatsRequest()).refusal()
     assert (refusal.status, refusal.reason) == ("PERMISSION_DENIED", "PERMISSION_DENIED")
     assert refusal.metadata["uid"] == "1666"
+
+
+def test_the_dashboard_asks_for_counters_that_there_are(
+    make_daemon: MakeDaemon, library: Path, images_dir: Path
+) -> None:
+    """Their names, as the file has them that the daemon writes when it ends."""
+    daemon = make_daemon(POLICY)
+    file = daemon.home / "convertd.prom"
+    with daemon.policy_path.open("a", encoding="utf-8") as policy:
+        policy.write(f'[service]\nmetrics = "{file}"\n')
+    daemon.start()
+    dest = images_dir / "dest.qcow2"
+    daemon.agent(ALICE).convert(conversion(library / "small.raw", dest)).result()
+    daemon.agent(MALLORY).convert(conversion(dest, dest)).refusal()
+    daemon.stop()
+    families = list(parser.text_string_to_metric_families(file.read_text(encoding="utf-8")))
+    samples = {sample.name: sample.value for family in families for sample in family.samples}
+    assert samples["convertd_conversion_bytes_total"] == 8 * MIB
+    panels = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
+    asked = {
+        name
+        for panel in panels
+        for target in panel.get("targets", ())
+        for name in re.findall(r"convertd_\w+", target["expr"])
+    }
+    assert asked
+    assert asked <= samples.keys()
