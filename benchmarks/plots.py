@@ -61,11 +61,12 @@ def ratios(rows: Sequence[Row]) -> str:
     bottom = TOP + ROW * len(rows)
     parts = _legend(names)
     parts += _grid(scale, (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100), "{:g}", bottom)
-    for number_, row in enumerate(rows):
-        y = TOP + ROW * (number_ + 0.5)
+    for line, row in enumerate(rows):
+        y = TOP + ROW * (line + 0.5)
+        parts.append(_line(10, y + ROW / 2, WIDTH - 30, y + ROW / 2, "#eeeeee"))
         parts.append(_text(LEFT - 10, y + 4, row.name, "end"))
         for place, (name, one) in enumerate(row.ratios.items()):
-            at = y + (place / max(1, len(row.ratios) - 1) - 0.5) * ROW * 0.7
+            at = y + (place / max(1, len(row.ratios) - 1) - 0.5) * ROW * 0.6
             ends = (scale.x(one.low), at, scale.x(one.high), at)
             parts.append(_line(*ends, COLOURS.get(name, OTHER)))
             parts.append(_dot(scale.x(one.median), at, COLOURS.get(name, OTHER)))
@@ -139,7 +140,7 @@ def _grid(scale: Scale, ticks: Sequence[float], shape: str, bottom: float) -> li
 
 
 def _dot(x: float, y: float, colour: str) -> str:
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>'
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>'
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:

@@ -33,7 +33,7 @@ def race(case: Case, racers: Sequence[Racer]) -> list[measured.Entry]:
             racer = by_name[entry.contestant]
             dest = case.source.path.with_name("result")
             entry.runs.append(_run(case, racer, entry.cache, dest))
-            if number == 0 and racer.copies:
+            if number == 0 and entry.cache == case.caches[0] and racer.copies:
                 check(case, racer.name, dest)
             dest.unlink()
     return entries
@@ -50,9 +50,8 @@ def warm_up(case: Case, racers: Sequence[Racer]) -> None:
 
 def _run(case: Case, racer: Racer, cache: str, dest: Path) -> measured.Run:
     source = case.source.path
-    usage.forget(source)
-    if cache == cases.WARM:
-        usage.remember(source)
+    prepare = {cases.COLD: usage.forget, cases.WARM: usage.remember}[cache]
+    prepare(source)
     before = usage.cached_bytes(source)
     with usage.DirtyPages() as dirty:
         took = racer.convert(case, dest)

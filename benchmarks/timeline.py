@@ -41,7 +41,7 @@ MARKS: Final = (
 )
 
 CALLED: Final = "the call is made"
-ANSWERED: Final = "the directory is flushed, and the caller has the result"
+ANSWERED: Final = "flushed; the caller has the result"
 
 
 def trace(images: Path, xfs: Path, case: Case, settings: Settings) -> list[measured.Trace]:
