@@ -12,6 +12,7 @@ import socket
 import stat
 import struct
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -232,6 +233,21 @@ class TestSource:
         assert failure is not None
         assert failure.reason == "SYMLINK_IN_PATH"
 
+    def test_with_ones_own_rights_too_what_is_no_file_is_not_opened(self, images: Path) -> None:
+        """A FIFO without a writer would hold whoever opens it."""
+        os.mkfifo(images / "odd")
+        place = model.Place(root=own.EVERYTHING, below=f"{images}/odd".removeprefix("/"))
+        reason = refusals.reason_of(lambda: paths.open_source(place, CALLER).__enter__())
+        assert reason == "NOT_AN_IMAGE"
+
+    def test_what_is_no_device_is_not_opened_in_a_root_of_devices(self) -> None:
+        """Nor does it say more than what it is."""
+        with tempfile.TemporaryDirectory(dir=paths.DEVICES, prefix="convertd-test-") as directory:
+            os.mkfifo(f"{directory}/odd")
+            rules = grants.Rules(roots=(grants.devices(directory),))
+            failure = self.refusal(rules, Path(directory) / "odd")
+        assert failure.message == f"{directory}/odd: is a FIFO, not a block device"
+
 
 class TestTarget:
     """Where the result will be."""
@@ -328,6 +344,13 @@ class TestTarget:
         with bound(images / "disk", images / "point"):
             failure = self.refusal(rules, images / "point", overwrite=True)
         assert failure.reason == "OUTSIDE_ROOT"
+
+    def test_a_file_that_somebody_holds_a_lease_on_is_not_waited_for(self, images: Path) -> None:
+        """As for a source."""
+        rules = dataclasses.replace(rules_of(images), overwrite=model.Overwrite.ANY)
+        with leased(images / "disk"):
+            failure = self.refusal(rules, images / "disk", overwrite=True)
+        assert failure.reason == "IMAGE_IN_USE"
 
     @pytest.mark.parametrize("byte", [paths.QEMU_LOCKS[0], 150, paths.QEMU_LOCKS[1]])
     def test_the_disk_of_a_running_qemu_is_not_replaced(self, images: Path, byte: int) -> None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import grants
 import pytest
@@ -398,6 +399,24 @@ class TestOwnRights:
             publish.flush(grant, plan_of(grant), dest)
             publish.name(grant, dest)
         assert (area / "new").stat().st_gid == 1400
+
+    @pytest.mark.parametrize("asked", [{}, {"group": "0"}], ids=["no-group", "the-same-group"])
+    def test_an_owner_that_it_has_already_is_not_given_again(
+        self, area: Path, mounts: Mounts, asked: dict[str, Any]
+    ) -> None:
+        """Some file systems give nothing to anybody, not even to whom it belongs."""
+        (area / "below").mkdir()
+        point = mounts.by_fuse(area / "below", "fuse", "--chown-deny")
+        grant = dataclasses.replace(
+            grant_to(area, **asked),
+            dest=model.Place(root=own.EVERYTHING, below=f"{point}/new"[1:]),
+            peer=dataclasses.replace(CALLER, uid=0, gid=0),
+        )
+        setup = dataclasses.replace(SETUP, identity=None)
+        with paths.open_target(grant) as target, result.create(grant, target, setup) as dest:
+            publish.flush(grant, plan_of(grant), dest)
+            publish.name(grant, dest)
+        assert os.listdir(point) == ["new"]
 
 
 def test_a_device_has_its_name(area: Path) -> None:

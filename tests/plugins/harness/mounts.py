@@ -54,10 +54,10 @@ class Mounts:
             _run("mount", "-o", "remount,bind,ro", str(point))
         return point
 
-    def by_fuse(self, directory: Path, name: str) -> Path:
+    def by_fuse(self, directory: Path, name: str, *options: str) -> Path:
         """A directory once more, by bindfs: FUSE, which has no O_TMPFILE."""
         point = self._point(name)
-        _run("bindfs", str(directory), str(point))
+        _run("bindfs", *options, str(directory), str(point))
         self._undo.callback(_unmount, point)
         return point
 
