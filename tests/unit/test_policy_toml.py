@@ -262,6 +262,36 @@ def test_a_limit_is_refused(line: str, reason: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "allowed", "refused"),
+    [
+        ("jobs", ["1", "256"], ["0", "257"]),
+        ("jobs_per_user", ["1", "256"], ["0", "257"]),
+        ("queue", ["1", "65536"], ["0", "65537"]),
+        ("queue_per_user", ["1", "65536"], ["0", "65537"]),
+        ("inspections", ["1", "256"], ["0", "257"]),
+        ("inspections_per_user", ["1", "256"], ["0", "257"]),
+        ("connections", ["1", "65536"], ["0", "65537"]),
+        ("connections_per_user", ["1", "65536"], ["0", "65537"]),
+        ("virtual_size", ['"1 MiB"', '"1024 PiB"'], ['"1048575 B"', '"1024.001 PiB"']),
+        ("memory", ['"64 MiB"', '"1 TiB"'], ['"67108863 B"', '"1099511627777 B"']),
+        ("stall", ['"1 s"', '"7 d"'], ['"0.999 s"', '"604800.001 s"']),
+        ("duration", ['"1 s"', '"365 d"'], ['"0.999 s"', '"31536000.001 s"']),
+        ("inspect", ['"1 s"', '"1 h"'], ['"0.999 s"', '"3600.001 s"']),
+        ("stop_grace", ['"0 s"', '"1 d"'], ['"86400.001 s"']),
+    ],
+)
+def test_a_limit_may_be_at_its_bounds_and_not_beyond(
+    name: str, allowed: list[str], refused: list[str]
+) -> None:
+    """Both ends are in."""
+    for value in allowed:
+        policy_toml.parse(f"[limits]\n{name} = {value}")
+    for value in refused:
+        mistake = mistake_in(f"[limits]\n{name} = {value}")
+        assert (mistake.key, mistake.reason[:13]) == (f"limits.{name}", "must be from ")
+
+
+@pytest.mark.parametrize(
     ("line", "reason"),
     [
         ("mode = 600", "must be a string"),
