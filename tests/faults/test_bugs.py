@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+from harness import waiting
 from harness.agent import conversion
 from harness.callers import ALICE
 from harness.daemon import JOB, QEMU_IMG, Daemon
@@ -49,6 +50,6 @@ def test_a_job_that_crashes_is_answered_with_an_id_that_the_log_has(
     daemon.await_logged(f"id={error_id}")
     daemon.await_calm()
     assert os.listdir(images_dir) == []
-    assert agent.jobs() == []
+    waiting.until(lambda: not agent.jobs(), "its place is free")
     done = agent.convert(conversion(library / "small.raw", images_dir / "next.qcow2")).result()
     assert done.published
