@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Final
 
+from harness import waiting
 from harness.agent import conversion
 from harness.callers import ALICE, MALLORY, ROOT
 from harness.daemon import Daemon
@@ -60,7 +61,8 @@ def test_what_was_done_and_what_was_refused_is_counted(
     assert alice.convert(again).refusal().reason == "DEST_EXISTS"
     for _ in range(3):
         assert mallory.convert(again).refusal().reason == "PERMISSION_DENIED"
-    daemon.await_calm()
+    # They are counted after the caller has its answer.
+    waiting.until(lambda: sum(item.count for item in stats(daemon).conversions) == 3, "the counts")
     told = stats(daemon)
     assert told.start_time == first.start_time
     assert told.connections == 3
@@ -91,16 +93,15 @@ def test_what_runs_and_waits_is_counted(
     slow = conversion(source, images_dir / "running", rate_limit_bytes_per_second=MIB)
     running = alice.convert(slow)
     running.await_started()
-    waiting = alice.convert(conversion(source, images_dir / "waiting"))
-    waiting.await_queued()
+    behind = alice.convert(conversion(source, images_dir / "behind"))
+    behind.await_queued()
     told = stats(daemon)
     assert (told.jobs_running, told.jobs_queued) == (1, 1)
-    for call in (waiting, running):
+    for call in (behind, running):
         call.cancel()
         call.end()
-    daemon.await_calm()
-    told = stats(daemon)
-    assert (told.jobs_running, told.jobs_queued) == (0, 0)
+    waiting.until(lambda: stats(daemon).jobs_running == 0, "nothing runs")
+    assert stats(daemon).jobs_queued == 0
 
 
 def test_counters_are_not_for_a_user_whom_nobody_listed(make_daemon: MakeDaemon) -> None:
