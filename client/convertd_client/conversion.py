@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import posixpath
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final, TypedDict, TypeVar
+from typing import Final, TypedDict, TypeVar, cast
 
-from convertd_client import errors, results
+from convertd_client import creation, errors, results
 
 Path = str | os.PathLike[str]
 
@@ -54,6 +55,38 @@ class ConvertOptions(TypedDict, total=False):
     """The passphrase of an encrypted source. None: it is not encrypted."""
     dest_secret: bytes | None
     """The passphrase to encrypt the result with. None: it is not encrypted."""
+    is_zero: bool
+    """The destination is a device that reads as zeroes throughout. False. The policy must allow
+    the claim."""
+
+    # What follows is for some formats, and of qemu's choice where it is None.
+    cluster_size: int | None
+    """Of `qcow2`, `qed` and `parallels`: bytes in a cluster."""
+    compat: str | None
+    """Of `qcow2`: `0.10` or `1.1`, the version of the format."""
+    lazy_refcounts: bool | None
+    """Of `qcow2`: postpone updates of reference counts."""
+    refcount_bits: int | None
+    """Of `qcow2`: bits of a reference count, a power of two up to 64."""
+    extended_l2: bool | None
+    """Of `qcow2`: use subclusters."""
+    subformat: str | None
+    """Of `vmdk`: `monolithicSparse` or `streamOptimized`; of `vpc` and `vhdx`: `dynamic` or
+    `fixed`."""
+    adapter_type: str | None
+    """Of `vmdk`: `ide`, `lsilogic`, `buslogic` or `legacyESX`."""
+    hwversion: int | None
+    """Of `vmdk`: the virtual hardware's version, 1 to 99."""
+    zeroed_grain: bool | None
+    """Of `vmdk`: mark zeroes by grain-table entries."""
+    static: bool | None
+    """Of `vdi`: allocate every block beforehand."""
+    block_size: int | None
+    """Of `vhdx`: bytes in a block."""
+    log_size: int | None
+    """Of `vhdx`: bytes of the log."""
+    table_size: int | None
+    """Of `qed`: clusters in a table."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +107,9 @@ class Conversion:
     rate_limit_bytes_per_second: int
     label: str
     validate_only: bool
+    is_zero: bool
+    created: tuple[tuple[str, creation.Value], ...]
+    """The options of the result's format, by qemu's names."""
     source_secret: bytes | None = field(repr=False)
     dest_secret: bytes | None = field(repr=False)
 
@@ -105,6 +141,8 @@ def asked(source: Path, dest: Path, dest_format: str, options: ConvertOptions) -
         rate_limit_bytes_per_second=_bounded("rate_limit", options.get("rate_limit")) or 0,
         label=_text("label", options.get("label", "")),
         validate_only=options.get("validate_only", False),
+        is_zero=options.get("is_zero", False),
+        created=_created(dest_format, options),
         source_secret=options.get("source_secret"),
         dest_secret=options.get("dest_secret"),
     )
@@ -159,6 +197,25 @@ def _compression(options: ConvertOptions) -> results.Compression:
     if stated is not None:
         return _choice("dest.compression", stated, results.Compression)
     return results.Compression.DEFAULT if options.get("compress") else results.Compression.NONE
+
+
+def _created(dest_format: str, options: ConvertOptions) -> tuple[tuple[str, creation.Value], ...]:
+    """The options of the result's format that are asked for, checked as far as need be."""
+    given: Mapping[str, object] = options
+    found: dict[str, creation.Value] = {}
+    for name in sorted(creation.NAMES & given.keys()):
+        value = given[name]
+        if value is None or value == 0:
+            continue
+        kind = creation.OPTIONS.get(dest_format, {}).get(name)
+        field_name = f"dest.{dest_format}.{name}"
+        if kind is None:
+            raise bad_option(field_name, "the format has no such option")
+        problem = kind.problem_of(value)
+        if problem:
+            raise bad_option(field_name, problem)
+        found[name] = cast("creation.Value", value)
+    return tuple(found.items())
 
 
 def _choice(name: str, value: str, kind: type[Choice]) -> Choice:

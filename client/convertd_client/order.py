@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any, Final
 
-from convertd_client import errors, results
+from convertd_client import creation, errors, results
 from convertd_client.conversion import Conversion
 
 Fields = dict[str, Any]
@@ -35,9 +35,11 @@ def convert(asked: Conversion, qemu_img: str) -> bytes:
         "mode": asked.mode,
         "group": asked.group,
         "overwrite": asked.overwrite,
-        "is_zero": False,
+        "is_zero": asked.is_zero,
         "encryption": None if asked.dest_secret is None else _LUKS,
-        "options": (),
+        "options": [
+            {"name": name, "value": creation.qemu_value(value)} for name, value in asked.created
+        ],
     }
     request = {
         "source": _source(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Final
 
 from convertd.v1 import convert_pb2 as pb
-from convertd_client import answers, errors, results
+from convertd_client import answers, creation, errors, results
 from convertd_client.conversion import Conversion
 
 CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
@@ -45,7 +45,9 @@ def convert_request(asked: Conversion) -> pb.ConvertRequest:
         mode=asked.mode,
         group=asked.group,
         overwrite=asked.overwrite,
+        is_zero=asked.is_zero,
     )
+    _create(dest, asked)
     if asked.dest_secret is not None:
         dest.encryption.passphrase = asked.dest_secret
     source = pb.Source(path=asked.source, format=asked.source_format)
@@ -60,6 +62,19 @@ def convert_request(asked: Conversion) -> pb.ConvertRequest:
         validate_only=asked.validate_only,
         label=asked.label,
     )
+
+
+def _create(dest: pb.Destination, asked: Conversion) -> None:
+    """Put the options of dest's format in."""
+    for name, value in asked.created:
+        options = getattr(dest, asked.dest_format)
+        field = options.DESCRIPTOR.fields_by_name[creation.field_of(name)]
+        if field.enum_type is None:
+            setattr(options, field.name, value)
+            continue
+        values = field.enum_type.values_by_name
+        prefix = field.enum_type.values[0].name.removesuffix("UNSPECIFIED")
+        setattr(options, field.name, values[prefix + creation.contract_value(str(value))].number)
 
 
 def inspect_request(path: str, image_format: str) -> pb.InspectRequest:

@@ -47,8 +47,8 @@ def test_the_page_lists_every_error() -> None:
 
 def test_the_page_lists_every_option_of_convertctl() -> None:
     """Long and short."""
-    listed = set(re.findall(r"`(--?[a-zA-Z-]+)", "\n".join(first_cells(section("convertctl")))))
-    listed |= set(re.findall(r", `(--[a-z-]+)", section("convertctl")))
+    listed = set(re.findall(r"`(--?[a-zA-Z0-9-]+)", "\n".join(first_cells(section("convertctl")))))
+    listed |= set(re.findall(r", `(--[a-z0-9-]+)", section("convertctl")))
     command = commands.convertctl.commands["convert"]
     options = {
         name

@@ -6,10 +6,11 @@ import dataclasses
 import enum
 
 import pytest
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from convertd.v1 import convert_pb2 as pb
-from convertd_client import answers, conversion, results, wire
+from convertd_client import answers, conversion, creation, results, wire
 
 SAME = {
     pb.CacheChoice: results.CacheChoice,
@@ -55,6 +56,35 @@ def test_an_enum_has_the_values_of_the_contract(kind: type[enum.StrEnum]) -> Non
     values = pb.DESCRIPTOR.enum_types_by_name[kind.__name__].values
     prefix = values[0].name.removesuffix("UNSPECIFIED")
     assert {item.name for item in kind} == {item.name.removeprefix(prefix) for item in values}
+
+
+def test_the_options_of_formats_are_those_of_the_contract() -> None:
+    """By their fields, and each with the values that its field can hold."""
+    oneof = pb.Destination.DESCRIPTOR.oneofs_by_name["options"]
+    assert {field.name for field in oneof.fields} == set(creation.OPTIONS)
+    for member in oneof.fields:
+        own = {
+            creation.field_of(name): kind for name, kind in creation.OPTIONS[member.name].items()
+        }
+        assert member.message_type is not None
+        fields = member.message_type.fields_by_name
+        assert set(own) == set(fields)
+        for name, kind in own.items():
+            assert kind == kind_of(fields[name], kind.choices), name
+
+
+def kind_of(field: FieldDescriptor, choices: tuple[str, ...]) -> creation.Kind:
+    """What an option takes, by its field; a choice keeps qemu's name."""
+    if field.enum_type is not None:
+        values = [value.name for value in field.enum_type.values]
+        prefix = values[0].removesuffix("UNSPECIFIED")
+        assert {prefix + creation.contract_value(choice) for choice in choices} == set(values[1:])
+        return creation.Kind(choices=choices)
+    if field.type == FieldDescriptor.TYPE_BOOL:
+        return creation.Kind()
+    return creation.Kind(
+        largest=2**64 - 1 if field.type == FieldDescriptor.TYPE_UINT64 else 2**32 - 1
+    )
 
 
 def test_every_field_of_an_answer_is_read() -> None:

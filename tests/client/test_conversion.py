@@ -50,6 +50,13 @@ def test_a_stated_compression_wins_over_a_plain_compress(
         ConvertOptions(mode=1 << 32),
         ConvertOptions(rate_limit=1 << 64),
         ConvertOptions(group="\udcff"),
+        ConvertOptions(cluster_size=-1),
+        ConvertOptions(cluster_size=1 << 64),
+        ConvertOptions(cluster_size="64K"),  # type: ignore[typeddict-item]
+        ConvertOptions(refcount_bits=1 << 32),
+        ConvertOptions(compat="2"),
+        ConvertOptions(lazy_refcounts="on"),  # type: ignore[typeddict-item]
+        ConvertOptions(subformat="fixed"),
     ],
     ids=str,
 )
@@ -58,6 +65,12 @@ def test_a_value_that_the_contract_has_not_is_refused(options: ConvertOptions) -
     with pytest.raises(errors.InvalidArgument) as caught:
         conversion.asked("/a", "/b", "qcow2", options)
     assert caught.value.reason == "BAD_OPTION"
+
+
+def test_options_of_a_format_that_say_nothing_are_not_said() -> None:
+    """None, False and 0 leave it to qemu, whatever the format."""
+    nothing = ConvertOptions(cluster_size=0, subformat=None, static=False)
+    assert conversion.asked("/a", "/b", "raw", nothing).created == ()
 
 
 def test_a_path_that_is_not_utf_8_is_refused() -> None:

@@ -9,7 +9,7 @@ import click
 
 import convertd_client
 from convertd_client import conversion, errors, local
-from convertd_client.cli import converting, failing, machine, showing, stopping, values
+from convertd_client.cli import converting, creating, failing, machine, showing, stopping, values
 
 SHELLS: Final = ("bash", "zsh", "fish")
 
@@ -95,24 +95,10 @@ def _client() -> convertd_client.Client:
         raise click.UsageError(str(error)) from error
 
 
-class Given(typing.TypedDict):
+class Given(conversion.ConvertOptions):
     """The options of `convert`, as click hands them over."""
 
     dest_format: str
-    source_format: str | None
-    compress: bool
-    compression: str | None
-    cache_mode: str
-    preallocation: str | None
-    mode: int | None
-    group: str | None
-    overwrite: bool
-    verify: bool
-    validate_only: bool
-    rate_limit: int | None
-    source_secret: bytes | None
-    dest_secret: bytes | None
-    label: str
     timeout: float | None
     is_local: bool
     quiet: bool
@@ -173,6 +159,7 @@ class Given(typing.TypedDict):
     callback=values.parsed(values.read_secret),
     help="Holds DEST's passphrase.",
 )
+@creating.options
 @click.option("--verify", is_flag=True, help="Compare DEST with SOURCE before it gets its name.")
 @click.option("--dry-run", "validate_only", is_flag=True, help="Check and plan, but do nothing.")
 @click.option("--label", default="", help="Your own name for the job.")
@@ -191,22 +178,9 @@ def convert(source: str, dest: str, **given: Unpack[Given]) -> None:
     DEST is there whole or not at all. Ctrl-C cancels.
     """
     paths = conversion.absolute(source), conversion.absolute(dest)
-    options = conversion.ConvertOptions(
-        source_format=given["source_format"],
-        compress=given["compress"],
-        compression=given["compression"],
-        cache_mode=given["cache_mode"],
-        preallocation=given["preallocation"],
-        mode=given["mode"],
-        group=given["group"],
-        overwrite=given["overwrite"],
-        verify=given["verify"],
-        validate_only=given["validate_only"],
-        rate_limit=given["rate_limit"],
-        source_secret=given["source_secret"],
-        dest_secret=given["dest_secret"],
-        label=given["label"],
-    )
+    names = conversion.ConvertOptions.__optional_keys__
+    chosen = {name: value for name, value in given.items() if name in names}
+    options = typing.cast("conversion.ConvertOptions", chosen)
     ending: typing.Any = {"overwrite": given["overwrite"], "timeout_s": given["timeout"]}
     if given["is_local"]:
         running = local.conversion_of(*paths, given["dest_format"], options)

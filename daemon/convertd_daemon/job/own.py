@@ -30,6 +30,9 @@ def grant(order: channel.Order) -> model.Grant | model.InspectGrant:
 
 
 def _convert(request: model.ConvertRequest) -> model.Grant:
+    if request.dest.is_zero:
+        # A root of files has no devices.
+        raise errors.BadOption(field="dest.is_zero", problem="is for devices only")
     return model.Grant(
         rule=RULE,
         peer=_me(),
