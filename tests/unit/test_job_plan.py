@@ -99,7 +99,7 @@ class TestCommand:
     def test_a_plain_conversion(self) -> None:
         """All of it: descriptors only, one complete graph, every cache mode stated."""
         assert made().argv == (
-            *("qemu-img", "convert", "-p", "-t", "none", "-T", "none", "-m", "16", "-W"),
+            *("qemu-img", "convert", "-p", "-t", "none", "-T", "none", "-W"),
             *("-O", "raw"),
             f'json:{{"driver":"qcow2","file":{{{FILE_7}}},"backing":null}}',
             "/proc/self/fd/8",
@@ -322,6 +322,24 @@ class TestCache:
             planned = made(a_grant, facts)
             assert planned.dest_cache == model.ChosenCache(mode=mode, reason="asked for")
             assert after(planned.argv, "-t") == mode.value
+
+    @pytest.mark.parametrize(
+        ("refusal", "in_memory", "mode", "reason"),
+        [
+            (None, False, "none", "the source can be read past the page cache"),
+            (None, True, "writeback", "the source is in the page cache already"),
+            ("No", True, "writeback", "the source can't be read past the page cache: No"),
+            ("No", False, "writeback", "the source can't be read past the page cache: No"),
+        ],
+    )
+    def test_a_source_is_read_where_it_is(
+        self, refusal: str | None, *, in_memory: bool, mode: str, reason: str
+    ) -> None:
+        """From memory, or else from the disk and past the memory, if it can be."""
+        facts = dataclasses.replace(FACTS, source_direct=refusal, in_memory=in_memory)
+        planned = made(asked(), facts)
+        assert (planned.source_cache.mode, planned.source_cache.reason) == (mode, reason)
+        assert after(planned.argv, "-T") == mode
 
     @given(
         st.sampled_from(MODES),

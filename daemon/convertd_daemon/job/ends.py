@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from convertd_daemon import errors, model, validation
-from convertd_daemon.job import alias, devices, direct, paths, plan, qemu_img, space
+from convertd_daemon.job import alias, devices, direct, paths, plan, qemu_img, residency, space
 from convertd_daemon.job import result as results
 from convertd_daemon.sandbox import landlock
 
@@ -75,6 +75,7 @@ class Ends:
             source_direct=next((refusal for refusal in refusals if refusal), None),
             dest_direct=dest_refusal(self.dest),
             available_bytes=available_bytes(self.dest),
+            in_memory=all(residency.is_in_memory(link.source.fd) for link in self.chain),
         )
 
     def rules(self) -> tuple[landlock.Rule, ...]:

@@ -1,0 +1,82 @@
+"""Whether an image is in the page cache, on files that are, are not, and partly are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import children
+import pytest
+
+from convertd_daemon.job import residency
+
+MIB: Final = 1024 * 1024
+
+
+@pytest.fixture
+def image(area: Path) -> Iterator[int]:
+    """A file of 64 MiB, of which the second half is data, in memory and on the disk."""
+    path = area / "image"
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    os.pwrite(descriptor, os.urandom(32 * MIB), 32 * MIB)
+    os.fsync(descriptor)
+    yield descriptor
+    os.close(descriptor)
+
+
+def forget(descriptor: int, offset: int = 0, length: int = 0) -> None:
+    """Have the kernel drop clean pages. Source: posix_fadvise(2)."""
+    os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
+
+
+def test_what_was_just_written_is_in_memory(image: int) -> None:
+    """Holes are passed over: reading them takes nothing."""
+    assert residency.is_in_memory(image)
+
+
+def test_what_was_dropped_is_not(image: int) -> None:
+    """Until somebody reads it."""
+    forget(image)
+    assert not residency.is_in_memory(image)
+    assert len(os.pread(image, 32 * MIB, 32 * MIB)) == 32 * MIB
+    assert residency.is_in_memory(image)
+
+
+@pytest.mark.parametrize("begin_mib", [32, 40, 48, 56])
+def test_a_quarter_that_is_missing_is_noticed(image: int, begin_mib: int) -> None:
+    """Wherever it is: it would be read into memory that belongs to others."""
+    forget(image, begin_mib * MIB, 8 * MIB)
+    assert not residency.is_in_memory(image)
+
+
+@pytest.mark.parametrize("size", [1, 4095, 4097, 3 * MIB])
+def test_any_size_can_be_asked(area: Path, size: int) -> None:
+    """Also that of less than a page, and of one that is no multiple of it."""
+    path = area / "small"
+    path.write_bytes(os.urandom(size))
+    with path.open("rb") as file:
+        assert residency.is_in_memory(file.fileno())
+
+
+def test_nothing_is_in_no_memory(area: Path) -> None:
+    """An empty file, one that is a hole, and a device."""
+    (area / "empty").touch()
+    with (area / "hole").open("wb") as file:
+        file.truncate(MIB)
+    for path in (area / "empty", area / "hole", Path("/dev/null")):
+        with path.open("rb") as file:
+            assert not residency.is_in_memory(file.fileno())
+
+
+def test_of_anothers_file_nobody_but_root_is_told(image: int) -> None:
+    """The kernel would say that all of it is in memory."""
+    forget(image)
+
+    def ask() -> list[bool]:
+        as_root = residency.is_in_memory(image)
+        os.setresuid(1234, 1234, 1234)
+        return [as_root, residency.is_in_memory(image)]
+
+    assert children.in_child(ask) == [False, False]
