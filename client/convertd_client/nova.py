@@ -23,6 +23,10 @@ Encryption = Mapping[str, str]
 DIRECT_BYTES: Final = 4096
 """How much Nova writes to see whether direct I/O works."""
 
+NOT_COMPRESSED: Final = frozenset({"vmdk"})
+"""Formats with which qemu-img takes a plain -c, and compresses nothing: Nova asks for no
+subformat, and a monolithicSparse is not compressed (qemu 7.2). Others are refused, as there."""
+
 CREATE_MODE: Final = 0o644
 """With what mode qemu-img creates files. Source: qemu block/file-posix.c, raw_co_create."""
 
@@ -46,7 +50,7 @@ def convert_image(  # noqa: PLR0913, PLR0917 - the arguments are Nova's
         errors.Unimplemented: an encryption format other than `luks` is asked for.
         errors.ConvertError: it was not done.
     """
-    options = _options(in_format, instances_path, compress=compress)
+    options = _options(in_format, out_format, instances_path, compress=compress)
     options.update(_secrets(src_encryption, dest_encryption))
     paths = conversion.absolute(source), conversion.absolute(dest)
     if child.is_needed():
@@ -74,7 +78,7 @@ def unprivileged_convert_image(  # noqa: PLR0913, PLR0917 - the arguments are No
         errors.Unimplemented: an encryption format other than `luks` is asked for.
         errors.ConvertError: it was not done.
     """
-    options = _options(in_format, instances_path, compress=compress)
+    options = _options(in_format, out_format, instances_path, compress=compress)
     options.update(_secrets(src_encryption, dest_encryption))
     options["mode"] = CREATE_MODE & ~_umask()
     return local.convert(source, dest, dest_format=out_format, **options)
@@ -103,12 +107,12 @@ def unprivileged_qemu_img_info(path: str, format: str | None = None) -> str:  # 
 
 
 def _options(
-    in_format: str | None, instances_path: str, *, compress: bool
+    in_format: str | None, out_format: str, instances_path: str, *, compress: bool
 ) -> conversion.ConvertOptions:
     return conversion.ConvertOptions(
         source_format=in_format,
         # qemu-img's -c alone, whatever a policy may prefer.
-        compression="zlib" if compress else None,
+        compression="zlib" if compress and out_format not in NOT_COMPRESSED else None,
         cache_mode=_cache_mode(instances_path),
         overwrite=True,
     )

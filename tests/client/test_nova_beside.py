@@ -34,7 +34,7 @@ mounts = true
 users = [1234]
 read = ["images"]
 write = ["images"]
-formats = ["raw", "qcow2", "luks"]
+formats = ["raw", "qcow2", "vmdk", "luks"]
 overwrite = "any"
 """
 
@@ -47,6 +47,7 @@ for name, arguments in json.load(sys.stdin):
 
 SECRET: Final = {"secret": "correct horse", "format": "luks"}
 FULL: Final = os.environ.get("CONVERTD_TEST_NOVA_MATRIX") == "full"
+COMPRESSED: Final = frozenset({"qcow2", "vmdk"})
 PLAIN: Final = ("raw", "qcow2")
 
 
@@ -85,13 +86,13 @@ class Case:
 def cases() -> Iterator[Case]:
     """Formats and encryption of both ends, compressed or not, with and without direct I/O.
 
-    Without what qemu-img itself refuses: only a qcow2 is compressed, and no encrypted one. Nova's
-    way of encrypting takes some seconds each time, so of those only one per format is tried, with
-    CONVERTD_TEST_NOVA_MATRIX=full all.
+    Without what qemu-img itself refuses: only to qcow2 and vmdk it takes a -c, and to no encrypted
+    one. Nova's way of encrypting takes some seconds each time, so of those only one per format is
+    tried, with CONVERTD_TEST_NOVA_MATRIX=full all.
     """
     ends = [(name, False) for name in PLAIN] + [("qcow2", True), ("luks", True)]
-    for (source, locked), (dest, sealed) in itertools.product(ends, ends):
-        compressions = (False, True) if (dest, sealed) == ("qcow2", False) else (False,)
+    for (source, locked), (dest, sealed) in itertools.product(ends, [*ends, ("vmdk", False)]):
+        compressions = (False, True) if dest in COMPRESSED and not sealed else (False,)
         for compress, directory in itertools.product(compressions, ("direct", "ramfs")):
             if FULL or not sealed or (locked and source != dest and directory == "direct"):
                 yield Case(
