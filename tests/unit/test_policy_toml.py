@@ -46,6 +46,10 @@ duration = "12 h"
 inspect = "13 s"
 stop_grace = "0.5 min"
 
+[service]
+metrics = "/run/convertd.prom"
+idle_exit = "14 s"
+
 [operators]
 users = ["root", 5]
 groups = ["wheel", "6"]
@@ -108,6 +112,7 @@ def test_every_key_has_its_effect() -> None:
         inspect_s=13.0,
         stop_grace_s=30.0,
     )
+    assert bound.service == model.Service(metrics="/run/convertd.prom", idle_exit_s=14.0)
     assert (bound.operators.uids, bound.operators.gids) == (frozenset({0, 5}), frozenset({10, 6}))
     assert images == model.Root(
         name="images",
@@ -149,6 +154,7 @@ def test_what_is_left_out_has_its_default() -> None:
     """An empty policy is one: it grants nobody anything."""
     empty = policy_bind.bind(policy_toml.parse(""), IDS)
     assert (empty.limits, empty.rules, empty.roots) == (model.Limits(), (), ())
+    assert empty.service == model.Service()
     assert empty.qemu_img == "/usr/bin/qemu-img"
     assert empty.operators.uids == empty.operators.gids == frozenset()
     rule = policy_bind.bind(policy_toml.parse(ROOT + GRANT), IDS).rules[0]
@@ -184,7 +190,7 @@ def mistake_in(text: str | bytes) -> policy_toml.PolicyError:
         (ROOT + '[[grants]]\nread = ["images"]', "grants[0].users", "must name somebody"),
         (ROOT + "[[grants]]\nusers = [1]", "grants[0].read", "is missing"),
         (ROOT + "[[grants]]\nusers = [1]\nread = []", "grants[0].read", "must name a root"),
-        (ROOT + '[[grants]]\nusers = [1]\nread = ["x"]', "grants[0].read", "no root 'x'"),
+        (ROOT + '[[grants]]\nusers = [1]\nread = ["x"]', "grants[0].read", "there is no root 'x'"),
         (ROOT + GRANT + GRANT + "writ = []", "grants[1].writ", "is not a key of the policy"),
     ],
 )
