@@ -55,7 +55,7 @@ CALLS_EACH: Final = 10 if FULL else 6
 HONEST: Final = 100 if FULL else 5
 
 PATIENCE_S: Final = 120.0
-"""How long an honest caller waits for an answer, on a machine that is busy."""
+"""How long an honest caller waits for an answer, or we for a fact, on a machine that is busy."""
 
 FRONT_MAY_KEEP_KIB: Final = 8 * 1024 + 32 * CONNECTIONS
 BROKER_MAY_KEEP_KIB: Final = 2 * 1024
@@ -98,6 +98,7 @@ def unchanged(daemon: Daemon, *, front_may_keep_kib: int = FRONT_MAY_KEEP_KIB) -
         waiting.until(
             functools.partial(_has_at_most, daemon, number, most),
             f"no more than {most} descriptors",
+            PATIENCE_S,
         )
     after = footprint(daemon)
     print(before, after)  # noqa: T201 - the figures of a long run
@@ -276,7 +277,8 @@ def served_under_attack(daemon: Daemon, source: Path, directory: Path) -> list[f
     """Convert for an honest caller, while all bad clients are at work. Seconds for each."""
     alice, took = daemon.agent(ALICE), []
     attacks = [attack(daemon, how, 4000 + number) for number, how in enumerate(WAYS)]
-    waiting.until(lambda: "too many connections uid=4000" in daemon.log, "the cap is reached")
+    capped = "too many connections uid=4000"
+    waiting.until(lambda: capped in daemon.log, "the cap is reached", PATIENCE_S)
     for number in range(HONEST):
         began = time.monotonic()
         alice.convert(conversion(source, directory / f"{number}.qcow2")).result(PATIENCE_S)
