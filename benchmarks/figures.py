@@ -46,13 +46,13 @@ def number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= HUNDRED else f"{value:#.3g}".rstrip(".")
 
 
-def find(results: Results, case: str, contestant: str, cache: str = "cold") -> Entry | None:
+def find(results: Results, case: str, contestant: str) -> Entry | None:
     """A contestant's runs of a case, if it took part."""
     return next(
         (
             entry
             for entry in results.entries
-            if (entry.case, entry.contestant, entry.cache) == (case, contestant, cache)
+            if (entry.case, entry.contestant) == (case, contestant)
         ),
         None,
     )

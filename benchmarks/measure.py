@@ -124,6 +124,7 @@ def _course(settings: Settings, directory: Path) -> Iterator[Course]:
 
 def _learn(verbose: Daemon, line: Line, case: Case) -> list[str]:
     dest = case.source.path.with_name("learnt")
+    race.prepare(case)
     argv = peers.what_it_runs(verbose, line, case, dest)
     dest.unlink()
     return argv

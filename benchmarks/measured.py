@@ -29,7 +29,6 @@ class Entry(Value, frozen=True, kw_only=True):
 
     case: str
     contestant: str
-    cache: str
     runs: list[Run]
 
 

@@ -100,15 +100,14 @@ def _machine(results: Results) -> str:
 def _ratio_rows(results: Results) -> list[plots.Row]:
     rows = []
     for case in results.cases:
-        for cache in (cases.COLD, cases.WARM):
-            base = figures.find(results, case.name, BASE, cache)
-            if base is not None:
-                found = {
-                    entry.contestant: figures.ratio(entry, base)
-                    for entry in results.entries
-                    if (entry.case, entry.cache) == (case.name, cache)
-                }
-                rows.append(plots.Row(name=f"{case.name}, {cache}", ratios=found))
+        base = figures.find(results, case.name, BASE)
+        if base is not None:
+            found = {
+                entry.contestant: figures.ratio(entry, base)
+                for entry in results.entries
+                if entry.case == case.name
+            }
+            rows.append(plots.Row(name=case.name, ratios=found))
     return rows
 
 
@@ -118,7 +117,7 @@ def _ratios(results: Results) -> str:
     rows = [
         (
             row.name,
-            images[row.name.rpartition(", ")[0]],
+            images[row.name],
             *(str(row.ratios[name]) if name in row.ratios else "·" for name in names),
         )
         for row in _ratio_rows(results)
@@ -134,7 +133,7 @@ def _argv(told: Sequence[CaseTold]) -> str:
 
 
 def _entries(results: Results) -> str:
-    head = ("case", "cache", "contestant", "s", "processors, s", "page cache, MiB", "dirty, MiB")
+    head = ("case", "contestant", "s", "processors, s", "page cache, MiB", "dirty, MiB")
     return table(head, [_entry(entry) for entry in results.entries])
 
 
@@ -145,7 +144,6 @@ def _entry(entry: Entry) -> tuple[str, ...]:
     cpu_s = statistics.mean(run.cpu_s for run in entry.runs)
     return (
         entry.case,
-        entry.cache,
         entry.contestant,
         str(figures.seconds(entry)),
         figures.number(cpu_s),

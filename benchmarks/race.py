@@ -21,19 +21,14 @@ def race(case: Case, racers: Sequence[Racer]) -> list[measured.Entry]:
         Failed: a result is not what a guest saw on the source.
     """
     entered = [racer for racer in racers if racer.enters(case)]
-    entries = [
-        measured.Entry(case=case.name, contestant=racer.name, cache=cache, runs=[])
-        for cache in case.caches
-        for racer in entered
-    ]
-    by_name = {racer.name: racer for racer in entered}
+    entries = [measured.Entry(case=case.name, contestant=racer.name, runs=[]) for racer in entered]
+    pairs = list(zip(entries, entered, strict=True))
     for number in range(case.rounds):
-        shift = number % len(entries)
-        for entry in (*entries[shift:], *entries[:shift]):
-            racer = by_name[entry.contestant]
+        shift = number % len(pairs)
+        for entry, racer in (*pairs[shift:], *pairs[:shift]):
             dest = case.source.path.with_name("result")
-            entry.runs.append(_run(case, racer, entry.cache, dest))
-            if number == 0 and entry.cache == case.caches[0] and racer.copies:
+            entry.runs.append(_run(case, racer, dest))
+            if number == 0 and racer.copies:
                 check(case, racer.name, dest)
             dest.unlink()
     return entries
@@ -48,15 +43,19 @@ def warm_up(case: Case, racers: Sequence[Racer]) -> None:
             dest.unlink()
 
 
-def _run(case: Case, racer: Racer, cache: str, dest: Path) -> measured.Run:
+def prepare(case: Case) -> None:
+    """Have the source in the page cache, or not."""
+    {cases.COLD: usage.forget, cases.WARM: usage.remember}[case.cache](case.source.path)
+
+
+def _run(case: Case, racer: Racer, dest: Path) -> measured.Run:
     source = case.source.path
-    prepare = {cases.COLD: usage.forget, cases.WARM: usage.remember}[cache]
-    prepare(source)
+    prepare(case)
     before = usage.cached_bytes(source)
     with usage.DirtyPages() as dirty:
         took = racer.convert(case, dest)
     after = usage.cached_bytes(source, dest)
-    log.info("%-36s %-5s %-12s %9.3f s", case.name, cache, racer.name, took.seconds)
+    log.info("%-36s %-12s %9.3f s", case.name, racer.name, took.seconds)
     return measured.Run(
         seconds=took.seconds,
         cpu_s=took.cpu_s,
