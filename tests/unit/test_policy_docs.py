@@ -45,9 +45,9 @@ def test_the_page_has_every_key_of(table: type[policy_toml.LimitsTable]) -> None
 @pytest.mark.parametrize(
     "name",
     [
-        *policy_toml.SYSTEM_TREES,
-        *policy_toml.TOO_WIDE,
-        *model.FORMATS,
+        *sorted(policy_toml.SYSTEM_TREES),
+        *sorted(policy_toml.TOO_WIDE),
+        *sorted(model.FORMATS),
         *values.SIZE_UNITS,
         *values.TIME_UNITS,
     ],
