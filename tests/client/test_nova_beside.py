@@ -91,7 +91,8 @@ def cases() -> Iterator[Case]:
     tried, with CONVERTD_TEST_NOVA_MATRIX=full all.
     """
     ends = [(name, False) for name in PLAIN] + [("qcow2", True), ("luks", True)]
-    for (source, locked), (dest, sealed) in itertools.product(ends, [*ends, ("vmdk", False)]):
+    to_vmdk = [((source, False), ("vmdk", False)) for source in PLAIN]
+    for (source, locked), (dest, sealed) in (*itertools.product(ends, ends), *to_vmdk):
         compressions = (False, True) if dest in COMPRESSED and not sealed else (False,)
         for compress, directory in itertools.product(compressions, ("direct", "ramfs")):
             if FULL or not sealed or (locked and source != dest and directory == "direct"):
