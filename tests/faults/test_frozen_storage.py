@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from harness import images, waiting
+from harness import images, processes, waiting
 from harness.agent import Agent, Call, conversion
 from harness.callers import ALICE
 from harness.daemon import JOB, QEMU_IMG, Daemon
@@ -22,7 +22,7 @@ from convertd.v1 import convert_pb2 as pb
 POLICY: Final = """
 [limits]
 jobs = 1
-stall = "1 s"
+stall = "12 s"
 [roots.library]
 path = "{library}"
 access = "daemon"
@@ -35,6 +35,10 @@ users = [1234]
 read = ["library"]
 write = ["images"]
 """
+
+
+PATIENCE_S: Final = 60.0
+"""To freeze takes seconds where many write, and the clock of a stall runs meanwhile."""
 
 
 @pytest.fixture
@@ -55,9 +59,16 @@ def frozen(disk: Path, daemon: Daemon, library: Path) -> Iterator[Call]:
     call.await_event(lambda event: event.progress.percent > 0)
     subprocess.run(["fsfreeze", "--freeze", str(disk)], check=True)
     try:
+        pid = daemon.await_one(QEMU_IMG)
+        waiting.until(lambda: hangs(pid), "qemu-img waits for its storage")
         yield call
     finally:
         subprocess.run(["fsfreeze", "--unfreeze", str(disk)], check=True)
+
+
+def hangs(pid: int) -> bool:
+    """Whether a thread of a process is in state D, so that the process can't be killed."""
+    return "D" in {processes.state(int(thread)) for thread in os.listdir(f"/proc/{pid}/task")}
 
 
 def is_unkillable(agent: Agent) -> bool:
@@ -78,8 +89,8 @@ def test_its_caller_is_told_and_its_place_stays_taken(
         if how == "kill":
             os.kill(daemon.await_one(JOB), signal.SIGKILL)
         expected = {"stall": "STALLED", "cancel": "CANCELLED_BY_CALLER", "kill": "OUT_OF_MEMORY"}
-        assert call.refusal().reason == expected[how]
-        waiting.until(lambda: is_unkillable(agent), "the list says so")
+        assert call.refusal(PATIENCE_S).reason == expected[how]
+        waiting.until(lambda: is_unkillable(agent), "the list says so", PATIENCE_S)
         dest = images_dir / "other.qcow2"
         other = agent.convert(conversion(library / "small.raw", dest))
         other.await_queued()
@@ -95,6 +106,7 @@ def test_a_stop_does_not_wait_for_it(daemon: Daemon, disk: Path, library: Path) 
     with frozen(disk, daemon, library) as call:
         left = daemon.await_one(QEMU_IMG)
         daemon.signal(signal.SIGTERM)
+        daemon.await_notice("STOPPING=1")  # two signals at once may be one
         daemon.signal(signal.SIGTERM)
         assert call.end().status in {"CANCELLED", "UNAVAILABLE"}
         assert daemon.wait() == 0
