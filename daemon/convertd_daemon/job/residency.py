@@ -41,7 +41,9 @@ def is_in_memory(fd: int) -> bool:
 
 
 def _sample(fd: int, size: int) -> tuple[int, int]:
-    """Pages that were looked at, and how many of them are in memory; holes are passed over."""
+    """Pages that were looked at, and those in memory; the holes of a large file are passed over."""
+    if size <= SAMPLES * SAMPLE_BYTES:
+        return _look(fd, 0, size) if _data_from(fd, 0) is not None else (0, 0)
     looked_at = resident = 0
     end = 0
     for number in range(SAMPLES):
@@ -50,9 +52,16 @@ def _sample(fd: int, size: int) -> tuple[int, int]:
             break
         begin -= begin % mmap.PAGESIZE
         end = min(begin + SAMPLE_BYTES, size)
-        looked_at += -(-(end - begin) // mmap.PAGESIZE)
-        resident += mincore.resident_pages(fd, begin, end - begin)
+        looked_at_here, resident_here = _look(fd, begin, end)
+        looked_at += looked_at_here
+        resident += resident_here
     return looked_at, resident
+
+
+def _look(fd: int, begin: int, end: int) -> tuple[int, int]:
+    """The pages of a part of the file, and how many of them are in memory."""
+    pages = -(-(end - begin) // mmap.PAGESIZE)
+    return pages, mincore.resident_pages(fd, begin, end - begin)
 
 
 def _data_from(fd: int, offset: int) -> int | None:
