@@ -1,6 +1,6 @@
 """Thousands of conversions, some cancelled, some killed: the daemon ends as it began.
 
-CONVERTD_TEST_SOAK says how many; 10,000 take about a quarter of an hour on two processors.
+CONVERTD_TEST_SOAK says how many; 300 take half a minute on two processors.
 """
 
 from __future__ import annotations
