@@ -399,6 +399,13 @@ def test_a_directory_is_refused_as_a_root_of_files(path: str, access: str) -> No
     assert mistake.value.key == "roots.a.path"
 
 
+@pytest.mark.parametrize("path", ["/", "/run", "/dev"])
+def test_a_directory_is_too_wide_for_a_root(path: str) -> None:
+    """It is a path like others; what is wrong is what it means."""
+    mistake = mistake_in(f'[roots.a]\npath = "{path}"\naccess = "daemon"')
+    assert mistake.reason == f"{path} is too wide for a root; choose a directory in it"
+
+
 @pytest.mark.parametrize(
     "path",
     ["/srv", "/var/lib/nova/instances", "/run/images", "/etcetera", "/usr2", "/devices", "/ä b"],
