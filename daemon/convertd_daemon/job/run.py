@@ -213,7 +213,7 @@ _CONDITIONS: Final[
 
 def _no_space(plan: model.Plan, ends: Ends) -> errors.ConvertError:
     if isinstance(ends.dest, FileDest):
-        return space.no_space(ends.dest.target, plan.needed_bytes)
+        return space.ran_out(ends.dest.target, ends.dest.fd, plan.needed_bytes)
     # A thin device, or one that lied about its size.
     problem = os.strerror(errno.ENOSPC)
     return errors.WriteFailed(path=ends.dest.place.path, problem=problem)

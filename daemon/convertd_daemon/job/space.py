@@ -41,6 +41,22 @@ def no_space(target: Target, needed_bytes: int) -> errors.NoSpace:
     )
 
 
+def ran_out(target: Target, result: int, expected_bytes: int) -> errors.NoSpace:
+    """The condition that the file system got full of this very result, which is not removed yet.
+
+    What it has to give is what the result took and what is left; what the result needs is more than
+    that, by a block at least, and no less than what was expected of it.
+    """
+    room_bytes = os.fstat(result).st_blocks * 512 + free_bytes(target)
+    more_bytes = room_bytes + os.fstatvfs(target.directory).f_frsize
+    return errors.NoSpace(
+        path=target.place.path,
+        mount_point=mount_point(target),
+        needed_bytes=max(expected_bytes, more_bytes),
+        free_bytes=room_bytes,
+    )
+
+
 def raise_if_full(error: OSError, target: Target) -> None:
     """Raise the condition that a full file system or a spent quota is, if that is the error."""
     if error.errno == errno.ENOSPC:
