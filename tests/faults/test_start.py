@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from harness.agent import Agent, conversion
 from harness.callers import ALICE
 from harness.daemon import COMMAND, Daemon, DidNotStart
 from harness.fixtures import MakeDaemon
+from harness.mounts import Mounts
 
 POLICY: Final = """
 [roots.library]
@@ -104,8 +106,41 @@ def test_a_directory_is_refused_in_which_others_could_put_a_socket(daemon: Daemo
 
 def test_a_directory_that_is_not_there_is_told(daemon: Daemon) -> None:
     """It is not made, for it would be nobody's."""
-    daemon.socket = daemon.home / "no" / "convertd.sock"
-    assert f"{daemon.home}/no" in refusal(daemon)
+    missing = daemon.home / "no such" / "directory"
+    daemon.socket = missing / "convertd.sock"
+    assert refusal(daemon) == (
+        f"there is no directory {missing} for the socket; "
+        f"make it with: install -d -m 755 '{missing}'"
+    )
+    subprocess.run(["install", "-d", "-m", "755", missing], check=True)
+    daemon.start()
+    assert daemon.agent(ALICE).access().uid == ALICE.uid
+
+
+def test_a_directory_that_is_none_is_told(daemon: Daemon) -> None:
+    """By its name, and what is wrong with it."""
+    daemon.socket = daemon.policy_path / "convertd.sock"
+    assert refusal(daemon) == f"{daemon.policy_path}: is not a directory"
+
+
+# --- where it is started ------------------------------------------------------------------------
+
+
+def test_the_directory_in_which_it_is_started_can_be_unmounted(
+    daemon: Daemon, scratch: Path
+) -> None:
+    """No process of it stays there; and what was named from there is found again at a reload."""
+    policy, public = daemon.policy_path, daemon.socket
+    with Mounts(scratch) as mounts:
+        here = mounts.in_memory("tmpfs", "here")
+        daemon.policy_path = Path(os.path.relpath(policy, here))
+        daemon.socket = Path(os.path.relpath(public, here))
+        daemon.start(wrapper=("env", "-C", str(here)))
+    daemon.policy_path, daemon.socket = policy, public
+    for process in daemon.processes():
+        assert os.readlink(f"/proc/{process.pid}/cwd") == "/"
+    daemon.reload("[operators]\nusers = [1234]")
+    assert daemon.agent(ALICE).access().is_operator
 
 
 # --- socket activation --------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shlex
 import socket
 import stat
 from dataclasses import dataclass
@@ -92,13 +93,33 @@ def _make(path: str) -> socket.socket:
     return sock
 
 
+def _directory_of(path: str) -> os.stat_result:
+    """What is known of the directory of the socket.
+
+    Raises:
+        CantStart: there is none.
+    """
+    directory = os.path.dirname(path)
+    try:
+        found = os.stat(directory)
+    except FileNotFoundError as error:
+        how = f"install -d -m 755 {shlex.quote(directory)}"
+        problem = f"there is no directory {directory} for the socket; make it with: {how}"
+        raise CantStart(problem) from error
+    except OSError as error:
+        raise CantStart(f"{directory}: {os.strerror(error.errno or 0)}") from error
+    if not stat.S_ISDIR(found.st_mode):
+        raise CantStart(f"{directory}: is not a directory")
+    return found
+
+
 def _clear(path: str) -> None:
     """Remove a socket that nobody listens at, and nothing else.
 
     Raises:
-        CantStart: somebody listens, or it is no socket, or its directory is anybody's.
+        CantStart: somebody listens, or it is no socket, or its directory is anybody's, or missing.
     """
-    directory = os.stat(os.path.dirname(path))
+    directory = _directory_of(path)
     if directory.st_uid != 0 or (
         directory.st_mode & 0o022 and not directory.st_mode & stat.S_ISVTX
     ):

@@ -38,7 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
         return run(asked.policy)
     stderr.log_to_it(logging.DEBUG if asked.verbose else logging.INFO)
     try:
-        return serve(asked.policy, os.path.abspath(asked.socket))
+        policy, socket = os.path.abspath(asked.policy), os.path.abspath(asked.socket)
+        # Wherever it was started, that can be unmounted.
+        os.chdir("/")
+        return serve(policy, socket)
     except (
         startup.CantStart,
         load.LoadError,
