@@ -192,7 +192,7 @@ def is_expected_or_refused(data: bytes) -> bool:
 BUILT = (
     *MESSAGES,
     *(kind for kind in vars(model).values() if isinstance(kind, type)),
-    *(channel.JobState, channel.Versions, errors.Failure),
+    *(channel.JobState, channel.Operation, channel.Versions, errors.Failure),
 )
 
 
