@@ -6,6 +6,7 @@ mistakes. Imports no gRPC.
 
 from __future__ import annotations
 
+import datetime
 import json
 from typing import Any, Final
 
@@ -126,7 +127,7 @@ def result(fields: Fields) -> results.ConvertResult:
         allocated_size_bytes=done["allocated_size_bytes"],
         dest_cache=planned.dest_cache,
         source_cache=planned.source_cache,
-        warnings=tuple(results.Notice(**item) for item in done["warnings"]),
+        warnings=_notices(done["warnings"]),
         elapsed_seconds=seconds,
         queued_seconds=0.0,
         bytes_per_second=planned.virtual_size_bytes / seconds if published and seconds else 0.0,
@@ -138,7 +139,7 @@ def result(fields: Fields) -> results.ConvertResult:
 
 def image(path: str, fields: Fields) -> results.ImageInfo:
     """What the job found an image to be."""
-    top = fields["chain"][0]["info"]
+    top, contents = fields["chain"][0]["info"], fields["contents"]
     return results.ImageInfo(
         path=path,
         format=top["format"],
@@ -148,18 +149,16 @@ def image(path: str, fields: Fields) -> results.ImageInfo:
         encrypted=top["encrypted"],
         dirty=top["dirty"],
         corrupt=top["corrupt"],
-        compressed=False,
+        compressed=contents["compressed"],
         backing_filename=top["backing_name"],
         backing_format=top["backing_format"],
         backing_chain=tuple(_member(item) for item in fields["chain"][1:]),
         backing_chain_complete=fields["complete"],
-        snapshots=tuple(_snapshot(name) for name in top["snapshots"]),
-        bitmaps=tuple(
-            results.Bitmap(name=name, granularity_bytes=0, flags=()) for name in top["bitmaps"]
-        ),
+        snapshots=tuple(_snapshot(item) for item in contents["snapshots"]),
+        bitmaps=tuple(_bitmap(item) for item in contents["bitmaps"]),
         format_specific=dict(top["details"]),
         qemu_img_json=fields["raw_json"],
-        warnings=(),
+        warnings=_notices(fields["warnings"]),
     )
 
 
@@ -192,7 +191,27 @@ def _member(fields: Fields) -> results.ImageMember:
     )
 
 
-def _snapshot(name: str) -> results.Snapshot:
+def _notices(warnings: list[Fields]) -> tuple[results.Notice, ...]:
+    return tuple(results.Notice(**item) for item in warnings)
+
+
+def _snapshot(fields: Fields) -> results.Snapshot:
+    microseconds = fields["created_ns"] // 1000
     return results.Snapshot(
-        id="", name=name, vm_state_size_bytes=0, create_time=None, vm_clock_seconds=0.0
+        id=fields["id"],
+        name=fields["name"],
+        vm_state_size_bytes=fields["vm_state_size_bytes"],
+        create_time=_EPOCH + datetime.timedelta(microseconds=microseconds),
+        vm_clock_seconds=fields["vm_clock_ns"] / 1e9,
     )
+
+
+def _bitmap(fields: Fields) -> results.Bitmap:
+    return results.Bitmap(
+        name=fields["name"],
+        granularity_bytes=fields["granularity_bytes"],
+        flags=tuple(fields["flags"]),
+    )
+
+
+_EPOCH: Final = datetime.datetime.fromtimestamp(0, tz=datetime.UTC)

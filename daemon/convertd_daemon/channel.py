@@ -243,13 +243,14 @@ class Done:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Versions:
-    """What runs here."""
+    """What runs here. The formats are those of ours that qemu-img knows too."""
 
     daemon: str
     qemu_img: str
     kernel: str
     landlock_abi: int
     compressions: tuple[str, ...]
+    formats: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -414,6 +415,8 @@ class Inspected:
     chain: tuple[model.Member, ...]
     complete: bool
     raw_json: str
+    contents: model.Contents
+    warnings: tuple[model.Warned, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

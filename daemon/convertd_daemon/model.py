@@ -304,8 +304,44 @@ class AccessRights:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """An internal snapshot of an image. `created_ns` is a Unix time."""
+
+    id: str
+    name: str
+    vm_state_size_bytes: int
+    created_ns: int
+    vm_clock_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bitmap:
+    """A persistent dirty bitmap of an image. The flags are in qemu's words."""
+
+    name: str
+    granularity_bytes: int
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """What Inspect alone tells of an image, as qemu-img, contained, said it.
+
+    `compressed` is what headers say: those of a qcow2 say nothing of it.
+    """
+
+    snapshots: tuple[Snapshot, ...] = ()
+    bitmaps: tuple[Bitmap, ...] = ()
+    compressed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ImageInfo:
-    """What qemu-img, contained, said of an image. Sizes in bytes."""
+    """What qemu-img, contained, said of an image. Sizes in bytes.
+
+    Snapshots and bitmaps are there by name only: a plan is told with this, and has to fit into a
+    message though an image may have thousands.
+    """
 
     format: str
     virtual_size_bytes: int

@@ -121,6 +121,8 @@ class Fake(pb_grpc.ConvertServiceServicer):
         )
         answer.snapshots.add(id="1", name="before").create_time.FromSeconds(1)
         answer.snapshots.add(id="2", name="after")
+        answer.bitmaps.add(name="changed", granularity_bytes=1 << 16, flags=["auto"])
+        answer.warnings.add(reason="IMAGE_IN_USE", message="somebody writes it")
         return answer
 
     def GetStats(  # noqa: N802 - the contract's name

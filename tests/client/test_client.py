@@ -38,6 +38,9 @@ def test_the_other_calls_answer(kind: str, fake: Fake) -> None:
     first, second = image["snapshots"]
     assert first["create_time"] == "1970-01-01 00:00:01+00:00"
     assert second["create_time"] is None
+    (bitmap,) = image["bitmaps"]
+    assert (bitmap["granularity_bytes"], bitmap["flags"]) == (1 << 16, ["auto"])
+    assert image["warnings"] == [{"reason": "IMAGE_IN_USE", "message": "somebody writes it"}]
     (job,) = fake.call(kind, "jobs")["value"]
     assert (job["state"], job["progress"]["queue_position"]) == ("queued", 3)
     assert fake.call(kind, "cancel", job["job_id"])["value"]["job_id"] == job["job_id"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import json
 import os
@@ -44,7 +45,7 @@ except convertd_client.ConvertError as error:
 except KeyboardInterrupt:
     end = {"error": "KeyboardInterrupt"}
 end["loaded"] = "grpc" in sys.modules or "google.protobuf" in sys.modules
-print(json.dumps(end))
+print(json.dumps(end, default=str))
 """
 
 
@@ -143,9 +144,19 @@ def test_an_encrypted_image_is_made_and_read_with_its_passphrase(home: Path) -> 
 def test_an_image_is_inspected(home: Path) -> None:
     """With qemu-img's own answer under the name that was given."""
     image = images.converted(home / "a.raw", home / "b.qcow2", "qcow2")
+    subprocess.run(["qemu-img", "snapshot", "-c", "mark", image], check=True)
+    subprocess.run(["qemu-img", "bitmap", "--add", image, "changed"], check=True)
     os.chown(image, ALICE.uid, ALICE.gid)
     value = run("inspect", image)["value"]
     assert (value["format"], value["virtual_size_bytes"]) == ("qcow2", 8 << 20)
+    (snapshot,) = value["snapshots"]
+    assert (snapshot["id"], snapshot["name"], snapshot["vm_state_size_bytes"]) == ("1", "mark", 0)
+    taken = json.loads(value["qemu_img_json"])["snapshots"][0]["date-sec"]
+    assert int(datetime.datetime.fromisoformat(snapshot["create_time"]).timestamp()) == taken
+    assert value["bitmaps"] == [
+        {"name": "changed", "granularity_bytes": 65536, "flags": ["auto"]},
+    ]
+    assert (value["compressed"], value["warnings"]) == (False, [])
     assert json.loads(value["qemu_img_json"])["filename"] == str(image)
 
 

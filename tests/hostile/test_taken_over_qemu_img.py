@@ -138,6 +138,61 @@ def test_what_it_says_of_an_image_is_judged(
     assert attacked.agent(BOB).access().uid == BOB.uid
 
 
+def snapshot(**changes: object) -> dict[str, object]:
+    """One that there might be, with a lie in it."""
+    times = dict.fromkeys(("date-sec", "date-nsec", "vm-clock-sec", "vm-clock-nsec"), 0)
+    return {"id": "1", "name": "s", "vm-state-size": 0, **times, **changes}
+
+
+def bitmap(**changes: object) -> dict[str, object]:
+    """One that there might be, with a lie in it."""
+    honest = {"name": "b", "granularity": 65536, "flags": [], **changes}
+    return {"type": "qcow2", "data": {"bitmaps": [honest]}}
+
+
+CONTENTS: Final[dict[str, tuple[Behaviour, str]]] = {
+    "what there might be": (said(snapshots=[snapshot()], **{"format-specific": bitmap()}), "OK"),
+    "a state of less than nothing": (
+        said(snapshots=[snapshot(**{"vm-state-size": -1})]),
+        "IMAGE_REFUSED",
+    ),
+    "a state without end": (
+        said(snapshots=[snapshot(**{"vm-state-size": 10**400})]),
+        "IMAGE_REFUSED",
+    ),
+    "a time after all time": (
+        said(snapshots=[snapshot(**{"date-sec": 2**62})]),
+        "IMAGE_REFUSED",
+    ),
+    "a time before all time": (
+        said(snapshots=[snapshot(**{"date-nsec": -(2**62)})]),
+        "IMAGE_REFUSED",
+    ),
+    "an id that is a number": (said(snapshots=[snapshot(id=1)]), "IMAGE_REFUSED"),
+    "half a snapshot": (said(snapshots=[{"name": "s"}]), "IMAGE_REFUSED"),
+    "bits of less than nothing": (
+        said(**{"format-specific": bitmap(granularity=-1)}),
+        "IMAGE_REFUSED",
+    ),
+    "flags that are numbers": (said(**{"format-specific": bitmap(flags=[1])}), "IMAGE_REFUSED"),
+    "flags without end": (
+        said(**{"format-specific": bitmap(flags=["auto"] * 50_000)}),
+        "UNSUPPORTED",
+    ),
+}
+
+
+@pytest.mark.parametrize(("info", "expected"), CONTENTS.values(), ids=tuple(CONTENTS))
+def test_what_it_says_an_image_holds_is_judged(
+    attacked: Daemon, place: Path, image: Path, info: Behaviour, expected: str
+) -> None:
+    """Snapshots and bitmaps are told by Inspect alone: as they can be, or not at all."""
+    program.write(place, info=info, otherwise=Behaviour(status=1))
+    answer = asking.inspect(attacked, image, "")
+    assert (answer.reason or answer.status) == expected
+    assert attacked.agent(BOB).access().uid == BOB.uid
+
+
 ENDS: Final[dict[str, tuple[Behaviour, str]]] = {
     "success, and nothing written": (Behaviour(), "VERIFY_FAILED"),
     "progress of a madman": (

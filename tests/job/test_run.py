@@ -449,7 +449,15 @@ class TestLeash:
     def test_what_is_too_long_to_be_told_is_said_to_be(self, front: Front) -> None:
         """An image may have thousands of snapshots."""
         with pytest.raises(errors.Unsupported, match="does not fit into a message"):
-            front.leash.tell(channel.Inspected(chain=(), complete=True, raw_json="x" * 200_000))
+            front.leash.tell(
+                channel.Inspected(
+                    chain=(),
+                    complete=True,
+                    raw_json="x" * 200_000,
+                    contents=model.Contents(),
+                    warnings=(),
+                )
+            )
 
     def test_a_signal_waits_where_there_is_no_way_back(self) -> None:
         """What is published is reported first."""

@@ -349,7 +349,23 @@ class TestReplies:
 
     def test_an_image_is_described_with_all_it_has(self) -> None:
         """And what lies under it."""
-        message = channel.Inspected(chain=CHAIN, complete=True, raw_json="{}")
+        contents = model.Contents(
+            snapshots=(
+                model.Snapshot(
+                    id="1",
+                    name="one",
+                    vm_state_size_bytes=4096,
+                    created_ns=1_500_000_000_250_000_000,
+                    vm_clock_ns=2_500_000_000,
+                ),
+            ),
+            bitmaps=(model.Bitmap(name="three", granularity_bytes=65536, flags=("auto",)),),
+            compressed=True,
+        )
+        warned = model.Warned(reason="IMAGE_IN_USE", message="it is")
+        message = channel.Inspected(
+            chain=CHAIN, complete=True, raw_json="{}", contents=contents, warnings=(warned,)
+        )
         response = translate.inspected("/in/a", message)
         assert (response.path, response.format) == ("/in/a", "qcow2")
         assert (response.virtual_size_bytes, response.actual_size_bytes) == (1000, 200)
@@ -358,15 +374,27 @@ class TestReplies:
         assert (response.backing_filename, response.backing_format) == ("base.raw", "raw")
         assert [member.path for member in response.backing_chain] == ["/in/base.raw"]
         assert response.backing_chain_complete
-        assert [item.name for item in response.snapshots] == ["one", "two"]
-        assert [item.name for item in response.bitmaps] == ["three"]
+        (snapshot,) = response.snapshots
+        assert (snapshot.id, snapshot.name) == ("1", "one")
+        assert (snapshot.vm_state_size_bytes, snapshot.vm_clock_seconds) == (4096, 2.5)
+        assert snapshot.create_time.ToNanoseconds() == 1_500_000_000_250_000_000
+        (bitmap,) = response.bitmaps
+        assert (bitmap.name, bitmap.granularity_bytes) == ("three", 65536)
+        assert list(bitmap.flags) == ["auto"]
+        assert response.compressed
+        assert list(response.warnings) == [pb.Warning(reason="IMAGE_IN_USE", message="it is")]
         assert dict(response.format_specific) == {"compat": "1.1", "encrypt.format": "luks"}
         assert response.qemu_img_json == "{}"
 
     def test_an_image_alone_has_nothing_under_it(self) -> None:
         """An empty chain that is complete is another thing than one that is not."""
-        alone = channel.Inspected(chain=CHAIN[1:], complete=True, raw_json="")
-        hidden = channel.Inspected(chain=CHAIN[:1], complete=False, raw_json="")
+        nothing = model.Contents()
+        alone = channel.Inspected(
+            chain=CHAIN[1:], complete=True, raw_json="", contents=nothing, warnings=()
+        )
+        hidden = channel.Inspected(
+            chain=CHAIN[:1], complete=False, raw_json="", contents=nothing, warnings=()
+        )
         assert translate.inspected("/in/a", alone).backing_chain_complete
         assert not translate.inspected("/in/a", hidden).backing_chain_complete
         assert not translate.inspected("/in/a", hidden).backing_chain
@@ -436,7 +464,12 @@ class TestReplies:
             rights=model.AccessRights(is_operator=True, rules=(rule,)),
             limits=model.Limits(jobs=7, stall_s=1.5),
             versions=channel.Versions(
-                daemon="1", qemu_img="7.2", kernel="6.1", landlock_abi=2, compressions=("zlib",)
+                daemon="1",
+                qemu_img="7.2",
+                kernel="6.1",
+                landlock_abi=2,
+                compressions=("zlib",),
+                formats=frozenset({"raw", "qcow2", "dmg", "nbd"}),
             ),
         )
         response = translate.access(report)
@@ -453,8 +486,8 @@ class TestReplies:
         assert second.allow_is_zero
         assert (response.limits.jobs, response.limits.stall_seconds) == (7, 1.5)
         assert response.versions.landlock_abi == 2
-        assert set(response.source_formats) == model.FORMATS
-        assert set(response.dest_formats) == model.WRITABLE_FORMATS
+        assert list(response.source_formats) == ["dmg", "qcow2", "raw"]
+        assert list(response.dest_formats) == ["qcow2", "raw"]
         assert list(response.compressions) == [pb.COMPRESSION_ZLIB]
 
 

@@ -24,6 +24,20 @@ SOURCE = paths.Source(
 )
 OPENING = f"qemu-img: Could not open '/proc/self/fd/{FD}': "
 
+SNAPSHOT: dict[str, object] = {
+    "id": "1",
+    "name": "s",
+    "vm-state-size": 5,
+    "date-sec": 10,
+    "date-nsec": 4_000_000_001,
+    "vm-clock-sec": 3,
+    "vm-clock-nsec": 2,
+    "icount": 0,
+}
+BITMAP: dict[str, object] = {"name": "b", "granularity": 512, "flags": ["auto", "in-use"]}
+NUMBERS = ("vm-state-size", "date-sec", "date-nsec", "vm-clock-sec", "vm-clock-nsec")
+NO_NUMBERS = (-1, 2**63, 1.5, True, "1", None)
+
 
 class Runner:
     """Answers as a qemu-img would, or one that an image has taken over."""
@@ -112,6 +126,59 @@ class TestAnswers:
         said = {"format": "raw", "virtual-size": 1, "filename": f"/proc/self/fd/{FD}"}
         _, text = probe.describe(SOURCE, "", cast("qemu_img.Runner", Runner(said)))
         assert json.loads(text) == {**said, "filename": PATH}
+
+    def test_what_more_it_holds_is_typed(self) -> None:
+        """A date may have more nanoseconds than a second has, and a VMDK says what it is."""
+        said = {
+            "snapshots": [SNAPSHOT],
+            "format-specific": {
+                "data": {
+                    "bitmaps": [BITMAP],
+                    "extents": [{"format": ""}, {"compressed": True}],
+                }
+            },
+        }
+        assert probe.contents(PATH, json.dumps(said)) == model.Contents(
+            snapshots=(
+                model.Snapshot(
+                    id="1",
+                    name="s",
+                    vm_state_size_bytes=5,
+                    created_ns=14_000_000_001,
+                    vm_clock_ns=3_000_000_002,
+                ),
+            ),
+            bitmaps=(model.Bitmap(name="b", granularity_bytes=512, flags=("auto", "in-use")),),
+            compressed=True,
+        )
+
+    def test_an_image_may_hold_nothing_more(self) -> None:
+        """Raw has nothing to be specific about."""
+        assert probe.contents(PATH, "{}") == model.Contents()
+
+    @pytest.mark.parametrize(
+        ("kind", "changes"),
+        [
+            *(("snapshots", {name: value}) for name in NUMBERS for value in NO_NUMBERS),
+            ("snapshots", {"date-sec": 2**63 - 1}),
+            ("snapshots", {"vm-clock-nsec": 2**63 - 1, "vm-clock-sec": 2**34}),
+            ("snapshots", {"id": 1}),
+            ("snapshots", {"name": None}),
+            *(("bitmaps", {"granularity": value}) for value in NO_NUMBERS),
+            ("bitmaps", {"name": ["b"]}),
+            ("bitmaps", {"flags": [1]}),
+            ("bitmaps", {"flags": None}),
+            ("extents", 5),
+            ("extents", [5]),
+        ],
+    )
+    def test_contents_that_are_none_are_a_refusal(self, kind: str, changes: object) -> None:
+        """A number below zero or above what can be sent, a text that is none."""
+        honest = {"snapshots": SNAPSHOT, "bitmaps": BITMAP}
+        listed = [{**honest[kind], **changes}] if isinstance(changes, dict) else changes
+        specific = {"format-specific": {"data": {kind: listed}}}
+        text = json.dumps({"snapshots": listed} if kind == "snapshots" else specific)
+        assert refusals.reason_of(lambda: probe.contents(PATH, text)) == "IMAGE_REFUSED"
 
     def test_names_of_files_are_no_details(self) -> None:
         """They are the host's."""

@@ -208,6 +208,7 @@ def info(ctx: click.Context, path: str, source_format: str | None, *, is_local: 
         machine.line(image)
     else:
         showing.image(image)
+        failing.warn_of(image.warnings)
 
 
 @convertctl.command()

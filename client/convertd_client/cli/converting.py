@@ -96,8 +96,7 @@ def run(running: Running, dest: str, *, overwrite: bool, timeout_s: float | None
         showing.result(dest, done)
         if done.plan is not None and not done.published:
             showing.plan(done.plan)
-    for warning in () if as_json else done.warnings:
-        failing.warn(f"warning: {warning.message} ({warning.reason})")
+    failing.warn_of(() if as_json else done.warnings)
 
 
 def _say_cancelled(error: errors.Cancelled, dest: str, *, as_json: bool, overwrite: bool) -> None:

@@ -6,7 +6,7 @@ from typing import Final
 
 import click
 
-from convertd_client import errors
+from convertd_client import errors, results
 from convertd_client.cli import text
 
 HINTS: Final = {
@@ -45,6 +45,12 @@ def say_misused(error: click.ClickException) -> None:
     warn(" ".join(error.format_message().split()))
     if isinstance(error, click.UsageError) and error.ctx is not None:
         click.echo(f"  `{error.ctx.command_path} --help` shows how it is used", err=True)
+
+
+def warn_of(notices: tuple[results.Notice, ...]) -> None:
+    """Print what a call that succeeded has to say beside its result."""
+    for notice in notices:
+        warn(f"warning: {notice.message} ({notice.reason})")
 
 
 def warn(message: str) -> None:

@@ -67,11 +67,20 @@ def image(info: results.ImageInfo) -> None:
         ("cluster size", text.size(info.cluster_size_bytes) if info.cluster_size_bytes else ""),
         ("state", ", ".join(name for name, is_so in flags.items() if is_so)),
         ("backing file", _backing(info)),
-        ("snapshots", ", ".join(item.name for item in info.snapshots)),
-        ("bitmaps", ", ".join(item.name for item in info.bitmaps)),
+        ("snapshots", ", ".join(_snapshot(item) for item in info.snapshots)),
+        ("bitmaps", ", ".join(_bitmap(item) for item in info.bitmaps)),
         ("options", ", ".join(f"{key}={item}" for key, item in info.format_specific.items())),
     ]
     _facts([(name, value) for name, value in rows if value])
+
+
+def _snapshot(item: results.Snapshot) -> str:
+    return f"{item.name} ({text.moment(item.create_time)})" if item.create_time else item.name
+
+
+def _bitmap(item: results.Bitmap) -> str:
+    facts = (f"{text.size(item.granularity_bytes)} a bit", *item.flags)
+    return f"{item.name} ({', '.join(facts)})"
 
 
 def _backing(info: results.ImageInfo) -> str:

@@ -133,6 +133,7 @@ def _versions(tested: selftest.SelfTest, landlock_abi: int) -> channel.Versions:
         kernel=os.uname().release,
         landlock_abi=landlock_abi,
         compressions=tested.compressions,
+        formats=tested.formats,
     )
 
 

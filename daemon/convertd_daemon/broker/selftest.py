@@ -13,7 +13,7 @@ import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from convertd_daemon import channel, errors
+from convertd_daemon import channel, errors, model
 from convertd_daemon.broker.startup import CantStart
 from convertd_daemon.job import leash, plan, qemu_img, rights
 from convertd_daemon.kernel import close_range
@@ -34,6 +34,7 @@ class SelfTest:
 
     qemu_version: str
     compressions: tuple[str, ...]
+    formats: frozenset[str]
 
 
 def run(setup: Setup, directory: str) -> SelfTest:
@@ -59,7 +60,11 @@ def run(setup: Setup, directory: str) -> SelfTest:
             os.waitpid(pid, 0)
     if isinstance(answer, channel.Failed):
         raise CantStart(f"the self-test failed: {answer.failure.message}")
-    return SelfTest(qemu_version=answer.qemu_version, compressions=answer.compressions)
+    return SelfTest(
+        qemu_version=answer.qemu_version,
+        compressions=answer.compressions,
+        formats=answer.formats,
+    )
 
 
 def _be_the_child(setup: Setup, directory: str, line: channel.Channel, broker: int) -> NoReturn:
@@ -78,7 +83,8 @@ def _be_the_child(setup: Setup, directory: str, line: channel.Channel, broker: i
 
 
 def _convert_all(runner: qemu_img.Runner, directory: str) -> SelfTest:
-    said = runner.run(("qemu-img", "--version"), qemu_img.Inodes(), limits.INFO)
+    # It begins with the version, too.
+    said = runner.run(("qemu-img", "--help"), qemu_img.Inodes(), limits.INFO)
     _convert(runner, directory, "zlib")
     compressions = ["zlib"]
     try:
@@ -86,7 +92,11 @@ def _convert_all(runner: qemu_img.Runner, directory: str) -> SelfTest:
         compressions += ["zstd"]
     except errors.ConversionFailed:
         log.warning("this qemu-img has no zstd")
-    return SelfTest(qemu_version=_version_in(said.stdout), compressions=tuple(compressions))
+    return SelfTest(
+        qemu_version=_version_in(said.stdout),
+        compressions=tuple(compressions),
+        formats=_formats_in(said.stdout),
+    )
 
 
 def _convert(runner: qemu_img.Runner, directory: str, compression: str) -> None:
@@ -115,7 +125,22 @@ def _convert(runner: qemu_img.Runner, directory: str, compression: str) -> None:
 
 
 def _version_in(said: bytes) -> str:
-    """The version in the first line of `qemu-img --version`, or that line as it is."""
+    """The version in the first line of `qemu-img --help`, or that line as it is."""
     line = said.decode("utf-8", "replace").partition("\n")[0]
     match = re.search(r"version (\S+)", line)
     return match[1] if match else line
+
+
+def _formats_in(said: bytes) -> frozenset[str]:
+    """The formats of ours in the list that `qemu-img --help` ends with.
+
+    Raises:
+        errors.Unsupported: there is no such list, or none of ours is in it.
+    """
+    match = re.search(rb"^Supported formats:(.*)$", said, re.MULTILINE)
+    listed = match[1].decode("utf-8", "replace").split() if match else []
+    formats = model.FORMATS.intersection(listed)
+    if not formats:
+        why = "qemu-img --help lists no format that convertd knows"
+        raise errors.Unsupported(what="conversion", why=why)
+    return formats

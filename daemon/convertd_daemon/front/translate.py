@@ -251,7 +251,7 @@ def result(job_id: str, value: model.Published, queued_s: float) -> pb.ConvertRe
         allocated_size_bytes=value.allocated_size_bytes,
         dest_cache=_cache(planned.dest_cache),
         source_cache=_cache(planned.source_cache),
-        warnings=[pb.Warning(reason=item.reason, message=item.message) for item in value.warnings],
+        warnings=_warnings(value.warnings),
         elapsed_seconds=queued_s + value.seconds,
         queued_seconds=queued_s,
         bytes_per_second=speed if value.published else 0.0,
@@ -288,15 +288,35 @@ def inspected(path: str, message: channel.Inspected) -> pb.InspectResponse:
         encrypted=top.encrypted,
         dirty=top.dirty,
         corrupt=top.corrupt,
+        compressed=message.contents.compressed,
         backing_filename=top.backing_name,
         backing_format=top.backing_format,
         backing_chain=[_member(member) for member in message.chain[1:]],
         backing_chain_complete=message.complete,
-        snapshots=[pb.Snapshot(name=name) for name in top.snapshots],
-        bitmaps=[pb.Bitmap(name=name) for name in top.bitmaps],
+        snapshots=[_snapshot(item) for item in message.contents.snapshots],
+        bitmaps=[
+            pb.Bitmap(name=item.name, granularity_bytes=item.granularity_bytes, flags=item.flags)
+            for item in message.contents.bitmaps
+        ],
         format_specific=dict(top.details),
         qemu_img_json=message.raw_json,
+        warnings=_warnings(message.warnings),
     )
+
+
+def _snapshot(value: model.Snapshot) -> pb.Snapshot:
+    message = pb.Snapshot(
+        id=value.id,
+        name=value.name,
+        vm_state_size_bytes=value.vm_state_size_bytes,
+        vm_clock_seconds=value.vm_clock_ns / 1e9,
+    )
+    message.create_time.FromNanoseconds(value.created_ns)
+    return message
+
+
+def _warnings(values: tuple[model.Warned, ...]) -> list[pb.Warning]:
+    return [pb.Warning(reason=item.reason, message=item.message) for item in values]
 
 
 def job(entry: channel.JobEntry, progress: pb.ConvertProgress | None) -> pb.Job:
@@ -333,8 +353,8 @@ def access(report: channel.AccessReport) -> pb.GetAccessResponse:
             landlock_abi=report.versions.landlock_abi,
             kernel=report.versions.kernel,
         ),
-        source_formats=sorted(model.FORMATS),
-        dest_formats=sorted(model.WRITABLE_FORMATS),
+        source_formats=sorted(report.versions.formats & model.FORMATS),
+        dest_formats=sorted(report.versions.formats & model.WRITABLE_FORMATS),
         compressions=[COMPRESSIONS_OUT[name] for name in report.versions.compressions],
     )
 

@@ -14,7 +14,7 @@ import posixpath
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from convertd_daemon import errors, model, validation
+from convertd_daemon import channel, errors, model, validation
 from convertd_daemon.job import paths, probe
 
 if TYPE_CHECKING:
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 MAX_MEMBERS: Final = 64
 """Deeper chains exist only by mistake or malice; each member takes a descriptor."""
+
+BEING_WRITTEN: Final = model.Warned(
+    reason="IMAGE_IN_USE",
+    message="another process has it open for writing: what is told of it may be out of date",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,21 +66,33 @@ def follow(
 
 def describe(
     grant: model.InspectGrant, top: paths.Source, runner: Runner, stack: contextlib.ExitStack
-) -> tuple[tuple[Link, ...], str]:
+) -> channel.Inspected:
     """What the image is, in qemu-img's own JSON too, and what it stands on as far as allowed.
 
     Raises:
         errors.ConvertError: as in follow, but only for the image itself.
     """
-    stated = grant.request.source.format
+    path, stated = top.place.path, grant.request.source.format
     info, text = probe.describe(top, stated, runner, shared=True)
     probe.check_allowed(top, info, grant.read_formats)
+    contents = probe.contents(path, text)
     links = [Link(source=top, info=info)]
-    # That a caller may not see the next member, or that it is broken, is an answer too.
-    with contextlib.suppress(errors.ConvertError):
+    warnings = [BEING_WRITTEN] if paths.is_being_written(top.fd) else []
+    try:
         while links[-1].info.backing_name:
             links.append(below(grant, links, runner, stack))
-    return tuple(links), text
+    except errors.ConvertError as error:
+        # That a caller may not see the next member, or that it is broken, is an answer too: the
+        # one that a conversion would get.
+        failure = error.failure()
+        warnings.append(model.Warned(reason=failure.reason, message=failure.message))
+    return channel.Inspected(
+        chain=tuple(link.member for link in links),
+        complete=not links[-1].info.backing_name,
+        raw_json=text,
+        contents=contents,
+        warnings=tuple(warnings),
+    )
 
 
 def check_encryption(asked: model.Source, link: Link) -> None:

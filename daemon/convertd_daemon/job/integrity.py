@@ -225,7 +225,7 @@ class _Check(_Answer):
             end = json.loads(outcome.stdout)["image-end-offset"]
             return bool(int(end) <= self.question.source.size_bytes)
         except probe.NOT_UNDERSTOOD as error:
-            raise self.refused(_STRANGE) from error
+            raise self.refused(probe.STRANGE) from error
 
 
 class _Map(_Answer):
@@ -244,7 +244,7 @@ class _Map(_Answer):
         for line in lines:
             self._take(line)
         if len(self._cut) > LONGEST_ENTRY_BYTES:
-            raise self.refused(_STRANGE)
+            raise self.refused(probe.STRANGE)
 
     def settles(self, outcome: qemu_img.Outcome) -> bool:
         if outcome.status != 0:
@@ -267,7 +267,4 @@ class _Map(_Answer):
                 end = int(found["offset"]) + int(found["length"])
                 self._end_bytes = max(self._end_bytes, end)
         except probe.NOT_UNDERSTOOD as error:
-            raise self.refused(_STRANGE) from error
-
-
-_STRANGE: Final = "qemu-img describes it in a way that convertd does not understand"
+            raise self.refused(probe.STRANGE) from error

@@ -28,6 +28,9 @@ DEVICES: Final = "/dev"
 QEMU_LOCKS: Final = (100, 203)
 """The first and last byte on which qemu takes its image locks. Source: qemu block/file-posix.c."""
 
+QEMU_WRITES: Final = 101
+"""The one of them that is locked by who may write: 100, and the bit of BLK_PERM_WRITE."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
@@ -180,6 +183,11 @@ def _check_unlocked(fd: int, place: model.Place) -> None:
             raise errors.ImageInUse(path=place.path)
     finally:
         os.close(file)
+
+
+def is_being_written(fd: int) -> bool:
+    """Whether a qemu says that it may write the image."""
+    return locks.is_locked(fd, QEMU_WRITES, QEMU_WRITES)
 
 
 def open_beneath(place: model.Place, below: str, flags: int = 0) -> int:

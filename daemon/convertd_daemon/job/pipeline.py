@@ -85,10 +85,7 @@ def inspect(grant: model.InspectGrant, runner: qemu_img.Runner) -> None:
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(paths.open_source(grant.source, grant.peer))
         narrow.to_roots(grant, source, None, runner.worker)
-        links, text = chain.describe(grant, source, runner, stack)
-        members = tuple(link.member for link in links)
-        complete = not links[-1].info.backing_name
-        runner.leash.tell(channel.Inspected(chain=members, complete=complete, raw_json=text))
+        runner.leash.tell(chain.describe(grant, source, runner, stack))
 
 
 def _validated(planned: model.Plan, line: leash.Leash) -> model.Published:

@@ -40,6 +40,12 @@ NOT_THIS_FORMAT: Final = re.compile(
 "Not a directory" of a file that it names, which would tell that the file exists."""
 NO_MEMORY: Final = "cannot allocate memory"
 
+STRANGE: Final = "qemu-img describes it in a way that convertd does not understand"
+NS_PER_S: Final = 10**9
+
+MAX_NS: Final = 2**64 - 1
+"""What a qcow2 has room for: the clock of a machine; a date has 32 bits for seconds."""
+
 
 def identify(
     source: Source, stated: str, allowed: frozenset[str], runner: qemu_img.Runner
@@ -91,12 +97,24 @@ def describe(
         is_elsewhere = _is_elsewhere(said, source)
     except NOT_UNDERSTOOD as error:
         log.info("info unreadable path=%r error=%r", path, error)
-        problem = "qemu-img describes it in a way that convertd does not understand"
-        raise errors.ImageRefused(path=path, problem=problem) from error
+        raise errors.ImageRefused(path=path, problem=STRANGE) from error
     if stated and info.format != stated:
         raise errors.FormatMismatch(path=path, format=stated)
     _judge(path, info, is_elsewhere=is_elsewhere)
     return info, json.dumps({**said, "filename": path})
+
+
+def contents(path: str, text: str) -> model.Contents:
+    """What more there is to tell of an image, from the text that `describe` gave of it.
+
+    Raises:
+        errors.ImageRefused: it is not what a qemu-img says.
+    """
+    try:
+        return _contents(json.loads(text))
+    except NOT_UNDERSTOOD as error:
+        log.info("info unreadable path=%r error=%r", path, error)
+        raise errors.ImageRefused(path=path, problem=STRANGE) from error
 
 
 def result_info(fd: int, image_format: str, runner: qemu_img.Runner) -> tuple[str, int]:
@@ -171,6 +189,46 @@ def _parse(said: dict[str, Any], source: Source) -> model.ImageInfo:
         bitmaps=tuple(str(item["name"]) for item in specific.get("bitmaps", ())),
         details=tuple(_flat("", specific)),
     )
+
+
+def _contents(said: dict[str, Any]) -> model.Contents:
+    """Source: qemu qapi/block-core.json: SnapshotInfo, Qcow2BitmapInfo, VmdkExtentInfo."""
+    specific = said.get("format-specific", {}).get("data", {})
+    return model.Contents(
+        snapshots=tuple(
+            model.Snapshot(
+                id=_text(item["id"]),
+                name=_text(item["name"]),
+                vm_state_size_bytes=_size(item["vm-state-size"]),
+                created_ns=_nanoseconds(item, "date"),
+                vm_clock_ns=_nanoseconds(item, "vm-clock"),
+            )
+            for item in said.get("snapshots", ())
+        ),
+        bitmaps=tuple(
+            model.Bitmap(
+                name=_text(item["name"]),
+                granularity_bytes=_size(item["granularity"]),
+                flags=tuple(_text(flag) for flag in item["flags"]),
+            )
+            for item in specific.get("bitmaps", ())
+        ),
+        compressed=any(extent.get("compressed") is True for extent in specific.get("extents", ())),
+    )
+
+
+def _nanoseconds(item: dict[str, Any], name: str) -> int:
+    """A time in two parts. A header may have more nanoseconds than there are in a second."""
+    total = _size(item[f"{name}-sec"]) * NS_PER_S + _size(item[f"{name}-nsec"])
+    if total > MAX_NS:
+        raise ValueError(f"not a time: {total!r:.40}")
+    return total
+
+
+def _text(value: object) -> str:
+    if type(value) is not str:
+        raise TypeError(f"not a text: {value!r:.40}")
+    return value
 
 
 def _size(value: object) -> int:
