@@ -86,6 +86,7 @@ def test_a_priority_is_no_part_of_the_block() -> None:
         pytest.param(b"\x04\x7f\x08" + b"a" * 135, id="a-long-text"),
         pytest.param(coded(RFC_EXAMPLE), id="a-coded-text"),
         pytest.param(coded(b""), id="an-empty-text"),
+        pytest.param(coded(bytes.fromhex("fffe1f")), id="a-coded-backslash"),
     ],
 )
 def test_plain_text_passes(block: bytes) -> None:
@@ -102,6 +103,7 @@ def test_plain_text_passes(block: bytes) -> None:
         pytest.param(b"\x00\x01\xc3\x01a", id="a-name"),
         pytest.param(b"\x82\x00\x01a\x02\xc3\xa9", id="a-value-that-is-utf-8"),
         pytest.param(coded(bytes.fromhex("fffe3f")), id="a-coded-letter-that-is-not-ascii"),
+        pytest.param(coded(bytes.fromhex("fffe5f")), id="a-coded-letter-that-is-nearly-as-long"),
         pytest.param(coded(bytes.fromhex("ffffff")), id="a-coded-end"),
         pytest.param(coded(RFC_EXAMPLE + b"\xff"), id="padding-of-a-byte"),
         pytest.param(coded(b"\x18"), id="padding-of-noughts"),
@@ -125,6 +127,11 @@ def test_what_is_not_plain_is_refused(block: bytes) -> None:
         pytest.param(
             http2.frame(Kind.HEADERS, b"\x82", stream=1) + http2.frame(Kind.PING, bytes(8)),
             id="a-block-that-is-interrupted",
+        ),
+        pytest.param(
+            http2.frame(Kind.HEADERS, b"\x04\x04", flags=0x20, stream=1)
+            + http2.frame(Kind.CONTINUATION, b"/\xff\xfe/\x83\x86", flags=4, stream=1),
+            id="a-priority-that-is-cut-off",
         ),
         pytest.param(struct.pack(">I", 70_000)[1:] + b"\x01\x04\0\0\0\x01", id="a-long-block"),
         pytest.param(

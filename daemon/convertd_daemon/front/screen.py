@@ -25,6 +25,8 @@ HAS_PRIORITY: Final = 0x20
 FLAGS: Final = {HEADERS: 0x01 | END_HEADERS | HAS_PRIORITY, CONTINUATION: END_HEADERS}
 """What such a frame may have. Not PADDED, of which implementations think differently."""
 PRIORITY_BYTES: Final = 5
+"""Whole in its frame, or refused: gRPC takes what there is of a shorter one for the beginning of
+the block, and so reads that from another byte on than we do (grpcio 1.85, measured 2026-11)."""
 
 MAX_BLOCK_BYTES: Final = 64 * 1024
 """More than gRPC takes."""
@@ -46,9 +48,10 @@ CODES: Final = {
     13: "\0$@[]~",
     14: "^}",
     15: "<`{",
+    19: "\\",
 }
 """HPACK's Huffman code by length in bits: it is canonical, so that the order of the letters tells
-their codes. Longer codes stand for the backslash, for controls, and for what is not ASCII."""
+their codes. Other codes stand for other controls, and for what is not ASCII."""
 
 MAX_PADDING_BITS: Final = 7
 
@@ -97,6 +100,8 @@ class Screen:
             return True
         if flags & ~FLAGS[kind] or len(self._held) + whole > MAX_BLOCK_BYTES:
             raise Refused("a header block of an unusual kind or length")
+        if flags & HAS_PRIORITY and whole < FRAME_HEADER_BYTES + PRIORITY_BYTES:
+            raise Refused("a priority that is cut off")
         if len(self._rest) < whole:
             return False
         self._hold(self._taken(whole), flags)

@@ -40,7 +40,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
     That comes with a traceback, as often as a peer likes.
     """
-    return "ExecuteBatchError raised in core" not in record.msg
+    return "ExecuteBatchError raised in core" not in str(record.msg)
 
 
 async def start(path: str, broker: Link, relay: Relay) -> grpc.aio.Server:
