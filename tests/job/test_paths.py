@@ -387,6 +387,18 @@ class TestTarget:
         for name in ("disk", "absent"):
             assert self.refusal(rules, images / "sub" / name).reason == "ACCESS_REFUSED"
 
+    def test_directories_behind_one_that_the_caller_may_not_search_are_hidden(
+        self, images: Path
+    ) -> None:
+        """Though it could write there, if it came that far."""
+        (images / "sub" / "deep").mkdir()
+        (images / "sub" / "deep").chmod(0o777)
+        (images / "sub").chmod(0o700)
+        rules = rules_of(images, access=model.Access.CALLER)
+        for name in ("deep", "absent"):
+            failure = self.refusal(rules, images / "sub" / name / "new")
+            assert failure.reason == "ACCESS_REFUSED"
+
     def test_with_ones_own_rights_a_link_on_the_way_is_followed(
         self, area: Path, images: Path
     ) -> None:
