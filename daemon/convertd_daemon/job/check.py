@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 from typing import TYPE_CHECKING, Final
 
@@ -20,9 +21,14 @@ log = logging.getLogger(__name__)
 LONG_S: Final = 2.0
 """A job that took this long can afford to have its result looked at: `info` takes 10 ms."""
 
+BLOCKS_BYTES: Final = frozenset({4096, mmap.PAGESIZE})
+"""Past the page cache, qemu writes whole blocks of the disk, on a tmpfs whole pages. A size is any
+number of sectors: the last block then goes on beyond it, with zeroes. Source: qemu block/io.c,
+bdrv_pad_request(); MAX_BLOCKSIZE in block/file-posix.c."""
+
 
 def check(grant: model.Grant, plan: model.Plan, ends: Ends, runner: qemu_img.Runner) -> None:
-    """Check size or header of the result. A device has neither.
+    """Check size or header of the result, without qemu's padding. A device has neither.
 
     Raises:
         errors.VerifyFailed: it can't be the source's image.
@@ -33,6 +39,10 @@ def check(grant: model.Grant, plan: model.Plan, ends: Ends, runner: qemu_img.Run
     size, path = plan.source.virtual_size_bytes, ends.dest.place.path
     try:
         written = os.fstat(ends.dest.fd).st_size
+        padded = {-(-size // block) * block for block in BLOCKS_BYTES}
+        if plan.dest_format == "raw" and written in padded - {size}:
+            os.ftruncate(ends.dest.fd, size)
+            written = size
     except OSError as error:
         raise errors.WriteFailed(path=path, problem=os.strerror(error.errno or 0)) from error
     if plan.dest_format == "raw":
