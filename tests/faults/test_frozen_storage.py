@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ access = "daemon"
 mounts = true
 [[grants]]
 users = [1234]
-read = ["library"]
+read = ["library", "images"]
 write = ["images"]
 """
 
@@ -108,8 +109,62 @@ def test_a_stop_does_not_wait_for_it(daemon: Daemon, disk: Path, library: Path) 
         daemon.signal(signal.SIGTERM)
         daemon.await_notice("STOPPING=1")  # two signals at once may be one
         daemon.signal(signal.SIGTERM)
-        assert call.end().status in {"CANCELLED", "UNAVAILABLE"}
+        assert call.end().status in {"CANCELLED", "UNAVAILABLE", "DEADLINE_EXCEEDED"}
         assert daemon.wait() == 0
         assert os.path.exists(f"/proc/{left}")  # one thread of it is over, another is not
     daemon.check_gone()
     daemon.start()
+
+
+@pytest.fixture
+def unanswered(daemon: Daemon, scratch: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
+    """A file system whose reads can't be interrupted, once the process beneath it is stopped.
+
+    Of FUSE in FUSE: what the upper one has asked the lower one for, it can't answer.
+    """
+    beneath, lower = scratch / "images" / "beneath", scratch / "images" / "lower"
+    for point in (beneath, lower):
+        point.mkdir()
+    server = subprocess.Popen(["bindfs", "-f", "-o", "direct_io", str(beneath), str(lower)])
+    try:
+        waiting.until(lambda: os.path.ismount(lower), "bindfs serves")
+        with Mounts(scratch / "images") as made:
+            yield made.by_fuse(lower, "upper", "-o", "direct_io"), server
+            daemon.await_calm()
+    finally:
+        server.send_signal(signal.SIGCONT)
+        server.terminate()
+        server.wait()
+    for point in (beneath, lower):
+        shutil.rmtree(point)
+
+
+def test_who_has_an_image_validated_is_told_of_a_stall(
+    daemon: Daemon, unanswered: tuple[Path, subprocess.Popen[bytes]], images_dir: Path
+) -> None:
+    """What examines the image can't be killed either, and nobody waits for that."""
+    upper, server = unanswered
+    # Of many small tables, so that to follow them takes a while.
+    options = ("-o", "cluster_size=512,preallocation=metadata")
+    source = images.created(upper / "source.qcow2", "qcow2", 256, *options)
+    agent = daemon.agent(ALICE)
+    call = agent.convert(
+        conversion(source, images_dir / "dest", source_format="qcow2", validate_only=True)
+    )
+    waiting.until(lambda: "check" in qemu_img_said(daemon), "the image is examined")
+    server.send_signal(signal.SIGSTOP)
+    try:
+        pid = daemon.await_one(QEMU_IMG)
+        waiting.until(lambda: hangs(pid), "qemu-img waits for its storage")
+        assert call.refusal(PATIENCE_S).reason == "STALLED"
+        assert processes.exists(pid)
+    finally:
+        server.send_signal(signal.SIGCONT)
+    daemon.await_none(QEMU_IMG)
+
+
+def qemu_img_said(daemon: Daemon) -> list[str]:
+    """What the one qemu-img was started with."""
+    with contextlib.suppress(OSError):
+        return processes.argv(daemon.await_one(QEMU_IMG))
+    return []

@@ -102,7 +102,8 @@ class Examination:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._running.close()
+        # What was raised goes along: the caller may have to be told before anything is waited for.
+        self._running.__exit__(kind, value, traceback)
 
     def beside(self) -> qemu_img.Runner:
         """A runner during whose runs this goes on."""
