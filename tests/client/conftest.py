@@ -14,7 +14,7 @@ from typing import IO, Any, Final
 
 import pytest
 from harness import waiting
-from harness.callers import CONVERTCTL, Caller, Ran
+from harness.callers import CONVERTCTL, Caller, Ran, let_everybody_reach
 
 HERE: Final = Path(__file__).parent
 
@@ -130,9 +130,7 @@ class Fake:
 @pytest.fixture
 def absent(tmp_path: Path) -> Iterator[Fake]:
     """A fake daemon that is not started yet."""
-    # Other users shall reach the socket.
-    for directory in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        directory.chmod(0o755)
+    let_everybody_reach(tmp_path)
     fake = Fake(tmp_path)
     with contextlib.ExitStack() as undo:
         undo.callback(fake.kill)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from harness import images, waiting
-from harness.callers import ALICE, CONVERTCTL
+from harness.callers import ALICE, CONVERTCTL, let_everybody_reach
 
 if TYPE_CHECKING:
     from tests.client.conftest import Fake
@@ -374,8 +374,7 @@ def _threads_of(process: subprocess.Popen[bytes]) -> int:
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     """A directory of the user's own with an image that takes a minute at 1 MiB/s."""
-    for directory in (tmp_path.parent.parent, tmp_path.parent, tmp_path):
-        directory.chmod(0o755)
+    let_everybody_reach(tmp_path)
     images.bulky(tmp_path / "a.raw")
     for path in (tmp_path, tmp_path / "a.raw"):
         os.chown(path, ALICE.uid, ALICE.gid)

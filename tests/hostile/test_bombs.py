@@ -21,7 +21,7 @@ from hostile.forged import CLUSTER, Qcow2
 POLICY: Final = """
 [limits]
 virtual_size = "1 GiB"
-duration = "3 s"
+duration = "10 s"
 [roots.images]
 path = "{scratch}/images"
 access = "daemon"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from harness import processes
+from harness import processes, waiting
 from harness.agent import Call, conversion
 from harness.callers import ALICE, BOB, ROOT
 from harness.daemon import FRONT, JOB, QEMU_IMG, Daemon
@@ -219,9 +219,9 @@ def test_only_processes_that_need_a_passphrase_have_it(
     one, _ = passphrases
     request = encrypting(own_dir / "image.raw", own_dir / "out", "luks", one, slowly=True)
     call = daemon.agent(ALICE).convert(request)
-    worker = daemon.await_one(QEMU_IMG)
     call.await_started()
-    assert in_memory(worker, one)
+    worker = daemon.await_one(QEMU_IMG)
+    waiting.until(lambda: in_memory(worker, one), "qemu-img has read it")
     assert not in_memory(daemon.pid, one)
     assert finish(call, one) == "OK"
     assert not in_memory(daemon.pid, one)
