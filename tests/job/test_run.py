@@ -140,7 +140,7 @@ class Clock:
 
 
 class TestStall:
-    """Nothing moves: no per cent, no block, no processor time."""
+    """Nothing moves: no output, no block, no processor time."""
 
     @pytest.fixture
     def idle(self) -> Iterator[Clock]:
@@ -172,6 +172,13 @@ class TestStall:
     def test_is_not_where_the_percentage_moves(self, observer: run.Observer, idle: Clock) -> None:
         """However slowly."""
         observer.hear(printed(3.0))
+        observer.look(idle.child)
+        with pytest.raises(errors.Stalled):
+            observer.look(idle.child)
+
+    def test_is_not_where_there_is_more_to_hear(self, observer: run.Observer, idle: Clock) -> None:
+        """A program that says more than a pipe holds waits for us, and may compute little."""
+        observer.hear(b"[\n")
         observer.look(idle.child)
         with pytest.raises(errors.Stalled):
             observer.look(idle.child)

@@ -181,8 +181,8 @@ class _Answer(run.Observer, abc.ABC):
         super().__init__(runner.leash, result, stall_s)
         self.question = question
 
-    def hear(self, data: bytes) -> None:
-        """Take a piece of standard output. It has no progress in it."""
+    def read(self, data: bytes) -> None:
+        """Pass over a piece of standard output: it has no progress in it."""
 
     @abc.abstractmethod
     def settles(self, outcome: qemu_img.Outcome) -> bool:
@@ -239,7 +239,7 @@ class _Map(_Answer):
         self._cut = b""
         self._end_bytes = 0
 
-    def hear(self, data: bytes) -> None:
+    def read(self, data: bytes) -> None:
         """Take a piece of the list: it may be longer than what is kept of an output."""
         *lines, self._cut = (self._cut + data).split(b"\n")
         for line in lines:

@@ -87,7 +87,7 @@ def convert(
 class Observer:
     """Follows a conversion: turns qemu-img's `(12.34/100%)` into progress, and notices a stall.
 
-    Progress is told in steps of one per cent. A conversion stalls when nothing moves: no per cent,
+    Progress is told in steps of one per cent. A conversion stalls when nothing moves: no output,
     no block of the result, no processor time. Flushing may take as long as the job may.
     """
 
@@ -99,10 +99,16 @@ class Observer:
         self.percent = -1.0
         self._tail = b""
         self._moved = time.monotonic()
-        self._seen: tuple[float, int, float] = (-1.0, 0, 0.0)
+        self._heard_bytes = 0
+        self._seen: tuple[int, int, float] = (0, 0, 0.0)
 
     def hear(self, data: bytes) -> None:
-        """Take a piece of standard output: lines that end in a carriage return, cut anywhere."""
+        """Take a piece of standard output. Until we do, the program may have to wait."""
+        self._heard_bytes += len(data)
+        self.read(data)
+
+    def read(self, data: bytes) -> None:
+        """Understand a piece of it: lines that end in a carriage return, cut anywhere."""
         *lines, tail = (self._tail + data).split(b"\r")
         self._tail = tail[-LONGEST_LINE:]
         for line in lines:
@@ -131,7 +137,7 @@ class Observer:
         self.leash.progress(phase, percent)
 
     def _has_moved(self, child: Child) -> bool:
-        percent, blocks, cpu_s = self._seen
+        heard_bytes, blocks, cpu_s = self._seen
         try:
             cpu_now_s = clock_getcpuclockid.cpu_time_s(child.pid)
         except OSError:
@@ -139,8 +145,8 @@ class Observer:
         blocks_now = blocks
         with contextlib.suppress(OSError):  # a file system that was shut down; qemu-img will say so
             blocks_now = os.fstat(self.result).st_blocks
-        self._seen = (self.percent, blocks_now, cpu_now_s)
-        return self._seen[:2] != (percent, blocks) or cpu_now_s - cpu_s >= CPU_TICK_S
+        self._seen = (self._heard_bytes, blocks_now, cpu_now_s)
+        return self._seen[:2] != (heard_bytes, blocks) or cpu_now_s - cpu_s >= CPU_TICK_S
 
 
 def _failure(outcome: qemu_img.Outcome, plan: model.Plan, ends: Ends) -> errors.ConvertError:
