@@ -146,7 +146,8 @@ def test_who_has_an_image_validated_is_told_of_a_stall(
     upper, server = unanswered
     # Of many small tables, so that to follow them takes a while.
     options = ("-o", "cluster_size=512,preallocation=metadata")
-    source = images.created(upper / "source.qcow2", "qcow2", 256, *options)
+    image = images.created(upper.with_name("beneath") / "source.qcow2", "qcow2", 512, *options)
+    source = upper / image.name
     agent = daemon.agent(ALICE)
     call = agent.convert(
         conversion(source, images_dir / "dest", source_format="qcow2", validate_only=True)
@@ -156,8 +157,8 @@ def test_who_has_an_image_validated_is_told_of_a_stall(
     try:
         pid = daemon.await_one(QEMU_IMG)
         waiting.until(lambda: hangs(pid), "qemu-img waits for its storage")
+        # Most times the kernel does not let it be killed; the caller is told in either case.
         assert call.refusal(PATIENCE_S).reason == "STALLED"
-        assert processes.exists(pid)
     finally:
         server.send_signal(signal.SIGCONT)
     daemon.await_none(QEMU_IMG)
