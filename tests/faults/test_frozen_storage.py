@@ -15,7 +15,7 @@ import pytest
 from harness import images, processes, waiting
 from harness.agent import Agent, Call, conversion
 from harness.callers import ALICE
-from harness.daemon import JOB, QEMU_IMG, Daemon
+from harness.daemon import FRONT, JOB, QEMU_IMG, Daemon
 from harness.mounts import Mounts
 
 from convertd.v1 import convert_pb2 as pb
@@ -100,6 +100,27 @@ def test_its_caller_is_told_and_its_place_stays_taken(
     waiting.until(lambda: not agent.jobs(), "no job is left")
     daemon.await_none(QEMU_IMG)
     assert os.listdir(disk) == ["lost+found"]
+
+
+def test_it_is_no_call_of_the_next_front(
+    daemon: Daemon, disk: Path, library: Path, images_dir: Path
+) -> None:
+    """Which counts its calls anew, and whose first is not refused as one that has a job already."""
+    end_front(daemon)
+    with frozen(disk, daemon, library):
+        end_front(daemon)
+        dest = images_dir / "another.qcow2"
+        other = daemon.agent(ALICE).convert(conversion(library / "small.raw", dest))
+        other.await_queued()
+    other.result()
+    daemon.await_none(QEMU_IMG)
+
+
+def end_front(daemon: Daemon) -> None:
+    """Have another front, that nobody has called yet."""
+    front = daemon.await_one(FRONT)
+    os.kill(front, signal.SIGKILL)
+    waiting.until(lambda: daemon.await_one(FRONT) != front, "another front")
 
 
 def test_a_stop_does_not_wait_for_it(daemon: Daemon, disk: Path, library: Path) -> None:

@@ -179,6 +179,9 @@ class Broker:
         self.stop_accepting()
         for connection in self.connections:
             self.drop(connection)
+        # What is still ending is no call of the next one's, which counts its own anew.
+        for job in self.jobs:
+            job.call = jobs.NO_CALL
         if self.stopping:
             return
         self.fronts_lost += 1

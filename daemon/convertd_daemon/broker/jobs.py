@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from convertd_daemon import channel, codec, errors, model
 from convertd_daemon.broker import audit, loop, queue, workers
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from convertd_daemon.broker.accept import Connection
+
+
+NO_CALL: Final = 0
+"""The call of a job whose front is gone: a front's calls begin with 1."""
 
 
 class State(enum.Enum):
