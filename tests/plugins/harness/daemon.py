@@ -167,10 +167,16 @@ class Daemon:
         waiting.until(lambda: not self.processes(name), f"no process {name}")
 
     def await_calm(self) -> None:
-        """Wait until nothing runs but the broker, its front, and the spare for the next job."""
-        self.await_none(QEMU_IMG)
-        self.await_none(JOB)
+        """Wait until there is nothing but the broker, its front, and the spare for the next job.
+
+        A job that has ended holds its place, and its destination, until the broker has noticed.
+        """
+        waiting.until(lambda: not self._at_work(), "no job, and none that was not waited for")
         self.await_one(SPARE)
+
+    def _at_work(self) -> list[Process]:
+        found = processes.of_session(self.pid)
+        return [one for one in found if one.name in {JOB, QEMU_IMG}]
 
     def traced(self) -> tuple[int, int]:
         """What to trace to see all jobs: the broker, which forks them, and its spare."""
