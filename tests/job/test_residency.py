@@ -60,6 +60,19 @@ def test_any_size_can_be_asked(area: Path, size: int) -> None:
         assert residency.is_in_memory(file.fileno())
 
 
+def test_holes_between_data_are_not_missed(area: Path) -> None:
+    """As in the image of a file system, in which data and holes take turns."""
+    with (area / "holes").open("w+b") as file:
+        for number in range(256):
+            file.seek(number * 128 * 1024)
+            file.write(b"x" * 8192)
+        file.flush()
+        os.fsync(file.fileno())
+        assert residency.is_in_memory(file.fileno())
+        forget(file.fileno())
+        assert not residency.is_in_memory(file.fileno())
+
+
 def test_nothing_is_in_no_memory(area: Path) -> None:
     """An empty file, one that is a hole, and a device."""
     (area / "empty").touch()

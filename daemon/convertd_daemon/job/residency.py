@@ -50,8 +50,9 @@ def _sample(fd: int, size: int) -> tuple[int, int]:
         begin = _data_from(fd, max(end, size * number // SAMPLES))
         if begin is None:
             break
+        # Up to the next hole: an image of a file system is full of them.
+        end = min(begin + SAMPLE_BYTES, os.lseek(fd, begin, os.SEEK_HOLE), size)
         begin -= begin % mmap.PAGESIZE
-        end = min(begin + SAMPLE_BYTES, size)
         looked_at_here, resident_here = _look(fd, begin, end)
         looked_at += looked_at_here
         resident += resident_here
