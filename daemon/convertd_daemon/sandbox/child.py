@@ -60,4 +60,6 @@ class Child:
             for descriptor in (self.pidfd, self.stdout, self.stderr):
                 undo.callback(os.close, descriptor)
             self.kill()
-            self.wait()
+            # Reaped already, if a signal's handler raised between waitpid(2) and its answer.
+            with contextlib.suppress(ChildProcessError):
+                self.wait()
