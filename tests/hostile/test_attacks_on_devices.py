@@ -6,15 +6,13 @@ format went on to resize, and so to destroy, the file of the host that the heade
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-import loop_devices
 import pytest
 from harness.agent import conversion
 from harness.callers import ALICE
@@ -29,7 +27,7 @@ POLICY: Final = """
 path = "{scratch}/images"
 access = "daemon"
 [roots.volumes]
-path = "VOLUMES"
+path = "{volumes}"
 kind = "block"
 access = "daemon"
 [[grants]]
@@ -46,26 +44,6 @@ HEADERS: Final[dict[str, Callable[[str], bytes]]] = {
     "data file": lambda name: Qcow2(data_file=name).data(),
     "flat extent": forged.flat_vmdk,
 }
-
-
-@pytest.fixture(scope="module")
-def volumes(scratch: Path) -> Iterator[Devices]:
-    """A directory for volumes."""
-    with loop_devices.made(scratch) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def served(volumes: Devices, fill_in: Callable[[str], str]) -> Iterator[Daemon]:
-    """A daemon that converts from there and to there."""
-    policy = POLICY.replace("VOLUMES", str(volumes.links))
-    with contextlib.ExitStack() as undo:
-        one = Daemon(fill_in(policy))
-        undo.callback(one.discard)
-        one.start()
-        yield one
-        one.await_calm()
-        one.stop()
 
 
 @pytest.fixture(params=HEADERS.values(), ids=tuple(HEADERS))
@@ -101,14 +79,14 @@ def test_bare_qemu_img_reads_what_a_volume_names(
 
 @pytest.mark.parametrize("stated", ["raw", "qcow2", "vmdk", ""])
 def test_a_volume_with_a_header_is_read_as_what_it_is_or_refused(
-    served: Daemon, volume: tuple[Path, bytes], secret: Secret, images_dir: Path, stated: str
+    daemon: Daemon, volume: tuple[Path, bytes], secret: Secret, images_dir: Path, stated: str
 ) -> None:
     """Stated as raw it is copied, its header too. Else it would be what the header says."""
     os.chown(images_dir, ALICE.uid, ALICE.gid)
     link, header = volume
     out = images_dir / "out.raw"
-    answer = asking.convert(served, link, out, stated)
-    assert secret.marker not in answer.said + asking.inspect(served, link, stated).said
+    answer = asking.convert(daemon, link, out, stated)
+    assert secret.marker not in answer.said + asking.inspect(daemon, link, stated).said
     assert not asking.holds(out, secret.marker)
     if stated == "raw":
         assert out.read_bytes().startswith(header)
@@ -116,20 +94,20 @@ def test_a_volume_with_a_header_is_read_as_what_it_is_or_refused(
 
 
 def test_a_volume_with_a_header_is_overwritten_and_nothing_else(
-    served: Daemon, volume: tuple[Path, bytes], secret: Secret, images_dir: Path, volumes: Devices
+    daemon: Daemon, volume: tuple[Path, bytes], secret: Secret, images_dir: Path, volumes: Devices
 ) -> None:
     """The destination is raw, whatever was on it."""
     link, _ = volume
     content = os.urandom(2 * MIB)
     image = asking.given_to(ALICE, images_dir / "image.raw", content)
     request = conversion(image, link, dest_format="raw")
-    assert asking.answer_of(served.agent(ALICE).convert(request)).is_ok
+    assert asking.answer_of(daemon.agent(ALICE).convert(request)).is_ok
     assert volumes.bytes_on(link) == content + bytes(2 * MIB)
     assert secret.unchanged()
 
 
 def test_a_file_with_a_header_in_place_of_the_result_is_replaced_and_not_opened(
-    served: Daemon, secret: Secret, images_dir: Path
+    daemon: Daemon, secret: Secret, images_dir: Path
 ) -> None:
     """Nothing that bears the destination's name is ever given to qemu-img."""
     os.chown(images_dir, ALICE.uid, ALICE.gid)
@@ -137,5 +115,5 @@ def test_a_file_with_a_header_in_place_of_the_result_is_replaced_and_not_opened(
     image = asking.given_to(ALICE, images_dir / "image.raw", os.urandom(MIB))
     for dest_format in ("raw", "qcow2"):
         request = conversion(image, old, dest_format=dest_format, overwrite=True)
-        assert asking.answer_of(served.agent(ALICE).convert(request)).is_ok
+        assert asking.answer_of(daemon.agent(ALICE).convert(request)).is_ok
     assert secret.unchanged()

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import struct
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import loop_devices
 import pytest
 from harness import images
 from harness.callers import ALICE, CONVERTCTL, PYTHON, Ran
@@ -29,7 +27,7 @@ access = "daemon"
 path = "{scratch}/images"
 access = "daemon"
 [roots.volumes]
-path = "VOLUMES"
+path = "{volumes}"
 kind = "block"
 access = "daemon"
 allow_is_zero = true
@@ -217,30 +215,10 @@ CASES: Final = [
 ]
 
 
-@pytest.fixture(scope="module")
-def volumes(scratch: Path) -> Iterator[Devices]:
-    """A directory for volumes."""
-    with loop_devices.made(scratch) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def served(volumes: Devices, fill_in: Callable[[str], str]) -> Iterator[Daemon]:
-    """A daemon that writes there too."""
-    policy = POLICY.replace("VOLUMES", str(volumes.links))
-    with contextlib.ExitStack() as undo:
-        one = Daemon(fill_in(policy))
-        undo.callback(one.discard)
-        one.start()
-        yield one
-        one.await_calm()
-        one.stop()
-
-
 @pytest.fixture
-def home(served: Daemon, images_dir: Path) -> Path:
+def home(daemon: Daemon, images_dir: Path) -> Path:
     """A directory of the user's own in a root, with an image in it."""
-    assert served.is_running
+    assert daemon.is_running
     images.small(images_dir / "in.raw")
     for path in (images_dir, images_dir / "in.raw"):
         os.chown(path, ALICE.uid, ALICE.gid)
@@ -269,22 +247,22 @@ def python(way: str, daemon: Daemon, home: Path, asked: list[Asked]) -> list[obj
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.format} {case.words}")
-def test_convertctl_creates_an_image_with(served: Daemon, home: Path, case: Case) -> None:
+def test_convertctl_creates_an_image_with(daemon: Daemon, home: Path, case: Case) -> None:
     """Which is another than without, and holds the same disk."""
     source, dest, plain = home / "in.raw", home / "dest", home / "plain"
-    ran = convertctl(served, source, dest, case.format, case.words)
+    ran = convertctl(daemon, source, dest, case.format, case.words)
     assert ran.status == 0, ran
     assert case.fact(dest) == case.value
     compare = ["qemu-img", "compare", "-f", "raw", "-F", case.format, str(source), str(dest)]
     subprocess.run(compare, check=True, stdout=subprocess.DEVNULL)
-    assert convertctl(served, source, plain, case.format, "").status == 0
+    assert convertctl(daemon, source, plain, case.format, "").status == 0
     assert case.fact(plain) != case.value
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_python_creates_images_with_all_of_them(served: Daemon, home: Path, way: str) -> None:
+def test_python_creates_images_with_all_of_them(daemon: Daemon, home: Path, way: str) -> None:
     """By both clients, and without a daemon."""
-    done = python(way, served, home, [(case.format, case.options) for case in CASES])
+    done = python(way, daemon, home, [(case.format, case.options) for case in CASES])
     assert done == ["done"] * len(CASES)
     for index, case in enumerate(CASES):
         assert case.fact(home / f"{index}") == case.value, case
@@ -302,11 +280,11 @@ REFUSED: Final[list[tuple[str, dict[str, object], str]]] = [
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_option_is_named_that_is_refused(served: Daemon, home: Path, way: str) -> None:
+def test_the_option_is_named_that_is_refused(daemon: Daemon, home: Path, way: str) -> None:
     """In all ways alike, whoever judges it."""
     asked = [(image_format, options) for image_format, options, _ in REFUSED]
     fields = [field for _, _, field in REFUSED]
-    assert python(way, served, home, asked) == [["BAD_OPTION", field] for field in fields]
+    assert python(way, daemon, home, asked) == [["BAD_OPTION", field] for field in fields]
     assert os.listdir(home) == ["in.raw"]
 
 
@@ -321,28 +299,28 @@ def test_the_option_is_named_that_is_refused(served: Daemon, home: Path, way: st
     ids=["another-format", "no-size", "no-choice", "no-device"],
 )
 def test_convertctl_names_the_option_that_is_refused(
-    served: Daemon, home: Path, words: str, status: int, said: str
+    daemon: Daemon, home: Path, words: str, status: int, said: str
 ) -> None:
     """As it was typed, or as the contract has it."""
-    ran = convertctl(served, home / "in.raw", home / "dest", "raw", words)
+    ran = convertctl(daemon, home / "in.raw", home / "dest", "raw", words)
     assert ran.status == status
     assert said in ran.err
 
 
-def test_a_subformat_of_several_files_is_not_supported(served: Daemon, home: Path) -> None:
+def test_a_subformat_of_several_files_is_not_supported(daemon: Daemon, home: Path) -> None:
     """A result is one file."""
     words = "--subformat twoGbMaxExtentFlat"
-    ran = convertctl(served, home / "in.raw", home / "dest", "vmdk", words)
+    ran = convertctl(daemon, home / "in.raw", home / "dest", "vmdk", words)
     assert ran.status == 1
     assert "UNSUPPORTED" in ran.err
 
 
-def test_what_is_zero_already_is_not_written(served: Daemon, volumes: Devices, home: Path) -> None:
+def test_what_is_zero_already_is_not_written(daemon: Daemon, volumes: Devices, home: Path) -> None:
     """The claim is taken at its word: here it is wrong, and where the image is zero nothing is."""
     for name, claimed in (("told", True), ("untold", False)):
         volume = volumes.add(name, 16 * MIB)
         words = "--target-is-zero" if claimed else ""
-        ran = convertctl(served, home / "in.raw", volume, "raw", words)
+        ran = convertctl(daemon, home / "in.raw", volume, "raw", words)
         assert ran.status == 0, ran
         written = volumes.bytes_on(volume)
         assert written[:MIB] == (home / "in.raw").read_bytes()[:MIB]

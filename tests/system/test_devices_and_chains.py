@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import loop_devices
 import pytest
 from harness import images, waiting
 from harness.agent import Agent, Refusal, conversion
@@ -33,7 +30,7 @@ access = "daemon"
 path = "{scratch}/bases"
 access = "daemon"
 [roots.volumes]
-path = "VOLUMES"
+path = "{volumes}"
 kind = "block"
 access = "daemon"
 [[grants]]
@@ -46,30 +43,10 @@ formats = ["raw", "qcow2", "luks"]
 MIB: Final = 1024 * 1024
 
 
-@pytest.fixture(scope="module")
-def volumes(scratch: Path) -> Iterator[Devices]:
-    """A directory for volumes."""
-    with loop_devices.made(scratch) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def served(volumes: Devices, fill_in: Callable[[str], str]) -> Iterator[Daemon]:
-    """A daemon that converts from there and to there."""
-    policy = POLICY.replace("VOLUMES", str(volumes.links))
-    with contextlib.ExitStack() as undo:
-        one = Daemon(fill_in(policy))
-        undo.callback(one.discard)
-        one.start()
-        yield one
-        one.await_calm()
-        one.stop()
-
-
 @pytest.fixture
-def alice(served: Daemon) -> Agent:
+def alice(daemon: Daemon) -> Agent:
     """Calls as uid 1234."""
-    return served.agent(ALICE)
+    return daemon.agent(ALICE)
 
 
 @pytest.fixture
@@ -189,7 +166,7 @@ def test_a_volume_that_is_gone_is_not_made(alice: Agent, volumes: Devices, sourc
 
 
 def test_an_end_in_the_middle_says_that_the_volumes_content_is_undefined(
-    served: Daemon, alice: Agent, volumes: Devices, library: Path
+    daemon: Daemon, alice: Agent, volumes: Devices, library: Path
 ) -> None:
     """There is one copy of it, and that was being written."""
     volume = volumes.add("large", 64 * MIB)
@@ -197,7 +174,7 @@ def test_an_end_in_the_middle_says_that_the_volumes_content_is_undefined(
     call = alice.convert(request)
     call.await_event(lambda event: event.progress.percent > 0)
     (job,) = alice.jobs()
-    served.agent(ROOT).cancel_job(job.job_id)
+    daemon.agent(ROOT).cancel_job(job.job_id)
     refusal = call.refusal()
     assert (refusal.status, refusal.reason) == ("ABORTED", "CANCELLED_BY_OPERATOR")
     assert refusal.metadata == {"device": str(volume), "device_content": "undefined"}

@@ -1,7 +1,8 @@
 """A pytest plugin: the fixtures of whatever tests the whole daemon.
 
 A module that uses `daemon` has its policy as text in `POLICY`, in which {scratch} and {library}
-stand for two directories. The roots that it names in there are made.
+stand for two directories, and {volumes} for one of block devices. The roots that it names in there
+are made.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import tomllib
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
+import loop_devices
 import pytest
+from loop_devices import Devices
 
 from harness import daemon as daemons
 from harness import images
@@ -71,11 +74,21 @@ def mounts(scratch: Path) -> Iterator[Mounts]:
 
 
 @pytest.fixture(scope="module")
-def fill_in(scratch: Path, library: Path) -> Callable[[str], str]:
+def volumes(scratch: Path) -> Iterator[Devices]:
+    """A directory for volumes."""
+    with loop_devices.made(scratch) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def fill_in(request: pytest.FixtureRequest, scratch: Path, library: Path) -> Callable[[str], str]:
     """Put the directories into a policy's text, and make those of its roots that are missing."""
 
     def fill(text: str) -> str:
         policy = text.replace("{scratch}", str(scratch)).replace("{library}", str(library))
+        if "{volumes}" in policy:
+            made: Devices = request.getfixturevalue("volumes")
+            policy = policy.replace("{volumes}", str(made.links))
         for root in tomllib.loads(policy).get("roots", {}).values():
             Path(root["path"]).mkdir(mode=0o755, exist_ok=True)
         return policy
