@@ -72,7 +72,7 @@ def started(
         job = jobs.Job(
             job_id="job-1", call=1, connection=1, granted=channel.Granted(grant, own), lane=lane
         )
-        line = job.start(workers.Spare(loop.Loop(), setup()))
+        line = job.start(workers.Spare(loop.Loop(), setup(), lambda: False))
     with line:
         try:
             yield job, line

@@ -91,7 +91,7 @@ class Broker:
         self.said = status.Status()
         self.watchdog = watchdog.Watchdog(self.loop, household.listener.sock)
         self.idle = idle.Idle(self.loop, self.retire)
-        self.spare = workers.Spare(self.loop, household.setup)
+        self.spare = workers.Spare(self.loop, household.setup, self.may_begin)
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT, or until the front can't be kept alive."""
@@ -394,16 +394,15 @@ class Broker:
             return
         descriptor = line.sock.detach()
         self.send(channel.Started(call=job.call, job_id=job.job_id), descriptor)
-        self.keep_spare()
+        self.spare.keep()
         duration_s = job.grant.limits.duration_s
         overdue = errors.DurationExceeded(duration_s=duration_s)
         # The job minds its time itself; this is for one that can't, being stuck in the kernel.
         job.timer = self.loop.after(duration_s + ENDING_S, lambda: self.end(job, overdue))
 
-    def keep_spare(self) -> None:
-        """Have a process ready for the next job, while one could begin at once."""
-        lane = self.jobs.conversions
-        self.spare.keep(lambda: not self.stopping and lane.running < self.rules.limits.jobs)
+    def may_begin(self) -> bool:
+        """Whether a conversion could begin at once."""
+        return not self.stopping and self.jobs.conversions.running < self.rules.limits.jobs
 
     def refuse(self, call: int, failure: errors.Failure) -> None:
         """End a call with a condition."""
@@ -545,7 +544,7 @@ class Broker:
         if not job.left:
             self.jobs.remove(job)
             self.advance()
-            self.keep_spare()
+            self.spare.keep()
 
     def _lose(self, job: jobs.Job, status: int) -> None:
         """A job's own process is gone: its call ends. Its place is taken while anything is left."""
@@ -587,7 +586,7 @@ class Broker:
         notify.ready()
         self.tell_status()
         self.mind_idleness()
-        self.keep_spare()
+        self.spare.keep()
         log.info("serving versions=%s", self.household.versions)
 
     def reload(self) -> None:

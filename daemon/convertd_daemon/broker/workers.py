@@ -79,11 +79,15 @@ def fork(setup: Setup, begun: job_main.Begun | None = None) -> Worker:
         OSError: no process, or no descriptors, to be had.
     """
     broker = os.getpid()
-    with contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
-        orders, orders_end = (undo.enter_context(end) for end in channel.Channel.pair())
-        line, line_end = (undo.enter_context(end) for end in channel.Channel.pair())
+    with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+        orders, orders_end = channel.Channel.pair()
+        ours.enter_context(orders)
+        theirs.enter_context(orders_end)
+        line, line_end = channel.Channel.pair()
+        ours.enter_context(line)
+        theirs.enter_context(line_end)
         account, account_end = os.pipe()
-        undo.callback(os.close, account)
+        ours.callback(os.close, account)
         theirs.callback(os.close, account_end)
         # Held back until the worker has let go of our wakeup descriptor: a SIGTERM to it would be
         # written there, and we would take it for our own.
@@ -96,31 +100,28 @@ def fork(setup: Setup, begun: job_main.Begun | None = None) -> Worker:
                 job_main.forked(begun, orders_end, witness, setup, broker)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        undo.pop_all()
-        orders_end.close()
-        line_end.close()
+        ours.pop_all()
     return Worker(pid=pid, orders=orders, line=line, account=account)
 
 
 class Spare:
     """At most one worker, forked ahead."""
 
-    def __init__(self, loop: Loop, setup: Setup) -> None:
-        """Begin with none."""
+    def __init__(self, loop: Loop, setup: Setup, may_fork: Callable[[], bool]) -> None:
+        """Begin with none; `may_fork` says, whenever one is to be forked, if it still is."""
         self._loop = loop
         self._setup = setup
+        self._may_fork = may_fork
         self._worker: Worker | None = None
         self._is_wanted = False
-        self._may_fork: Callable[[], bool] = lambda: False
 
     @property
     def pid(self) -> int:
         """Its process; 0 if there is none."""
         return self._worker.pid if self._worker is not None else 0
 
-    def keep(self, may_fork: Callable[[], bool]) -> None:
-        """Have one soon, if by then `may_fork` says so."""
-        self._may_fork = may_fork
+    def keep(self) -> None:
+        """Have one soon."""
         if not self._is_wanted:
             self._is_wanted = True
             self._loop.after(FORK_AFTER_S, self._fork)
@@ -151,17 +152,14 @@ class Spare:
         return worker
 
     def end(self) -> None:
-        """Keep none any more."""
-        self._may_fork = lambda: False
+        """End the one there is."""
         worker, self._worker = self._worker, None
         if worker is not None:
             worker.end()
 
-    def lost(self, pid: int) -> bool:
-        """Take note that a process has ended; whether it was the spare."""
-        if self._worker is None or self.pid != pid:
-            return False
-        log.warning("the spare process ended pid=%d", pid)
-        self._worker.close()
-        self._worker = None
-        return True
+    def lost(self, pid: int) -> None:
+        """Take note that a process has ended, which may be the spare's."""
+        if self._worker is not None and self._worker.pid == pid:
+            log.warning("the spare process ended pid=%d", pid)
+            self._worker.close()
+            self._worker = None
