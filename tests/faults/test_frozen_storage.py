@@ -167,7 +167,7 @@ def test_who_has_an_image_validated_is_told_of_a_stall(
     upper, server = unanswered
     # Of many small tables, so that to follow them takes a while.
     options = ("-o", "cluster_size=512,preallocation=metadata")
-    image = images.created(upper.with_name("beneath") / "source.qcow2", "qcow2", 512, *options)
+    image = images.created(upper.with_name("beneath") / "source.qcow2", "qcow2", 128, *options)
     source = upper / image.name
     agent = daemon.agent(ALICE)
     call = agent.convert(

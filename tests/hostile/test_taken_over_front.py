@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -46,7 +48,7 @@ read = ["others"]
 write = ["others"]
 """
 
-MESSAGES: Final = int(os.environ.get("CONVERTD_TEST_FRONT_MESSAGES", "3000"))
+MESSAGES: Final = int(os.environ.get("CONVERTD_TEST_FRONT_MESSAGES", "1500"))
 """How many random messages the broker is sent."""
 
 SPOILT: Final = int(os.environ.get("CONVERTD_TEST_FRONT_SPOILT", "15"))
@@ -431,19 +433,68 @@ def test_a_front_that_closes_its_channel_and_lives_on_is_replaced(
 
 
 def test_a_front_that_reads_nothing_is_replaced(broker: Daemon, front: FalseFront) -> None:
-    """What it has not been sent does not fill the broker's memory."""
+    """Until then it is not heard either: what it has not read does not fill the broker's memory."""
     first = broker.await_one("convertd-front")
     before = processes.private_kib(broker.pid)
     message = codec.encode(channel.ListJobs(call=1, connection=2**40))
-    try:
-        for _ in range(100_000):
-            front.line.send_bytes(message)
-    except channel.Closed:
-        pass
+    with contextlib.suppress(channel.Closed):
+        while front.line.send_bytes(message):
+            pass
     waiting.until(lambda: not processes.exists(first), "the front is killed")
     front.take_over_next(broker)
     assert front.quiet()
     assert processes.private_kib(broker.pid) < before + 16 * 1024
+
+
+def test_a_front_that_was_slow_gets_all_its_answers(broker: Daemon, front: FalseFront) -> None:
+    """It is not heard while it does not read, and loses nothing by it."""
+    first, asked = broker.await_one("convertd-front"), itertools.count()
+    with false_front.connected(broker, ALICE):
+        number = connection_of(front)
+
+        def is_full() -> bool:
+            """The broker sleeps though there is as much for it as the channel holds."""
+            while front.line.send(channel.GetAccess(call=0, connection=number), wait=False):
+                next(asked)
+            return processes.state(broker.pid) == "S"
+
+        waiting.until(is_full, "the broker does not listen any more")
+        for _ in range(next(asked)):
+            front.await_message(channel.AccessReport)
+        assert front.quiet()
+    assert broker.await_one("convertd-front") == first
+
+
+def test_nobody_is_let_in_while_it_does_not_read(broker: Daemon, front: FalseFront) -> None:
+    """Else whoever connects often enough would be the end of a front that is merely slow."""
+    first = broker.await_one("convertd-front")
+
+    def is_full() -> bool:
+        """The broker sleeps though as many as the backlog holds wait to be let in."""
+        while _come_and_go(broker.socket):
+            pass
+        return processes.state(broker.pid) == "S" and not _come_and_go(broker.socket)
+
+    waiting.until(is_full, "the broker lets nobody in any more")
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.setblocking(False)
+        while sock.connect_ex(str(broker.socket)):
+            message, descriptors = front.hears()
+            assert isinstance(message, channel.Connected)
+            channel.close_all(descriptors)
+        assert front.quiet()
+    assert broker.await_one("convertd-front") == first
+
+
+def _come_and_go(path: Path) -> bool:
+    """Connect and be gone, if there is room."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.setblocking(False)
+        try:
+            sock.connect(str(path))
+        except BlockingIOError:
+            return False
+        return True
 
 
 def test_a_front_that_dies_again_and_again_is_started_again_and_again(

@@ -109,10 +109,14 @@ def test_who_waits_is_told_when_the_place_in_the_queue_changes(
     """And only then; it counts from one, in each of the two queues."""
     first, second = (table.add(number, connection, to(f"/images/{number}")) for number in (1, 2))
     look = table.add(3, connection, LOOK)
-    assert [(job, job.position) for job in table.moved()] == [(first, 1), (second, 2), (look, 1)]
-    assert list(table.moved()) == []
+    assert table.moved() == [first, second, look]
+    for job, position in ((first, 1), (second, 2), (look, 1)):
+        assert job.position == position
+        job.told = position
+    assert table.moved() == []
     assert table.conversions.next() is first
-    assert [(job, job.position) for job in table.moved()] == [(second, 1)]
+    assert table.moved() == [second]
+    assert second.position == 1
 
 
 def test_a_job_that_is_removed_gives_its_place_back(

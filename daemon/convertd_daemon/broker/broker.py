@@ -51,6 +51,9 @@ FRONT_START_S: Final = 30.0
 FRONT_RESTARTS: Final = 5
 """So many fronts may die before one has served; then the daemon gives up."""
 
+FRONT_READS_S: Final = 20.0
+"""A front that has messages waiting and takes none of them for so long is replaced."""
+
 FRONT_STOP_S: Final = 5.0
 STOP_MARGIN_S: Final = 5.0
 TOO_LONG: Final = errors.Unsupported(what="so long an answer", why="it does not fit into a message")
@@ -82,6 +85,7 @@ class Broker:
         self.connections.prober = os.getpid()
         self.jobs = jobs.Jobs(rules.limits)
         self.front: front.Front | None = None
+        self.catching_up: loop.Timer | None = None
         self.fronts_lost = 0
         self.stopping = False
         self.ending_front = False
@@ -89,7 +93,7 @@ class Broker:
         self.failed = ""
         self.counters = metrics.Counters()
         self.said = status.Status()
-        self.watchdog = watchdog.Watchdog(self.loop, household.listener.sock)
+        self.watchdog = watchdog.Watchdog(self.loop, household.listener.sock, self.send)
         self.idle = idle.Idle(self.loop, self.retire)
         self.spare = workers.Spare(self.loop, household.setup, self.may_begin)
 
@@ -104,7 +108,7 @@ class Broker:
             }
         )
         self.start_front()
-        self.watchdog.tick(self.send, lambda: self.stopping)
+        self.watchdog.tick(lambda: self.stopping)
         self.write_counters()
         self.loop.run()
         self.write_counters()
@@ -124,15 +128,12 @@ class Broker:
             started.kill()
 
     def send(self, message: object, descriptor: int | None = None) -> None:
-        """Send the front a message; a front that is gone or stuck is dealt with, not reported."""
+        """Send the front a message; a front that is gone is dealt with, not reported."""
         if self.front is None:
             channel.close_all([] if descriptor is None else [descriptor])
             return
         try:
             self.front.send(message, descriptor)
-        except front.FrontIsStuck:
-            log.exception("the front does not read its messages")
-            self.front.kill()
         except channel.Closed:
             return  # its end is on its way to us as SIGCHLD
         except channel.TooLong as error:
@@ -141,25 +142,66 @@ class Broker:
             call = getattr(message, "call", None)
             if call is not None and not isinstance(message, channel.Refused):
                 self.refuse(call, TOO_LONG.failure())
-        if self.front.is_behind:
-            self.loop.watch(self.front.line.fileno(), loop.READ | loop.WRITE, self.hear_front)
+        if self.front.is_behind and self.catching_up is None:
+            self.let_catch_up(self.front)
 
-    def hear_front(self, events: int) -> None:
-        """Catch up with sending, and take one message."""
+    def let_catch_up(self, behind: front.Front) -> None:
+        """Take nothing new while the front has not read what there is for it.
+
+        Neither a connection nor a request, of which each makes messages: what waits for a front
+        stays within what the jobs there are can make. The front itself never waits to send.
+        """
+        self.loop.watch(behind.line.fileno(), loop.WRITE, self.catch_up)
+        self.loop.forget(self.household.listener.sock.fileno())
+        self._watch_it_read(behind)
+
+    def _watch_it_read(self, behind: front.Front) -> None:
+        sent = behind.sent
+        self.catching_up = self.loop.after(FRONT_READS_S, lambda: self._judge(behind, sent))
+
+    def _judge(self, behind: front.Front, sent: int) -> None:
+        if behind.sent > sent:
+            self._watch_it_read(behind)
+        else:
+            log.error("the front does not read its messages")
+            behind.kill()
+
+    def catch_up(self, _events: int) -> None:
+        """Send what waits, and when nothing does, go on as before."""
         if self.front is None:
             return
         try:
-            if events & loop.WRITE:
-                self.front.catch_up()
-                if not self.front.is_behind:
-                    self.loop.watch(self.front.line.fileno(), loop.READ, self.hear_front)
+            self.front.catch_up()
+        except channel.Closed:
+            self.part_with_front(self.front)
+            return
+        if not self.front.is_behind:
+            self.forget_catching_up()
+            self.loop.watch(self.front.line.fileno(), loop.READ, self.hear_front)
+            self.watch_listener()
+            self.tell_positions()
+
+    def forget_catching_up(self) -> None:
+        """The front keeps up, or is gone."""
+        if self.catching_up is not None:
+            self.catching_up.cancel()
+            self.catching_up = None
+
+    def part_with_front(self, leaving: front.Front) -> None:
+        """Its end is closed: an honest front ends now. Another would never answer."""
+        self.loop.forget(leaving.line.fileno())
+        leaving.kill()
+
+    def hear_front(self, _events: int) -> None:
+        """Take one message."""
+        if self.front is None:
+            return
+        try:
             message, descriptors = self.front.line.receive(*channel.FROM_FRONT, wait=False)
         except BlockingIOError:
             return
         except channel.Closed:
-            # An honest front ends now. One that does not would have us accept and never answer.
-            self.loop.forget(self.front.line.fileno())
-            self.front.kill()
+            self.part_with_front(self.front)
             return
         except codec.CodecError:
             # We made it and it does not speak our language: it is no longer ours.
@@ -176,6 +218,7 @@ class Broker:
             self.loop.forget(self.front.line.fileno())
             self.front.close()
             self.front = None
+        self.forget_catching_up()
         self.stop_accepting()
         for connection in self.connections:
             self.drop(connection)
@@ -197,7 +240,12 @@ class Broker:
     def start_accepting(self) -> None:
         """Let people in."""
         self.accepting = True
-        self.loop.watch(self.household.listener.sock.fileno(), loop.READ, self.accept)
+        self.watch_listener()
+
+    def watch_listener(self) -> None:
+        """Hear of those who connect, if they are let in and the front keeps up."""
+        if self.accepting and self.front is not None and not self.front.is_behind:
+            self.loop.watch(self.household.listener.sock.fileno(), loop.READ, self.accept)
 
     def stop_accepting(self) -> None:
         """Leave those who connect in the socket's backlog."""
@@ -220,6 +268,7 @@ class Broker:
                 self.stop_accepting()
                 self.loop.after(1.0, self._accept_again)
             return  # else the peer was gone before we came. Source: accept(2)
+        self.watchdog.accepted()
         self.admit(sock)
 
     def _accept_again(self) -> None:
@@ -376,9 +425,16 @@ class Broker:
         for lane in (self.jobs.conversions, self.jobs.looks):
             while not self.stopping and (job := lane.next()) is not None:
                 self.start(job)
-        for job in self.jobs.moved():
-            self.send(channel.Waiting(call=job.call, job_id=job.job_id, position=job.position))
+        self.tell_positions()
         self.tell_status()
+
+    def tell_positions(self) -> None:
+        """Tell those who wait where they stand; of what a front that is behind missed, the last."""
+        for job in self.jobs.moved():
+            if self.front is None or self.front.is_behind:
+                return
+            self.send(channel.Waiting(call=job.call, job_id=job.job_id, position=job.position))
+            job.told = job.position
 
     def start(self, job: jobs.Job) -> None:
         """Have a process do a job, and give the front the other end of its channel."""

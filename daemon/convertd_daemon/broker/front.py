@@ -16,18 +16,13 @@ from convertd_daemon.sandbox import identity
 if TYPE_CHECKING:
     from convertd_daemon.sandbox.identity import Identity
 
-MAX_BEHIND: Final = 4096
-"""So many messages a front may be behind before it is taken for stuck."""
-
 CHANNEL_DESCRIPTOR: Final = 3
-
-
-class FrontIsStuck(Exception):
-    """The front does not read what it is sent."""
 
 
 class Front:
     """The running front: its process, our end of its channel, and what could not yet be sent.
+
+    `sent` counts the messages that there was room for.
 
     Owns the channel and every descriptor it is asked to send.
     """
@@ -36,6 +31,7 @@ class Front:
         """Take over a started front."""
         self.pid = pid
         self.line = line
+        self.sent = 0
         self._behind: collections.deque[tuple[bytes, int | None]] = collections.deque()
 
     @property
@@ -47,7 +43,6 @@ class Front:
         """Send a message, with a descriptor that is then closed here; later, if there is no room.
 
         Raises:
-            FrontIsStuck: far too much waits already.
             channel.Closed: the front is gone.
             channel.TooLong: the message can't be sent.
         """
@@ -55,8 +50,6 @@ class Front:
             if descriptor is not None:
                 unsent.callback(os.close, descriptor)
             data = channel.encoded(message)
-            if len(self._behind) >= MAX_BEHIND:
-                raise FrontIsStuck
             unsent.pop_all()
         self._behind.append((data, descriptor))
         self.catch_up()
@@ -73,6 +66,7 @@ class Front:
             if not self.line.send_bytes(data, *rights, wait=False):
                 return
             self._behind.popleft()
+            self.sent += 1
             if descriptor is not None:
                 os.close(descriptor)
 

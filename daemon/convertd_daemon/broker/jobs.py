@@ -48,6 +48,7 @@ class Job:
     queued: float = field(default_factory=time.time)
     state: State = State.WAITING
     position: int = 0
+    told: int = 0
     pid: int = 0
     started: float | None = None
     finished: bool = False
@@ -239,13 +240,15 @@ class Jobs:
         """The jobs that were asked for over a connection."""
         return [job for job in self if job.connection == connection]
 
-    def moved(self) -> Iterator[Job]:
-        """Number those that wait anew, and give each whose position is another than before."""
+    def moved(self) -> list[Job]:
+        """Number those that wait anew; those whose position is another than they were told."""
+        moved = []
         for lane in (self.conversions, self.looks):
             for position, job in enumerate(lane.in_order(), start=1):
-                if job.position != position:
-                    job.position = position
-                    yield job
+                job.position = position
+                if job.told != position:
+                    moved.append(job)
+        return moved
 
 
 def _conversion_bounds(limits: model.Limits) -> dict[str, int]:

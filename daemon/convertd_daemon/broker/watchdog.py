@@ -41,38 +41,55 @@ def limit_s() -> float:
 class Watchdog:
     """Probes the daemon from outside, and pings systemd for each probe that came through."""
 
-    def __init__(self, loop: Loop, listening: socket.socket) -> None:
-        """Probe whoever accepts from this socket, once started."""
+    def __init__(
+        self, loop: Loop, listening: socket.socket, send: Callable[[object, int], None]
+    ) -> None:
+        """Probe whoever accepts from this socket, once started.
+
+        `send` gives the front a message and a descriptor.
+        """
         self._loop = loop
         self._address = listening.getsockname()
+        self._send = send
         self._interval_s = limit_s() / PROBES_PER_LIMIT
         self._probe = 0
+        self._wants_room = False
 
-    def tick(self, send: Callable[[object, int], None], is_draining: Callable[[], bool]) -> None:
+    def tick(self, is_draining: Callable[[], bool]) -> None:
         """Probe now and from now on, if systemd asked for it.
 
-        `send` gives the front a message and a descriptor. While the daemon drains nobody is
-        accepted any more: then the loop alone vouches for it.
+        While the daemon drains nobody is accepted any more: then the loop alone vouches for it.
         """
         if not self._interval_s:
             return
         if is_draining():
             notify.watchdog()
         else:
-            self._begin(send)
-        self._loop.after(self._interval_s, lambda: self.tick(send, is_draining))
+            self._begin()
+        self._loop.after(self._interval_s, lambda: self.tick(is_draining))
 
-    def _begin(self, send: Callable[[object, int], None]) -> None:
+    def accepted(self) -> None:
+        """Somebody was let in, so that the backlog has room for a probe that found none.
+
+        Others may see to it that it is full whenever else we look.
+        """
+        if self._wants_room:
+            self._begin()
+
+    def _begin(self) -> None:
+        self._wants_room = False
         self._probe += 1
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             sock.connect(self._address)
+        except BlockingIOError:
+            sock.close()
+            self._wants_room = True
         except OSError as error:
-            # A backlog that is full answers EAGAIN. The next probe comes in time.
             log.warning("can't connect to ourselves error=%s", error)
             sock.close()
-            return
-        send(channel.Probe(probe=self._probe), sock.detach())
+        else:
+            self._send(channel.Probe(probe=self._probe), sock.detach())
 
     def hear(self, probe: int) -> None:
         """A probe came through. One that comes late says nothing about now."""

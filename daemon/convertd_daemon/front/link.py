@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+AT_A_TIME: Final = 16
+"""So many messages are taken from the broker before calls get their turn: some make much work."""
+
 REPLACED_BY_NEWER: Final = (channel.Progressed, channel.Waiting)
 
 
@@ -185,7 +188,7 @@ class Link:
 
     def _listen(self) -> None:
         try:
-            while True:
+            for _ in range(AT_A_TIME):
                 message, descriptors = self.line.receive(*channel.FROM_BROKER, wait=False)
                 self._deal(message, descriptors)
         except BlockingIOError:

@@ -1,0 +1,67 @@
+"""The watchdog's probe, on a real socket, reaches whoever accepts, however many others connect."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from convertd_daemon import channel
+from convertd_daemon.broker import loop, watchdog
+
+
+@pytest.fixture
+def listener(tmp_path: Path) -> Iterator[socket.socket]:
+    """A socket with room for few in its backlog."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(tmp_path / "socket"))
+        sock.listen(1)
+        yield sock
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let systemd want to hear of us, though not while the test runs."""
+    monkeypatch.setenv("WATCHDOG_USEC", "3600000000")
+    monkeypatch.delenv("WATCHDOG_PID", raising=False)
+
+
+@contextlib.contextmanager
+def crowd(listener: socket.socket) -> Iterator[None]:
+    """As many connections as there is room for."""
+    with contextlib.ExitStack() as stack:
+        while True:
+            sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+            sock.setblocking(False)
+            try:
+                sock.connect(listener.getsockname())
+            except BlockingIOError:
+                break
+        yield
+
+
+def test_a_probe_that_finds_no_room_takes_the_first_there_is(
+    listener: socket.socket, asked: None
+) -> None:
+    """Whoever keeps the backlog full does not keep us from saying that we live."""
+    assert asked is None
+    sent: list[object] = []
+
+    def send(message: object, descriptor: int) -> None:
+        sent.append(message)
+        os.close(descriptor)
+
+    one = watchdog.Watchdog(loop.Loop(), listener, send)
+    with crowd(listener):
+        one.tick(lambda: False)
+        one.accepted()  # by somebody who took another's place at once
+        assert not sent
+        listener.accept()[0].close()
+        one.accepted()
+        assert [type(message) for message in sent] == [channel.Probe]
+        one.accepted()
+        assert len(sent) == 1
