@@ -190,7 +190,8 @@ def test_a_destination_whose_name_is_swapped_is_replaced_or_left_alone(
             ends[answer.reason or answer.status] += 1
     assert count.changes > 10 * ROUNDS
     allowed = {"OK", "SYMLINK_IN_PATH", "NOT_AN_IMAGE", "DEST_EXISTS", "NAME_REPLACED"}
-    assert ends.keys() <= allowed | {"WRITE_FAILED"}
+    # The last where a directory took the name at the very end: Landlock has none replaced.
+    assert ends.keys() <= allowed | {"WRITE_FAILED", "ACCESS_REFUSED"}
     assert secret.unchanged()
     assert set(os.listdir(own_dir)) <= names
     assert os.listdir(own_dir / "directory") == []

@@ -157,7 +157,12 @@ class Work:
         """Begin all, end each in its own way, wait for all."""
         # Kills first: what lasts and is ended later is there to be killed.
         ends = sorted((chance.choice(ENDS) for _ in range(count)), reverse=True)
-        calls = [self.begin(end, chance.choice(self.agents)) for end in ends]
+        calls = []
+        for end in ends:
+            calls.append(self.begin(end, chance.choice(self.agents)))
+            if end.startswith("kill"):
+                # Calls of one connection may overtake each other, and it must not wait for others.
+                calls[-1].await_event(lambda event: bool(job_id_of(event)))
         for end, call in zip(ends, calls, strict=True):
             self.bring_about(end, call)
         outcomes = [call.end().status for call in calls]

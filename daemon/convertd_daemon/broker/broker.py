@@ -97,8 +97,8 @@ class Broker:
         self.idle = idle.Idle(self.loop, self.retire)
         self.spare = workers.Spare(self.loop, household.setup, self.may_begin)
 
-    def run(self) -> None:
-        """Serve until SIGTERM or SIGINT, or until the front can't be kept alive."""
+    def run(self, first: front.Front) -> None:
+        """Serve until SIGTERM or SIGINT, or until a front can't be kept alive. One is started."""
         self.loop.on_signals(
             {
                 signal.SIGTERM: self.stop,
@@ -107,7 +107,7 @@ class Broker:
                 signal.SIGCHLD: self.reap,
             }
         )
-        self.start_front()
+        self.await_front(first)
         self.watchdog.tick(lambda: self.stopping)
         self.write_counters()
         self.loop.run()
@@ -115,9 +115,8 @@ class Broker:
 
     # --- the front ---------------------------------------------------------------------------
 
-    def start_front(self) -> None:
-        """Start a front. Nobody is accepted until it says that it serves."""
-        started = front.start(self.household.front_user, self.household.private)
+    def await_front(self, started: front.Front) -> None:
+        """Have a front. Nobody is accepted until it says that it serves."""
         self.front = started
         self.loop.watch(started.line.fileno(), loop.READ, self.hear_front)
         self.loop.after(FRONT_START_S, lambda: self._give_up_on(started))
@@ -233,7 +232,7 @@ class Broker:
             self.loop.stop()
             return
         log.error("the front ended; starting another")
-        self.start_front()
+        self.await_front(front.start(self.household.front_user, self.household.private))
 
     # --- connections -------------------------------------------------------------------------
 

@@ -76,6 +76,13 @@ class Front:
         channel.close_all([fd for _, fd in self._behind if fd is not None])
         self._behind.clear()
 
+    def end(self) -> None:
+        """End it now and see it gone, unless it is, and closed."""
+        if self.line.fileno() >= 0:
+            self.kill()
+            os.waitpid(self.pid, 0)
+            self.close()
+
     def kill(self) -> None:
         """End it now. It is our child and not reaped yet, so the pid is its own."""
         os.kill(self.pid, signal.SIGKILL)

@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 from convertd_daemon import __version__, channel
-from convertd_daemon.broker import broker, listen, load, reach, selftest, startup, stderr
+from convertd_daemon.broker import broker, front, listen, load, reach, selftest, startup, stderr
 from convertd_daemon.kernel import prctl
 from convertd_daemon.sandbox import errors as sandbox_errors
 from convertd_daemon.sandbox import limits, narrow, seccomp
@@ -107,6 +107,9 @@ def serve(policy_path: str, socket_path: str) -> int:
         )
         narrow.narrow_broker()
         prctl.set_child_subreaper()
+        # Now, for it loads gRPC while the self-test runs.
+        first = front.start(front_user, private)
+        undo.callback(first.end)
         tested = selftest.run(setup, private)
         household = broker.Household(
             listener=listener,
@@ -120,7 +123,7 @@ def serve(policy_path: str, socket_path: str) -> int:
         # What is here now stays: a collection would only copy pages that each job shares with us.
         gc.collect()
         gc.freeze()
-        running.run()
+        running.run(first)
     if running.failed:
         raise startup.CantStart(running.failed)
     return 0

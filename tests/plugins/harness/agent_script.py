@@ -45,20 +45,24 @@ def as_bytes(data: bytes) -> bytes:
     return data
 
 
-async def make(channel: grpc.aio.Channel, order: dict[str, Any]) -> None:
-    """Make one call, and tell all that is heard of it."""
+def begin(channel: grpc.aio.Channel, order: dict[str, Any]) -> None:
+    """Make one call. The next order may call it off."""
     method = channel.unary_stream(order["method"], as_bytes, as_bytes)
     data = base64.b64decode(order["data"])
-    call = method(data, timeout=order["timeout"], wait_for_ready=True)
-    calls[order["id"]] = call
+    calls[order["id"]] = method(data, timeout=order["timeout"], wait_for_ready=True)
+
+
+async def listen(number: int) -> None:
+    """Tell all that is heard of a call."""
+    call = calls[number]
     with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
         async for message in call:
-            tell(order["id"], message=as_text(message))
+            tell(number, message=as_text(message))
     trailing = await call.trailing_metadata() or ()
     details = [as_text(value) for key, value in trailing if isinstance(value, bytes)]
     code, text = await call.code(), await call.details()
-    tell(order["id"], code=code.name, text=text or "", details=details)
-    del calls[order["id"]]
+    tell(number, code=code.name, text=text or "", details=details)
+    del calls[number]
 
 
 async def main(socket: str) -> None:
@@ -72,7 +76,8 @@ async def main(socket: str) -> None:
         async for line in orders:
             order = json.loads(line)
             if "method" in order:
-                tasks.add(asyncio.create_task(make(channel, order)))
+                begin(channel, order)
+                tasks.add(asyncio.create_task(listen(order["id"])))
             elif order["id"] in calls:
                 calls[order["id"]].cancel()
 
