@@ -32,9 +32,9 @@ DEBIAN_PACKAGES := acl bindfs btrfs-progs e2fsprogs fio gcc groff-base iproute2 
 # Passed on: make test PYTEST_FLAGS='-k policy'
 PYTEST_FLAGS :=
 
-# So many files of tests at a time. Each test finds its daemon, its directories and its devices by
-# names of their own.
-WORKERS := 2
+# So many files of tests at a time: more than two processors, for many a test waits. Each finds its
+# daemon, its directories and its devices by names of their own.
+WORKERS := 3
 
 # Passed on: make bench BENCH_FLAGS='--large-rounds 5 --directory /srv'
 BENCH_FLAGS :=
@@ -46,7 +46,8 @@ build: $(ENV)/.installed
 
 # Everything: first the checks, then the tests, so that pytest has the last word.
 test: check packages users peers installable deb
-	$(ENV)/bin/pytest --numprocesses=$(WORKERS) --dist=loadfile $(PYTEST_FLAGS)
+	$(ENV)/bin/pytest --numprocesses=$(WORKERS) --dist=loadfile \
+	  --no-loadscope-reorder $(PYTEST_FLAGS)
 
 check: $(ENV)/.installed
 	$(ENV)/bin/ruff format --check

@@ -2,4 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pytest
+
 pytest_plugins = ("forbid_skips", "properties", "harness.fixtures", "pytester")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the machines that boot: of several at work, none is to be left with them alone."""
+    items.sort(key=lambda item: "units" not in item.path.parts)

@@ -154,7 +154,7 @@ def test_no_spoilt_image_brings_a_secret_or_the_daemon_down(
     assert run.figures.ends["convert OK"] == len(honest)
     run.through([mutation.spoilt(seeds, SEED, number) for number in range(AT_ONCE)])
     pids = {"broker": daemon.pid, "front": front}
-    before = {name: processes.private_kib(pid) for name, pid in pids.items()}
+    before = {name: processes.anonymous_kib(pid) for name, pid in pids.items()}
     open_before = {name: len(processes.descriptors(pid)) for name, pid in pids.items()}
     number = AT_ONCE
     while number < IMAGES and time.monotonic() < end:
@@ -163,7 +163,7 @@ def test_no_spoilt_image_brings_a_secret_or_the_daemon_down(
         number = last
     daemon.await_calm()
     assert daemon.await_one(FRONT) == front
-    after = {name: processes.private_kib(pid) for name, pid in pids.items()}
+    after = {name: processes.anonymous_kib(pid) for name, pid in pids.items()}
     open_after = {name: len(processes.descriptors(pid)) for name, pid in pids.items()}
     _tell(run.figures, before, after)
     assert all(open_after[name] <= open_before[name] for name in pids)

@@ -43,12 +43,12 @@ MIB: Final = 1024
 def unimpressed(daemon: Daemon) -> Iterator[None]:
     """After each the daemon serves others, and has not grown."""
     pids = (daemon.pid, daemon.await_one(FRONT))
-    before = [processes.private_kib(pid) for pid in pids]
+    before = [processes.anonymous_kib(pid) for pid in pids]
     began = time.monotonic()
     yield
     assert daemon.agent(BOB).access().uid == BOB.uid
     assert time.monotonic() - began < BOUND_S
-    after = [processes.private_kib(pid) for pid in pids]
+    after = [processes.anonymous_kib(pid) for pid in pids]
     assert all(now < then + 16 * MIB for now, then in zip(after, before, strict=True))
     daemon.await_calm()
 

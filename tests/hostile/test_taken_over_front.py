@@ -106,6 +106,13 @@ def connection_of(front: FalseFront) -> int:
     return message.connection
 
 
+def await_descriptors(broker: Daemon, most: int) -> None:
+    """Wait until the broker has no more: a spare process may be about to be forked."""
+    waiting.until(
+        lambda: false_front.descriptors_of(broker.pid) <= most, "the broker's descriptors close"
+    )
+
+
 def reason(answer: object) -> str:
     """Why a call was refused."""
     assert isinstance(answer, channel.Refused), answer
@@ -366,9 +373,7 @@ def test_it_can_pass_nothing_for_a_passphrase_that_holds_a_job_up(
                 front.await_message(channel.Ended)
             else:
                 assert reason(answer) in {"BAD_MESSAGE", "PERMISSION_DENIED"}
-    waiting.until(
-        lambda: false_front.descriptors_of(broker.pid) <= before, "the broker's descriptors close"
-    )
+    await_descriptors(broker, before)
     for fd in (reader, writer, file):
         os.close(fd)
     one.close()
@@ -418,7 +423,7 @@ def test_what_is_no_message_ends_the_front_and_nothing_else(
     await_the_end_of(front)
     front.take_over_next(broker)
     assert front.quiet()
-    assert false_front.descriptors_of(broker.pid) <= before
+    await_descriptors(broker, before)
 
 
 def test_a_front_that_closes_its_channel_and_lives_on_is_replaced(
@@ -435,7 +440,7 @@ def test_a_front_that_closes_its_channel_and_lives_on_is_replaced(
 def test_a_front_that_reads_nothing_is_replaced(broker: Daemon, front: FalseFront) -> None:
     """Until then it is not heard either: what it has not read does not fill the broker's memory."""
     first = broker.await_one("convertd-front")
-    before = processes.private_kib(broker.pid)
+    before = processes.anonymous_kib(broker.pid)
     message = codec.encode(channel.ListJobs(call=1, connection=2**40))
     with contextlib.suppress(channel.Closed):
         while front.line.send_bytes(message):
@@ -443,7 +448,7 @@ def test_a_front_that_reads_nothing_is_replaced(broker: Daemon, front: FalseFron
     waiting.until(lambda: not processes.exists(first), "the front is killed")
     front.take_over_next(broker)
     assert front.quiet()
-    assert processes.private_kib(broker.pid) < before + 16 * 1024
+    assert processes.anonymous_kib(broker.pid) < before + 16 * 1024
 
 
 def test_a_front_that_was_slow_gets_all_its_answers(broker: Daemon, front: FalseFront) -> None:
@@ -506,7 +511,7 @@ def test_a_front_that_dies_again_and_again_is_started_again_and_again(
         os.kill(broker.await_one("convertd-front"), signal.SIGKILL)
         front.take_over_next(broker)
         assert front.quiet()
-    assert false_front.descriptors_of(broker.pid) <= before
+    await_descriptors(broker, before)
 
 
 class Spoiler:
@@ -622,9 +627,7 @@ def test_random_requests_stay_within_the_policy(
     broker.await_none(JOB)
     for fd in pipe:
         os.close(fd)
-    waiting.until(
-        lambda: false_front.descriptors_of(broker.pid) <= before, "the broker's descriptors close"
-    )
+    await_descriptors(broker, before)
     assert secret.unchanged()
     assert {path.stat().st_uid for path in image.parent.iterdir()} == {ALICE.uid}
     assert not any(asking.holds(path, secret.marker) for path in image.parent.iterdir())
@@ -670,7 +673,7 @@ def test_spoilt_messages_never_end_the_broker(broker: Daemon, front: FalseFront)
             await_the_end_of(front)
             front.take_over_next(broker)
     assert front.quiet()
-    assert false_front.descriptors_of(broker.pid) <= before
+    await_descriptors(broker, before)
 
 
 def is_a_message(data: bytes) -> bool:

@@ -42,11 +42,11 @@ MIB: Final = 1024
 def unimpressed(daemon: Daemon) -> Iterator[None]:
     """After each test the same front serves others, without having grown."""
     front = daemon.await_one(FRONT)
-    before = processes.private_kib(front)
+    before = processes.anonymous_kib(front)
     yield
     assert daemon.await_one(FRONT) == front
     assert daemon.agent(BOB).access().uid == BOB.uid
-    assert processes.private_kib(front) < before + 64 * MIB
+    assert processes.anonymous_kib(front) < before + 64 * MIB
 
 
 def base(pick: random.Random) -> bytes:

@@ -6,6 +6,7 @@ Sized for a small machine; CONVERTD_TEST_LOAD=full is 1,000 connections and 200 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import re
@@ -83,7 +84,7 @@ def footprint(daemon: Daemon) -> Footprint:
     """The daemon's, now."""
     pids = (daemon.pid, daemon.await_one(FRONT))
     broker, front = (len(processes.descriptors(pid)) for pid in pids)
-    of_broker, of_front = (processes.private_kib(pid) for pid in pids)
+    of_broker, of_front = (processes.anonymous_kib(pid) for pid in pids)
     return Footprint(descriptors=(broker, front), memory_kib=(of_broker, of_front))
 
 
@@ -295,3 +296,28 @@ def attack(daemon: Daemon, how: str, uid: int) -> subprocess.Popen[bytes]:
     argv = [PYTHON, "-I", "-c", HOSTILE.read_text(encoding="utf-8"), str(daemon.socket), how]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     return Caller(uid=uid, gid=uid).popen(argv, **pipes)
+
+
+PINGS: Final = 5
+"""One alone may find room in the backlog by luck."""
+
+
+def test_a_daemon_in_a_crowd_tells_systemd_that_it_lives(
+    make_daemon: Callable[[str], Daemon],
+) -> None:
+    """Whoever connects and is gone at once, as fast as it can, keeps its backlog full."""
+    daemon = make_daemon(POLICY)
+    daemon.start(wrapper=("env", "WATCHDOG_USEC=3000000"))
+    crowd = [attack(daemon, "come_and_go", 4000 + number) for number in range(6)]
+    waiting.until(lambda: _is_crowded(daemon), "the backlog is full", PATIENCE_S)
+    for _ in range(PINGS):
+        daemon.await_notice("WATCHDOG=1")
+    for process in crowd:
+        said, _ = process.communicate(timeout=PATIENCE_S)
+        assert int(said) > 0
+
+
+def _is_crowded(daemon: Daemon) -> bool:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.setblocking(False)
+        return sock.connect_ex(str(daemon.socket)) == errno.EAGAIN

@@ -92,7 +92,7 @@ def await_as_before(daemon: Daemon, operator: Agent, before: State) -> None:
 
 def memory_kib(daemon: Daemon) -> tuple[int, int]:
     """What broker and front have for themselves."""
-    return processes.private_kib(daemon.pid), processes.private_kib(daemon.await_one(FRONT))
+    return processes.anonymous_kib(daemon.pid), processes.anonymous_kib(daemon.await_one(FRONT))
 
 
 @pytest.fixture

@@ -330,7 +330,7 @@ def test_many_calls_leave_no_descriptor_process_or_memory_behind(
 
 def state(pid: int) -> tuple[int, int]:
     """How many descriptors and how much memory (KiB) a process has."""
-    return len(processes.descriptors(pid)), processes.private_kib(pid)
+    return len(processes.descriptors(pid)), processes.anonymous_kib(pid)
 
 
 def work(daemon: Daemon, library: Path, directory: Path, rounds: int) -> None:

@@ -93,11 +93,14 @@ def environment(pid: int) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in pairs if pair)
 
 
-def private_kib(pid: int) -> int:
-    """The memory that is this process's alone, in KiB. Source: proc_pid_smaps(5)."""
-    with open(f"/proc/{pid}/smaps_rollup", encoding="ascii") as rollup:
-        fields = dict(line.split(":", 1) for line in rollup if ":" in line.split(" ", 1)[0])
-    return sum(int(fields[name].split()[0]) for name in ("Private_Clean", "Private_Dirty"))
+def anonymous_kib(pid: int) -> int:
+    """The memory that a process has made for itself, in KiB, whoever was forked from it since.
+
+    Source: proc_pid_status(5).
+    """
+    with open(f"/proc/{pid}/status", encoding="utf-8") as status:
+        fields = dict(line.split(":", 1) for line in status)
+    return int(fields["RssAnon"].split()[0])
 
 
 def _all() -> Iterator[Process]:
