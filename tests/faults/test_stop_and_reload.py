@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from harness import images, processes, waiting
+from harness import callers, images, processes, waiting
 from harness.agent import Call, conversion
 from harness.callers import ALICE, BOB
-from harness.daemon import FRONT, JOB, QEMU_IMG, Daemon
+from harness.daemon import FRONT, JOB, QEMU_IMG, Daemon, DidNotStart
 from harness.fixtures import MakeDaemon
 
 from convertd.v1 import convert_pb2 as pb
@@ -178,6 +178,21 @@ def test_a_front_that_dies_again_and_again_is_given_up(daemon: Daemon) -> None:
     assert last.startswith("convertd: the front ended again and again")
     assert len(seen) > 1
     daemon.check_gone()
+
+
+def test_a_front_that_can_not_begin_is_given_up(make_daemon: MakeDaemon, tmp_path: Path) -> None:
+    """The first ends while the self-test runs, when nobody listens for that yet."""
+    crash = (
+        "import os, sys\nif sys.orig_argv[1:3] == ['-m', 'convertd_daemon.front']:\n os._exit(1)"
+    )
+    (tmp_path / "sitecustomize.py").write_text(crash, encoding="utf-8")
+    callers.let_everybody_reach(tmp_path)
+    daemon = make_daemon(POLICY)
+    with pytest.raises(DidNotStart) as ended:
+        daemon.start(wrapper=("env", f"PYTHONPATH={tmp_path}"))
+    assert ended.value.status == 1
+    last = ended.value.said.splitlines()[-1]
+    assert last.startswith("convertd: the front ended again and again")
 
 
 # --- SIGHUP -------------------------------------------------------------------------------------

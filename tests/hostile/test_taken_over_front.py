@@ -451,6 +451,20 @@ def test_a_front_that_reads_nothing_is_replaced(broker: Daemon, front: FalseFron
     assert processes.anonymous_kib(broker.pid) < before + 16 * 1024
 
 
+def test_a_front_that_closes_half_its_channel_is_replaced(
+    broker: Daemon, front: FalseFront
+) -> None:
+    """It would be sent nothing more, and no event of its descriptor tells of that."""
+    first = broker.await_one("convertd-front")
+    before = false_front.descriptors_of(broker.pid)
+    front.line.sock.shutdown(socket.SHUT_RD)
+    while processes.exists(first):
+        _come_and_go(broker.socket)
+    front.take_over_next(broker)
+    assert front.quiet()
+    await_descriptors(broker, before)
+
+
 def test_a_front_that_was_slow_gets_all_its_answers(broker: Daemon, front: FalseFront) -> None:
     """It is not heard while it does not read, and loses nothing by it."""
     first, asked = broker.await_one("convertd-front"), itertools.count()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from children import in_child
 
 from convertd_daemon import channel
 from convertd_daemon.broker import loop, watchdog
@@ -65,3 +67,18 @@ def test_a_probe_that_finds_no_room_takes_the_first_there_is(
         assert [type(message) for message in sent] == [channel.Probe]
         one.accepted()
         assert len(sent) == 1
+
+
+def test_without_a_descriptor_there_is_no_probe_this_time(
+    listener: socket.socket, asked: None
+) -> None:
+    """The loop that called goes on: callers who leave give some back."""
+    assert asked is None
+    one = watchdog.Watchdog(loop.Loop(), listener, lambda *_: None)
+
+    def probe() -> str:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+        one.tick(lambda: False)
+        return "lives"
+
+    assert in_child(probe) == "lives"

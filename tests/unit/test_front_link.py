@@ -126,6 +126,23 @@ def test_an_answer_reaches_the_call_that_asked() -> None:
     run(test)
 
 
+def test_what_a_broker_that_stops_has_still_said_is_heard() -> None:
+    """All of it, though what there is to send can't be sent any more."""
+
+    async def test(a_link: link.Link, broker: Broker) -> None:
+        with contextlib.ExitStack() as stack:
+            calls = [stack.enter_context(a_link.call(list_jobs)) for _ in range(3 * link.AT_A_TIME)]
+            for call in calls:
+                broker.line.send(channel.Done(call=call.number))
+            broker.line.close()
+            a_link.send(channel.Ready())
+            for call in calls:
+                assert await call.next() == channel.Done(call=call.number)
+                call.over = True
+
+    run(test)
+
+
 def test_a_call_that_is_left_is_abandoned() -> None:
     """However it is left, the broker is told, unless the call had ended anyway."""
 

@@ -51,8 +51,9 @@ FRONT_START_S: Final = 30.0
 FRONT_RESTARTS: Final = 5
 """So many fronts may die before one has served; then the daemon gives up."""
 
-FRONT_READS_S: Final = 20.0
-"""A front that has messages waiting and takes none of them for so long is replaced."""
+FRONT_READS_S: Final = 10.0
+"""A front that has messages waiting and takes none of them for so long is replaced. Sooner than
+systemd's watchdog would replace all of us, jobs included."""
 
 FRONT_STOP_S: Final = 5.0
 STOP_MARGIN_S: Final = 5.0
@@ -108,6 +109,7 @@ class Broker:
             }
         )
         self.await_front(first)
+        self.reap()  # it may be gone already: until now nobody listened for that
         self.watchdog.tick(lambda: self.stopping)
         self.write_counters()
         self.loop.run()
@@ -134,7 +136,8 @@ class Broker:
         try:
             self.front.send(message, descriptor)
         except channel.Closed:
-            return  # its end is on its way to us as SIGCHLD
+            self.part_with_front(self.front)
+            return
         except channel.TooLong as error:
             # A caller in 65,536 groups, a policy of a megabyte: its call ends, and nothing else.
             log.warning("an answer does not fit into a message: %s", error)
@@ -148,7 +151,8 @@ class Broker:
         """Take nothing new while the front has not read what there is for it.
 
         Neither a connection nor a request, of which each makes messages: what waits for a front
-        stays within what the jobs there are can make. The front itself never waits to send.
+        stays within what the jobs there are, and the watchdog, can make. The front itself never
+        waits to send.
         """
         self.loop.watch(behind.line.fileno(), loop.WRITE, self.catch_up)
         self.loop.forget(self.household.listener.sock.fileno())
@@ -159,6 +163,10 @@ class Broker:
         self.catching_up = self.loop.after(FRONT_READS_S, lambda: self._judge(behind, sent))
 
     def _judge(self, behind: front.Front, sent: int) -> None:
+        # There may be room of which epoll says nothing until there is more.
+        self.catch_up(loop.WRITE)
+        if self.catching_up is None:
+            return
         if behind.sent > sent:
             self._watch_it_read(behind)
         else:
@@ -187,8 +195,11 @@ class Broker:
             self.catching_up = None
 
     def part_with_front(self, leaving: front.Front) -> None:
-        """Its end is closed: an honest front ends now. Another would never answer."""
+        """Its end is closed, or half of it: an honest front ends now. Another never answers."""
+        if self.ending_front:
+            return  # we closed it ourselves, and the front has time to say the last words
         self.loop.forget(leaving.line.fileno())
+        self.stop_accepting()
         leaving.kill()
 
     def hear_front(self, _events: int) -> None:
@@ -264,15 +275,11 @@ class Broker:
         except OSError as error:
             if error.errno in OUT_OF_DESCRIPTORS:
                 log.warning("can't accept error=%s", error)
-                self.stop_accepting()
-                self.loop.after(1.0, self._accept_again)
+                self.loop.forget(self.household.listener.sock.fileno())
+                self.loop.after(1.0, self.watch_listener)
             return  # else the peer was gone before we came. Source: accept(2)
         self.watchdog.accepted()
         self.admit(sock)
-
-    def _accept_again(self) -> None:
-        if self.front is not None and not self.accepting and not self.stopping:
-            self.start_accepting()
 
     def admit(self, sock: socket.socket) -> None:
         """Keep one descriptor of a connection, and send the front another."""
@@ -280,9 +287,14 @@ class Broker:
             connection = self.connections.admit(sock)
             if connection is None:
                 return
-            theirs = os.dup(sock.fileno())
         except OSError as error:
             log.info("connection lost at once error=%s", error)
+            return
+        try:
+            theirs = os.dup(sock.fileno())
+        except OSError as error:
+            log.warning("can't hand on a connection error=%s", error)
+            self.connections.drop(connection)
             return
         fd = sock.fileno()
         self.loop.watch(fd, loop.PEER_GONE, lambda _events: self.drop(connection))

@@ -63,8 +63,12 @@ class Front:
         while self._behind:
             data, descriptor = self._behind[0]
             rights = () if descriptor is None else (descriptor,)
-            if not self.line.send_bytes(data, *rights, wait=False):
-                return
+            try:
+                if not self.line.send_bytes(data, *rights, wait=False):
+                    return
+            except channel.Closed:
+                self._forget_all()
+                raise
             self._behind.popleft()
             self.sent += 1
             if descriptor is not None:
@@ -73,6 +77,9 @@ class Front:
     def close(self) -> None:
         """Close the channel, which ends the front, and whatever it has not been sent."""
         self.line.close()
+        self._forget_all()
+
+    def _forget_all(self) -> None:
         channel.close_all([fd for _, fd in self._behind if fd is not None])
         self._behind.clear()
 

@@ -79,17 +79,16 @@ class Watchdog:
     def _begin(self) -> None:
         self._wants_room = False
         self._probe += 1
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            sock.connect(self._address)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
+                sock.connect(self._address)
+                descriptor = sock.detach()
         except BlockingIOError:
-            sock.close()
             self._wants_room = True
         except OSError as error:
             log.warning("can't connect to ourselves error=%s", error)
-            sock.close()
         else:
-            self._send(channel.Probe(probe=self._probe), sock.detach())
+            self._send(channel.Probe(probe=self._probe), descriptor)
 
     def hear(self, probe: int) -> None:
         """A probe came through. One that comes late says nothing about now."""

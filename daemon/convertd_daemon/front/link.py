@@ -182,8 +182,8 @@ class Link:
                 self._behind.popleft()
                 channel.close_all(descriptors)
         except channel.Closed:
-            self._close()
-            return
+            # What the broker still said is there to be read; its end comes after that.
+            self._forget_all()
         loop.remove_writer(self.line.fileno())
 
     def _listen(self) -> None:
@@ -222,13 +222,16 @@ class Link:
         # A job whose caller is gone ends with this.
         channel.close_all(descriptors)
 
+    def _forget_all(self) -> None:
+        while self._behind:
+            channel.close_all(self._behind.popleft()[1])
+
     def _close(self) -> None:
         loop = asyncio.get_running_loop()
         loop.remove_reader(self.line.fileno())
         loop.remove_writer(self.line.fileno())
         self.closed = True
-        while self._behind:
-            channel.close_all(self._behind.popleft()[1])
+        self._forget_all()
         for call in self._calls.values():
             call.wake()
         self.ended.set()
