@@ -133,6 +133,11 @@ def _become_front(user: Identity, descriptor: int, private: str) -> NoReturn:
             # gRPC's core logs what a peer says, newlines and all: whoever could connect could write
             # any line into our log. Source: grpc's doc/environment_variables.md.
             "GRPC_VERBOSITY": "NONE",
+            # Each piece that the relay takes from a peer begins as 64 KiB. In the heap, small
+            # things came to lie in the gaps between, and it grew by 1.1 KiB a call; where such
+            # pieces have mappings of their own, it stays as it is (2,100 calls, 2026-11).
+            "MALLOC_MMAP_THRESHOLD_": "32768",
+            "MALLOC_ARENA_MAX": "1",
         }
         argv = [sys.executable, "-m", "convertd_daemon.front", private]
         os.execve(sys.executable, argv, environment)
