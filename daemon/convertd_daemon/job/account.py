@@ -6,6 +6,7 @@ does not depend on anybody there.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -69,7 +70,9 @@ class Witness(channel.Channel):
         # A Cut in the middle would lose it, or give it twice.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
-            os.write(self._pipe, codec.encode(account))
+            # A broker that is gone keeps no record any more.
+            with contextlib.suppress(BrokenPipeError):
+                os.write(self._pipe, codec.encode(account))
             os.close(self._pipe)
             self._pipe = -1
         finally:
