@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import pytest
 from harness import processes, waiting
-from harness.callers import ALICE, BOB, MALLORY
+from harness.callers import ALICE, BOB, MALLORY, come_and_go
 from harness.daemon import JOB, QEMU_IMG, Daemon
 from harness.fixtures import MakeDaemon
 from hostile import asking, false_front
@@ -459,7 +459,7 @@ def test_a_front_that_closes_half_its_channel_is_replaced(
     before = false_front.descriptors_of(broker.pid)
     front.line.sock.shutdown(socket.SHUT_RD)
     while processes.exists(first):
-        _come_and_go(broker.socket)
+        come_and_go(broker.socket)
     front.take_over_next(broker)
     assert front.quiet()
     await_descriptors(broker, before)
@@ -490,9 +490,9 @@ def test_nobody_is_let_in_while_it_does_not_read(broker: Daemon, front: FalseFro
 
     def is_full() -> bool:
         """The broker sleeps though as many as the backlog holds wait to be let in."""
-        while _come_and_go(broker.socket):
+        while come_and_go(broker.socket):
             pass
-        return processes.state(broker.pid) == "S" and not _come_and_go(broker.socket)
+        return processes.state(broker.pid) == "S" and not come_and_go(broker.socket)
 
     waiting.until(is_full, "the broker lets nobody in any more")
     with socket.socket(socket.AF_UNIX) as sock:
@@ -503,17 +503,6 @@ def test_nobody_is_let_in_while_it_does_not_read(broker: Daemon, front: FalseFro
             channel.close_all(descriptors)
         assert front.quiet()
     assert broker.await_one("convertd-front") == first
-
-
-def _come_and_go(path: Path) -> bool:
-    """Connect and be gone, if there is room."""
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.setblocking(False)
-        try:
-            sock.connect(str(path))
-        except BlockingIOError:
-            return False
-        return True
 
 
 def test_a_front_that_dies_again_and_again_is_started_again_and_again(

@@ -6,7 +6,6 @@ Sized for a small machine; CONVERTD_TEST_LOAD=full is 1,000 connections and 200 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import os
 import re
@@ -23,7 +22,7 @@ from typing import Final
 import pytest
 from harness import images, processes, waiting
 from harness.agent import Agent, Call, conversion
-from harness.callers import ALICE, BOB, PYTHON, Caller
+from harness.callers import ALICE, BOB, PYTHON, Caller, come_and_go
 from harness.daemon import FRONT, Daemon
 
 from convertd.v1 import convert_pb2 as pb
@@ -309,15 +308,9 @@ def test_a_daemon_in_a_crowd_tells_systemd_that_it_lives(
     daemon = make_daemon(POLICY)
     daemon.start(wrapper=("env", "WATCHDOG_USEC=3000000"))
     crowd = [attack(daemon, "come_and_go", 4000 + number) for number in range(6)]
-    waiting.until(lambda: _is_crowded(daemon), "the backlog is full", PATIENCE_S)
+    waiting.until(lambda: not come_and_go(daemon.socket), "the backlog is full", PATIENCE_S)
     for _ in range(PINGS):
         daemon.await_notice("WATCHDOG=1")
     for process in crowd:
         said, _ = process.communicate(timeout=PATIENCE_S)
         assert int(said) > 0
-
-
-def _is_crowded(daemon: Daemon) -> bool:
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.setblocking(False)
-        return sock.connect_ex(str(daemon.socket)) == errno.EAGAIN

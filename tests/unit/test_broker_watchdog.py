@@ -57,9 +57,9 @@ def test_a_probe_that_finds_no_room_takes_the_first_there_is(
         sent.append(message)
         os.close(descriptor)
 
-    one = watchdog.Watchdog(loop.Loop(), listener, send)
+    one = watchdog.Watchdog(loop.Loop(), listener, send, lambda: False)
     with crowd(listener):
-        one.tick(lambda: False)
+        one.tick()
         one.accepted()  # by somebody who took another's place at once
         assert not sent
         listener.accept()[0].close()
@@ -74,11 +74,11 @@ def test_without_a_descriptor_there_is_no_probe_this_time(
 ) -> None:
     """The loop that called goes on: callers who leave give some back."""
     assert asked is None
-    one = watchdog.Watchdog(loop.Loop(), listener, lambda *_: None)
+    one = watchdog.Watchdog(loop.Loop(), listener, lambda *_: None, lambda: False)
 
     def probe() -> str:
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
-        one.tick(lambda: False)
+        one.tick()
         return "lives"
 
     assert in_child(probe) == "lives"

@@ -94,7 +94,9 @@ class Broker:
         self.failed = ""
         self.counters = metrics.Counters()
         self.said = status.Status()
-        self.watchdog = watchdog.Watchdog(self.loop, household.listener.sock, self.send)
+        self.watchdog = watchdog.Watchdog(
+            self.loop, household.listener.sock, self.send, lambda: self.stopping
+        )
         self.idle = idle.Idle(self.loop, self.retire)
         self.spare = workers.Spare(self.loop, household.setup, self.may_begin)
 
@@ -110,7 +112,7 @@ class Broker:
         )
         self.await_front(first)
         self.reap()  # it may be gone already: until now nobody listened for that
-        self.watchdog.tick(lambda: self.stopping)
+        self.watchdog.tick()
         self.write_counters()
         self.loop.run()
         self.write_counters()

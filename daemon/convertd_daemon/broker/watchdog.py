@@ -42,31 +42,34 @@ class Watchdog:
     """Probes the daemon from outside, and pings systemd for each probe that came through."""
 
     def __init__(
-        self, loop: Loop, listening: socket.socket, send: Callable[[object, int], None]
+        self,
+        loop: Loop,
+        listening: socket.socket,
+        send: Callable[[object, int], None],
+        is_draining: Callable[[], bool],
     ) -> None:
         """Probe whoever accepts from this socket, once started.
 
-        `send` gives the front a message and a descriptor.
+        `send` gives the front a message and a descriptor. While the daemon drains nobody is
+        accepted any more: then the loop alone vouches for it.
         """
         self._loop = loop
         self._address = listening.getsockname()
         self._send = send
+        self._is_draining = is_draining
         self._interval_s = limit_s() / PROBES_PER_LIMIT
         self._probe = 0
         self._wants_room = False
 
-    def tick(self, is_draining: Callable[[], bool]) -> None:
-        """Probe now and from now on, if systemd asked for it.
-
-        While the daemon drains nobody is accepted any more: then the loop alone vouches for it.
-        """
+    def tick(self) -> None:
+        """Probe now and from now on, if systemd asked for it."""
         if not self._interval_s:
             return
-        if is_draining():
+        if self._is_draining():
             notify.watchdog()
         else:
             self._begin()
-        self._loop.after(self._interval_s, lambda: self.tick(is_draining))
+        self._loop.after(self._interval_s, self.tick)
 
     def accepted(self) -> None:
         """Somebody was let in, so that the backlog has room for a probe that found none.

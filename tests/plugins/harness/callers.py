@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -121,3 +122,14 @@ def let_everybody_reach(tmp_path: Path) -> None:
         if directory.name.startswith("pytest-of-"):
             return
     raise AssertionError(f"{tmp_path} is none of pytest's")
+
+
+def come_and_go(path: Path) -> bool:
+    """Connect and be gone, if there is room."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.setblocking(False)
+        try:
+            sock.connect(str(path))
+        except BlockingIOError:
+            return False
+        return True
