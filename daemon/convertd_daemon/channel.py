@@ -162,6 +162,7 @@ class Connected:
     """Somebody connected; the connection comes along as a descriptor."""
 
     connection: int
+    uid: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

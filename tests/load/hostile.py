@@ -131,6 +131,11 @@ def stopped_reader() -> Iterator[bytes]:
         yield call(2 * number + 1, "GetAccess")
 
 
+def busy() -> Iterator[bytes]:
+    """Calls as fast as they can be made, whose answers are read."""
+    yield from stopped_reader()
+
+
 def garbage() -> Iterator[bytes]:
     """No HTTP at all."""
     while True:
@@ -141,12 +146,15 @@ HOW: Final = {
     function.__name__: function
     for function in (
         *(half_open, come_and_go, slow, no_message, rapid_reset, ping_flood, settings_flood),
-        *(endless_headers, large_messages, stopped_reader, garbage),
+        *(endless_headers, large_messages, stopped_reader, busy, garbage),
     )
 }
 
-CONNECTIONS: Final = {"half_open": 200, "stopped_reader": 8, "slow": 8}
+CONNECTIONS: Final = {"half_open": 200, "stopped_reader": 8, "busy": 8, "slow": 8}
 """How many at once. 200 are more than a user may have: the rest is refused, again and again."""
+
+READ: Final = frozenset({"busy"})
+"""Whose answers are read."""
 
 PAUSE_S: Final = {"half_open": 0.05, "slow": 0.01, "no_message": 0.05}
 """Whose way is not to hurry. Waiting is for standard input, which ends it."""
@@ -185,6 +193,9 @@ def main(path: str, how: str) -> None:
                     raise BrokenPipeError
                 with contextlib.suppress(BlockingIOError):
                     sock.send(next(saying))
+                with contextlib.suppress(BlockingIOError):
+                    while how in READ and sock.recv(2**16):
+                        pass
             except (OSError, StopIteration):
                 sock.close()
                 ways.remove(way)

@@ -31,10 +31,10 @@ def test_a_message_arrives_as_it_was_sent(pair: Pair) -> None:
     """And one at a time, however many were sent."""
     here, there = pair
     for number in (1, 2):
-        assert here.send(channel.Connected(connection=number))
+        assert here.send(channel.Connected(connection=number, uid=1234))
     for number in (1, 2):
         message, descriptors = there.receive(*channel.FROM_BROKER)
-        assert (message, descriptors) == (channel.Connected(connection=number), [])
+        assert (message, descriptors) == (channel.Connected(connection=number, uid=1234), [])
 
 
 def test_the_ends_do_not_survive_an_exec(pair: Pair) -> None:

@@ -129,8 +129,8 @@ def test_what_does_not_fit_exactly_is_refused(data: bytes) -> None:
 
 def test_a_message_that_is_not_expected_here_is_refused() -> None:
     """Though it is one elsewhere: a job can't say what only the broker may."""
-    data = codec.encode(channel.Connected(connection=1))
-    assert codec.decode(data, *channel.FROM_BROKER) == channel.Connected(connection=1)
+    data = codec.encode(channel.Connected(connection=1, uid=1234))
+    assert codec.decode(data, *channel.FROM_BROKER) == channel.Connected(connection=1, uid=1234)
     with pytest.raises(codec.CodecError, match="not one of the messages expected"):
         codec.decode(data, *channel.FROM_JOB)
 

@@ -17,7 +17,7 @@ from children import in_child
 from convertd_daemon import channel, errors, model
 from convertd_daemon.front import link, pipes, prober, relay
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 FAILURE = errors.InternalError(error_id="x").failure()
 REPORT = channel.Done(call=1)
@@ -86,7 +86,7 @@ def run(test: Test) -> None:
     async def bounded() -> None:
         ours, theirs = channel.Channel.pair()
         with ours, theirs:
-            broker = link.Link(ours, relay.Relay("/nowhere", lambda: bytes), Prober())
+            broker = link.Link(ours, relay.Relay("/nowhere", lambda: relay.whole), Prober())
             await asyncio.wait_for(test(broker, Broker(theirs)), DEADLINE_S)
             asyncio.get_running_loop().remove_reader(ours.fileno())
             asyncio.get_running_loop().remove_writer(ours.fileno())
@@ -446,7 +446,7 @@ class TestBroker:
 
         async def test(a_link: link.Link, broker: Broker) -> None:
             here, there = channel.Channel.pair()
-            broker.line.send(channel.Connected(connection=9), there.fileno())
+            broker.line.send(channel.Connected(connection=9, uid=1234), there.fileno())
             there.close()
             with here:
                 # Nobody listens upstream, so the relay ends the connection.
@@ -529,7 +529,7 @@ def test_a_relay_that_carries_for_a_link_finds_its_server() -> None:
 
             server = await asyncio.start_unix_server(greet, path)
             here, there = channel.Channel.pair()
-            broker.line.send(channel.Connected(connection=9), there.fileno())
+            broker.line.send(channel.Connected(connection=9, uid=1234), there.fileno())
             there.close()
             await greeted.wait()
             here.close()

@@ -300,7 +300,8 @@ class Broker:
             return
         fd = sock.fileno()
         self.loop.watch(fd, loop.PEER_GONE, lambda _events: self.drop(connection))
-        self.send(channel.Connected(connection=connection.number), theirs)
+        came = channel.Connected(connection=connection.number, uid=connection.peer.uid)
+        self.send(came, theirs)
 
     def drop(self, connection: Connection) -> None:
         """A peer is gone: what it asked for is called off."""

@@ -201,8 +201,8 @@ class Link:
 
     def _deal(self, message: channel.ToFront, descriptors: list[int]) -> None:
         match message:
-            case channel.Connected(connection=number):
-                self.relay.carry(number, descriptors.pop())
+            case channel.Connected(connection=number, uid=uid):
+                self.relay.carry(number, descriptors.pop(), uid)
             case channel.Probe(probe=number):
                 healthy = channel.Probed(probe=number)
                 if self.prober is not None:

@@ -66,7 +66,7 @@ def _remember_sources() -> None:
 
 async def _serve(line: channel.Channel, private: str) -> None:
     path = f"{private}/grpc.sock"
-    carrier = relay.Relay(path, lambda: screen.Screen().pass_on)
+    carrier = relay.Relay(path, lambda: screen.Screen().pieces)
     watcher = prober.Prober(f"{private}/probe.sock", service.SERVICE)
     broker = link.Link(line, carrier, watcher)
     serving = await server.start(path, broker, carrier)

@@ -12,22 +12,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import logging
 import secrets
 import select
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Final
 
-from convertd_daemon.front import screen
+from convertd_daemon.front import screen, turns
 
 log = logging.getLogger(__name__)
 
-Passed = Callable[[bytes], bytes]
-"""What may go on of the bytes that came. Raises screen.Refused if nothing may any more."""
+Passed = Callable[[bytes], Iterable[bytes]]
+"""What may go on of the bytes that came: pieces, each of which takes a turn. Raises screen.Refused
+if nothing may any more."""
 
-BUFFER_BYTES: Final = 64 * 1024
-"""What may wait in each direction before the other side is not read any more."""
+Turn = Callable[[], Awaitable[None]]
+"""Waits until a piece may go on."""
+
+ASKED_BYTES: Final = 4 * 1024
+"""What is taken at once of what a peer says: a few calls, and work for a millisecond at most."""
+
+ANSWERED_BYTES: Final = 64 * 1024
+"""The same of what gRPC answers."""
 
 
 class Relay:
@@ -38,6 +46,7 @@ class Relay:
         self.upstream_path = upstream_path
         self._screened = screened
         self._numbers: dict[str, int] = {}
+        self._turns = turns.Turns()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
@@ -47,9 +56,9 @@ class Relay:
         """The broker's number for what gRPC calls a peer; None for one that is not ours."""
         return self._numbers.get(grpc_peer)
 
-    def carry(self, number: int, descriptor: int) -> None:
-        """Carry a connection until either side ends it. Owns the descriptor from now on."""
-        task = asyncio.get_running_loop().create_task(self._carry(number, descriptor))
+    def carry(self, number: int, descriptor: int, uid: int) -> None:
+        """Carry a user's connection until either side ends it. Owns the descriptor from now on."""
+        task = asyncio.get_running_loop().create_task(self._carry(number, descriptor, uid))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -58,17 +67,17 @@ class Relay:
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=seconds)
 
-    async def _carry(self, number: int, descriptor: int) -> None:
+    async def _carry(self, number: int, descriptor: int, uid: int) -> None:
         downstream = socket.socket(fileno=descriptor)
         try:
             downstream.setblocking(False)
-            await self._carry_upstream(number, downstream)
+            await self._carry_upstream(number, downstream, uid)
         except OSError as error:
             log.debug("connection %d ended error=%s", number, error)
         finally:
             _end(downstream)
 
-    async def _carry_upstream(self, number: int, downstream: socket.socket) -> None:
+    async def _carry_upstream(self, number: int, downstream: socket.socket, uid: int) -> None:
         """Carry until either side ends it.
 
         Raises:
@@ -85,7 +94,8 @@ class Relay:
             # First forget the name, then close: nobody may find it under somebody else's number.
             stack.callback(self._numbers.pop, peer, None)
             await _connect(upstream, self.upstream_path, downstream)
-            await join(asyncio.get_running_loop(), downstream, upstream, self._screened())
+            turn = functools.partial(self._turns.take, uid)
+            await join(downstream, upstream, self._screened(), turn)
 
 
 async def _connect(sock: socket.socket, path: str, caller: socket.socket) -> None:
@@ -110,19 +120,29 @@ async def _connect(sock: socket.socket, path: str, caller: socket.socket) -> Non
             return
 
 
+def whole(data: bytes) -> Iterable[bytes]:
+    """All of it passes, at once."""
+    return (data,)
+
+
+async def at_once() -> None:
+    """Nobody has to wait for a turn."""
+
+
 async def join(
-    loop: asyncio.AbstractEventLoop,
-    one: socket.socket,
-    other: socket.socket,
-    passed: Passed = bytes,
+    downstream: socket.socket,
+    upstream: socket.socket,
+    passed: Passed = whole,
+    turn: Turn = at_once,
 ) -> None:
     """Carry both ways until one side ends; then the connection is over, both ways.
 
-    What the `one` says goes through `passed`.
+    What is asked, downstream, goes through `passed`, and each piece of it waits for a `turn`.
     """
+    loop, answering = asyncio.get_running_loop(), asyncio.Lock()
     ways = {
-        loop.create_task(_pump(loop, one, other, passed)),
-        loop.create_task(_pump(loop, other, one, bytes)),
+        loop.create_task(_ask(downstream, upstream, answering, passed, turn)),
+        loop.create_task(_answer(upstream, downstream, answering)),
     }
     try:
         await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
@@ -132,18 +152,31 @@ async def join(
         await asyncio.gather(*ways, return_exceptions=True)
 
 
-async def _pump(
-    loop: asyncio.AbstractEventLoop, source: socket.socket, sink: socket.socket, passed: Passed
+async def _ask(
+    source: socket.socket, sink: socket.socket, answering: asyncio.Lock, passed: Passed, turn: Turn
 ) -> None:
-    """Carry one way. What one side sends before the other listens waits in the kernel.
-
-    No buffer is kept while there is nothing to carry: for 1,000 connections that would be 128 MiB.
-    """
+    """Carry up. Who does not read its answers is not heard: else they would pile up in gRPC."""
+    loop = asyncio.get_running_loop()
     try:
-        while data := await loop.sock_recv(source, BUFFER_BYTES):
-            await loop.sock_sendall(sink, passed(data))
+        while data := await loop.sock_recv(source, ASKED_BYTES):
+            for piece in passed(data):
+                async with answering:
+                    pass
+                await turn()
+                await loop.sock_sendall(sink, piece)
     except screen.Refused as error:
         log.debug("connection ended: %s", error)
+
+
+async def _answer(source: socket.socket, sink: socket.socket, answering: asyncio.Lock) -> None:
+    """Carry down. What one side sends before the other listens waits in the kernel.
+
+    No buffer is kept while there is nothing to carry: for 1,000 connections that would be 64 MiB.
+    """
+    loop = asyncio.get_running_loop()
+    while data := await loop.sock_recv(source, ANSWERED_BYTES):
+        async with answering:
+            await loop.sock_sendall(sink, data)
 
 
 def _is_over(sock: socket.socket) -> bool:

@@ -13,7 +13,10 @@ binary metadata. Source: RFC 9113 (frames), RFC 7541 (HPACK), gRPC over HTTP2.
 from __future__ import annotations
 
 import string
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 PREFACE_BYTES: Final = 24
 FRAME_HEADER_BYTES: Final = 9
@@ -70,8 +73,11 @@ class Screen:
         self._held = bytearray()
         self._block = bytearray()
 
-    def pass_on(self, data: bytes) -> bytes:
-        """Take a piece, and give what may go on now: all but an unfinished header block.
+    def pieces(self, data: bytes) -> Iterator[bytes]:
+        """Take what came, and give what may go on now: all but an unfinished header block.
+
+        In pieces, each of which has one header block at most. None is looked through before the
+        piece ahead of it was taken.
 
         Raises:
             Refused: nothing of this connection may go on any more.
@@ -82,8 +88,18 @@ class Screen:
             count = min(self._unseen, len(self._rest))
             ready += self._taken(count)
             self._unseen -= count
-            if self._unseen or not self._next_frame(ready):
-                return bytes(ready)
+            if self._unseen:
+                break
+            if ready and self._is_block_next():
+                yield bytes(ready)
+                ready.clear()
+            if not self._next_frame(ready):
+                break
+        if ready:
+            yield bytes(ready)
+
+    def _is_block_next(self) -> bool:
+        return len(self._rest) >= FRAME_HEADER_BYTES and self._rest[3] == HEADERS
 
     def _next_frame(self, ready: bytearray) -> bool:
         """Deal with one frame; False if that takes more data. Its payload may be left unseen."""

@@ -22,7 +22,11 @@ OPTIONS: Final = (
     ("grpc.max_send_message_length", 4 * 1024 * 1024),
     ("grpc.max_metadata_size", 8 * 1024),
     ("grpc.absolute_max_metadata_size", 16 * 1024),
-    # Not maximum_concurrent_rpcs, with which one client locks all others out.
+    # Not maximum_concurrent_rpcs, with which one client locks all others out. As do these: when
+    # more than 1,000 calls wait to be taken up, or one has for 30 s, gRPC cancels anybody's.
+    ("grpc.server.max_pending_requests", 2**31 - 1),
+    ("grpc.server.max_pending_requests_hard_limit", 2**31 - 1),
+    ("grpc.server_max_unrequested_time_in_server", 3600),
     ("grpc.max_concurrent_streams", 32),
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.max_connection_idle_ms", 15 * 60 * 1000),
