@@ -27,8 +27,8 @@ LANDLOCK: Final = "landlock_create_ruleset landlock_add_rule landlock_restrict_s
 
 PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-BOOT_S: Final = 60.0
-WAIT_S: Final = 30.0
+WAIT_S: Final = 120.0
+"""Ample for what takes a second or two, on a machine that is busy."""
 
 
 def wait_for(fact: Callable[[], T], what: str, limit_s: float = WAIT_S) -> T:
@@ -74,7 +74,7 @@ class Machine:
             AssertionError: it failed, and `check` is true. Shows what it printed.
         """
         with self.start(*command, uid=uid) as running:
-            out, err = running.communicate(said, timeout=90)
+            out, err = running.communicate(said, timeout=WAIT_S)
         done = subprocess.CompletedProcess(command, running.returncode, out, err)
         if check and done.returncode != 0:
             raise AssertionError(f"{shlex.join(command)}: {done.returncode}\n{out}{err}")
@@ -173,14 +173,14 @@ def machine(directory: Path) -> Iterator[Machine]:
         stack.callback(container.wait)
         stack.callback(container.kill)
         try:
-            leader = wait_for(lambda: _child_of(container), "the container's process 1", BOOT_S)
+            leader = wait_for(lambda: _child_of(container), "the container's process 1", WAIT_S)
             # With its process 1 all of the container ends.
             stack.callback(_kill, leader)
             booted = Machine(leader=leader, root=root, upper=directory / "tmpfs" / "upper")
             ready = ("systemctl", "is-system-running")
             states = {"running", "degraded"}
             wait_for(
-                lambda: booted.run(*ready, check=False).stdout.strip() in states, "boot", BOOT_S
+                lambda: booted.run(*ready, check=False).stdout.strip() in states, "boot", WAIT_S
             )
         except TimeoutError as error:
             log.seek(0)

@@ -128,8 +128,8 @@ import os
 from convertd_client import Client
 
 def call():
-    with Client(wait_for_ready=60) as client:
-        client.access(timeout=60)
+    with Client(wait_for_ready=250) as client:
+        client.access(timeout=250)
 
 callers = []
 for _ in range(50):
@@ -160,7 +160,7 @@ def test_a_restart_loses_none_of_fifty_waiting_callers(service: booted.Machine) 
             booted.wait_for(lambda: waiting(service) >= 50, "fifty in the queue")
         finally:
             service.run("touch", "/run/go")
-        assert callers.communicate(timeout=60)[0].strip() == "50"
+        assert callers.communicate(timeout=booted.WAIT_S)[0].strip() == "50"
     service.run("rm", "/run/go", "/run/systemd/system/convertd.service.d/late.conf")
     service.run("systemctl", "daemon-reload")
 
@@ -177,7 +177,7 @@ def test_a_stop_ends_what_runs_and_leaves_nothing(service: booted.Machine) -> No
     with begin(service, "stopped.raw") as running:
         before = left(service)
         service.run("systemctl", "stop", SERVICE)
-        assert running.wait(30) == 1
+        assert running.wait(booted.WAIT_S) == 1
     assert service.show(SERVICE, "Result")["Result"] == "success"
     assert processes(service) == []
     assert left(service) == before
@@ -192,7 +192,7 @@ def test_a_kill_of_everything_leaves_nothing_and_the_next_call_is_served(
     with begin(service, "killed.raw") as running:
         before = left(service)
         service.run("systemctl", "kill", "--signal=KILL", SERVICE)
-        assert running.wait(30) == 1
+        assert running.wait(booted.WAIT_S) == 1
     assert "you are alice" in service.say("convertctl", "access", uid=ALICE)
     assert left(service) == before
     assert "qemu-img" not in processes(service)

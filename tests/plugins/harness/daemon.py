@@ -111,13 +111,13 @@ class Daemon:
         self.await_notice("READY=1")
         self.await_one(SPARE)
 
-    def await_notice(self, notice: str) -> None:
+    def await_notice(self, notice: str, deadline_s: float = waiting.DEADLINE_S) -> None:
         """Wait until it tells its manager something.
 
         Raises:
             DidNotStart: it ended instead.
         """
-        waiting.until(lambda: self._notices(notice), f"the daemon says {notice}")
+        waiting.until(lambda: self._notices(notice), f"the daemon says {notice}", deadline_s)
 
     def _notices(self, notice: str) -> bool:
         assert self._process is not None

@@ -8,7 +8,7 @@ from typing import Final, TypeVar
 
 T = TypeVar("T")
 
-DEADLINE_S: Final = 20.0
+DEADLINE_S: Final = 60.0
 """Ample on a busy machine, for what takes milliseconds."""
 
 _PAUSE_S: Final = 0.005
