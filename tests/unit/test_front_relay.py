@@ -8,13 +8,13 @@ import os
 import resource
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
 from children import in_child
 
-from convertd_daemon.front import relay
+from convertd_daemon.front import relay, screen
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -312,13 +312,18 @@ def test_who_does_not_read_its_answers_is_not_heard(path: Path) -> None:
     run(test)
 
 
+def letter_by_letter(data: bytes) -> Iterable[screen.Piece]:
+    """Pieces of one byte."""
+    return (screen.Piece(bytes([byte]), begins_call=False) for byte in data)
+
+
 def test_each_piece_waits_for_a_turn(path: Path) -> None:
     """Of its user: who says little is not behind all that another says."""
 
     async def test() -> None:
         much, little = Peer(), Peer()
         upstream = Upstream(path)
-        a_relay = relay.Relay(str(path), lambda: lambda data: (data[:1],) * len(data))
+        a_relay = relay.Relay(str(path), lambda: letter_by_letter)
         with (
             contextlib.closing(upstream.sock),
             contextlib.closing(much),

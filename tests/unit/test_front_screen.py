@@ -21,7 +21,10 @@ RFC_EXAMPLE = bytes.fromhex("f1e3c2e5f23a6ba0ab90f4ff")
 def passed(data: bytes, *cuts: int) -> bytes:
     """What passes a screen of bytes that come in pieces."""
     one, places = screen.Screen(), sorted({0, *(cut % (len(data) + 1) for cut in cuts), len(data)})
-    return b"".join(b"".join(one.pieces(data[a:b])) for a, b in itertools.pairwise(places))
+    return b"".join(
+        b"".join(piece.data for piece in one.pieces(data[a:b]))
+        for a, b in itertools.pairwise(places)
+    )
 
 
 def headers(block: bytes, flags: int = http2.END_HEADERS) -> bytes:
@@ -63,9 +66,9 @@ def test_a_block_in_several_frames_passes_when_it_is_whole() -> None:
     more = http2.frame(Kind.CONTINUATION, block[9:20], stream=1)
     last = http2.frame(Kind.CONTINUATION, block[20:], flags=http2.END_HEADERS, stream=1)
     one = screen.Screen()
-    assert list(one.pieces(first)) == [http2.opening()]
+    assert list(one.pieces(first)) == [(http2.opening(), False)]
     assert not list(one.pieces(more))
-    assert b"".join(one.pieces(last)) == first[len(http2.opening()) :] + more + last
+    assert list(one.pieces(last)) == [(first[len(http2.opening()) :] + more + last, True)]
 
 
 def test_each_piece_has_one_header_block_at_most() -> None:
@@ -73,9 +76,9 @@ def test_each_piece_has_one_header_block_at_most() -> None:
     calls = [http2.call(1), http2.call(3, b"a" * 300), http2.frame(Kind.PING, bytes(8))]
     bad = http2.frame(Kind.HEADERS, b"\xff", flags=http2.END_HEADERS, stream=5)
     pieces = screen.Screen().pieces(http2.opening(*calls, bad))
-    assert next(pieces) == http2.opening()
-    assert next(pieces) == calls[0]
-    assert next(pieces) == calls[1] + calls[2]
+    assert next(pieces) == (http2.opening(), False)
+    assert next(pieces) == (calls[0], True)
+    assert next(pieces) == (calls[1] + calls[2], True)
     with pytest.raises(screen.Refused):
         next(pieces)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
+import pytest
+
 from convertd_daemon.front import turns
 
 DEADLINE_S = 60.0
@@ -24,7 +26,7 @@ def test_users_take_turns_however_many_of_one_wait() -> None:
     took: list[tuple[int, int]] = []
 
     async def take(one: turns.Turns, uid: int, number: int) -> None:
-        await one.take(uid)
+        await one.take(uid, begins_call=False)
         took.append((uid, number))
 
     async def test(one: turns.Turns) -> None:
@@ -44,7 +46,7 @@ def test_a_round_has_one_turn() -> None:
 
     async def take(one: turns.Turns, uid: int) -> None:
         for _ in range(20):
-            await one.take(uid)
+            await one.take(uid, begins_call=False)
             rounds.append(now)
 
     async def test(one: turns.Turns) -> None:
@@ -63,12 +65,64 @@ def test_a_round_has_one_turn() -> None:
     assert len(set(rounds)) == 100
 
 
+class Caller:
+    """Somebody who begins one call after the other."""
+
+    def __init__(self) -> None:
+        self.began = 0
+
+    async def call(self, one: turns.Turns) -> None:
+        """Until it is cancelled."""
+        while True:
+            await one.take(1, begins_call=True)
+            self.began += 1
+
+
+async def rounds(count: int) -> None:
+    """Let the loop go round."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def test_calls_go_on_no_faster_than_they_are_taken_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else they would wait in gRPC, where the order is that of their coming alone."""
+    monkeypatch.setattr(turns, "LOST_S", 3600.0)
+
+    async def test(one: turns.Turns) -> None:
+        caller = Caller()
+        calling = asyncio.create_task(caller.call(one))
+        await rounds(100)
+        assert caller.began == turns.AHEAD
+        for number in range(1, 10):
+            one.taken_up()
+            await rounds(10)
+            assert caller.began == turns.AHEAD + number
+        calling.cancel()
+        await asyncio.gather(calling, return_exceptions=True)
+
+    run(test)
+
+
+def test_calls_that_are_never_taken_up_hold_up_nobody_for_long() -> None:
+    """They may have been refused, or taken back."""
+
+    async def test(one: turns.Turns) -> None:
+        caller = Caller()
+        calling = asyncio.create_task(caller.call(one))
+        while caller.began < 3 * turns.AHEAD:  # noqa: ASYNC110 - nobody sets an event for it
+            await asyncio.sleep(turns.LOST_S)
+        calling.cancel()
+        await asyncio.gather(calling, return_exceptions=True)
+
+    run(test)
+
+
 def test_who_is_gone_has_no_turn() -> None:
     """Nor does anybody wait for it."""
     took: list[int] = []
 
     async def take(one: turns.Turns, uid: int) -> None:
-        await one.take(uid)
+        await one.take(uid, begins_call=False)
         took.append(uid)
 
     async def test(one: turns.Turns) -> None:
@@ -77,7 +131,7 @@ def test_who_is_gone_has_no_turn() -> None:
         for gone in (tasks[1], tasks[3]):
             gone.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await one.take(5)
+        await one.take(5, begins_call=False)
 
     run(test)
     assert took == [1, 2, 4]
@@ -87,7 +141,7 @@ def test_nobody_waits_for_a_turn_that_nobody_has() -> None:
     """The usual case: one caller."""
 
     async def test(one: turns.Turns) -> None:
-        taking = one.take(1)
+        taking = one.take(1, begins_call=False)
         try:
             taking.send(None)
         except StopIteration:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import functools
 import logging
 import secrets
 import select
@@ -24,11 +23,11 @@ from convertd_daemon.front import screen, turns
 
 log = logging.getLogger(__name__)
 
-Passed = Callable[[bytes], Iterable[bytes]]
+Passed = Callable[[bytes], Iterable[screen.Piece]]
 """What may go on of the bytes that came: pieces, each of which takes a turn. Raises screen.Refused
 if nothing may any more."""
 
-Turn = Callable[[], Awaitable[None]]
+Turn = Callable[[screen.Piece], Awaitable[None]]
 """Waits until a piece may go on."""
 
 ASKED_BYTES: Final = 4 * 1024
@@ -46,7 +45,7 @@ class Relay:
         self.upstream_path = upstream_path
         self._screened = screened
         self._numbers: dict[str, int] = {}
-        self._turns = turns.Turns()
+        self.turns = turns.Turns()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
@@ -94,7 +93,10 @@ class Relay:
             # First forget the name, then close: nobody may find it under somebody else's number.
             stack.callback(self._numbers.pop, peer, None)
             await _connect(upstream, self.upstream_path, downstream)
-            turn = functools.partial(self._turns.take, uid)
+
+            async def turn(piece: screen.Piece) -> None:
+                await self.turns.take(uid, begins_call=piece.begins_call)
+
             await join(downstream, upstream, self._screened(), turn)
 
 
@@ -120,12 +122,12 @@ async def _connect(sock: socket.socket, path: str, caller: socket.socket) -> Non
             return
 
 
-def whole(data: bytes) -> Iterable[bytes]:
-    """All of it passes, at once."""
-    return (data,)
+def whole(data: bytes) -> Iterable[screen.Piece]:
+    """All of it passes, and is no call."""
+    return (screen.Piece(data, begins_call=False),)
 
 
-async def at_once() -> None:
+async def at_once(_piece: screen.Piece) -> None:
     """Nobody has to wait for a turn."""
 
 
@@ -162,8 +164,8 @@ async def _ask(
             for piece in passed(data):
                 async with answering:
                     pass
-                await turn()
-                await loop.sock_sendall(sink, piece)
+                await turn(piece)
+                await loop.sock_sendall(sink, piece.data)
     except screen.Refused as error:
         log.debug("connection ended: %s", error)
 

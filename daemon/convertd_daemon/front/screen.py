@@ -13,7 +13,7 @@ binary metadata. Source: RFC 9113 (frames), RFC 7541 (HPACK), gRPC over HTTP2.
 from __future__ import annotations
 
 import string
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,6 +63,13 @@ class Refused(Exception):
     """The peer sent what no client of gRPC sends; the connection must end."""
 
 
+class Piece(NamedTuple):
+    """Bytes that may go on, and whether a call begins with them."""
+
+    data: bytes
+    begins_call: bool
+
+
 class Screen:
     """Looks through what one peer sends, in pieces as they come."""
 
@@ -73,7 +80,7 @@ class Screen:
         self._held = bytearray()
         self._block = bytearray()
 
-    def pieces(self, data: bytes) -> Iterator[bytes]:
+    def pieces(self, data: bytes) -> Iterator[Piece]:
         """Take what came, and give what may go on now: all but an unfinished header block.
 
         In pieces, each of which has one header block at most. None is looked through before the
@@ -83,7 +90,7 @@ class Screen:
             Refused: nothing of this connection may go on any more.
         """
         self._rest += data
-        ready = bytearray()
+        ready, begins_call = bytearray(), False
         while True:
             count = min(self._unseen, len(self._rest))
             ready += self._taken(count)
@@ -91,12 +98,14 @@ class Screen:
             if self._unseen:
                 break
             if ready and self._is_block_next():
-                yield bytes(ready)
-                ready.clear()
+                yield Piece(bytes(ready), begins_call)
+                ready, begins_call = bytearray(), False
+            before = len(ready)
             if not self._next_frame(ready):
                 break
+            begins_call |= len(ready) > before
         if ready:
-            yield bytes(ready)
+            yield Piece(bytes(ready), begins_call)
 
     def _is_block_next(self) -> bool:
         return len(self._rest) >= FRAME_HEADER_BYTES and self._rest[3] == HEADERS

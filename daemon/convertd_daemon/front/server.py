@@ -13,6 +13,8 @@ from grpc_reflection.v1alpha import reflection
 from convertd_daemon.front import service
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from convertd_daemon.front.link import Link
     from convertd_daemon.front.relay import Relay
 
@@ -47,11 +49,24 @@ def _is_news(record: logging.LogRecord) -> bool:
     return "ExecuteBatchError raised in core" not in str(record.msg)
 
 
+class Doorkeeper(grpc.GenericRpcHandler):
+    """Is asked first what is to be done with each call that gRPC takes up, and only takes note."""
+
+    def __init__(self, taken_up: Callable[[], None]) -> None:
+        """Tell of each call."""
+        self._taken_up = taken_up
+
+    def service(self, _details: grpc.HandlerCallDetails) -> None:
+        """Leave it to the next."""
+        self._taken_up()
+
+
 async def start(path: str, broker: Link, relay: Relay) -> grpc.aio.Server:
     """Make the server and listen at the internal path."""
     logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
     server = grpc.aio.server(options=OPTIONS)
-    server.add_generic_rpc_handlers((service.ConvertService(broker, relay).handler(),))
+    calls = service.ConvertService(broker, relay).handler()
+    server.add_generic_rpc_handlers((Doorkeeper(relay.turns.taken_up), calls))
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     names = (service.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
