@@ -1,7 +1,8 @@
 """Does to a gRPC server what a client should not. Run by itself: `hostile.py SOCKET HOW`.
 
-Speaks HTTP/2 by hand, for no client library would. Goes on until standard input ends; then says how
-often it did it. A connection that the server ends is opened anew. Source: RFC 9113, RFC 7541.
+Speaks HTTP/2 by hand, for no client library would. Says when it has begun. Goes on until standard
+input ends, and then says how often it did it. A connection that the server ends is opened anew.
+Source: RFC 9113, RFC 7541.
 """
 
 from __future__ import annotations
@@ -200,6 +201,9 @@ def main(path: str, how: str) -> None:
                 sock.close()
                 ways.remove(way)
             done += 1
+            if done == 1:
+                sys.stdout.write("begun\n")
+                sys.stdout.flush()
     sys.stdout.write(f"{done}\n")
 
 

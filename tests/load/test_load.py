@@ -238,7 +238,7 @@ def starts(daemon: Daemon) -> list[int]:
     """The uids of all jobs, in the order in which they were started."""
     log = daemon.log
     uids = {job: int(uid) for job, uid in re.findall(r"granted job=(\w+) uid=(\d+)", log)}
-    return [uids[job] for job in re.findall(r"job=(\w+) pid=\d+$", log, re.MULTILINE)]
+    return [uids[job] for job in re.findall(r"started job=(\w+) pid=", log)]
 
 
 def check_fair(order: list[int], users: set[int]) -> None:
@@ -302,6 +302,9 @@ def attacked(daemon: Daemon, ways: Sequence[str]) -> Iterator[None]:
             process = stack.enter_context(Caller(uid=uid, gid=uid).popen(argv, **pipes))
             stack.callback(process.kill)
             running.append(process)
+        for process in running:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"begun\n"
         yield
         for process in running:
             said, _ = process.communicate(timeout=PATIENCE_S)

@@ -462,6 +462,7 @@ class Broker:
             self.refuse(job.call, failure)
             self.jobs.remove(job)
             return
+        log.debug("started job=%s pid=%d", job.job_id, job.pid)
         descriptor = line.sock.detach()
         self.send(channel.Started(call=job.call, job_id=job.job_id), descriptor)
         self.spare.keep()

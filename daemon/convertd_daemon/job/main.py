@@ -61,7 +61,6 @@ def forked(
         job = begun or _wait(orders)
         orders.close()
         prctl.set_name("convertd-job")
-        log.debug("job=%s pid=%d", job.job_id, os.getpid())
         _work(lambda: job.granted, line, setup)
     except leash.Cut:
         log.info("job cut short at its very end")
