@@ -69,6 +69,28 @@ def test_a_probe_that_finds_no_room_takes_the_first_there_is(
         assert len(sent) == 1
 
 
+def test_a_probe_that_is_slow_counts_while_systemd_waits(
+    listener: socket.socket, asked: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crowd may have been before it in the backlog."""
+    assert asked is None
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    one = watchdog.Watchdog(
+        loop.Loop(), listener, lambda _, descriptor: os.close(descriptor), lambda: False
+    )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        for _ in range(watchdog.PROBES_PER_LIMIT):
+            one.tick()
+            listener.accept()[0].close()
+        one.hear(1)
+        assert manager.recv(4096) == b"WATCHDOG=1"
+        one.tick()
+        one.hear(1)
+        with pytest.raises(BlockingIOError):
+            manager.recv(4096)
+
+
 def test_without_a_descriptor_there_is_no_probe_this_time(
     listener: socket.socket, asked: None
 ) -> None:
