@@ -112,6 +112,8 @@ def sent(sock: socket.socket, data: bytes) -> bool:
         sock.sendall(data)
     except (BrokenPipeError, ConnectionResetError):
         return False
+    except TimeoutError:
+        return True  # it lets us wait
     return True
 
 
