@@ -92,6 +92,18 @@ def end_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, _cut)
 
 
+def outlive_sigterm() -> None:
+    """Make SIGTERM nothing: the job ends anyway.
+
+    Not SIG_IGN: of a signal that comes just then, Python would print a traceback.
+    """
+    signal.signal(signal.SIGTERM, _pass_over)
+
+
+def _pass_over(_number: int, _frame: object) -> None:
+    pass
+
+
 def _cut(_number: int, _frame: object) -> NoReturn:
     raise Cut
 

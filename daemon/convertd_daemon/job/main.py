@@ -72,7 +72,7 @@ def forked(
         # Whatever happens, and SIGTERM may happen here too: a job must never return into the
         # broker's code.
         try:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            leash.outlive_sigterm()
             line.give(done=False)
             logging.shutdown()
         finally:
