@@ -81,10 +81,10 @@ def test_the_silent_file_system_does_hold_whoever_asks_it(own_dir: Path) -> None
     point = own_dir / "directory"
     argv = ["stat", str(point)]
     with (
-        silent_fuse.mounted(point),
+        silent_fuse.mounted(point) as asked,
         subprocess.Popen(argv, stderr=subprocess.DEVNULL) as asking_it,
     ):
-        waiting.until(lambda: processes.state(asking_it.pid) == "S", "stat waits")
+        assert asked.read(1)
         asking_it.kill()
         waiting.until(lambda: processes.state(asking_it.pid) == "D", "stat can't be killed")
         silent_fuse.unmount(point)

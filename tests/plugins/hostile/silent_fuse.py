@@ -11,7 +11,7 @@ import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 _IN_HEADER: Final = struct.Struct("<IIQQIIII")
 _OUT_HEADER: Final = struct.Struct("<IiQ")
@@ -21,8 +21,12 @@ _INIT_OUT: Final = struct.Struct("<IIIIHHIIHHI28x")
 
 
 @contextlib.contextmanager
-def mounted(point: Path) -> Iterator[None]:
-    """Mount it over a file or a directory, for everybody to run into."""
+def mounted(point: Path) -> Iterator[IO[bytes]]:
+    """Mount it over a file or a directory, for everybody to run into.
+
+    Yields:
+        What it was asked, as far as it took that up. From then on whoever asks can't be killed.
+    """
     fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     kind = stat.S_IFMT(point.stat().st_mode)
     options = f"fd={fd},rootmode={kind:o},user_id=0,group_id=0,allow_other"
@@ -34,9 +38,10 @@ def mounted(point: Path) -> Iterator[None]:
         undo.callback(unmount, point)
         _answer_init(fd)
         # A request that was read and is not answered can't be interrupted, one that waits can.
-        reader = subprocess.Popen(["cat"], stdin=fd, stdout=subprocess.DEVNULL)
+        reader = subprocess.Popen(["cat"], stdin=fd, stdout=subprocess.PIPE, bufsize=0)
         undo.callback(_end, reader)
-        yield
+        assert reader.stdout is not None
+        yield undo.enter_context(reader.stdout)
 
 
 def _answer_init(fd: int) -> None:
