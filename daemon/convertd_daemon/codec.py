@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import json
 import types
 import typing
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
 
@@ -62,11 +63,22 @@ def decode(data: bytes, *kinds: type[T]) -> T:
 
 def _plain(value: object) -> object:
     """What json can write: dataclasses as objects, sets and tuples as arrays."""
+    if type(value) in _WRITTEN_AS_THEY_ARE:
+        return value
     if isinstance(value, tuple | frozenset):
         return [_plain(item) for item in value]
     if dataclasses.is_dataclass(value):
-        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+        return {name: _plain(getattr(value, name)) for name in _names_of(value.__class__)}
     return value
+
+
+_WRITTEN_AS_THEY_ARE: Final = frozenset({str, int, float, bool, types.NoneType})
+
+
+@functools.cache
+def _names_of(kind: Any) -> tuple[str, ...]:
+    """The names of a dataclass's fields."""
+    return tuple(item.name for item in dataclasses.fields(kind))
 
 
 def decoder_of(kind: Any) -> Decoder:

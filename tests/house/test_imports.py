@@ -97,9 +97,22 @@ def test_job_sandbox_and_kernel_import_the_standard_library_and_ours_alone() -> 
     assert imported - sys.stdlib_module_names == {"convertd_daemon"}
 
 
-@pytest.mark.parametrize("module", ["convertd_daemon.job.main", "convertd_daemon.broker.main"])
+@pytest.mark.parametrize("module", ["convertd_daemon.job.main", "convertd_daemon.broker.serving"])
 def test_what_runs_as_root_has_no_grpc_in_memory(module: str) -> None:
     """Whatever an import brings along counts too, so this asks the interpreter."""
+    loaded = {name.partition(".")[0] for name in loaded_by(module)}
+    assert not loaded & {"convertd", "google", "grpc"}
+
+
+def test_the_front_is_started_before_the_broker_has_loaded_much() -> None:
+    """It takes longest to start: what the command loads for its first steps delays the daemon."""
+    heavy = {"convertd_daemon.channel", "convertd_daemon.model", "msgspec"}
+    assert not heavy & loaded_by("convertd_daemon.broker.main")
+    assert heavy <= loaded_by("convertd_daemon.broker.serving")
+
+
+def loaded_by(module: str) -> set[str]:
+    """All modules that one module's import loads."""
     script = f"import json, sys, {module}; print(json.dumps(sorted(sys.modules)))"
     outcome = subprocess.run(
         [sys.executable, "-I", "-c", script],
@@ -108,5 +121,4 @@ def test_what_runs_as_root_has_no_grpc_in_memory(module: str) -> None:
         check=True,
         timeout=60,
     )
-    loaded = {name.partition(".")[0] for name in json.loads(outcome.stdout)}
-    assert not loaded & {"convertd", "google", "grpc"}
+    return set(json.loads(outcome.stdout))

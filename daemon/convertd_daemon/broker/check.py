@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 
-def run(policy_path: str = load.DEFAULT_PATH) -> int:
+def run(policy_path: str) -> int:
     """Say on stdout who may do what with whose rights, and on stderr what is wrong.
 
     Returns:
@@ -55,7 +55,7 @@ def run(policy_path: str = load.DEFAULT_PATH) -> int:
     return 1 if problems else 0
 
 
-def print_dropin(policy_path: str = load.DEFAULT_PATH) -> int:
+def print_dropin(policy_path: str) -> int:
     """Print the drop-in with which the service can do what a policy says.
 
     Returns:

@@ -6,17 +6,13 @@ import collections
 import contextlib
 import os
 import signal
-import sys
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING
 
 from convertd_daemon import channel
-from convertd_daemon.kernel import close_range, prctl
-from convertd_daemon.sandbox import identity
+from convertd_daemon.broker import front_process
 
 if TYPE_CHECKING:
     from convertd_daemon.sandbox.identity import Identity
-
-CHANNEL_DESCRIPTOR: Final = 3
 
 
 class Front:
@@ -27,10 +23,10 @@ class Front:
     Owns the channel and every descriptor it is asked to send.
     """
 
-    def __init__(self, pid: int, line: channel.Channel) -> None:
+    def __init__(self, started: front_process.Started) -> None:
         """Take over a started front."""
-        self.pid = pid
-        self.line = line
+        self.pid = started.pid
+        self.line = channel.Channel(started.sock)
         self.sent = 0
         self._behind: collections.deque[tuple[bytes, int | None]] = collections.deque()
 
@@ -83,63 +79,15 @@ class Front:
         channel.close_all([fd for _, fd in self._behind if fd is not None])
         self._behind.clear()
 
-    def end(self) -> None:
-        """End it now and see it gone, unless it is, and closed."""
-        if self.line.fileno() >= 0:
-            self.kill()
-            os.waitpid(self.pid, 0)
-            self.close()
-
     def kill(self) -> None:
         """End it now. It is our child and not reaped yet, so the pid is its own."""
         os.kill(self.pid, signal.SIGKILL)
 
 
 def start(user: Identity, private: str) -> Front:
-    """Start the front as its own user, with one descriptor, and a directory for its own socket.
+    """Start a front; see front_process.start.
 
     Raises:
         OSError: no process, or no descriptors, to be had.
     """
-    ours, theirs = channel.Channel.pair()
-    pid = os.fork()
-    if pid == 0:
-        _become_front(user, theirs.fileno(), private)
-    theirs.close()
-    return Front(pid, ours)
-
-
-def _become_front(user: Identity, descriptor: int, private: str) -> NoReturn:
-    """In the child: give up root for good, then execute. No byte of gRPC is loaded before that."""
-    try:
-        signal.set_wakeup_fd(-1)
-        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGCHLD, signal.SIGPIPE):
-            signal.signal(number, signal.SIG_DFL)
-        # The terminal's Ctrl-C is for the broker, which then ends us in its own time.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if descriptor != CHANNEL_DESCRIPTOR:
-            os.dup2(descriptor, CHANNEL_DESCRIPTOR)
-        os.set_inheritable(CHANNEL_DESCRIPTOR, True)
-        close_range.close_all_but({0, 1, 2, CHANNEL_DESCRIPTOR})
-        identity.assume(user)
-        identity.limit_capabilities(())
-        prctl.set_no_new_privs()
-        os.chdir("/")
-        environment = {
-            **{key: value for key, value in os.environ.items() if key != "NOTIFY_SOCKET"},
-            # Its atfork handlers are for programs that fork; this one can't. Source: grpc's
-            # doc/fork_support.md.
-            "GRPC_ENABLE_FORK_SUPPORT": "0",
-            # gRPC's core logs what a peer says, newlines and all: whoever could connect could write
-            # any line into our log. Source: grpc's doc/environment_variables.md.
-            "GRPC_VERBOSITY": "NONE",
-            # Each piece that the relay takes from a peer begins as 64 KiB. In the heap, small
-            # things came to lie in the gaps between, and it grew by 1.1 KiB a call; where such
-            # pieces have mappings of their own, it stays as it is (2,100 calls, 2026-11).
-            "MALLOC_MMAP_THRESHOLD_": "32768",
-            "MALLOC_ARENA_MAX": "1",
-        }
-        argv = [sys.executable, "-m", "convertd_daemon.front", private]
-        os.execve(sys.executable, argv, environment)
-    finally:
-        os._exit(127)
+    return Front(front_process.start(user, private))

@@ -19,7 +19,6 @@ from convertd_daemon.broker import names
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-DEFAULT_PATH: Final = "/etc/convertd/policy.toml"
 MAX_BYTES: Final = 1024 * 1024
 
 
@@ -44,7 +43,7 @@ class Loaded:
     warnings: tuple[LoadError, ...]
 
 
-def load(path: str = DEFAULT_PATH, *, limit_s: float = names.LIMIT_S) -> Loaded:
+def load(path: str, *, limit_s: float = names.LIMIT_S) -> Loaded:
     """Read a policy and look its names up. A name that doesn't exist is a warning.
 
     Blocks for up to `limit_s` seconds, and forks.

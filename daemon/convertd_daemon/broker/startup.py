@@ -7,12 +7,15 @@ import os
 import pwd
 import resource
 import stat
-from collections.abc import Iterator
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from convertd_daemon import model
 from convertd_daemon.kernel import children, landlock
 from convertd_daemon.sandbox.identity import Identity
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from convertd_daemon import model
 
 FRONT_USER: Final = "convertd"
 WORKER_USER: Final = "convertd-qemu"

@@ -14,7 +14,7 @@ import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from convertd_daemon import channel, model
+from convertd_daemon import channel, codec, model
 from convertd_daemon.job import account as job_account
 from convertd_daemon.job import main as job_main
 
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 FORK_AFTER_S: Final = 0.02
 """A spare is forked when the job that took the one before is under way, so as not to hinder it."""
+
+_SIGNALS: Final = frozenset(signal.valid_signals())
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -91,7 +93,7 @@ def fork(setup: Setup, begun: job_main.Begun | None = None) -> Worker:
         theirs.callback(os.close, account_end)
         # Held back until the worker has let go of our wakeup descriptor: a SIGTERM to it would be
         # written there, and we would take it for our own.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
             pid = os.fork()
             if pid == 0:
@@ -109,6 +111,8 @@ class Spare:
 
     def __init__(self, loop: Loop, setup: Setup, may_fork: Callable[[], bool]) -> None:
         """Begin with none; `may_fork` says, whenever one is to be forked, if it still is."""
+        # Made here once, and not in each worker while somebody waits.
+        codec.decoder_of(channel.Begin)
         self._loop = loop
         self._setup = setup
         self._may_fork = may_fork

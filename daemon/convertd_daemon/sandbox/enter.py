@@ -38,6 +38,7 @@ ENVIRONMENT: Final[Mapping[str, str]] = {
     "PATH": "/usr/bin:/bin",
 }
 
+_SIGNALS: Final = frozenset(signal.valid_signals())
 _FIRST_FREE: Final = 3
 _CONFINED: Final = b"."  # the child's last word before exec
 _REPORT_BYTES: Final = 4096
@@ -204,7 +205,7 @@ def _signals_blocked() -> Iterator[None]:
     The child still has our handlers, and our wakeup descriptor to write to; and a handler that
     raises here would leave behind a child that nobody knows.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
     finally:
@@ -276,7 +277,7 @@ def _steps(ends: _Ends, confinement: Confinement) -> tuple[tuple[Stage, Callable
 def _reset_signals() -> None:
     # exec resets handlers, but keeps the mask, and what is ignored (Python ignores SIGPIPE).
     signal.set_wakeup_fd(-1)
-    for number in signal.valid_signals():
+    for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_DFL:
             signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())

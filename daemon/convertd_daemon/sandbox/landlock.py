@@ -5,6 +5,7 @@ named. What a kernel does not know can't be denied by it; STAND_INS says what de
 """
 
 import contextlib
+import itertools
 import os
 import stat
 from collections.abc import Iterable, Mapping
@@ -53,6 +54,20 @@ GENERATIONS: Final = (
     Generation(abi=6, kernel="6.12", scope=Scope.ABSTRACT_UNIX_SOCKET | Scope.SIGNAL),
 )
 
+
+def _and_before(before: Generation, added: Generation) -> Generation:
+    return Generation(
+        abi=added.abi,
+        kernel=added.kernel,
+        fs=before.fs | added.fs,
+        net=before.net | added.net,
+        scope=before.scope | added.scope,
+    )
+
+
+_UP_TO: Final = tuple(itertools.accumulate(GENERATIONS, _and_before))
+"""All that each version denies."""
+
 # Below the ABI, who denies it instead. Nothing stands in for ABI 1: we refuse to start.
 STAND_INS: Final[Mapping[int, str]] = {
     2: "the kernel itself: before ABI 2 a Landlocked process can't link or rename across "
@@ -91,7 +106,7 @@ def ruleset(rules: Iterable[Rule], *, abi: int | None = None) -> int:
     known = running if abi is None else min(abi, running)
     if known < 1:
         raise errors.LandlockMissing
-    denied = _denied(known)
+    denied = _UP_TO[min(known, len(_UP_TO)) - 1]
     made = landlock.create_ruleset(fs=denied.fs, net=denied.net, scope=denied.scope)
     try:
         for rule in rules:
@@ -124,20 +139,6 @@ def restrict(rules: Iterable[Rule], *, abi: int | None = None) -> None:
         enforce(made)
     finally:
         os.close(made)
-
-
-def _denied(abi: int) -> Generation:
-    total = Generation(abi=abi, kernel="")
-    for generation in GENERATIONS:
-        if generation.abi <= abi:
-            total = Generation(
-                abi=abi,
-                kernel=generation.kernel,
-                fs=total.fs | generation.fs,
-                net=total.net | generation.net,
-                scope=total.scope | generation.scope,
-            )
-    return total
 
 
 def _add(made: int, rule: Rule, denied: AccessFs) -> None:
