@@ -32,7 +32,7 @@ write = ["images"]
 formats = ["raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx", "qed", "parallels", "luks"]
 """
 
-BOUND_S: Final = 15.0
+BOUND_S: Final = 60.0
 """No image may take longer to be refused, or to be converted for all it is worth."""
 
 MIB: Final = 1024

@@ -24,7 +24,7 @@ read = ["images"]
 write = ["images"]
 """
 
-AT_ONCE_S: Final = 10.0
+AT_ONCE_S: Final = 60.0
 """Far less than anybody who waits for a silent file system would take."""
 
 
