@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
-import threading
 from collections.abc import Callable, Iterator
 from typing import Self, TypeVar, Unpack
 
@@ -13,10 +12,11 @@ import grpc
 
 from convertd.v1 import convert_pb2 as pb
 from convertd.v1 import convert_pb2_grpc as pb_grpc
-from convertd_client import answers, conversion, ending, errors, results, sockets, wire
+from convertd_client import answers, beginning, conversion, ending, errors, results, sockets, wire
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
+Call = TypeVar("Call", bound=grpc.Call)
 
 
 class Client:
@@ -77,8 +77,10 @@ class Client:
         request = wire.convert_request(conversion.asked(source, dest, dest_format, options))
         reading = wire.Reading(on_progress)
         waiting = self._waiting(wait_for_ready)
-        call = self._stub.Convert(request, timeout=timeout, wait_for_ready=waiting.allowed)
-        with waiting.watch(call, converting=True):
+        with waiting.watch(
+            lambda: self._stub.Convert(request, timeout=timeout, wait_for_ready=waiting.allowed),
+            converting=True,
+        ) as call:
             for response in call:
                 waiting.end()
                 reading.take(response)
@@ -156,8 +158,10 @@ class Client:
         wait_s: float | None,
     ) -> Response:
         waiting = self._waiting(wait_s)
-        call = method.future(request, timeout=timeout_s, wait_for_ready=waiting.allowed)
-        with waiting.watch(call, converting=False):
+        with waiting.watch(
+            lambda: method.future(request, timeout=timeout_s, wait_for_ready=waiting.allowed),
+            converting=False,
+        ) as call:
             return call.result()
 
     def _waiting(self, wait_s: float | None) -> _Waiting:
@@ -179,7 +183,9 @@ class _Waiting:
         self._channel = channel
         self._path = path
         self._wait_s = wait_s
-        self._answered = threading.Event()
+        self._is_answered = False
+        # Not threading's Event: Ctrl-C can come in the midst of what that does in Python.
+        self._over: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._called_off = False
 
     @property
@@ -189,26 +195,29 @@ class _Waiting:
 
     def end(self) -> None:
         """The daemon answers: it is there."""
-        self._answered.set()
+        if not self._is_answered:
+            self._is_answered = True
+            self._over.put(None)
 
     @contextlib.contextmanager
-    def watch(self, call: grpc.Call, *, converting: bool) -> Iterator[None]:
-        """Run the call's body, turn how it failed into our errors, and leave no call behind."""
-        with contextlib.ExitStack() as stack:
-            stack.callback(call.cancel)
-            stack.callback(self._answered.set)
+    def watch(self, make: Callable[[], Call], *, converting: bool) -> Iterator[Call]:
+        """Begin a call, turn how it failed into our errors, and leave no call behind."""
+        with beginning.begun(make) as call, contextlib.ExitStack() as stack:
+            stack.callback(self._over.put, None)
             if self.allowed:
-                threading.Thread(target=self._call_off, args=(call,), daemon=True).start()
+                beginning.thread(self._call_off, call)
             try:
-                yield
+                yield call
             except (grpc.RpcError, grpc.FutureCancelledError) as error:
                 raise self._error(call, converting=converting) from error
 
     def _call_off(self, call: grpc.Call) -> None:
-        if self._answered.wait(self._wait_s) or self._is_connected():
-            return
-        self._called_off = True
-        call.cancel()
+        try:
+            self._over.get(timeout=self._wait_s)
+        except queue.Empty:
+            if not self._is_connected():
+                self._called_off = True
+                call.cancel()
 
     def _is_connected(self) -> bool:
         states: queue.SimpleQueue[grpc.ChannelConnectivity] = queue.SimpleQueue()
@@ -227,7 +236,7 @@ class _Waiting:
                 text=call.details() or "",
                 metadata=tuple(call.trailing_metadata() or ()),
                 converting=converting,
-                answered=self._answered.is_set(),
+                answered=self._is_answered,
                 called_off=self._called_off,
             )
         )

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from typing import TYPE_CHECKING, Any
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
+from harness import waiting
 from harness.callers import MALLORY
 
 if TYPE_CHECKING:
@@ -264,6 +267,36 @@ def test_ctrl_c_cancels_the_job(kind: str, fake: Fake) -> None:
     calling.process.send_signal(signal.SIGINT)
     assert calling.end()["error"] == "KeyboardInterrupt"
     fake.await_noted("ended")
+
+
+CUT_SHORT: Final = """
+import os, signal, sys
+import grpc._channel
+import convertd_client
+
+start_waiting = grpc._channel._run_channel_spin_thread
+
+def interrupt(state):
+    # gRPC has made the call, and not yet started what waits for its end.
+    os.kill(os.getpid(), signal.SIGINT)
+    start_waiting(state)
+
+grpc._channel._run_channel_spin_thread = interrupt
+try:
+    with convertd_client.Client(sys.argv[1], wait_for_ready=60) as client:
+        client.access()
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_ctrl_c_while_a_call_is_begun_ends_it(absent: Fake) -> None:
+    """grpcio, left there, would wait for ever when the client is closed."""
+    argv = [sys.executable, "-c", CUT_SHORT, str(absent.socket)]
+    ran = subprocess.run(
+        argv, capture_output=True, text=True, check=False, timeout=waiting.DEADLINE_S / 2
+    )
+    assert (ran.stdout, ran.stderr) == ("interrupted\n", "")
 
 
 @both
