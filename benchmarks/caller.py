@@ -56,7 +56,7 @@ def ask(socket: str, times: int) -> list[float]:
 
 def first(socket: str) -> float:
     """The first call of a connection that does not exist yet."""
-    with Client(socket) as one:
+    with Client(socket, wait_for_ready=60) as one:
         return timed(one.access)
 
 

@@ -6,6 +6,7 @@ seccomp filter.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import re
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 
 SIZE_BYTES: Final = 64 * 1024
 LIMIT_S: Final = 20.0
+LIMITS: Final = dataclasses.replace(limits.CONVERT, niceness=0)
+"""Callers may be waiting for the daemon to start, however busy the machine is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +87,7 @@ def _be_the_child(setup: Setup, directory: str, line: channel.Channel, broker: i
 
 def _convert_all(runner: qemu_img.Runner, directory: str) -> SelfTest:
     # It begins with the version, too.
-    said = runner.run(("qemu-img", "--help"), qemu_img.Inodes(), limits.INFO)
+    said = runner.run(("qemu-img", "--help"), qemu_img.Inodes(), LIMITS)
     _convert(runner, directory, "zlib")
     compressions = ["zlib"]
     try:
@@ -114,7 +117,7 @@ def _convert(runner: qemu_img.Runner, directory: str, compression: str) -> None:
         outcome = runner.run(
             (*argv, plan.graph((plan.Node(format="raw", fd=source),)), plan.path_of(dest)),
             qemu_img.Inodes(read=(source,), write=(dest,)),
-            limits.CONVERT,
+            LIMITS,
         )
         if outcome.status != 0 or os.fstat(dest).st_size <= SIZE_BYTES // 2:
             problem = outcome.stderr or f"status {outcome.status}"
