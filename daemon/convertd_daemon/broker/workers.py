@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 from convertd_daemon import channel, codec, model
 from convertd_daemon.job import account as job_account
 from convertd_daemon.job import main as job_main
+from convertd_daemon.sandbox import enter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,8 +29,6 @@ log = logging.getLogger(__name__)
 
 FORK_AFTER_S: Final = 0.02
 """A spare is forked when the job that took the one before is under way, so as not to hinder it."""
-
-_SIGNALS: Final = frozenset(signal.valid_signals())
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -93,15 +92,12 @@ def fork(setup: Setup, begun: job_main.Begun | None = None) -> Worker:
         theirs.callback(os.close, account_end)
         # Held back until the worker has let go of our wakeup descriptor: a SIGTERM to it would be
         # written there, and we would take it for our own.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        try:
+        with enter.signals_blocked():
             pid = os.fork()
             if pid == 0:
                 # Nothing is closed here: its first act closes all but its own.
                 witness = job_account.Witness(line_end.sock, account_end)
                 job_main.forked(begun, orders_end, witness, setup, broker)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         ours.pop_all()
     return Worker(pid=pid, orders=orders, line=line, account=account)
 

@@ -29,7 +29,15 @@ from convertd_daemon.sandbox.errors import NotConfined, Stage
 from convertd_daemon.sandbox.identity import Identity
 from convertd_daemon.sandbox.limits import Limits
 
-__all__ = ["Child", "Confinement", "Identity", "Limits", "NotConfined", "spawn"]
+__all__ = [
+    "Child",
+    "Confinement",
+    "Identity",
+    "Limits",
+    "NotConfined",
+    "signals_blocked",
+    "spawn",
+]
 
 ENVIRONMENT: Final[Mapping[str, str]] = {
     "LC_ALL": "C",
@@ -142,7 +150,7 @@ def spawn(
                     inherit=inherit,
                 )
                 _check_numbers(ends)
-            with _failing_as(Stage.FORK), _signals_blocked():
+            with _failing_as(Stage.FORK), signals_blocked():
                 pid = _fork(ends, argv, confinement)
                 ours.callback(_put_down, pid)
                 pidfd = _kept(ours, os.pidfd_open(pid))
@@ -199,7 +207,7 @@ def _check_numbers(ends: _Ends) -> None:
 
 
 @contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
+def signals_blocked() -> Iterator[None]:
     """Hold signals back in the parent until the child is in safe hands; in the child, for good.
 
     The child still has our handlers, and our wakeup descriptor to write to; and a handler that
