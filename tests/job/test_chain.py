@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import descriptors
 import grants
 import pytest
 import whole_job
@@ -57,7 +58,7 @@ def followed(rules: grants.Rules, path: Path, stated: str = "qcow2") -> Found:
 
 def follow(grant: model.Grant) -> Found:
     """As above, in a child that may start programs."""
-    before = os.listdir("/proc/self/fd")
+    before = descriptors.held()
     try:
         with runner() as run, contextlib.ExitStack() as stack:
             top = stack.enter_context(paths.open_source(grant.source, grant.peer))
@@ -65,9 +66,9 @@ def follow(grant: model.Grant) -> Found:
             members = tuple((link.member.path, link.member.info.format) for link in links)
             assert all(os.fstat(link.source.fd) for link in links)
     except errors.ConvertError as error:
-        assert os.listdir("/proc/self/fd") == before
+        assert descriptors.held() - before == set()
         return Found(failure=error.failure())
-    assert os.listdir("/proc/self/fd") == before
+    assert descriptors.held() - before == set()
     return Found(members=members)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from descriptors import none_left_open
 from harness.mounts import Mounts
 
 from convertd_daemon.job import direct
@@ -71,8 +72,7 @@ def test_an_inode_that_holds_data_is_not_written_to(unnamed: int) -> None:
 
 def test_no_descriptor_is_left_open(unnamed: int, on_ramfs: int) -> None:
     """Whatever the answer was."""
-    before = os.listdir("/proc/self/fd")
-    for descriptor in (unnamed, on_ramfs):
-        direct.write_refusal(descriptor)
-        direct.read_refusal(descriptor)
-    assert os.listdir("/proc/self/fd") == before
+    with none_left_open():
+        for descriptor in (unnamed, on_ramfs):
+            direct.write_refusal(descriptor)
+            direct.read_refusal(descriptor)

@@ -19,6 +19,7 @@ from pathlib import Path
 import grants
 import pytest
 import refusals
+from descriptors import none_left_open
 from harness.mounts import Mounts
 
 from convertd_daemon import errors, model
@@ -87,9 +88,8 @@ class TestSource:
 
     def refusal(self, rules: grants.Rules, path: Path) -> errors.Failure:
         """What a source is refused with; nothing is left open."""
-        before = os.listdir("/proc/self/fd")
-        failure = refusals.refusal_of(lambda: self.opened(rules, path))
-        assert os.listdir("/proc/self/fd") == before
+        with none_left_open():
+            failure = refusals.refusal_of(lambda: self.opened(rules, path))
         assert failure is not None
         return failure
 
@@ -267,9 +267,8 @@ class TestTarget:
 
     def refusal(self, rules: grants.Rules, path: Path, **asked: object) -> errors.Failure:
         """What a target is refused with; nothing is left open."""
-        before = os.listdir("/proc/self/fd")
-        failure = refusals.refusal_of(lambda: self.opened(rules, path, **asked))
-        assert os.listdir("/proc/self/fd") == before
+        with none_left_open():
+            failure = refusals.refusal_of(lambda: self.opened(rules, path, **asked))
         assert failure is not None
         return failure
 

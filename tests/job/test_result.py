@@ -17,6 +17,7 @@ import grants
 import pytest
 import refusals
 import whole_job
+from descriptors import none_left_open
 from harness.mounts import Mounts
 
 from convertd_daemon import errors, model
@@ -47,9 +48,10 @@ def created(grant: model.Grant, setup: Setup = SETUP) -> Iterator[result.FileDes
 def refusal_of(grant: model.Grant) -> errors.Failure:
     """What the making is refused with; nothing is left open, nor in the directory."""
     directory = os.path.dirname(grant.dest.path)
-    before = os.listdir("/proc/self/fd"), os.listdir(directory)
-    failure = refusals.refusal_of(lambda: created(grant).__enter__())
-    assert (os.listdir("/proc/self/fd"), os.listdir(directory)) == before
+    before = os.listdir(directory)
+    with none_left_open():
+        failure = refusals.refusal_of(lambda: created(grant).__enter__())
+    assert os.listdir(directory) == before
     assert failure is not None
     return failure
 

@@ -11,6 +11,7 @@ import pytest
 import refusals
 import whole_job
 from children import errno_of, in_child
+from descriptors import none_left_open
 
 from convertd_daemon.job import secrets
 
@@ -28,9 +29,8 @@ def pipe_with(data: bytes) -> int:
 @pytest.fixture(autouse=True)
 def nothing_is_left_open() -> Iterator[None]:
     """See that every pipe is closed in the end, also those that are refused."""
-    before = os.listdir("/proc/self/fd")
-    yield
-    assert os.listdir("/proc/self/fd") == before
+    with none_left_open():
+        yield
 
 
 class TestTaking:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import descriptors
 import pytest
 from children import in_child
 
@@ -36,14 +37,14 @@ def confinement(compiled: bytes) -> Confinement:
 
 def failure(act: Callable[[], object]) -> Failed:
     """Give the stage and errno of NotConfined, and what it left behind in this process."""
-    before = set(os.listdir("/proc/self/fd"))
+    before = descriptors.held()
     try:
         act()
     except errors.NotConfined as error:
         outcome = error.stage.name, errno.errorcode.get(error.errno, "0")
     else:
         outcome = "RAN", "0"
-    left = [f"descriptor {name}" for name in set(os.listdir("/proc/self/fd")) - before]
+    left = [f"descriptor {number}: {name}" for number, name in descriptors.held() - before]
     try:
         os.waitpid(-1, os.WNOHANG)
     except ChildProcessError:

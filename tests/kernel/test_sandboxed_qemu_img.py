@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import descriptors
 import pytest
 from children import in_child
 
@@ -296,9 +297,9 @@ def test_leaving_the_block_kills_and_reaps(
 ) -> None:
     """And closes what it gave."""
 
-    def act() -> tuple[int, list[str], int]:
+    def act() -> tuple[int, list[str], set[tuple[int, str]]]:
         narrow.narrow_broker()
-        before = len(os.listdir("/proc/self/fd"))
+        before = descriptors.held()
         argv = ["qemu-img", "bench", "-f", "raw", "-c", "1000000000"]
         argv.append(f"/proc/self/fd/{images.source}")
         inherit = (images.source,)
@@ -310,9 +311,9 @@ def test_leaving_the_block_kills_and_reaps(
             left = []
         else:
             left = ["a child"]
-        return child.wait(), left, len(os.listdir("/proc/self/fd")) - before
+        return child.wait(), left, descriptors.held() - before
 
-    assert in_child(act) == (-signal.SIGKILL, [], 0)
+    assert in_child(act) == (-signal.SIGKILL, [], set())
 
 
 def test_a_child_that_ended_can_be_killed_and_waited_for_again(

@@ -8,6 +8,7 @@ import socket
 
 import pytest
 from children import in_child
+from descriptors import none_left_open
 
 from convertd_daemon import model
 from convertd_daemon.broker import accept
@@ -16,11 +17,6 @@ from convertd_daemon.broker import accept
 def ends() -> tuple[socket.socket, socket.socket]:
     """A connection; who made it is each end's peer."""
     return socket.socketpair()
-
-
-def open_descriptors() -> int:
-    """How many descriptors this process has."""
-    return len(os.listdir("/proc/self/fd"))
 
 
 def test_a_peer_is_who_the_kernel_says() -> None:
@@ -89,7 +85,6 @@ def test_one_connection_too_many_is_closed(
 def test_a_connection_whose_peer_is_not_known_is_closed() -> None:
     """It is nobody's, and takes nobody's place."""
     connections = accept.Connections(model.Limits())
-    before = open_descriptors()
-    with pytest.raises(OSError, match="not connected"):
+    with none_left_open(), pytest.raises(OSError, match="not connected"):
         connections.admit(socket.socket(socket.AF_UNIX))
-    assert (open_descriptors(), len(connections)) == (before, 0)
+    assert len(connections) == 0
