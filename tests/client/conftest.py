@@ -47,9 +47,13 @@ class Calling:
             assert "phase" in said, said
 
     def end(self) -> dict[str, Any]:
-        """Wait for the call's end."""
+        """Wait for the call's end. A test that is over its time kills it."""
         with self.process, self._out:
-            lines = self._out.read().splitlines()
+            try:
+                lines = self._out.read().splitlines()
+            except BaseException:
+                self.process.kill()
+                raise
         end: dict[str, Any] = json.loads(lines[-1])
         return end
 
