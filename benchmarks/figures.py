@@ -64,6 +64,11 @@ def seconds(entry: Entry) -> Spread:
 
 
 def ratio(entry: Entry, base: Entry) -> Spread:
-    """How much longer one took than another, round by round: both saw the same machine then."""
+    """How much longer one took than another."""
+    return spread(ratios(entry, base))
+
+
+def ratios(entry: Entry, base: Entry) -> list[float]:
+    """The same for each round: in one, both saw the same machine."""
     pairs = zip(entry.runs, base.runs, strict=True)
-    return spread([run.seconds / other.seconds for run, other in pairs])
+    return [run.seconds / other.seconds for run, other in pairs]

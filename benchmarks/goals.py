@@ -12,6 +12,9 @@ from benchmarks.measured import Entry, Results
 
 KIB_PER_MIB: Final = 1024
 
+A_WHILE_S: Final = 1.0
+"""What a conversion must take for the daemon's own cost not to be most of it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
@@ -56,11 +59,20 @@ def _ratio(case: str, base: str) -> Callable[[Results], float]:
     return measure
 
 
-def _longest(results: Results) -> float:
-    """Convertd's time over qemu-img's alone, where that is longest, and so known best."""
+def _own_cost(results: Results) -> float:
+    """Convertd's time over qemu-img's alone: all rounds of all cases in which that takes a second.
+
+    Where none does, of the longest.
+    """
     alone = [entry for entry in results.entries if entry.contestant == "same argv"]
-    longest = max(alone, key=lambda entry: figures.seconds(entry).median)
-    return _ratio(longest.case, "same argv")(results)
+    medians = [figures.seconds(entry).median for entry in alone]
+    least_s = min(A_WHILE_S, max(medians))
+    long = [entry for entry, median in zip(alone, medians, strict=True) if median >= least_s]
+    return statistics.median(
+        one
+        for entry in long
+        for one in figures.ratios(_entry(results, entry.case, "convertd"), entry)
+    )
 
 
 def _over_fio(results: Results) -> float:
@@ -135,9 +147,9 @@ GOALS: Final = (
         measure=_milliseconds(cases.CLONE),
     ),
     Goal(
-        text="the longest conversion ÷ qemu-img alone with the same arguments",
+        text="all conversions of over a second ÷ qemu-img alone with the same arguments",
         limit=1.02,
-        measure=_longest,
+        measure=_own_cost,
     ),
     Goal(
         text="random bytes to qcow2 and to raw, the slower ÷ fio for the same bytes",

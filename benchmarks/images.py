@@ -42,6 +42,7 @@ class Images:
     files_qcow2: Image
     fragmented: Image
     packed: Image
+    packed_qcow2: Image
     zlib: Image
     noise: Image
     empty: Image
@@ -62,6 +63,7 @@ def make(directory: Path, xfs: Path, settings: Settings) -> Images:
         files_qcow2=_converted(files, "files.qcow2", files.what),
         fragmented=_fragmented(files, directory / "fragmented.qcow2"),
         packed=packed,
+        packed_qcow2=_converted(packed, "packed.qcow2", packed.what),
         zlib=_converted(packed, "zlib.qcow2", f"{packed.what}, compressed by zlib", "-c"),
         noise=_noise(directory / "noise.raw", settings.noise_mib),
         empty=empty,
