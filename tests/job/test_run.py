@@ -7,6 +7,7 @@ import dataclasses
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
@@ -72,6 +73,36 @@ def printed(*percents: float) -> bytes:
 
 class TestProgress:
     """By qemu-img's own words."""
+
+    @pytest.fixture(autouse=True)
+    def at_any_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Tell it as soon as there is more to tell, but where a test says otherwise."""
+        monkeypatch.setattr(run, "TELL_S", 0.0)
+
+    def test_is_not_told_again_at_once(
+        self, front: Front, written: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nobody sees a hundred steps of a second; the end of the writing is told in any case."""
+        monkeypatch.setattr(run, "TELL_S", 60.0)
+        observer = run.Observer(front.leash, written, 1.0)
+        observer.hear(printed(0.0, 10.0, 20.0))
+        observer.hear(printed(99.0, 100.0))
+        assert front.heard() == [("converting", 0.0), ("flushing", 100.0)]
+
+    def test_is_told_when_some_time_has_passed(
+        self, front: Front, written: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What was held back is not made up for: the newest counts."""
+        now = 5.0
+        monkeypatch.setattr(run, "TELL_S", 0.1)
+        monkeypatch.setattr(time, "monotonic", lambda: now)
+        observer = run.Observer(front.leash, written, 1.0)
+        observer.hear(printed(1.0, 2.0))
+        now = 5.05
+        observer.hear(printed(3.0))
+        now = 5.11
+        observer.hear(printed(4.0, 5.0))
+        assert front.heard() == [("converting", 1.0), ("converting", 4.0)]
 
     def test_is_told_in_steps_of_one_per_cent(self, front: Front, written: int) -> None:
         """And never backwards; 100 comes before the flushing, which is a phase of its own."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import os
 import re
 import signal
@@ -40,6 +41,11 @@ CREATING: Final = "error while converting"
 IN_USE: Final = ('failed to get "', 'failed to get shared "')
 WRONG_SECRET: Final = ("invalid password", "cannot unlock")
 """What qemu-img says, in lower case, of an image that is locked in one way or the other."""
+
+TELL_S: Final = 0.1
+"""How long no progress is told after some was: each costs the front and the caller processor time.
+Half a second of conversion (tmpfs, 2 cores) took 1.04 of qemu-img's own time, 1.18 when all were
+told."""
 
 CPU_TICK_S: Final = 0.01
 """A program that used less processor time than this since the last look did nothing."""
@@ -87,8 +93,9 @@ def convert(
 class Observer:
     """Follows a conversion: turns qemu-img's `(12.34/100%)` into progress, and notices a stall.
 
-    Progress is told in steps of one per cent. A conversion stalls when nothing moves: no output,
-    no block of the result, no processor time. Flushing may take as long as the job may.
+    Progress is told in steps of one per cent, and at most ten times a second. A conversion stalls
+    when nothing moves: no output, no block of the result, no processor time. Flushing may take as
+    long as the job may.
     """
 
     def __init__(self, leash: Leash, result: int, stall_s: float) -> None:
@@ -97,6 +104,7 @@ class Observer:
         self.result = result
         self.stall_s = stall_s
         self.percent = -1.0
+        self._told = -math.inf
         self._tail = b""
         self._moved = time.monotonic()
         self._heard_bytes = 0
@@ -131,7 +139,10 @@ class Observer:
     def _report(self, percent: float) -> None:
         if int(percent) <= int(self.percent):
             return
-        self.percent = percent
+        now = time.monotonic()
+        if percent < ALL and now - self._told < TELL_S:
+            return
+        self.percent, self._told = percent, now
         # qemu-img says 100 % before it flushes.
         phase = model.Phase.FLUSHING if percent >= ALL else model.Phase.CONVERTING
         self.leash.progress(phase, percent)
