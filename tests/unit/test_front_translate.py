@@ -429,6 +429,9 @@ class TestReplies:
         began = translate.job(dataclasses.replace(entry, started=1_000_000_001.0), None)
         assert began.start_time.ToSeconds() == 1_000_000_001
         assert not began.HasField("progress")
+        queued = pb.ConvertProgress(phase=pb.PHASE_QUEUED, queue_position=7)
+        moved_up = translate.job(dataclasses.replace(entry, position=3), queued)
+        assert moved_up.progress.queue_position == 2
 
     def test_every_phase_of_a_job_is_one_of_the_contract(self) -> None:
         """And every one of the contract is a phase."""

@@ -26,6 +26,7 @@ from convertd_daemon.broker import (
     loop,
     metrics,
     notify,
+    positions,
     status,
     watchdog,
     workers,
@@ -85,6 +86,7 @@ class Broker:
         self.connections = accept.Connections(rules.limits)
         self.connections.prober = os.getpid()
         self.jobs = jobs.Jobs(rules.limits)
+        self.positions = positions.Positions(self.loop, self.jobs, self.tell_position)
         self.front: front.Front | None = None
         self.catching_up: loop.Timer | None = None
         self.fronts_lost = 0
@@ -188,7 +190,7 @@ class Broker:
             self.forget_catching_up()
             self.loop.watch(self.front.line.fileno(), loop.READ, self.hear_front)
             self.watch_listener()
-            self.tell_positions()
+            self.positions.tell()
 
     def forget_catching_up(self) -> None:
         """The front keeps up, or is gone."""
@@ -439,16 +441,15 @@ class Broker:
         for lane in (self.jobs.conversions, self.jobs.looks):
             while not self.stopping and (job := lane.next()) is not None:
                 self.start(job)
-        self.tell_positions()
+        self.positions.tell()
         self.tell_status()
 
-    def tell_positions(self) -> None:
-        """Tell those who wait where they stand; of what a front that is behind missed, the last."""
-        for job in self.jobs.moved():
-            if self.front is None or self.front.is_behind:
-                return
-            self.send(channel.Waiting(call=job.call, job_id=job.job_id, position=job.position))
-            job.told = job.position
+    def tell_position(self, job: jobs.Job) -> bool:
+        """Tell a caller where it stands; a front that is behind is told the last of it later."""
+        if self.front is None or self.front.is_behind:
+            return False
+        self.send(channel.Waiting(call=job.call, job_id=job.job_id, position=job.position))
+        return True
 
     def start(self, job: jobs.Job) -> None:
         """Have a process do a job, and give the front the other end of its channel."""

@@ -332,6 +332,9 @@ def job(entry: channel.JobEntry, progress: pb.ConvertProgress | None) -> pb.Job:
         label=entry.label,
         progress=progress,
     )
+    if message.progress.phase == pb.PHASE_QUEUED:
+        # Its caller may not have been told yet that it moved up.
+        message.progress.queue_position = max(entry.position - 1, 0)
     message.create_time.FromNanoseconds(int(entry.queued * 1e9))
     if entry.started is not None:
         message.start_time.FromNanoseconds(int(entry.started * 1e9))
