@@ -134,13 +134,12 @@ def device_on(pool: Path) -> Iterator[Path]:
     """A loop device on a sparse file, by the name that a policy's root gives it."""
     with loop_devices.made(pool, DEVICES) as devices:
         device = devices.add("disk", PROMISED_MIB * images.MIB, dirty=False)
-        loop = str(device.resolve())
         yield device
-    waiting.until(lambda: loop not in losetup().split(), f"{loop} is free")
+    waiting.until(lambda: str(pool) not in losetup(), "its loop device is free")
 
 
 def losetup() -> str:
-    """The loop devices in use."""
+    """The loop devices in use, and what they are on. Numbers are used again by others."""
     return subprocess.run(["losetup"], check=True, capture_output=True, text=True).stdout
 
 

@@ -23,7 +23,7 @@ from convertd.v1 import convert_pb2 as pb
 POLICY: Final = """
 [limits]
 jobs = 1
-stall = "12 s"
+stall = "25 s"
 [roots.library]
 path = "{library}"
 access = "daemon"
@@ -38,7 +38,7 @@ write = ["images"]
 """
 
 
-PATIENCE_S: Final = 60.0
+PATIENCE_S: Final = 100.0
 """To freeze takes seconds where many write, and the clock of a stall runs meanwhile."""
 
 

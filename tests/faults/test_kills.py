@@ -158,14 +158,19 @@ def test_a_destination_is_there_whole_or_not_at_all_whenever_somebody_dies(
     """Killed as soon as the caller hears of a phase; some of them are too late, as they may be."""
     dest = images_dir / "dest.qcow2"
     call = daemon.agent(ALICE).convert(conversion(library / "small.raw", dest))
+    killed: set[int] = set()
     for event in call.events():
         if event.progress.phase == moment:
-            for process in daemon.processes(name):
-                kill(process.pid)
+            killed = {process.pid for process in daemon.processes(name)}
+            for pid in killed:
+                kill(pid)
             break
     call.end()
+    waiting.until(lambda: not any(map(processes.exists, killed)), "what was killed is gone")
     daemon.await_calm()
     daemon.await_one(FRONT)
+    if name == FRONT:
+        daemon.kill_agent(ALICE)  # whose connection may not know yet that nobody is at its end
     if dest.exists():
         assert owner_of(dest) == (ALICE.uid, ALICE.gid, 0o600)
         assert images.identical(library / "small.raw", dest)

@@ -68,14 +68,16 @@ def test_what_runs_is_finished_and_what_waits_is_refused(
     daemon: Daemon, library: Path, images_dir: Path, number: signal.Signals
 ) -> None:
     """A caller whose request had not begun is told to come again, and with what reason."""
-    running = begin(daemon, library / "small.raw", images_dir / "dest.qcow2")
-    queued = daemon.agent(ALICE).convert(conversion(library / "small.raw", images_dir / "b.qcow2"))
-    queued.await_queued()
-    daemon.signal(number)
-    refusal = queued.refusal()
+    running = begin(daemon, library / "slow.raw", images_dir / "dest.qcow2")
+    with daemon.held(QEMU_IMG):
+        request = conversion(library / "small.raw", images_dir / "b.qcow2")
+        queued = daemon.agent(ALICE).convert(request)
+        queued.await_queued()
+        daemon.signal(number)
+        refusal = queued.refusal()
     assert (refusal.status, refusal.reason) == ("UNAVAILABLE", "STOPPING")
     assert running.result().published
-    assert images.identical(library / "small.raw", images_dir / "dest.qcow2")
+    assert images.identical(library / "slow.raw", images_dir / "dest.qcow2")
     assert os.listdir(images_dir) == ["dest.qcow2"]
     check_stopped(daemon)
 
@@ -84,18 +86,19 @@ def test_nobody_is_let_in_any_more_and_who_is_in_is_refused(
     daemon: Daemon, library: Path, images_dir: Path
 ) -> None:
     """While what runs is finished."""
-    running = begin(daemon, library / "small.raw", images_dir / "dest.qcow2")
-    daemon.signal(signal.SIGTERM)
-    daemon.await_notice("STOPPING=1")
-    waiting.until(lambda: not daemon.socket.exists(), "the socket is gone")
-    for call in (
-        daemon.agent(ALICE).convert(conversion(library / "small.raw", images_dir / "b.qcow2")),
-        daemon.agent(ALICE).call(
-            "Inspect", pb.InspectRequest(source=pb.Source(path=str(library / "small.raw")))
-        ),
-    ):
-        refusal = call.refusal()
-        assert (refusal.status, refusal.reason) == ("UNAVAILABLE", "STOPPING")
+    running = begin(daemon, library / "slow.raw", images_dir / "dest.qcow2")
+    with daemon.held(QEMU_IMG):
+        daemon.signal(signal.SIGTERM)
+        daemon.await_notice("STOPPING=1")
+        waiting.until(lambda: not daemon.socket.exists(), "the socket is gone")
+        for call in (
+            daemon.agent(ALICE).convert(conversion(library / "small.raw", images_dir / "b.qcow2")),
+            daemon.agent(ALICE).call(
+                "Inspect", pb.InspectRequest(source=pb.Source(path=str(library / "small.raw")))
+            ),
+        ):
+            refusal = call.refusal()
+            assert (refusal.status, refusal.reason) == ("UNAVAILABLE", "STOPPING")
     assert running.result().published
     check_stopped(daemon)
 
@@ -104,7 +107,7 @@ def test_a_daemon_that_starts_while_another_stops_serves_on(
     daemon: Daemon, make_daemon: MakeDaemon, library: Path, images_dir: Path
 ) -> None:
     """By hand: a manager waits for the first one's end."""
-    running = begin(daemon, library / "small.raw", images_dir / "dest.qcow2")
+    running = begin(daemon, library / "slow.raw", images_dir / "dest.qcow2")
     daemon.signal(signal.SIGTERM)
     waiting.until(lambda: not daemon.socket.exists(), "the socket is gone")
     second = make_daemon(POLICY)
@@ -224,7 +227,7 @@ def test_a_running_job_keeps_the_policy_that_it_began_with(
     daemon: Daemon, library: Path, images_dir: Path
 ) -> None:
     """Even one that would not allow it any more."""
-    running = begin(daemon, library / "small.raw", images_dir / "dest.qcow2")
+    running = begin(daemon, library / "slow.raw", images_dir / "dest.qcow2")
     reload(daemon, library, images_dir, POLICY.replace("users = [1234]", "users = [1235]"))
     request = conversion(library / "small.raw", images_dir / "other.qcow2")
     assert daemon.agent(ALICE).convert(request).refusal().status == "PERMISSION_DENIED"

@@ -16,7 +16,7 @@ from harness.fixtures import MakeDaemon
 
 POLICY: Final = """
 [limits]
-stall = "4 s"
+stall = "{stall}"
 duration = "{duration}"
 [roots.library]
 path = "{library}"
@@ -36,7 +36,12 @@ MIB: Final = 1024 * 1024
 @pytest.fixture
 def daemon(make_daemon: MakeDaemon) -> Daemon:
     """A daemon that gives a conversion four seconds of standstill, and an hour in all."""
-    one = make_daemon(POLICY.replace("{duration}", "1 h"))
+    return started(make_daemon, "4 s", "1 h")
+
+
+def started(make_daemon: MakeDaemon, stall: str, duration: str) -> Daemon:
+    """A daemon with these limits."""
+    one = make_daemon(POLICY.replace("{stall}", stall).replace("{duration}", duration))
     one.start()
     return one
 
@@ -59,14 +64,15 @@ def test_a_conversion_that_stands_still_is_given_up(
 
 
 def test_a_conversion_that_is_slow_but_moves_is_not_given_up(
-    daemon: Daemon, library: Path, images_dir: Path
+    make_daemon: MakeDaemon, library: Path, images_dir: Path
 ) -> None:
     """At 1 MiB/s each per cent of it takes more than half a second, the whole over a minute."""
+    daemon = started(make_daemon, "10 s", "1 h")
     request = conversion(
         library / "bulky.raw", images_dir / "dest.qcow2", rate_limit_bytes_per_second=MIB
     )
     call = daemon.agent(ALICE).convert(request)
-    call.await_event(lambda event: event.progress.elapsed_seconds > 8)
+    call.await_event(lambda event: event.progress.elapsed_seconds > 15)
     assert [job.uid for job in daemon.agent(ALICE).jobs()] == [ALICE.uid]
     call.cancel()
     assert call.end().status == "CANCELLED"
@@ -76,8 +82,7 @@ def test_a_conversion_ends_with_its_duration(
     make_daemon: MakeDaemon, library: Path, images_dir: Path
 ) -> None:
     """Though it moves."""
-    daemon = make_daemon(POLICY.replace("{duration}", "1 s"))
-    daemon.start()
+    daemon = started(make_daemon, "5 min", "1 s")
     request = conversion(
         library / "bulky.raw", images_dir / "dest.qcow2", rate_limit_bytes_per_second=MIB
     )

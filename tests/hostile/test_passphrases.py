@@ -134,11 +134,12 @@ def test_a_passphrase_shows_nowhere_during_and_after_a_conversion(
 
 def test_the_search_finds_what_there_is_to_find(daemon: Daemon, own_dir: Path) -> None:
     """The control."""
-    asking.given_to(ALICE, own_dir / "leak", b"there: 0123456789")
-    assert seen(daemon, own_dir, b"0123456789") == [str(own_dir / "leak")]
-    with BOB.popen(["sleep", "60"], env={"SECRET": "9876543210"}) as process:
+    in_a_file, in_memory = secrets.token_hex(), secrets.token_hex()
+    asking.given_to(ALICE, own_dir / "leak", b"there: " + in_a_file.encode())
+    assert seen(daemon, own_dir, in_a_file.encode()) == [str(own_dir / "leak")]
+    with BOB.popen(["sleep", "60"], env={"SECRET": in_memory}) as process:
         # execve(2) closes what Popen waits for before it has set up what /proc shows.
-        waiting.until(lambda: seen(daemon, own_dir, b"9876543210"), "the environment is read")
+        waiting.until(lambda: seen(daemon, own_dir, in_memory.encode()), "the environment is read")
         process.kill()
 
 

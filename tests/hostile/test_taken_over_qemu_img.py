@@ -23,7 +23,7 @@ from hostile.secret import Secret
 POLICY: Final = """
 qemu_img = "{scratch}/program/qemu-img"
 [limits]
-duration = "2 s"
+duration = "1 h"
 [roots.images]
 path = "{scratch}/images"
 access = "daemon"
@@ -68,6 +68,23 @@ def attacked(place: Path, fill_in: Callable[[str], str]) -> Iterator[Daemon]:
     yield one
     one.await_calm()
     one.discard()
+
+
+@pytest.fixture
+def give_up_soon(
+    attacked: Daemon, fill_in: Callable[[str], str]
+) -> Iterator[Callable[[str], None]]:
+    """Have a test that expects a job to take too long wait for two seconds only."""
+    told: list[str] = []
+
+    def tell(expected: str) -> None:
+        if expected == "DURATION_EXCEEDED":
+            told.append(expected)
+            attacked.reload(fill_in(POLICY.replace("1 h", "2 s")))
+
+    yield tell
+    if told:
+        attacked.reload(fill_in(POLICY))
 
 
 @pytest.fixture
@@ -127,10 +144,16 @@ LIES: Final[dict[str, tuple[Behaviour, str]]] = {
 
 
 @pytest.mark.parametrize(("info", "expected"), LIES.values(), ids=tuple(LIES))
-def test_what_it_says_of_an_image_is_judged(
-    attacked: Daemon, place: Path, image: Path, info: Behaviour, expected: str
+def test_what_it_says_of_an_image_is_judged(  # noqa: PLR0913, PLR0917 - fixtures and parameters
+    attacked: Daemon,
+    give_up_soon: Callable[[str], None],
+    place: Path,
+    image: Path,
+    info: Behaviour,
+    expected: str,
 ) -> None:
     """It can say what it likes. The answer is a condition, never a bug, and no file opens."""
+    give_up_soon(expected)
     program.write(place, info=info, otherwise=Behaviour(status=1))
     out = image.with_suffix(".raw")
     assert asking.convert(attacked, image, out, "").reason == expected
@@ -211,10 +234,16 @@ ENDS: Final[dict[str, tuple[Behaviour, str]]] = {
 
 
 @pytest.mark.parametrize(("run", "expected"), ENDS.values(), ids=tuple(ENDS))
-def test_what_it_says_of_its_work_is_checked(
-    attacked: Daemon, place: Path, image: Path, run: Behaviour, expected: str
+def test_what_it_says_of_its_work_is_checked(  # noqa: PLR0913, PLR0917 - fixtures and parameters
+    attacked: Daemon,
+    give_up_soon: Callable[[str], None],
+    place: Path,
+    image: Path,
+    run: Behaviour,
+    expected: str,
 ) -> None:
     """A result that is none is not published, and its words go to nobody but the log."""
+    give_up_soon(expected)
     program.write(place, info=said(format="raw"), otherwise=run)
     out = image.with_suffix(".raw")
     answer = asking.convert(attacked, image, out, "")
@@ -264,10 +293,11 @@ EXAMINED: Final[dict[str, tuple[Behaviour, Behaviour, str]]] = {
 
 @pytest.mark.parametrize("name", EXAMINED)
 def test_what_it_says_of_an_images_tables_is_judged(
-    attacked: Daemon, place: Path, image: Path, name: str
+    attacked: Daemon, give_up_soon: Callable[[str], None], place: Path, image: Path, name: str
 ) -> None:
     """Nothing is published before they are known to be right."""
     info, otherwise, expected = EXAMINED[name]
+    give_up_soon(expected)
     program.write(place, info=info, otherwise=otherwise)
     answer = asking.convert(attacked, image, image.with_suffix(".raw"), "")
     assert answer.reason == expected

@@ -189,12 +189,12 @@ def test_each_user_gets_a_turn_in_each_round_and_what_does_not_queue_is_answered
         ]
         for call in calls:
             call.await_queued()
+        waits = alice.convert(slow(library / "bulky.raw", images_dir / "cancelled.qcow2"))
+        job_id = waits.await_queued().job_id
         begun = len(starts(daemon))
         for call in blocking:
             call.cancel()
         slowest_s = 0.0
-        waits = alice.convert(slow(library / "bulky.raw", images_dir / "cancelled.qcow2"))
-        job_id = waits.await_queued().job_id
         for act in (
             alice.jobs,
             lambda: check_health(bob),

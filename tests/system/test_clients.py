@@ -206,14 +206,22 @@ def test_a_python_refusal_has_its_class_reason_and_values(
     assert told["metadata"] == {"path": names[0]}
 
 
+PATIENT_CLIENT: Final = """
+import sys
+from convertd_client import Client
+with Client(wait_for_ready=100) as client:
+    client.convert(*sys.argv[1:], source_format="raw", dest_format="qcow2")
+"""
+
+
 def test_a_client_waits_for_a_daemon_that_starts(
     make_daemon: MakeDaemon, library: Path, images_dir: Path
 ) -> None:
     """As while one restarts: a call made in between is not lost."""
     daemon = make_daemon(POLICY)
-    argv = [CONVERTCTL, "convert", str(library / "small.raw"), str(images_dir / "dest.qcow2")]
+    names = (str(library / "small.raw"), str(images_dir / "dest.qcow2"))
     process = ALICE.popen(
-        [*argv, "-f", "raw", "-O", "qcow2"],
+        [PYTHON, "-I", "-c", PATIENT_CLIENT, *names],
         env={"CONVERTD_SOCKET": str(daemon.socket)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

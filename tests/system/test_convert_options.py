@@ -259,14 +259,15 @@ def test_a_validation_is_refused_as_the_conversion_would_be(
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
 def test_a_result_that_is_verified_is_compared_with_its_source(
-    alice: Agent, source: Path, images_dir: Path, image_format: str
+    daemon: Daemon, alice: Agent, library: Path, images_dir: Path, image_format: str
 ) -> None:
-    """And the reply says so."""
-    request = conversion(source, images_dir / "dest", dest_format=image_format, verify=True)
-    call = alice.convert(request)
+    """And the reply says so. So does a progress event, to who is there to hear it."""
+    dest = images_dir / "dest"
+    verified = conversion(library / "bulky.raw", dest, dest_format=image_format, verify=True)
+    call = alice.convert(verified)
+    call.await_event(lambda event: event.progress.phase == pb.PHASE_VERIFYING)
     assert call.result().verified
-    phases = [pb.ConvertResponse.FromString(data).progress.phase for data in call.messages]
-    assert pb.PHASE_VERIFYING in phases
+    assert "run argv=('qemu-img', 'compare', " in daemon.log
 
 
 def test_a_rate_limit_slows_a_conversion_down(alice: Agent, source: Path, images_dir: Path) -> None:

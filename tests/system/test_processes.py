@@ -74,7 +74,7 @@ def converting(daemon: Daemon, source: Path, dest: Path) -> Iterator[Running]:
         waiting.until(lambda: not processes.exists(worker.parent), "the job is gone")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def running(daemon: Daemon, library: Path, scratch: Path) -> Iterator[Running]:
     """A conversion of an image that root alone may read."""
     dest = scratch / "images" / "dest.qcow2"

@@ -19,9 +19,9 @@ from typing import Any, Final
 
 import pytest
 from harness import images
-from harness.agent import Agent, Refusal, conversion
+from harness.agent import Agent, Call, Refusal, conversion
 from harness.callers import ALICE, BOB, MALLORY, ROOT, Caller
-from harness.daemon import Daemon
+from harness.daemon import QEMU_IMG, Daemon
 from harness.mounts import Mounts
 
 from convertd.v1 import convert_pb2 as pb
@@ -977,7 +977,7 @@ def test_a_call_that_ends_ends_its_job(
     daemon: Daemon, alice: Agent, slow: Request, how: str
 ) -> None:
     """By cancelling it, or by a deadline that passes."""
-    call = alice.convert(slow, timeout_s=1.0 if how == "deadline" else None)
+    call = alice.convert(slow, timeout_s=10.0 if how == "deadline" else None)
     call.await_started()
     if how == "cancel":
         call.cancel()
@@ -987,43 +987,50 @@ def test_a_call_that_ends_ends_its_job(
     assert alice.jobs() == []
 
 
+def begun(agent: Agent, request: Request) -> Call:
+    """Begin a conversion at 1 MiB/s, and wait until qemu-img works."""
+    request.rate_limit_bytes_per_second = MIB
+    call = agent.convert(request)
+    call.await_event(lambda event: event.progress.phase == pb.PHASE_CONVERTING)
+    return call
+
+
 def test_a_destination_that_appears_meanwhile_is_not_overwritten(
-    alice: Agent, source: Path, images_dir: Path
+    daemon: Daemon, alice: Agent, library: Path, images_dir: Path
 ) -> None:
     """linkat(2) refuses a name that exists: nobody asked to overwrite it."""
     dest = images_dir / "there.qcow2"
-    call = alice.convert(conversion(source, dest, rate_limit_bytes_per_second=MIB))
-    call.await_started()
-    dest.write_bytes(b"another's")
+    call = begun(alice, conversion(library / "slow.raw", dest))
+    with daemon.held(QEMU_IMG):
+        dest.write_bytes(b"another's")
     check(call.refusal(), "ALREADY_EXISTS", "DEST_EXISTS", path=str(dest))
     assert dest.read_bytes() == b"another's"
 
 
 def test_a_destination_that_becomes_anothers_is_not_overwritten(
-    alice: Agent, source: Path, images_dir: Path
+    daemon: Daemon, alice: Agent, library: Path, images_dir: Path
 ) -> None:
     """What may be replaced is asked again before it is."""
     dest = images_dir / "there.qcow2"
     dest.write_bytes(b"own")
     os.chown(dest, ALICE.uid, ALICE.gid)
-    call = alice.convert(conversion(source, dest, overwrite=True, rate_limit_bytes_per_second=MIB))
-    call.await_started()
-    os.chown(dest, BOB.uid, BOB.gid)
+    call = begun(alice, conversion(library / "slow.raw", dest, overwrite=True))
+    with daemon.held(QEMU_IMG):
+        os.chown(dest, BOB.uid, BOB.gid)
     check(call.refusal(), "FAILED_PRECONDITION", "NOT_YOURS", path=str(dest))
     assert dest.read_bytes() == b"own"
     assert os.listdir(images_dir) == ["there.qcow2"]
 
 
 def test_a_directory_that_is_removed_meanwhile_takes_the_result_with_it(
-    alice: Agent, source: Path, images_dir: Path
+    daemon: Daemon, alice: Agent, library: Path, images_dir: Path
 ) -> None:
     """There is no place any more to give the result a name in."""
     directory = images_dir / "directory"
     directory.mkdir()
-    call = alice.convert(
-        conversion(source, directory / "dest.qcow2", rate_limit_bytes_per_second=MIB)
-    )
-    call.await_started()
-    directory.rmdir()
+    request = conversion(library / "slow.raw", directory / "dest.qcow2")
+    call = begun(alice, request)
+    with daemon.held(QEMU_IMG):
+        directory.rmdir()
     refusal = call.refusal()
     assert (refusal.status, refusal.reason) == ("NOT_FOUND", "DIRECTORY_NOT_FOUND")

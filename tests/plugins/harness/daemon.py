@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -161,6 +162,16 @@ class Daemon:
         """Wait for a process of that name, and give its pid. More than one is an error."""
         (found,) = waiting.until(lambda: self.processes(name), f"a process {name}")
         return found.pid
+
+    @contextlib.contextmanager
+    def held(self, name: str) -> Iterator[int]:
+        """Stop the one process of that name for the length of the block."""
+        pid = self.await_one(name)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield pid
+        finally:
+            os.kill(pid, signal.SIGCONT)
 
     def await_none(self, name: str) -> None:
         """Wait until no process of that name is left."""

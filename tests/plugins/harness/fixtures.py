@@ -57,10 +57,11 @@ def scratch() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def library() -> Iterator[Path]:
-    """Images that many tests read, root's own: small.raw, small.qcow2 and bulky.raw."""
+    """Images that many tests read, root's own: small.raw, small.qcow2, slow.raw and bulky.raw."""
     path = _directory("convertd-test-library-")
     small = images.small(path / "small.raw")
     images.converted(small, path / "small.qcow2", "qcow2")
+    images.slow(path / "slow.raw")
     images.bulky(path / "bulky.raw")
     yield path
     shutil.rmtree(path)

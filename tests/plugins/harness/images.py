@@ -56,6 +56,13 @@ def bulky(path: Path) -> Path:
     return path
 
 
+def slow(path: Path) -> Path:
+    """A raw image of 4 MiB without a zero in it: at 1 MiB/s it takes four seconds."""
+    path.write_bytes(os.urandom(MIB) * 4)
+    path.chmod(0o600)
+    return path
+
+
 def converted(source: Path, dest: Path, image_format: str, *options: str) -> Path:
     """An image made of another, by qemu-img itself."""
     argv = ["qemu-img", "convert", "-O", image_format, *options, str(source), str(dest)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,7 +60,11 @@ def state(pid: int) -> str:
 
 def threads(pid: int) -> list[Thread]:
     """Every thread of a process that runs."""
-    return [_thread(pid, tid) for tid in os.listdir(f"/proc/{pid}/task")]
+    found = []
+    for tid in os.listdir(f"/proc/{pid}/task"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            found.append(_thread(pid, tid))
+    return found
 
 
 def descriptors(pid: int) -> dict[int, str]:

@@ -13,7 +13,7 @@ from harness.daemon import Daemon
 
 from convertd.v1 import convert_pb2 as pb
 
-SLOW_S: Final = 60.0
+SLOW_S: Final = 200.0
 """Nothing that an image says may take longer."""
 
 
