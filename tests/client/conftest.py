@@ -18,7 +18,7 @@ from harness.callers import CONVERTCTL, Caller, Ran, let_everybody_reach
 
 HERE: Final = Path(__file__).parent
 
-OF_ORDER: Final = frozenset({"caller", "init", "stop_at", "cancel_after"})
+OF_ORDER: Final = frozenset({"caller", "init", "stop_at", "cancel_after", "cancel_at"})
 
 ITSELF: Final = Caller(uid=os.getuid(), gid=os.getgid())
 

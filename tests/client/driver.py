@@ -32,6 +32,8 @@ def main() -> None:
         say({"phase": progress.phase})
         if progress.phase == order.get("stop_at"):
             raise OfTheCaller
+        if progress.phase == order.get("cancel_at"):
+            asyncio.get_running_loop().call_soon(order["task"].cancel)
 
     if order["method"] == "convert":
         order["options"]["on_progress"] = hear
@@ -70,10 +72,14 @@ def call(order: dict[str, Any]) -> object:
 
 
 async def call_async(order: dict[str, Any]) -> object:
-    """The same with asyncio; `cancel_after` cancels the task so many seconds later."""
+    """The same with asyncio; `cancel_after` cancels the task so many seconds later.
+
+    Or `cancel_at`, at a phase: see main().
+    """
     async with convertd_client.AsyncClient(**order["init"]) as client:
         method = getattr(client, order["method"])
         task = asyncio.ensure_future(method(*order["args"], **order["options"]))
+        order["task"] = task
         if "cancel_after" in order:
             asyncio.get_running_loop().call_later(order["cancel_after"], task.cancel)
         return await task

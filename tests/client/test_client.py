@@ -231,7 +231,7 @@ def test_a_call_that_the_daemon_does_not_know_is_unimplemented(kind: str, fake: 
 @pytest.mark.parametrize("label", ["hang", "silent"])
 def test_a_timeout_ends_the_call_at_the_daemon_too(kind: str, fake: Fake, label: str) -> None:
     """And is told apart from a daemon that is not there."""
-    end = fake.convert(kind, label, timeout=0.5, wait_for_ready=0.2)
+    end = fake.convert(kind, label, timeout=3, wait_for_ready=2.5)
     assert (end["error"], end["reason"]) == ("DeadlineExceeded", "TIMEOUT")
     fake.await_noted("ended")
 
@@ -246,7 +246,7 @@ def test_an_exception_of_on_progress_cancels_the_job_and_passes(kind: str, fake:
 
 def test_cancelling_the_task_cancels_the_job(fake: Fake) -> None:
     """And leaves the task cancelled."""
-    end = fake.convert("aio", "hang", cancel_after=0.5)
+    end = fake.convert("aio", "hang", cancel_at="converting")
     assert end["error"] == "CancelledError"
     fake.await_noted("ended")
 

@@ -222,7 +222,7 @@ def assert_nothing_left(home: Path, pids: list[int]) -> None:
 
 def test_a_timeout_ends_the_job_and_leaves_nothing(home: Path, bulky: Path) -> None:
     """And says that it was the timeout."""
-    process = begin("convert", bulky, home / "b", timeout=1.0, **SLOW)
+    process = begin("convert", bulky, home / "b", timeout=15.0, **SLOW)
     await_phase(process, "converting")
     pids = jobs_of(process)
     end = end_of(process)

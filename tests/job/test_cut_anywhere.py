@@ -95,7 +95,7 @@ def instants(events: Instants) -> list[int]:
     return events.firsts + spread
 
 
-@pytest.mark.timeout(7200 if CUTS == "all" else 300)
+@pytest.mark.timeout(7200 if CUTS == "all" else 900)
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_job_that_is_cut_short_anywhere_ends_in_silence(
     area: Path, heard: Callable[[], str], *, overwrite: bool

@@ -156,8 +156,8 @@ class TestProgress:
 class Clock:
     """A program that is looked at, with a processor time of its own."""
 
-    def __init__(self, program: str) -> None:
-        self.process = subprocess.Popen(["python3", "-c", program])
+    def __init__(self, *command: str) -> None:
+        self.process = subprocess.Popen(command)
 
     @property
     def child(self) -> Child:
@@ -176,7 +176,7 @@ class TestStall:
     @pytest.fixture
     def idle(self) -> Iterator[Clock]:
         """A program that does nothing."""
-        made = Clock("import time; time.sleep(100)")
+        made = Clock("sleep", "100")
         yield made
         made.close()
 
@@ -225,7 +225,7 @@ class TestStall:
 
     def test_is_not_where_it_computes(self, front: Front, written: int) -> None:
         """Compressing, or reading zeroes."""
-        busy = Clock("while True: pass")
+        busy = Clock("sh", "-c", "while :; do :; done")
         observer = run.Observer(front.leash, written, 0.2)
         with contextlib.closing(busy):
             for _ in range(3):
@@ -246,7 +246,7 @@ class TestStall:
 
     def test_is_not_of_a_program_that_has_ended(self, front: Front, written: int) -> None:
         """Which is about to be noticed anyway."""
-        gone = Clock("")
+        gone = Clock("true")
         gone.process.wait()
         run.Observer(front.leash, written, 60.0).look(gone.child)
 

@@ -223,9 +223,10 @@ def test_when_no_descriptor_is_left(qemu_img: int, confinement: Confinement) -> 
 
     def act() -> Failed:
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+        last = max(number for number, _ in descriptors.held()) + 10
+        resource.setrlimit(resource.RLIMIT_NOFILE, (last + 1, hard))
         taken = [os.open("/dev/null", os.O_RDONLY)]
-        while taken[-1] < 63:
+        while taken[-1] < last:
             taken.append(os.open("/dev/null", os.O_RDONLY))
         for descriptor in taken[-3:]:
             os.close(descriptor)

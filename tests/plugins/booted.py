@@ -74,7 +74,11 @@ class Machine:
             AssertionError: it failed, and `check` is true. Shows what it printed.
         """
         with self.start(*command, uid=uid) as running:
-            out, err = running.communicate(said, timeout=WAIT_S)
+            try:
+                out, err = running.communicate(said, timeout=WAIT_S)
+            except BaseException:
+                running.kill()
+                raise
         done = subprocess.CompletedProcess(command, running.returncode, out, err)
         if check and done.returncode != 0:
             raise AssertionError(f"{shlex.join(command)}: {done.returncode}\n{out}{err}")
@@ -83,6 +87,17 @@ class Machine:
     def say(self, *command: str, uid: int = 0) -> str:
         """What a command prints."""
         return self.run(*command, uid=uid).stdout.strip()
+
+    def access(self, uid: int) -> str:
+        """What a user is told of what it may do, as soon as the daemon serves.
+
+        convertctl waits a few seconds for that; to start here can take longer.
+        """
+
+        def answer() -> str:
+            return self.run("convertctl", "access", uid=uid, check=False).stdout.strip()
+
+        return wait_for(answer, "an answer")
 
     def write(self, path: str, text: str, mode: int = 0o644) -> None:
         """Write a file in it, directories included."""

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import refusals
 from children import in_child
+from descriptors import held as open_now
+from descriptors import none_left_open
 
 from convertd_daemon import channel, errors, model
 from convertd_daemon.front import link, pipes, prober, relay
@@ -81,7 +83,6 @@ Test = Callable[[link.Link, Broker], Awaitable[None]]
 
 def run(test: Test) -> None:
     """Run a test with a link and a broker, in a loop in which nothing hangs or is left over."""
-    before = sorted(os.listdir("/proc/self/fd"))
 
     async def bounded() -> None:
         ours, theirs = channel.Channel.pair()
@@ -91,8 +92,8 @@ def run(test: Test) -> None:
             asyncio.get_running_loop().remove_reader(ours.fileno())
             asyncio.get_running_loop().remove_writer(ours.fileno())
 
-    asyncio.run(bounded())
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    with none_left_open():
+        asyncio.run(bounded())
 
 
 async def until_closed(end: channel.Channel) -> None:
@@ -403,13 +404,13 @@ class TestBroker:
 
         async def test(a_link: link.Link, broker: Broker) -> None:
             with pipes.holding([b"one", b"two"]) as held:
-                before = len(os.listdir("/proc/self/fd"))
+                before = open_now()
                 _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
                 resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free() + 1, hard))
                 with pytest.raises(OSError, match="Too many"), a_link.call(list_jobs, held):
                     pass
                 resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-                assert len(os.listdir("/proc/self/fd")) == before
+                assert open_now() - before == set()
             assert isinstance(broker.hears(), channel.Abandon)
 
         in_child(lambda: run(test))
@@ -475,9 +476,9 @@ def test_a_call_ends_with_a_failure_of(message: object, expected: errors.Failure
 @pytest.fixture
 def descriptors() -> Iterator[Callable[[], int]]:
     """Count the descriptors that are open more than at the test's beginning."""
-    before = len(os.listdir("/proc/self/fd"))
-    yield lambda: len(os.listdir("/proc/self/fd")) - before
-    assert len(os.listdir("/proc/self/fd")) == before
+    before = open_now()
+    with none_left_open():
+        yield lambda: len(open_now() - before)
 
 
 class TestPassphrases:

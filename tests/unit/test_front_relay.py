@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from children import in_child
+from descriptors import none_left_open
 
 from convertd_daemon.front import relay, screen
 
@@ -88,13 +89,12 @@ async def carried(path: Path) -> AsyncIterator[tuple[relay.Relay, Peer, socket.s
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
     """Run a test in a loop of its own, in which nothing hangs and nothing is left over."""
-    before = sorted(os.listdir("/proc/self/fd"))
 
     async def bounded() -> None:
         await asyncio.wait_for(test(), DEADLINE_S)
 
-    asyncio.run(bounded())
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    with none_left_open():
+        asyncio.run(bounded())
 
 
 async def until(fact: Callable[[], bool]) -> None:

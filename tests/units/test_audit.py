@@ -45,7 +45,7 @@ def test_a_conversion_leaves_one_record_with_every_field(images: booted.Machine)
         *("systemd-run", "--quiet", "--wait", "--unit=builder.service", f"--uid={ALICE}"),
         *("convertctl", "convert", source, dest, "-O", "qcow2", "-q"),
     )
-    (record,) = records(images, f"CONVERTD_DEST={dest}")
+    (record,) = booted.wait_for(lambda: records(images, f"CONVERTD_DEST={dest}"), "it")
     assert len(record.pop("CONVERTD_JOB")) == 12
     assert int(record["CONVERTD_PID"]) > 1
     assert 0 < float(record["CONVERTD_SECONDS"]) < 60
@@ -89,7 +89,10 @@ def test_a_refusal_leaves_one_record(images: booted.Machine) -> None:
 def test_a_failure_leaves_one_record_with_its_reason(images: booted.Machine) -> None:
     """Allowed, and not done."""
     images.run("convertctl", "info", f"{IMAGES}/absent", uid=ALICE, check=False)
-    (record,) = records(images, f"CONVERTD_SOURCE={IMAGES}/absent")
+    # The caller may know before the job's process is gone, and so before the record is written.
+    (record,) = booted.wait_for(
+        lambda: records(images, f"CONVERTD_SOURCE={IMAGES}/absent"), "the record"
+    )
     assert record["CONVERTD_OUTCOME"] == "failed"
     assert record["CONVERTD_REASON"] == "SOURCE_NOT_FOUND"
     assert record["CONVERTD_RULE"] == "grants[0]"

@@ -65,7 +65,7 @@ def test_a_package_is_installed_upgraded_removed_and_purged(
     # Installed: the socket is enabled, the first call starts the service, nobody may do anything.
     dpkg(machine, "--install", put(machine, package))
     assert machine.say("systemctl", "is-enabled", "convertd.socket") == "enabled"
-    assert "you may convert nothing" in machine.say("convertctl", "access", uid=ALICE)
+    assert "you may convert nothing" in machine.access(ALICE)
     assert machine.run("convertd", "check").stderr == ""
     # Used.
     machine.grant("/srv/images", ALICE)

@@ -29,7 +29,7 @@ def test_the_first_call_starts_the_service(machine: booted.Machine) -> None:
     """The socket listens; the daemon is there when somebody needs it."""
     machine.run("systemctl", "stop", "convertd.service")
     assert machine.show("convertd.service", "ActiveState") == {"ActiveState": "inactive"}
-    said = machine.say("convertctl", "access", uid=ALICE)
+    said = machine.access(ALICE)
     assert f"you are alice (uid {ALICE}, gid {ALICE})" in said
     assert machine.show("convertd.service", "ActiveState", "Result") == {
         "ActiveState": "active",
@@ -91,7 +91,7 @@ def test_uninstall_leaves_the_policy_and_nothing_else(
         before = machine.changes()
         machine.run("make", "--silent", "--directory", str(built), "install")
         machine.run("systemctl", "enable", "--now", "convertd.socket")
-        machine.run("convertctl", "access", uid=ALICE)
+        assert machine.access(ALICE)
         assert "/usr/local/bin/convertd" in machine.changes()
         machine.run("make", "--silent", "--directory", str(built), "uninstall")
         left = {path for path in machine.changes() - before if not path.startswith(THE_SYSTEMS)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Iterator
 
 import booted
 import pytest
@@ -72,7 +73,7 @@ def test_a_good_policy_is_taken_by_reload(service: booted.Machine) -> None:
     service.write("/etc/convertd/policy.toml", "[limits]\njobs = 3\n")
     service.run("systemctl", "reload", SERVICE)
     booted.wait_for(
-        lambda: "jobs at once  3" in service.say("convertctl", "access", uid=ALICE),
+        lambda: "jobs at once  3" in service.access(ALICE),
         "the new policy",
     )
     assert main_pid(service) == before
@@ -85,8 +86,8 @@ def test_a_bad_policy_is_not_taken_by_reload(service: booted.Machine) -> None:
     service.run("systemctl", "reload", SERVICE)
     booted.wait_for(lambda: "NOT reloaded" in status(service), "the status")
     assert "limits.jobs" in status(service)
-    assert "you may" in service.say("convertctl", "access", uid=ALICE)
-    assert IMAGES in service.say("convertctl", "access", uid=ALICE)
+    assert "you may" in service.access(ALICE)
+    assert IMAGES in service.access(ALICE)
     assert any("limits.jobs" in entry["MESSAGE"] for entry in service.journal("-p", "err", "-n10"))
 
 
@@ -100,27 +101,32 @@ def test_the_status_tells_what_goes_on(service: booted.Machine) -> None:
     booted.wait_for(lambda: status(service).startswith("0 running, 0 queued"), "it ended")
 
 
-@pytest.mark.parametrize("frozen", ["front", "broker"])
-def test_the_watchdog_replaces_a_daemon_whose_process_is_frozen(
-    service: booted.Machine, frozen: str
-) -> None:
-    """A ping takes a health check through the public socket, so either process's silence counts."""
-    service.write(
-        "/run/systemd/system/convertd.service.d/watchdog.conf", "[Service]\nWatchdogSec=3s\n"
-    )
+@pytest.fixture
+def watched(service: booted.Machine) -> Iterator[booted.Machine]:
+    """The service, with a watchdog that bites earlier."""
+    directory = "/run/systemd/system/convertd.service.d"
+    service.write(f"{directory}/watchdog.conf", "[Service]\nWatchdogSec=8s\n")
     service.run("systemctl", "daemon-reload")
     service.run("systemctl", "restart", SERVICE)
-    broker = main_pid(service)
-    front = service.say("pgrep", "--parent", str(broker), "--full", "convertd_daemon.front")
-    # It pings: it outlives the limit. A fact that takes time to come true.
-    began = service.show(SERVICE, "WatchdogTimestampMonotonic")
-    booted.wait_for(lambda: service.show(SERVICE, "WatchdogTimestampMonotonic") != began, "a ping")
-    service.run("kill", "-STOP", front if frozen == "front" else str(broker))
-    booted.wait_for(lambda: main_pid(service) not in {0, broker}, "another broker")
-    assert "you are alice" in service.say("convertctl", "access", uid=ALICE)
-    assert "watchdog" in json.dumps(service.journal("-u", SERVICE, "-n", "40"))
-    service.run("rm", "/run/systemd/system/convertd.service.d/watchdog.conf")
+    yield service
+    service.run("rm", f"{directory}/watchdog.conf")
     service.run("systemctl", "daemon-reload")
+
+
+@pytest.mark.parametrize("frozen", ["front", "broker"])
+def test_the_watchdog_replaces_a_daemon_whose_process_is_frozen(
+    watched: booted.Machine, frozen: str
+) -> None:
+    """A ping takes a health check through the public socket, so either process's silence counts."""
+    broker = main_pid(watched)
+    front = watched.say("pgrep", "--parent", str(broker), "--full", "convertd_daemon.front")
+    # It pings: it outlives the limit. A fact that takes time to come true.
+    began = watched.show(SERVICE, "WatchdogTimestampMonotonic")
+    booted.wait_for(lambda: watched.show(SERVICE, "WatchdogTimestampMonotonic") != began, "a ping")
+    watched.run("kill", "-STOP", front if frozen == "front" else str(broker))
+    booted.wait_for(lambda: main_pid(watched) not in {0, broker}, "another broker")
+    assert "you are alice" in watched.access(ALICE)
+    assert "watchdog" in json.dumps(watched.journal("-u", SERVICE, "-n", "40"))
 
 
 CALLERS = """
@@ -196,7 +202,7 @@ def test_a_kill_of_everything_leaves_nothing_and_the_next_call_is_served(
         before = left(service)
         service.run("systemctl", "kill", "--signal=KILL", SERVICE)
         assert running.wait(booted.WAIT_S) == 1
-    assert "you are alice" in service.say("convertctl", "access", uid=ALICE)
+    assert "you are alice" in service.access(ALICE)
     assert left(service) == before
     assert "qemu-img" not in processes(service)
 
@@ -210,7 +216,7 @@ def test_an_idle_daemon_ends_if_the_policy_says_so_and_the_next_call_starts_it(
         lambda: service.show(SERVICE, "ActiveState")["ActiveState"] == "inactive", "its end"
     )
     assert service.show(SERVICE, "Result")["Result"] == "success"
-    assert "you are alice" in service.say("convertctl", "access", uid=ALICE)
+    assert "you are alice" in service.access(ALICE)
 
 
 def test_the_unit_confines_what_the_policy_opens(service: booted.Machine) -> None:
@@ -220,9 +226,7 @@ def test_the_unit_confines_what_the_policy_opens(service: booted.Machine) -> Non
     service.write("/etc/convertd/policy.toml", policy)
     service.run("qemu-img", "create", "-q", "-f", "raw", "/srv/other/a.raw", "1M")
     service.run("systemctl", "reload", SERVICE)
-    booted.wait_for(
-        lambda: "/srv/other" in service.say("convertctl", "access", uid=ALICE), "the new policy"
-    )
+    booted.wait_for(lambda: "/srv/other" in service.access(ALICE), "the new policy")
     convert = ("convertctl", "convert", "/srv/other/a.raw", "/srv/other/b.raw", "-O", "raw")
     refused = service.run(*convert, uid=ALICE, check=False)
     assert refused.returncode == 1

@@ -159,9 +159,12 @@ class Daemon:
         return [one for one in found if not one.is_over and name in {"", one.name}]
 
     def await_one(self, name: str) -> int:
-        """Wait for a process of that name, and give its pid. More than one is an error."""
-        (found,) = waiting.until(lambda: self.processes(name), f"a process {name}")
-        return found.pid
+        """Wait until there is one process of that name, and no other, and give its pid."""
+        return waiting.until(lambda: self._one(name), f"one process {name}")
+
+    def _one(self, name: str) -> int:
+        found = self.processes(name)
+        return found[0].pid if len(found) == 1 else 0
 
     @contextlib.contextmanager
     def held(self, name: str) -> Iterator[int]:
@@ -239,7 +242,8 @@ class Daemon:
             agent.close()
         if self._process is not None:
             for process in processes.of_session(self.pid):
-                os.kill(process.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it ended by itself
+                    os.kill(process.pid, signal.SIGKILL)
             self._process.wait(waiting.DEADLINE_S)
         if self._notified is not None:
             self._notified.close()
