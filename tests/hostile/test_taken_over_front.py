@@ -106,10 +106,14 @@ def connection_of(front: FalseFront) -> int:
     return message.connection
 
 
-def await_descriptors(broker: Daemon, most: int) -> None:
-    """Wait until the broker has no more: a spare process may be about to be forked."""
+def await_descriptors(broker: Daemon, front: FalseFront, most: int) -> None:
+    """Wait until the broker has no more: a spare process may be about to be forked.
+
+    The front reads meanwhile: people who came and went may still be in the backlog.
+    """
     waiting.until(
-        lambda: false_front.descriptors_of(broker.pid) <= most, "the broker's descriptors close"
+        lambda: front.quiet() and false_front.descriptors_of(broker.pid) <= most,
+        "the broker's descriptors close",
     )
 
 
@@ -373,7 +377,7 @@ def test_it_can_pass_nothing_for_a_passphrase_that_holds_a_job_up(
                 front.await_message(channel.Ended)
             else:
                 assert reason(answer) in {"BAD_MESSAGE", "PERMISSION_DENIED"}
-    await_descriptors(broker, before)
+    await_descriptors(broker, front, before)
     for fd in (reader, writer, file):
         os.close(fd)
     one.close()
@@ -423,7 +427,7 @@ def test_what_is_no_message_ends_the_front_and_nothing_else(
     await_the_end_of(front)
     front.take_over_next(broker)
     assert front.quiet()
-    await_descriptors(broker, before)
+    await_descriptors(broker, front, before)
 
 
 def test_a_front_that_closes_its_channel_and_lives_on_is_replaced(
@@ -462,7 +466,7 @@ def test_a_front_that_closes_half_its_channel_is_replaced(
         come_and_go(broker.socket)
     front.take_over_next(broker)
     assert front.quiet()
-    await_descriptors(broker, before)
+    await_descriptors(broker, front, before)
 
 
 def test_a_front_that_was_slow_gets_all_its_answers(broker: Daemon, front: FalseFront) -> None:
@@ -514,7 +518,7 @@ def test_a_front_that_dies_again_and_again_is_started_again_and_again(
         os.kill(broker.await_one("convertd-front"), signal.SIGKILL)
         front.take_over_next(broker)
         assert front.quiet()
-    await_descriptors(broker, before)
+    await_descriptors(broker, front, before)
 
 
 class Spoiler:
@@ -630,7 +634,7 @@ def test_random_requests_stay_within_the_policy(
     broker.await_none(JOB)
     for fd in pipe:
         os.close(fd)
-    await_descriptors(broker, before)
+    await_descriptors(broker, front, before)
     assert secret.unchanged()
     assert {path.stat().st_uid for path in image.parent.iterdir()} == {ALICE.uid}
     assert not any(asking.holds(path, secret.marker) for path in image.parent.iterdir())
@@ -676,7 +680,7 @@ def test_spoilt_messages_never_end_the_broker(broker: Daemon, front: FalseFront)
             await_the_end_of(front)
             front.take_over_next(broker)
     assert front.quiet()
-    await_descriptors(broker, before)
+    await_descriptors(broker, front, before)
 
 
 def is_a_message(data: bytes) -> bool:
