@@ -339,7 +339,8 @@ def test_a_second_signal_stops_waiting(fake: Fake) -> None:
     # Another one: two of the same at once would be one.
     process.send_signal(signal.SIGTERM)
     status, _, err = end_of(process)
-    assert status == 130
+    # Of two that come at once, either may be the first: several threads take them.
+    assert status in {130, 143}
     assert "stopped waiting" in err
     fake.await_noted("ended")
 
