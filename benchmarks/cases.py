@@ -81,33 +81,16 @@ def make(images: Images, settings: Settings) -> tuple[Case, ...]:
             rounds=large,
         ),
         Case(name="zlib qcow2 → raw", source=images.zlib, dest_format="raw", rounds=large),
-        Case(
-            name=ZLIB,
-            source=images.packed,
-            dest_format="qcow2",
-            compression="zlib",
-            rounds=large,
-        ),
-        Case(
-            name=ZSTD,
-            source=images.packed,
-            dest_format="qcow2",
-            compression="zstd",
-            rounds=large,
-        ),
-        Case(
-            name="packed qcow2 → qcow2, zlib",
-            source=images.packed_qcow2,
-            dest_format="qcow2",
-            compression="zlib",
-            rounds=large,
-        ),
-        Case(
-            name="packed qcow2 → qcow2, zstd",
-            source=images.packed_qcow2,
-            dest_format="qcow2",
-            compression="zstd",
-            rounds=large,
+        *(
+            Case(
+                name=f"packed {source.format} → qcow2, {compression}",
+                source=source,
+                dest_format="qcow2",
+                compression=compression,
+                rounds=large,
+            )
+            for source in (images.packed, images.packed_qcow2)
+            for compression in ("zlib", "zstd")
         ),
         Case(name=NOISE, source=images.noise, dest_format="qcow2", rounds=large),
         Case(name=NOISE_TO_RAW, source=images.noise, dest_format="raw", rounds=large),

@@ -33,7 +33,9 @@ def main() -> None:
         if progress.phase == order.get("stop_at"):
             raise OfTheCaller
         if progress.phase == order.get("cancel_at"):
-            asyncio.get_running_loop().call_soon(order["task"].cancel)
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
 
     if order["method"] == "convert":
         order["options"]["on_progress"] = hear
@@ -79,7 +81,6 @@ async def call_async(order: dict[str, Any]) -> object:
     async with convertd_client.AsyncClient(**order["init"]) as client:
         method = getattr(client, order["method"])
         task = asyncio.ensure_future(method(*order["args"], **order["options"]))
-        order["task"] = task
         if "cancel_after" in order:
             asyncio.get_running_loop().call_later(order["cancel_after"], task.cancel)
         return await task

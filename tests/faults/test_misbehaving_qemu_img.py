@@ -7,11 +7,9 @@ anything else is up to its sandbox, which is the real one.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -24,8 +22,8 @@ from harness.daemon import QEMU_IMG, Daemon
 POLICY: Final = """
 qemu_img = "{scratch}/bin/qemu-img"
 [limits]
-stall = "{stall}"
-duration = "{duration}"
+stall = "5 min"
+duration = "1 h"
 memory = "256 MiB"
 [roots.bin]
 path = "{scratch}/bin"
@@ -48,43 +46,6 @@ def real(scratch: Path) -> None:
     """A copy of qemu-img, with which the daemon starts."""
     (scratch / "bin").mkdir(mode=0o755)
     shutil.copy("/usr/bin/qemu-img", scratch / "bin" / "qemu-img")
-
-
-PATIENT: Final = ("5 min", "1 h")
-STALLS: Final = ("3 s", "1 h")
-ENDS: Final = ("5 min", "10 s")
-"""A policy's `stall` and `duration`: what a test is not about has all the time there is."""
-
-
-@pytest.fixture(scope="module")
-def daemon(fill_in: Callable[[str], str]) -> Iterator[Daemon]:
-    """A daemon that has started with the real one."""
-    one = Daemon(fill_in(policy(PATIENT)))
-    with contextlib.ExitStack() as undo:
-        undo.callback(one.discard)
-        one.start()
-        yield one
-        one.stop()
-
-
-def policy(limits: tuple[str, str]) -> str:
-    """The policy with these limits."""
-    stall, duration = limits
-    return POLICY.replace("{stall}", stall).replace("{duration}", duration)
-
-
-@pytest.fixture
-def limited(
-    daemon: Daemon, fill_in: Callable[[str], str]
-) -> Iterator[Callable[[tuple[str, str]], None]]:
-    """Give the jobs of a test less time."""
-
-    def limit(limits: tuple[str, str]) -> None:
-        if limits != PATIENT:
-            daemon.reload(fill_in(policy(limits)))
-
-    yield limit
-    daemon.reload(fill_in(policy(PATIENT)))
 
 
 @pytest.fixture(scope="module")
@@ -131,20 +92,17 @@ FAILING: Final = {
 """How a call ends."""
 
 
-LIMITS: Final = {"STALLED": STALLS, "DURATION_EXCEEDED": ENDS}
+LIMITS: Final = {"STALLED": {"stall": "3 s"}, "DURATION_EXCEEDED": {"duration": "10 s"}}
+"""What the policy says while a test is about it. What a test is not about has all the time."""
 
 
 @pytest.mark.parametrize("order", FAILING)
 def test_nothing_is_published_by_a_qemu_img_that_is_told_to(
-    daemon: Daemon,
-    limited: Callable[[tuple[str, str]], None],
-    alice: Agent,
-    images_dir: Path,
-    order: str,
+    daemon: Daemon, alice: Agent, images_dir: Path, order: str
 ) -> None:
     """And nothing of it is left running."""
-    limited(LIMITS.get(FAILING[order][1], PATIENT))
-    refusal = ordered(alice, images_dir, order).refusal()
+    with daemon.limited(**LIMITS.get(FAILING[order][1], {})):
+        refusal = ordered(alice, images_dir, order).refusal()
     assert (refusal.status, refusal.reason) == FAILING[order]
     check_nothing_came_of_it(daemon, images_dir)
 
@@ -184,11 +142,11 @@ def test_a_cancelled_call_ends_at_once_whatever_it_does(
 
 
 def test_one_that_writes_without_end_is_stopped_in_time(
-    daemon: Daemon, limited: Callable[[tuple[str, str]], None], alice: Agent, images_dir: Path
+    daemon: Daemon, alice: Agent, images_dir: Path
 ) -> None:
     """It moves, so it does not stall; the duration ends it."""
-    limited(ENDS)
-    refusal = ordered(alice, images_dir, "write for ever").refusal()
+    with daemon.limited(**LIMITS["DURATION_EXCEEDED"]):
+        refusal = ordered(alice, images_dir, "write for ever").refusal()
     assert (refusal.status, refusal.reason) == ("DEADLINE_EXCEEDED", "DURATION_EXCEEDED")
     check_nothing_came_of_it(daemon, images_dir)
 

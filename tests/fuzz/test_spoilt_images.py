@@ -54,9 +54,6 @@ REPORT: Final = os.environ.get("CONVERTD_FUZZ_REPORT", "")
 
 AT_ONCE: Final = 8
 
-LAZY_DESCRIPTORS: Final = 2
-"""What gRPC opens when it is first needed."""
-
 GROWTH_KIB: Final = 16 * 1024
 """What a process of the daemon's may grow by, however many images there were."""
 
@@ -172,7 +169,7 @@ def test_no_spoilt_image_brings_a_secret_or_the_daemon_down(
     after = {name: processes.anonymous_kib(pid) for name, pid in pids.items()}
     _tell(run.figures, before, after)
     for name, pid in pids.items():
-        most = open_before[name] + LAZY_DESCRIPTORS
+        most = open_before[name] + processes.LAZY_DESCRIPTORS
         waiting.until(
             lambda pid=pid, most=most: len(processes.descriptors(pid)) <= most,  # type: ignore[misc]
             f"the {name} has no more open than before",

@@ -71,23 +71,6 @@ def attacked(place: Path, fill_in: Callable[[str], str]) -> Iterator[Daemon]:
 
 
 @pytest.fixture
-def give_up_soon(
-    attacked: Daemon, fill_in: Callable[[str], str]
-) -> Iterator[Callable[[str], None]]:
-    """Have a test that expects a job to take too long wait for two seconds only."""
-    told: list[str] = []
-
-    def tell(expected: str) -> None:
-        if expected == "DURATION_EXCEEDED":
-            told.append(expected)
-            attacked.reload(fill_in(POLICY.replace("1 h", "2 s")))
-
-    yield tell
-    if told:
-        attacked.reload(fill_in(POLICY))
-
-
-@pytest.fixture
 def image(images_dir: Path) -> Path:
     """An image of Alice's."""
     os.chown(images_dir, ALICE.uid, ALICE.gid)
@@ -143,20 +126,20 @@ LIES: Final[dict[str, tuple[Behaviour, str]]] = {
 }
 
 
-@pytest.mark.parametrize(("info", "expected"), LIES.values(), ids=tuple(LIES))
-def test_what_it_says_of_an_image_is_judged(  # noqa: PLR0913, PLR0917 - fixtures and parameters
-    attacked: Daemon,
-    give_up_soon: Callable[[str], None],
-    place: Path,
-    image: Path,
-    info: Behaviour,
-    expected: str,
+LIMITS: Final = {"DURATION_EXCEEDED": {"duration": "2 s"}}
+"""What the policy says while a test is about it."""
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_what_it_says_of_an_image_is_judged(
+    attacked: Daemon, place: Path, image: Path, name: str
 ) -> None:
     """It can say what it likes. The answer is a condition, never a bug, and no file opens."""
-    give_up_soon(expected)
+    info, expected = LIES[name]
     program.write(place, info=info, otherwise=Behaviour(status=1))
     out = image.with_suffix(".raw")
-    assert asking.convert(attacked, image, out, "").reason == expected
+    with attacked.limited(**LIMITS.get(expected, {})):
+        assert asking.convert(attacked, image, out, "").reason == expected
     assert not out.exists()
     assert attacked.agent(BOB).access().uid == BOB.uid
 
@@ -233,20 +216,16 @@ ENDS: Final[dict[str, tuple[Behaviour, str]]] = {
 }
 
 
-@pytest.mark.parametrize(("run", "expected"), ENDS.values(), ids=tuple(ENDS))
-def test_what_it_says_of_its_work_is_checked(  # noqa: PLR0913, PLR0917 - fixtures and parameters
-    attacked: Daemon,
-    give_up_soon: Callable[[str], None],
-    place: Path,
-    image: Path,
-    run: Behaviour,
-    expected: str,
+@pytest.mark.parametrize("name", ENDS)
+def test_what_it_says_of_its_work_is_checked(
+    attacked: Daemon, place: Path, image: Path, name: str
 ) -> None:
     """A result that is none is not published, and its words go to nobody but the log."""
-    give_up_soon(expected)
+    run, expected = ENDS[name]
     program.write(place, info=said(format="raw"), otherwise=run)
     out = image.with_suffix(".raw")
-    answer = asking.convert(attacked, image, out, "")
+    with attacked.limited(**LIMITS.get(expected, {})):
+        answer = asking.convert(attacked, image, out, "")
     assert answer.reason == expected
     assert b"shadow" not in answer.said
     assert b"Permission" not in answer.said
@@ -293,13 +272,13 @@ EXAMINED: Final[dict[str, tuple[Behaviour, Behaviour, str]]] = {
 
 @pytest.mark.parametrize("name", EXAMINED)
 def test_what_it_says_of_an_images_tables_is_judged(
-    attacked: Daemon, give_up_soon: Callable[[str], None], place: Path, image: Path, name: str
+    attacked: Daemon, place: Path, image: Path, name: str
 ) -> None:
     """Nothing is published before they are known to be right."""
     info, otherwise, expected = EXAMINED[name]
-    give_up_soon(expected)
     program.write(place, info=info, otherwise=otherwise)
-    answer = asking.convert(attacked, image, image.with_suffix(".raw"), "")
+    with attacked.limited(**LIMITS.get(expected, {})):
+        answer = asking.convert(attacked, image, image.with_suffix(".raw"), "")
     assert answer.reason == expected
     assert b"shadow" not in answer.said
     assert os.listdir(image.parent) == [image.name]

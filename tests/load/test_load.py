@@ -64,9 +64,6 @@ BROKER_MAY_KEEP_KIB: Final = 2 * 1024
 UNDER_ATTACK_KIB: Final = 256 * 1024
 """Most of it by headers that never end: 166 MiB after four such attacks in a row, and no more."""
 
-LAZY_DESCRIPTORS: Final = 2
-"""gRPC opens an eventfd or two when it first needs them."""
-
 HEALTH: Final = "/grpc.health.v1.Health/Check"
 HOSTILE: Final = Path(__file__).with_name("hostile.py")
 
@@ -94,7 +91,7 @@ def unchanged(daemon: Daemon, *, front_may_keep_kib: int = FRONT_MAY_KEEP_KIB) -
     yield
     daemon.await_calm()
     for number in range(2):
-        most = before.descriptors[number] + LAZY_DESCRIPTORS
+        most = before.descriptors[number] + processes.LAZY_DESCRIPTORS
         waiting.until(
             functools.partial(_has_at_most, daemon, number, most),
             f"no more than {most} descriptors",

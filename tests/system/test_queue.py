@@ -266,9 +266,6 @@ def connect(caller: Caller, daemon: Daemon, count: int) -> list[bool]:
     return served
 
 
-LAZY_DESCRIPTORS: Final = 2
-"""What gRPC opens when it is first needed."""
-
 CAROL: Final = Caller(uid=1236, gid=1236)
 DAVE: Final = Caller(uid=1237, gid=1237)
 
@@ -321,7 +318,7 @@ def test_many_calls_leave_no_descriptor_process_or_memory_behind(
     before = [state(daemon.pid), state(front)]
     work(daemon, library, images_dir / "second", 50)
     daemon.await_calm()
-    most = [descriptors + LAZY_DESCRIPTORS for descriptors, _ in before]
+    most = [descriptors + processes.LAZY_DESCRIPTORS for descriptors, _ in before]
     waiting.until(
         lambda: all(
             state(pid)[0] <= bound for pid, bound in zip((daemon.pid, front), most, strict=True)

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import pytest
 from harness import images
-from harness.agent import Agent, Call, Refusal, conversion
+from harness.agent import Agent, Refusal, conversion
 from harness.callers import ALICE, BOB, MALLORY, ROOT, Caller
 from harness.daemon import QEMU_IMG, Daemon
 from harness.mounts import Mounts
@@ -987,20 +987,13 @@ def test_a_call_that_ends_ends_its_job(
     assert alice.jobs() == []
 
 
-def begun(agent: Agent, request: Request) -> Call:
-    """Begin a conversion at 1 MiB/s, and wait until qemu-img works."""
-    request.rate_limit_bytes_per_second = MIB
-    call = agent.convert(request)
-    call.await_event(lambda event: event.progress.phase == pb.PHASE_CONVERTING)
-    return call
-
-
 def test_a_destination_that_appears_meanwhile_is_not_overwritten(
     daemon: Daemon, alice: Agent, library: Path, images_dir: Path
 ) -> None:
     """linkat(2) refuses a name that exists: nobody asked to overwrite it."""
     dest = images_dir / "there.qcow2"
-    call = begun(alice, conversion(library / "slow.raw", dest))
+    request = conversion(library / "slow.raw", dest, rate_limit_bytes_per_second=MIB)
+    call = alice.convert(request)
     with daemon.held(QEMU_IMG):
         dest.write_bytes(b"another's")
     check(call.refusal(), "ALREADY_EXISTS", "DEST_EXISTS", path=str(dest))
@@ -1014,7 +1007,9 @@ def test_a_destination_that_becomes_anothers_is_not_overwritten(
     dest = images_dir / "there.qcow2"
     dest.write_bytes(b"own")
     os.chown(dest, ALICE.uid, ALICE.gid)
-    call = begun(alice, conversion(library / "slow.raw", dest, overwrite=True))
+    request = conversion(library / "slow.raw", dest, rate_limit_bytes_per_second=MIB)
+    request.dest.overwrite = True
+    call = alice.convert(request)
     with daemon.held(QEMU_IMG):
         os.chown(dest, BOB.uid, BOB.gid)
     check(call.refusal(), "FAILED_PRECONDITION", "NOT_YOURS", path=str(dest))
@@ -1028,8 +1023,9 @@ def test_a_directory_that_is_removed_meanwhile_takes_the_result_with_it(
     """There is no place any more to give the result a name in."""
     directory = images_dir / "directory"
     directory.mkdir()
-    request = conversion(library / "slow.raw", directory / "dest.qcow2")
-    call = begun(alice, request)
+    dest = directory / "dest.qcow2"
+    request = conversion(library / "slow.raw", dest, rate_limit_bytes_per_second=MIB)
+    call = alice.convert(request)
     with daemon.held(QEMU_IMG):
         directory.rmdir()
     refusal = call.refusal()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -214,6 +215,25 @@ class Daemon:
         new.rename(self.policy_path)
         self.signal(signal.SIGHUP)
         self.await_notice("READY=1")
+
+    @contextlib.contextmanager
+    def limited(self, **limits: str) -> Iterator[None]:
+        """Have other limits in force for the length of the block: of those that the policy states.
+
+        None are no change at all.
+        """
+        before = policy = self.policy_path.read_text(encoding="utf-8")
+        for name, limit in limits.items():
+            new = f'{name} = "{limit}"'
+            policy, found = re.subn(f"^{name} = .*$", new, policy, flags=re.MULTILINE)
+            assert found == 1, name
+        if limits:
+            self.reload(policy)
+        try:
+            yield
+        finally:
+            if limits:
+                self.reload(before)
 
     def wait(self) -> int:
         """Wait for the broker's end, and give its exit status."""

@@ -51,14 +51,16 @@ def small(path: Path) -> Path:
 
 def bulky(path: Path) -> Path:
     """A raw image of 64 MiB without a zero in it: at 1 MiB/s it takes a minute."""
-    path.write_bytes(os.urandom(MIB) * BULKY_MIB)
-    path.chmod(0o600)
-    return path
+    return _without_zeros(path, BULKY_MIB)
 
 
 def slow(path: Path) -> Path:
     """A raw image of 4 MiB without a zero in it: at 1 MiB/s it takes four seconds."""
-    path.write_bytes(os.urandom(MIB) * 4)
+    return _without_zeros(path, 4)
+
+
+def _without_zeros(path: Path, mib: int) -> Path:
+    path.write_bytes(os.urandom(MIB) * mib)
     path.chmod(0o600)
     return path
 

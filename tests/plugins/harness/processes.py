@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,10 @@ class Thread:
     ambient: int
     no_new_privs: int
     seccomp: int
+
+
+LAZY_DESCRIPTORS: Final = 2
+"""gRPC opens an eventfd or two when it first needs them."""
 
 
 def of_session(session: int) -> list[Process]:
