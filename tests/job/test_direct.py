@@ -1,4 +1,4 @@
-"""Whether an inode takes direct I/O: found out by doing it, on file systems that do and don't."""
+"""Whether an inode takes direct I/O: by the kernel's word, or by doing it, where it does or not."""
 
 from __future__ import annotations
 
@@ -11,14 +11,7 @@ from descriptors import none_left_open
 from harness.mounts import Mounts
 
 from convertd_daemon.job import direct
-
-
-@pytest.fixture
-def unnamed(area: Path) -> Iterator[int]:
-    """An empty inode on a file system that takes direct I/O."""
-    descriptor = os.open(area, os.O_TMPFILE | os.O_RDWR, 0o600)
-    yield descriptor
-    os.close(descriptor)
+from convertd_daemon.kernel import statx
 
 
 @pytest.fixture
@@ -26,6 +19,18 @@ def on_ramfs(mounts: Mounts) -> Iterator[int]:
     """An empty inode on the file system that takes none."""
     point = mounts.in_memory("ramfs", "ramfs")
     descriptor = os.open(point / "file", os.O_CREAT | os.O_RDWR, 0o600)
+    yield descriptor
+    os.close(descriptor)
+
+
+@pytest.fixture(params=["told", "tried"])
+def unnamed(
+    request: pytest.FixtureRequest, area: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[int]:
+    """An empty inode on a file system that takes direct I/O, whether or not that says so."""
+    if request.param == "tried":
+        monkeypatch.setattr(statx, "direct_alignment", lambda _: None)
+    descriptor = os.open(area, os.O_TMPFILE | os.O_RDWR, 0o600)
     yield descriptor
     os.close(descriptor)
 
@@ -43,6 +48,26 @@ def test_what_can_be_written_directly_is_left_empty(unnamed: int) -> None:
     """A leftover block would end up in the result."""
     assert direct.write_refusal(unnamed) is None
     assert os.fstat(unnamed).st_size == 0
+
+
+def test_what_the_kernel_promises_is_not_tried(mounts: Mounts) -> None:
+    """It would take the disk milliseconds."""
+    descriptor = os.open(mounts.on_a_loop("xfs", "xfs"), os.O_TMPFILE | os.O_RDWR, 0o600)
+    before = os.fstat(descriptor)
+    assert direct.write_refusal(descriptor) is None
+    assert os.fstat(descriptor) == before
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize(("memory", "offset"), [(0, 0), (512, 8192), (8192, 512), (4096, 0)])
+def test_a_promise_that_is_none_for_us_is_tried(
+    on_ramfs: int, monkeypatch: pytest.MonkeyPatch, memory: int, offset: int
+) -> None:
+    """Blocks of 4096 bytes are what qemu transfers at least."""
+    told = statx.DirectAlignment(memory=memory, offset=offset)
+    monkeypatch.setattr(statx, "direct_alignment", lambda _: told)
+    assert direct.read_refusal(on_ramfs) == "Invalid argument"
+    assert direct.write_refusal(on_ramfs) == "Invalid argument"
 
 
 def test_where_it_can_not_be_the_kernels_words_say_so(on_ramfs: int) -> None:

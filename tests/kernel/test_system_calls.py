@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from children import in_child
+from harness.mounts import Mounts
 
 from convertd_daemon.kernel import (
     capabilities,
@@ -28,6 +29,7 @@ from convertd_daemon.kernel import (
     openat2,
     peercred,
     prctl,
+    statx,
     syscall,
     unshare,
 )
@@ -369,3 +371,27 @@ class TestProcesses:
         """What can't be undone happens in children."""
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[1] > 1000
         assert not prctl.get_no_new_privs()
+
+
+class TestStatx:
+    """statx(2)."""
+
+    def test_a_file_system_tells_what_direct_io_takes(self, mounts: Mounts) -> None:
+        """XFS does: whole sectors of its disk."""
+        file = os.open(mounts.on_a_loop("xfs", "xfs") / "file", os.O_CREAT | os.O_RDWR)
+        told = statx.direct_alignment(file)
+        os.close(file)
+        assert told is not None
+        assert told.offset in {512, 4096}
+        assert 0 < told.memory <= told.offset
+
+    def test_others_do_not(self, mounts: Mounts) -> None:
+        """Ramfs has nothing to say."""
+        file = os.open(mounts.in_memory("ramfs", "ramfs") / "file", os.O_CREAT | os.O_RDWR)
+        assert statx.direct_alignment(file) is None
+        os.close(file)
+
+    def test_what_is_not_open_is_an_error(self) -> None:
+        """The kernel's own."""
+        with pytest.raises(OSError, match="statx: Bad file descriptor"):
+            statx.direct_alignment(9999)

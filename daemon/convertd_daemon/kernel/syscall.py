@@ -52,6 +52,7 @@ _BEFORE_5_1: Final[Mapping[str, Mapping[str, int]]] = {
         "unshare": 272,
         "seccomp": 317,
         "execveat": 322,
+        "statx": 332,
     },
     "aarch64": {
         "capget": 90,
@@ -61,6 +62,7 @@ _BEFORE_5_1: Final[Mapping[str, Mapping[str, int]]] = {
         "setfsgid": 152,
         "seccomp": 277,
         "execveat": 281,
+        "statx": 291,
     },
 }
 
