@@ -34,6 +34,7 @@ class Leash:
         self.duration_s = duration_s
         self.started = time.monotonic()
         self.undefined_device = ""
+        self._told: model.Progress | None = None
         self._poll = select.poll()
         self._poll.register(line.fileno(), 0)
 
@@ -79,10 +80,16 @@ class Leash:
         self.tell(channel.Failed(failure=error.failure()))
 
     def progress(self, phase: model.Phase, percent: float = 0.0) -> None:
-        """Send how far the job is; dropped if the front is behind: a job never waits for that."""
-        message = channel.Progressed(progress=model.Progress(phase=phase, percent=percent))
+        """Send how far the job is, unless that is what was said last.
+
+        Dropped if the front is behind: a job never waits for that.
+        """
+        progress = model.Progress(phase=phase, percent=percent)
+        if progress == self._told:
+            return
         try:
-            self.line.send(message, wait=False)
+            if self.line.send(channel.Progressed(progress=progress), wait=False):
+                self._told = progress
         except channel.Closed as error:
             raise Cut from error
 
