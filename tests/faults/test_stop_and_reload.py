@@ -291,7 +291,7 @@ def test_many_reloads_leave_no_process_behind(
     for _ in range(10):
         reload(daemon, library, images_dir, named)
     daemon.await_calm()
-    waiting.until(lambda: len(daemon.processes()) == 3, "the broker, its front, and the spare")
+    waiting.until(lambda: len(daemon.processes()) == 4, "broker, front, spare, and who waits")
     assert "there is no user no-such-user" in daemon.log
 
 

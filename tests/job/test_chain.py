@@ -18,6 +18,7 @@ from children import in_child
 
 from convertd_daemon import channel, errors, model
 from convertd_daemon.job import chain, leash, own, paths, qemu_img
+from convertd_daemon.sandbox.gate import Gate
 
 MIB = 1024 * 1024
 
@@ -46,7 +47,8 @@ class Found:
 def runner() -> Iterator[qemu_img.Runner]:
     """What runs qemu-img in its sandbox."""
     ours, theirs = channel.Channel.pair()
-    with ours, theirs, qemu_img.opened(whole_job.setup()) as worker:
+    setup = whole_job.setup()
+    with ours, theirs, qemu_img.opened(setup, Gate(setup.seccomp)) as worker:
         yield qemu_img.Runner(worker, leash.Leash(ours, 60.0))
 
 

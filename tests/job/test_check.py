@@ -32,6 +32,7 @@ from convertd_daemon.job import (
     run,
     secrets,
 )
+from convertd_daemon.sandbox.gate import Gate
 
 MIB = 1024 * 1024
 NO_SECRETS = secrets.Secrets()
@@ -64,7 +65,8 @@ def planned(grant: model.Grant) -> Iterator[Steps]:
     """Open, probe and plan."""
     ours, theirs = channel.Channel.pair()
     setup = whole_job.setup()
-    with ours, theirs, qemu_img.opened(setup) as worker, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, ours, theirs:
+        worker = stack.enter_context(qemu_img.opened(setup, Gate(setup.seccomp)))
         runner = qemu_img.Runner(worker, leash.Leash(ours, 60.0))
         source = stack.enter_context(paths.open_source(grant.source, grant.peer))
         dest = stack.enter_context(ends.open_dest(grant, setup))
@@ -332,7 +334,12 @@ class TestOwnRights:
 def test_without_a_qemu_img_there_is_no_conversion(area: Path) -> None:
     """And that is said, with the reason."""
     missing = dataclasses.replace(whole_job.setup(), path=str(area / "missing"))
-    failure = refusals.refusal_of(lambda: qemu_img.opened(missing).__enter__())
+
+    def act() -> errors.Failure | None:
+        gate = Gate(missing.seccomp)
+        return refusals.refusal_of(lambda: qemu_img.opened(missing, gate).__enter__())
+
+    failure = in_child(act)
     assert failure is not None
     assert failure.reason == "UNSUPPORTED"
     assert "No such file or directory" in failure.message

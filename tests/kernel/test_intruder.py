@@ -161,7 +161,7 @@ attempt("pair", lambda: socket.socketpair())
 
 @ALL_ABIS
 def test_no_other_program_is_within_reach(intruder: Intruder, abi: int | None) -> None:
-    """Whatever the way; descriptor 1000 is gone and can't come back."""
+    """Whatever the way; descriptor 700 is gone and can't come back."""
     script = """
 argv = (ctypes.c_char_p * 2)(b"sh", None)
 def execveat(descriptor, path, flags):
@@ -171,11 +171,11 @@ attempt("execve", lambda: os.execv("/bin/sh", ["sh"]))
 attempt("execve itself", lambda: os.execv(sys.executable, ["python3"]))
 attempt("execveat, no descriptor", lambda: execveat(-100, b"/bin/sh", 0))
 attempt("execveat, another descriptor", lambda: execveat(0, b"", 0x1000))
-attempt("execveat, high bits", lambda: execveat(1000 | 1 << 40, b"", 0x1000))
-attempt("execveat, without the flag", lambda: execveat(1000, b"/bin/sh", 0))
-attempt("execveat, 1000", lambda: execveat(1000, b"", 0x1000))
-attempt("execveat, 1000 and a path", lambda: execveat(1000, b"/bin/sh", 0x1000))
-attempt("dup2", lambda: os.dup2(0, 1000))
+attempt("execveat, high bits", lambda: execveat(700 | 1 << 40, b"", 0x1000))
+attempt("execveat, without the flag", lambda: execveat(700, b"/bin/sh", 0))
+attempt("execveat, 700", lambda: execveat(700, b"", 0x1000))
+attempt("execveat, 700 and a path", lambda: execveat(700, b"/bin/sh", 0x1000))
+attempt("dup2", lambda: os.dup2(0, 700))
 attempt("limit", lambda: call(302, 0, 7, (ctypes.c_uint64 * 2)(1024, 1024), None))
 attempt("fork", os.fork)
 attempt("vfork", lambda: call(58))
@@ -192,8 +192,8 @@ attempt("thread", lambda: threading.Thread(target=id, args=(1,)).start())
         "execveat, another descriptor": "EPERM",
         "execveat, high bits": "EPERM",
         "execveat, without the flag": "EPERM",
-        "execveat, 1000": "EBADF",
-        "execveat, 1000 and a path": "EACCES",
+        "execveat, 700": "EBADF",
+        "execveat, 700 and a path": "EACCES",
         "dup2": "EBADF",
         "limit": "EPERM",
         "fork": "EPERM",

@@ -18,7 +18,16 @@ from children import in_child
 
 from convertd_daemon.kernel import landlock as kernel_landlock
 from convertd_daemon.kernel import prctl
-from convertd_daemon.sandbox import enter, errors, identity, landlock, limits, runtime, seccomp
+from convertd_daemon.sandbox import (
+    enter,
+    entrant,
+    errors,
+    identity,
+    landlock,
+    limits,
+    runtime,
+    seccomp,
+)
 from convertd_daemon.sandbox.enter import Confinement, Identity
 from convertd_daemon.sandbox.errors import Stage
 
@@ -54,18 +63,45 @@ def failure(act: Callable[[], object]) -> Failed:
     return (*outcome, left)
 
 
-def start(
+Start = Callable[..., Callable[[], object]]
+
+
+def start_now(
     program: int,
     confinement: Confinement,
     *,
     argv: Sequence[str] = VERSION,
     inherit: tuple[int, ...] = (),
 ) -> Callable[[], object]:
-    """Give a call of spawn()."""
+    """Give a call of spawn(), which forks."""
     return lambda: enter.spawn(program, argv, confinement=confinement, inherit=inherit)
 
 
-def test_without_the_right_to_change_uid(qemu_img: int, confinement: Confinement) -> None:
+@pytest.fixture(params=["forked now", "who waited"])
+def start(request: pytest.FixtureRequest) -> Start:
+    """Give a maker of such calls, for either kind of process that may become the program."""
+
+    def make(
+        program: int,
+        confinement: Confinement,
+        *,
+        argv: Sequence[str] = VERSION,
+        inherit: tuple[int, ...] = (),
+    ) -> Callable[[], object]:
+        return lambda: enter.spawn(
+            program,
+            argv,
+            confinement=confinement,
+            inherit=inherit,
+            waiting=entrant.fork(confinement.filter),
+        )
+
+    return make if request.param == "who waited" else start_now
+
+
+def test_without_the_right_to_change_uid(
+    qemu_img: int, confinement: Confinement, start: Start
+) -> None:
     """An unprivileged process can't take another identity, and does not go on with its own."""
 
     def act() -> Failed:
@@ -76,7 +112,9 @@ def test_without_the_right_to_change_uid(qemu_img: int, confinement: Confinement
     assert in_child(act) == ("IDENTITY", "EPERM", [])
 
 
-def test_without_the_capability_that_is_to_be_kept(qemu_img: int, confinement: Confinement) -> None:
+def test_without_the_capability_that_is_to_be_kept(
+    qemu_img: int, confinement: Confinement, start: Start
+) -> None:
     """It is not silently left out."""
     own = dataclasses.replace(confinement, identity=None, keep_read_search=True)
 
@@ -98,7 +136,7 @@ def test_without_the_capability_that_is_to_be_kept(qemu_img: int, confinement: C
     ids=["no filter", "a filter that the kernel refuses", "a filter that kills on the way"],
 )
 def test_without_a_filter_that_works(
-    qemu_img: int, confinement: Confinement, program: bytes, expected: Failed
+    qemu_img: int, confinement: Confinement, program: bytes, expected: Failed, start: Start
 ) -> None:
     """Also a child that can't say why it died has not run the program."""
     changed = dataclasses.replace(confinement, filter=program)
@@ -106,7 +144,7 @@ def test_without_a_filter_that_works(
 
 
 def test_when_the_next_landlock_layer_is_one_too_many(
-    qemu_img: int, confinement: Confinement
+    qemu_img: int, confinement: Confinement, start: Start
 ) -> None:
     """Sixteen is the kernel's limit."""
 
@@ -122,7 +160,7 @@ def test_when_the_next_landlock_layer_is_one_too_many(
 
 
 def test_without_landlock(
-    qemu_img: int, confinement: Confinement, monkeypatch: pytest.MonkeyPatch
+    qemu_img: int, confinement: Confinement, monkeypatch: pytest.MonkeyPatch, start: Start
 ) -> None:
     """Its own error, for the operator."""
     monkeypatch.setattr(kernel_landlock, "abi", lambda: 0)
@@ -139,7 +177,7 @@ def test_without_landlock(
 
 @pytest.mark.parametrize("what", ["read", "write", "devices"])
 def test_when_an_inode_can_not_be_governed(
-    qemu_img: int, confinement: Confinement, what: str
+    qemu_img: int, confinement: Confinement, what: str, start: Start
 ) -> None:
     """A pipe where an image is due."""
     read_end, write_end = os.pipe()
@@ -150,13 +188,15 @@ def test_when_an_inode_can_not_be_governed(
     os.close(write_end)
 
 
-def test_when_a_descriptor_to_inherit_is_not_open(qemu_img: int, confinement: Confinement) -> None:
+def test_when_a_descriptor_to_inherit_is_not_open(
+    qemu_img: int, confinement: Confinement, start: Start
+) -> None:
     """Its number must not be anybody else's by accident."""
-    call = start(qemu_img, confinement, inherit=(777,))
+    call = start(qemu_img, confinement, inherit=(666,))
     assert in_child(lambda: failure(call)) == ("DESCRIPTORS", "EBADF", [])
 
 
-@pytest.mark.parametrize("number", [-1, 0, 2, 1000, 4000])
+@pytest.mark.parametrize("number", [-1, 0, 2, 700, 4000])
 def test_descriptors_that_can_not_be_inherited(
     qemu_img: int, confinement: Confinement, number: int
 ) -> None:
@@ -190,32 +230,21 @@ def test_when_a_standard_descriptor_is_closed(
 
     def act() -> Failed:
         os.close(standard)
-        return failure(start(qemu_img, confinement))
+        return failure(start_now(qemu_img, confinement))
 
     assert in_child(act) == ("PREPARE", "EBADF", [])
 
 
-def test_when_the_programs_place_is_out_of_reach(qemu_img: int, confinement: Confinement) -> None:
+def test_when_the_programs_place_is_out_of_reach(
+    qemu_img: int, confinement: Confinement, start: Start
+) -> None:
     """A hard limit on descriptors that is too low."""
 
     def act() -> Failed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (500, 500))
         return failure(start(qemu_img, confinement))
 
-    assert in_child(act) == ("DESCRIPTORS", "EBADF", [])
-
-
-def test_when_the_programs_place_is_taken(qemu_img: int, confinement: Confinement) -> None:
-    """So many descriptors that one of the child's own comes to lie there."""
-
-    def act() -> Failed:
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        while os.dup(qemu_img) < 998:
-            pass
-        return failure(start(qemu_img, confinement))
-
-    assert in_child(act) == ("PREPARE", "EMFILE", [])
+    assert in_child(act) == ("DESCRIPTORS", "EINVAL", [])
 
 
 def test_when_no_descriptor_is_left(qemu_img: int, confinement: Confinement) -> None:
@@ -230,7 +259,7 @@ def test_when_no_descriptor_is_left(qemu_img: int, confinement: Confinement) -> 
             taken.append(os.open("/dev/null", os.O_RDONLY))
         for descriptor in taken[-3:]:
             os.close(descriptor)
-        return failure(start(qemu_img, confinement))
+        return failure(start_now(qemu_img, confinement))
 
     assert in_child(act) == ("PREPARE", "EMFILE", [])
 
@@ -244,14 +273,14 @@ def test_when_no_process_can_be_made(qemu_img: int, confinement: Confinement) ->
         resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
         own = dataclasses.replace(confinement, identity=None)
         before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        outcome = failure(start(qemu_img, own))
+        outcome = failure(start_now(qemu_img, own))
         return outcome, signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
     assert in_child(act) == (("FORK", "EAGAIN", []), True)
 
 
 def test_when_the_parent_has_died_meanwhile(
-    qemu_img: int, confinement: Confinement, monkeypatch: pytest.MonkeyPatch
+    qemu_img: int, confinement: Confinement, monkeypatch: pytest.MonkeyPatch, start: Start
 ) -> None:
     """PDEATHSIG was armed too late, and nobody would end it."""
     monkeypatch.setattr(os, "getppid", lambda: 1)
@@ -259,7 +288,7 @@ def test_when_the_parent_has_died_meanwhile(
 
 
 def test_when_something_unforeseen_happens_on_the_way(
-    qemu_img: int, confinement: Confinement, monkeypatch: pytest.MonkeyPatch
+    qemu_img: int, confinement: Confinement, monkeypatch: pytest.MonkeyPatch, start: Start
 ) -> None:
     """The copy of the parent ends, and does not go on as a second parent."""
 
@@ -298,7 +327,7 @@ def data(tmp_path: Path) -> Iterator[Callable[[bytes, int], int]]:
     ids=["nothing", "a script", "a 32-bit program", "a header that is cut off"],
 )
 def test_what_is_no_program(
-    data: Callable[[bytes, int], int], confinement: Confinement, content: bytes
+    data: Callable[[bytes, int], int], confinement: Confinement, content: bytes, start: Start
 ) -> None:
     """Found before anything is started."""
     program = data(content, 0o755)
@@ -321,14 +350,14 @@ def test_a_static_program_needs_no_loader(data: Callable[[bytes, int], int]) -> 
 
 
 def test_a_program_that_may_not_be_executed(
-    data: Callable[[bytes, int], int], confinement: Confinement
+    data: Callable[[bytes, int], int], confinement: Confinement, start: Start
 ) -> None:
     """The last step fails, and the child ends."""
     program = data(Path("/usr/bin/qemu-img").read_bytes(), 0o644)
     assert in_child(lambda: failure(start(program, confinement))) == ("EXEC", "EACCES", [])
 
 
-def test_an_argument_with_a_nul(qemu_img: int, confinement: Confinement) -> None:
+def test_an_argument_with_a_nul(qemu_img: int, confinement: Confinement, start: Start) -> None:
     """It would be cut there."""
     call = start(qemu_img, confinement, argv=["qemu-img", "a\0b"])
     assert in_child(lambda: failure(call)) == ("EXEC", "0", [])

@@ -20,6 +20,7 @@ from children import in_child
 from convertd_daemon.kernel import prctl
 from convertd_daemon.sandbox import confine, enter, identity, landlock, limits, narrow
 from convertd_daemon.sandbox.enter import Confinement, Identity
+from convertd_daemon.sandbox.gate import Gate
 
 WORKER = Identity(uid=1500, gid=1500)
 CALLER = Identity(uid=1234, gid=1234)
@@ -191,7 +192,7 @@ def test_inside_a_job_of_a_narrowed_broker_it_works_too(
             landlock.Rule(where=images.source, access=landlock.READ),
             landlock.Rule(where=images.dest_directory, access=landlock.PUBLISH_IN),
         )
-        confine.confine_job(qemu_img, rules)
+        confine.confine_job(Gate(confinement.filter), qemu_img, rules)
         outcome = images.convert(qemu_img, confinement)
         name = f"/proc/self/fd/{images.dest}"
         os.link(name, "result", dst_dir_fd=images.dest_directory, follow_symlinks=True)

@@ -16,7 +16,7 @@ import pytest
 from harness import images, processes, waiting
 from harness.agent import conversion
 from harness.callers import ALICE
-from harness.daemon import FRONT, QEMU_IMG, SPARE, Daemon
+from harness.daemon import FRONT, GATE, QEMU_IMG, SPARE, Daemon
 
 POLICY: Final = """
 [roots.library]
@@ -273,7 +273,8 @@ def test_no_process_is_left_of_a_conversion_that_is_done(
     expected = {daemon.pid, daemon.await_one(FRONT), running.job, running.qemu_img}
     waiting.until(
         lambda: (
-            {one.pid for one in processes.of_session(daemon.pid) if one.name != SPARE} == expected
+            {one.pid for one in processes.of_session(daemon.pid) if one.name not in {SPARE, GATE}}
+            == expected
         ),
         "the processes of the other conversion only",
     )

@@ -55,12 +55,17 @@ def test_a_job_is_done_by_the_process_that_waited_for_it(
 
 
 def test_it_holds_nothing_but_its_own_channels(daemon: Daemon) -> None:
-    """Three, of which no other process has that end: no connection, no job, no image."""
+    """Three, of which no other process has that end, and the way to who waits to be qemu-img.
+
+    No connection, no job, no image.
+    """
     connected = daemon.agent(ALICE)
     connected.access()
     held = processes.descriptors(daemon.await_one(SPARE))
     own = {number: name for number, name in held.items() if number not in STANDARD}
-    assert sorted(name.partition(":")[0] for name in own.values()) == ["pipe", "socket", "socket"]
+    kinds = sorted(name.partition(":")[0] for name in own.values())
+    assert kinds == ["anon_inode", "pipe", "socket", "socket", "socket"]
+    assert sum(name == "anon_inode:[pidfd]" for name in own.values()) == 1
     sockets = {name for name in own.values() if name.startswith("socket")}
     assert sockets.isdisjoint(processes.descriptors(daemon.pid).values())
 

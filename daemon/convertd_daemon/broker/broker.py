@@ -466,7 +466,7 @@ class Broker:
         log.debug("started job=%s pid=%d", job.job_id, job.pid)
         descriptor = line.sock.detach()
         self.send(channel.Started(call=job.call, job_id=job.job_id), descriptor)
-        self.spare.keep()
+        self.spare.keep(len(self.jobs))
         duration_s = job.grant.limits.duration_s
         overdue = errors.DurationExceeded(duration_s=duration_s)
         # The job minds its time itself; this is for one that can't, being stuck in the kernel.
@@ -616,7 +616,7 @@ class Broker:
         if not job.left:
             self.jobs.remove(job)
             self.advance()
-            self.spare.keep()
+            self.spare.keep(len(self.jobs))
 
     def _lose(self, job: jobs.Job, status: int) -> None:
         """A job's own process is gone: its call ends. Its place is taken while anything is left."""
@@ -658,7 +658,7 @@ class Broker:
         notify.ready()
         self.tell_status()
         self.mind_idleness()
-        self.spare.keep()
+        self.spare.keep(len(self.jobs))
         log.info("serving versions=%s", self.household.versions)
 
     def reload(self) -> None:

@@ -19,6 +19,7 @@ from convertd_daemon.broker.startup import CantStart
 from convertd_daemon.job import leash, plan, qemu_img, rights
 from convertd_daemon.kernel import close_range
 from convertd_daemon.sandbox import limits
+from convertd_daemon.sandbox.gate import Gate
 
 if TYPE_CHECKING:
     from convertd_daemon.sandbox.setup import Setup
@@ -74,7 +75,7 @@ def _be_the_child(setup: Setup, directory: str, line: channel.Channel, broker: i
     try:
         close_range.close_all_but({0, 1, 2, line.fileno()})
         rights.die_with(broker)
-        with qemu_img.opened(setup) as worker:
+        with qemu_img.opened(setup, Gate(setup.seccomp)) as worker:
             runner = qemu_img.Runner(worker, leash.Leash(line, LIMIT_S))
             line.send(_convert_all(runner, directory))
     except errors.ConvertError as error:

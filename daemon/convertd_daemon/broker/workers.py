@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORK_AFTER_S: Final = 0.02
-"""A spare is forked when the job that took the one before is under way, so as not to hinder it."""
+FORK_AFTER_S: Final[tuple[float, ...]] = (0.0, 0.06, 0.02)
+"""When the next spare is forked, by how many jobs there are: none, one, more. A small job that has
+the machine to itself would be hindered, by a tenth of 36 ms (2 cores): it is let end first."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -113,21 +114,17 @@ class Spare:
         self._setup = setup
         self._may_fork = may_fork
         self._worker: Worker | None = None
-        self._is_wanted = False
 
     @property
     def pid(self) -> int:
         """Its process; 0 if there is none."""
         return self._worker.pid if self._worker is not None else 0
 
-    def keep(self) -> None:
-        """Have one soon."""
-        if not self._is_wanted:
-            self._is_wanted = True
-            self._loop.after(FORK_AFTER_S, self._fork)
+    def keep(self, jobs: int) -> None:
+        """Have one soon, beside so many jobs."""
+        self._loop.after(FORK_AFTER_S[min(jobs, len(FORK_AFTER_S) - 1)], self._fork)
 
     def _fork(self) -> None:
-        self._is_wanted = False
         if self._worker is None and self._may_fork():
             # Whoever comes next has a process forked in his own time, or hears why not.
             with contextlib.suppress(OSError):

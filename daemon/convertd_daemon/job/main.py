@@ -7,6 +7,7 @@ rights but his own, without a daemon.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -19,6 +20,7 @@ from convertd_daemon import channel, errors, model
 from convertd_daemon.job import account, leash, own, pipeline, qemu_img, rights, secrets
 from convertd_daemon.kernel import close_range, getrandom, prctl
 from convertd_daemon.sandbox import limits, seccomp
+from convertd_daemon.sandbox.gate import Gate
 from convertd_daemon.sandbox.setup import Setup
 
 if TYPE_CHECKING:
@@ -58,10 +60,15 @@ def forked(
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         rights.die_with(broker)
         os.umask(0o077)
-        job = begun or _wait(orders)
+        gate = None
+        if begun is None:
+            gate = Gate(setup.seccomp)
+            job = _wait(orders, gate)
+        else:
+            job = begun
         orders.close()
         prctl.set_name("convertd-job")
-        _work(lambda: job.granted, line, setup)
+        _work(lambda: job.granted, line, setup, gate)
     except leash.Cut:
         log.info("job cut short at its very end")
     except channel.Closed:
@@ -79,15 +86,22 @@ def forked(
             os._exit(0)
 
 
-def _wait(orders: channel.Channel) -> Begun:
-    """Wait for the one order.
+def _wait(orders: channel.Channel, gate: Gate) -> Begun:
+    """Wait for the one order, with a process that will be its first qemu-img.
 
     Raises:
         channel.Closed: there will be none.
         leash.Cut: SIGTERM came first.
     """
     prctl.set_name("convertd-spare")
-    begin, pipes = orders.receive(channel.Begin)
+    # What can't be forked now is forked when it is needed, or says why not.
+    with contextlib.suppress(OSError):
+        gate.fork()
+    try:
+        begin, pipes = orders.receive(channel.Begin)
+    except BaseException:
+        gate.close()
+        raise
     return Begun(job_id=begin.job_id, granted=channel.Granted(begin.grant, tuple(pipes)))
 
 
@@ -105,13 +119,21 @@ def main() -> int:
     return 0
 
 
-def _work(asked: Callable[[], channel.Granted], line: channel.Channel, setup: Setup) -> None:
-    """Do what is granted, and say how it ended, unless somebody cut it short and knows."""
+def _work(
+    asked: Callable[[], channel.Granted],
+    line: channel.Channel,
+    setup: Setup,
+    gate: Gate | None = None,
+) -> None:
+    """Do what is granted, and say how it ended, unless somebody cut it short and knows.
+
+    `gate` is the one that was made ahead.
+    """
     leash.end_on_sigterm()
     try:
         granted = asked()
         grant = granted.grant
-        with qemu_img.opened(setup) as worker:
+        with qemu_img.opened(setup, gate or Gate(setup.seccomp)) as worker:
             if isinstance(grant, model.Grant):
                 tether = leash.Leash(line, grant.limits.duration_s)
                 kept = _secrets_of(grant.request, granted.secrets)

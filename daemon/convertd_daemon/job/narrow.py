@@ -40,7 +40,7 @@ def to_roots(
                     fd = paths.open_root(root)
                     stack.callback(os.close, fd)
                     rules.append(landlock.Rule(where=fd, access=landlock.READ_BENEATH))
-        confine.confine_job(worker.program, rules)
+        confine.confine_job(worker.gate, worker.program, rules)
 
 
 def to_inodes(grant: model.Grant, both: ends.Ends, worker: Worker) -> None:
@@ -50,7 +50,7 @@ def to_inodes(grant: model.Grant, both: ends.Ends, worker: Worker) -> None:
         OSError, SandboxError: Landlock refused; the job must not go on.
     """
     if _may_have_members(grant):
-        confine.confine_job(worker.program, both.rules())
+        confine.confine_job(worker.gate, worker.program, both.rules())
 
 
 def _may_have_members(grant: model.Grant | model.InspectGrant) -> bool:

@@ -7,6 +7,7 @@ closed, and everything unpublished gone, when the function is left, by whichever
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 
 from convertd_daemon import channel, model
@@ -37,7 +38,7 @@ def convert(grant: model.Grant, kept: secrets.Secrets, runner: qemu_img.Runner) 
         dest = stack.enter_context(ends.open_dest(grant, runner.worker.setup))
         narrow.to_roots(grant, source, dest, runner.worker)
         # 2. Ask what the source is, and what it stands on.
-        links = chain.follow(grant, source, runner, stack)
+        links = chain.follow(grant, source, dataclasses.replace(runner, asks=True), stack)
         chain.check_encryption(grant.request.source, links[0])
         both = ends.Ends(chain=links, dest=dest)
         narrow.to_inodes(grant, both, runner.worker)

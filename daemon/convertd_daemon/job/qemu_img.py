@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from convertd_daemon.job.leash import Leash
     from convertd_daemon.sandbox import limits
+    from convertd_daemon.sandbox.gate import Gate
     from convertd_daemon.sandbox.setup import Setup
 
 log = logging.getLogger(__name__)
@@ -36,10 +37,14 @@ LOOK_S: Final = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Worker:
-    """A set-up with the program opened: one and the same through a job, whatever is upgraded."""
+    """A set-up with the program opened: one and the same through a job, whatever is upgraded.
+
+    `gate` is where it goes into the sandbox.
+    """
 
     setup: Setup
     program: int
+    gate: Gate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,13 +57,14 @@ class Outcome:
 
 
 @contextlib.contextmanager
-def opened(setup: Setup) -> Iterator[Worker]:
-    """Open the program for the length of a job.
+def opened(setup: Setup, gate: Gate) -> Iterator[Worker]:
+    """Open the program for the length of a job, and close its gate at the end.
 
     Raises:
         errors.Unsupported: there is none, or it is a script, which can't be confined to itself.
     """
     with contextlib.ExitStack() as stack:
+        stack.callback(gate.close)
         try:
             program = os.open(setup.path, os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, program)
@@ -66,7 +72,7 @@ def opened(setup: Setup) -> Iterator[Worker]:
         except (OSError, ValueError) as error:
             problem = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
             raise errors.Unsupported(what="conversion", why=f"{setup.path}: {problem}") from error
-        yield Worker(setup=setup, program=program)
+        yield Worker(setup=setup, program=program, gate=gate)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,12 +104,13 @@ class Runner:
     """Runs qemu-img for one job: with its program, and on its leash.
 
     `beside`, if there is one, is called as a program of `run` has begun, and then about once a
-    second; raising ends the run. It must not wait.
+    second; raising ends the run. It must not wait. `asks` says that another run will follow.
     """
 
     worker: Worker
     leash: Leash
     beside: Callable[[], None] | None = None
+    asks: bool = False
 
     def run(
         self,
@@ -144,8 +151,17 @@ class Runner:
             filter=self.worker.setup.seccomp,
         )
         inherit = (*inodes.read, *inodes.write, *inodes.devices, *inodes.pipes)
-        program = self.worker.program
-        with enter.spawn(program, argv, confinement=confinement, inherit=inherit) as child:
+        with enter.spawn(
+            self.worker.program,
+            argv,
+            confinement=confinement,
+            inherit=inherit,
+            waiting=self.worker.gate.take(),
+        ) as child:
+            if self.asks:
+                # Whoever asks goes on to convert, which then need not wait for a process.
+                with contextlib.suppress(OSError):
+                    self.worker.gate.fork()
             try:
                 yield Conversation(child, self.leash, listener)
             except errors.DeadlineExceeded as error:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from convertd_daemon.kernel import unshare
 from convertd_daemon.kernel.landlock import AccessFs
 from convertd_daemon.sandbox import landlock, runtime, seccomp
+from convertd_daemon.sandbox.gate import Gate
 
 
 def confine_front(private: int | str, compiled: bytes) -> None:
@@ -34,10 +35,11 @@ def confine_front(private: int | str, compiled: bytes) -> None:
     seccomp.load(compiled)
 
 
-def confine_job(program: int, rules: Iterable[landlock.Rule]) -> None:
+def confine_job(gate: Gate, program: int, rules: Iterable[landlock.Rule]) -> None:
     """Leave a job the inodes and directories of `rules`, and what qemu-img needs to start.
 
-    Layers of Landlock intersect: what a job may not do, none of its qemu-img may. So `rules` hold
+    Layers of Landlock intersect: what a job may not do, none of its qemu-img may, and nobody who
+    waits at the gate to become one. So `rules` hold
     all that a later Confinement will name. `program` is qemu-img, open for reading. An inode of the
     job's that has no path (a pipe, a socket) needs no rule.
 
@@ -47,7 +49,7 @@ def confine_job(program: int, rules: Iterable[landlock.Rule]) -> None:
         ValueError: there are several threads, or the program is no ELF file.
     """
     _refuse_threads()
-    landlock.restrict((*runtime.rules(program), *rules))
+    gate.narrow((*runtime.rules(program), *rules))
 
 
 def _refuse_threads() -> None:

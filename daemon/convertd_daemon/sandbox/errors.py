@@ -43,12 +43,12 @@ class CapabilityMissing(SandboxError):
 
 
 class Stage(enum.Enum):
-    """The steps into the sandbox, in the order they are taken."""
+    """The steps into the sandbox; entrant.py has their order."""
 
     PREPARE = "prepare"
     FORK = "fork"
-    SIGNALS = "signals"
     DESCRIPTORS = "descriptors"
+    SIGNALS = "signals"
     IDENTITY = "identity"
     CAPABILITIES = "capabilities"
     NO_NEW_PRIVS = "no_new_privs"

@@ -8,7 +8,7 @@ from typing import Final
 
 # The program's own descriptor: above every one that can be made once DESCRIPTORS is the limit,
 # so that after exec it can't come back. See seccomp.QEMU_IMG.
-PROGRAM_DESCRIPTOR: Final = 1000
+PROGRAM_DESCRIPTOR: Final = 700
 DESCRIPTORS: Final = 256
 
 _MIB: Final = 1 << 20

@@ -25,6 +25,7 @@ COMMAND: Final = Path(sys.executable).with_name("convertd")
 FRONT: Final = "convertd-front"
 JOB: Final = "convertd-job"
 SPARE: Final = "convertd-spare"
+GATE: Final = "convertd-gate"  # the spare's own, which will be its first qemu-img
 QEMU_IMG: Final = "qemu-img"
 
 LIVE: Final[set[Daemon]] = set()
@@ -112,6 +113,7 @@ class Daemon:
             )
         self.await_notice("READY=1")
         self.await_one(SPARE)
+        self.await_one(GATE)
 
     def await_notice(self, notice: str, deadline_s: float = waiting.DEADLINE_S) -> None:
         """Wait until it tells its manager something.
@@ -182,20 +184,21 @@ class Daemon:
         waiting.until(lambda: not self.processes(name), f"no process {name}")
 
     def await_calm(self) -> None:
-        """Wait until there is nothing but the broker, its front, and the spare for the next job.
+        """Wait until there is nothing but broker, front, and what is forked for the next job.
 
         A job that has ended holds its place, and its destination, until the broker has noticed.
         """
         waiting.until(lambda: not self._at_work(), "no job, and none that was not waited for")
         self.await_one(SPARE)
+        self.await_one(GATE)
 
     def _at_work(self) -> list[Process]:
         found = processes.of_session(self.pid)
         return [one for one in found if one.name in {JOB, QEMU_IMG}]
 
-    def traced(self) -> tuple[int, int]:
-        """What to trace to see all jobs: the broker, which forks them, and its spare."""
-        return self.pid, self.await_one(SPARE)
+    def traced(self) -> tuple[int, ...]:
+        """What to trace to see all jobs: the broker, which forks them, and what is forked ahead."""
+        return self.pid, self.await_one(SPARE), self.await_one(GATE)
 
     def await_logged(self, text: str) -> None:
         """Wait until the log has that text."""

@@ -19,7 +19,8 @@ from harness import waiting
 class Tracer:
     """strace, attached to a process and what it will fork, for as long as the context lasts.
 
-    `inject` is what strace's option of that name takes: system calls, and what becomes of them.
+    `inject` is what strace's option of that name takes: system calls, and what becomes of them; or
+    several of that, blanks between.
     With `path`, only calls about that path, or about a descriptor of it, are touched.
     """
 
@@ -32,7 +33,10 @@ class Tracer:
         self._argv = ["strace", *(("-f",) if follow else ())]
         for traced in self._pids:
             self._argv += ["-p", str(traced)]
-        self._argv += ["-e", f"trace={inject.partition(':')[0]}", "-e", f"inject={inject}"]
+        every = inject.split()
+        self._argv += ["-e", f"trace={','.join(one.partition(':')[0] for one in every)}"]
+        for one in every:
+            self._argv += ["-e", f"inject={one}"]
         if path is not None:
             self._argv += ["-P", str(path)]
 
