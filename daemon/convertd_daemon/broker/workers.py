@@ -22,7 +22,7 @@ from convertd_daemon.sandbox import enter
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from convertd_daemon.broker.loop import Loop
+    from convertd_daemon.broker.loop import Loop, Timer
     from convertd_daemon.sandbox.setup import Setup
 
 log = logging.getLogger(__name__)
@@ -114,6 +114,7 @@ class Spare:
         self._setup = setup
         self._may_fork = may_fork
         self._worker: Worker | None = None
+        self._timer: Timer | None = None
 
     @property
     def pid(self) -> int:
@@ -121,10 +122,15 @@ class Spare:
         return self._worker.pid if self._worker is not None else 0
 
     def keep(self, jobs: int) -> None:
-        """Have one soon, beside so many jobs."""
-        self._loop.after(FORK_AFTER_S[min(jobs, len(FORK_AFTER_S) - 1)], self._fork)
+        """Have one soon, beside so many jobs; asked twice, at the earlier time."""
+        timer = self._loop.after(FORK_AFTER_S[min(jobs, len(FORK_AFTER_S) - 1)], self._fork)
+        if self._timer is None or timer < self._timer:
+            timer, self._timer = self._timer, timer
+        if timer is not None:
+            timer.cancel()
 
     def _fork(self) -> None:
+        self._timer = None
         if self._worker is None and self._may_fork():
             # Whoever comes next has a process forked in his own time, or hears why not.
             with contextlib.suppress(OSError):
