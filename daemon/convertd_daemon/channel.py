@@ -10,18 +10,22 @@ number of a connection that the broker itself accepted.
 
 from __future__ import annotations
 
-import array
 import contextlib
 import enum
+import errno
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
 from convertd_daemon import codec, errors, model
+from convertd_daemon.kernel import scm_rights
 
 MAX_MESSAGE_BYTES: Final = 160 * 1024
 """Two paths of 4 KiB, each byte escaped to six, and then some. Below the default SO_SNDBUF."""
+
+MOST_DESCRIPTORS: Final = 4
+"""As many as may come with a message; the most that do are two pipes with passphrases."""
 
 
 class Closed(Exception):
@@ -508,10 +512,8 @@ class Channel:
 
     def send_bytes(self, data: bytes, *descriptors: int, wait: bool = True) -> bool:
         """Send an encoded message. See `send`."""
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
-        flags = socket.MSG_NOSIGNAL | (0 if wait else socket.MSG_DONTWAIT)
         try:
-            self.sock.sendmsg([data], rights if descriptors else [], flags)
+            scm_rights.send(self.sock, data, descriptors, wait=wait)
         except BlockingIOError:
             return False
         except (BrokenPipeError, ConnectionResetError) as error:
@@ -526,43 +528,26 @@ class Channel:
             BlockingIOError: `wait` is false and there is nothing.
             CodecError: the message is none of these. Its descriptors are closed.
         """
-        flags = socket.MSG_CMSG_CLOEXEC | (0 if wait else socket.MSG_DONTWAIT)
         try:
-            data, ancillary, seen, _ = self.sock.recvmsg(
-                MAX_MESSAGE_BYTES, socket.CMSG_SPACE(4 * 4), flags
+            data, descriptors = scm_rights.receive(
+                self.sock, MAX_MESSAGE_BYTES, MOST_DESCRIPTORS, wait=wait
             )
         except ConnectionResetError as error:
             raise Closed from error
-        descriptors = _descriptors_in(ancillary)
-        if data and not seen & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-            with _closing_on_error(descriptors):
-                return codec.decode(data, *kinds), descriptors
-        close_all(descriptors)
-        if not data:
-            raise Closed
-        raise codec.CodecError("a message that is too long")
+        except OSError as error:
+            if error.errno != errno.EMSGSIZE:
+                raise
+            raise codec.CodecError("a message that is too long") from error
+        with _closing_on_error(descriptors):
+            if not data:
+                raise Closed
+            return codec.decode(data, *kinds), descriptors
 
 
 @contextlib.contextmanager
 def _closing_on_error(descriptors: list[int]) -> Iterator[None]:
     try:
         yield
-    except codec.CodecError:
-        close_all(descriptors)
+    except BaseException:
+        scm_rights.close_all(descriptors)
         raise
-
-
-def close_all(descriptors: list[int]) -> None:
-    """Close descriptors that came along and are not wanted."""
-    for descriptor in descriptors:
-        with contextlib.suppress(OSError):
-            socket.close(descriptor)
-
-
-def _descriptors_in(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
-    descriptors = array.array("i")
-    for level, kind, data in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            usable = len(data) - len(data) % descriptors.itemsize
-            descriptors.frombytes(data[:usable])
-    return list(descriptors)

@@ -25,6 +25,7 @@ from hostile.false_front import Asking, FalseFront
 from hostile.secret import Secret
 
 from convertd_daemon import channel, codec, model
+from convertd_daemon.kernel import scm_rights
 
 POLICY: Final = """
 [limits]
@@ -102,7 +103,7 @@ def conversion(source: Path, dest: Path) -> model.ConvertRequest:
 def connection_of(front: FalseFront) -> int:
     """The number of whoever connected last."""
     message, descriptors = front.await_message(channel.Connected)
-    channel.close_all(descriptors)
+    scm_rights.close_all(descriptors)
     return message.connection
 
 
@@ -179,7 +180,7 @@ def test_it_can_ask_for_nothing_over_the_probe_that_is_roots(
         message = channel.Convert(call=front.call(), connection=number, request=request)
         assert reason(front.asks(message)) == "UNKNOWN_CONNECTION"
         front.line.send(channel.Probed(probe=probe.probe))
-        channel.close_all(sockets)
+        scm_rights.close_all(sockets)
 
 
 def test_it_can_use_no_more_than_the_grants_of_who_is_connected(
@@ -218,7 +219,7 @@ def test_it_can_keep_no_job_of_a_caller_who_is_gone(
     ended, _ = front.await_message(channel.Ended)
     assert ended.failure.reason == "CANCELLED_BY_CALLER"
     broker.await_none(QEMU_IMG)
-    channel.close_all(job)
+    scm_rights.close_all(job)
     assert os.listdir(image.parent) == ["image.raw"]
 
 
@@ -236,7 +237,7 @@ def test_it_can_see_and_end_no_job_of_another(
         cancel = channel.CancelJob(call=front.call(), connection=bob, job_id=started.job_id)
         assert reason(front.asks(cancel)) == "JOB_NOT_FOUND"
         waiting.until(lambda: broker.processes(JOB), "the job works")
-        channel.close_all(job)
+        scm_rights.close_all(job)
 
 
 # --- how much it can have ------------------------------------------------------------------------
@@ -264,7 +265,7 @@ def test_it_can_have_no_more_jobs_than_the_policy_allows(
             front.line.send(channel.Finished(call=call))
         assert front.quiet()
         waiting.until(lambda: len(jobs_of_its_own(broker)) == 2, "two jobs work")
-        channel.close_all(jobs)
+        scm_rights.close_all(jobs)
 
 
 def jobs_of_its_own(broker: Daemon) -> list[processes.Process]:
@@ -281,7 +282,7 @@ def test_it_can_have_one_call_do_one_thing(broker: Daemon, front: FalseFront, im
         front.line.send(message)
         _, job = front.await_message(channel.Started, call)
         assert reason(front.asks(message)) == "BAD_MESSAGE"
-        channel.close_all(job)
+        scm_rights.close_all(job)
 
 
 # --- what it can ask for -------------------------------------------------------------------------
@@ -504,7 +505,7 @@ def test_nobody_is_let_in_while_it_does_not_read(broker: Daemon, front: FalseFro
         while sock.connect_ex(str(broker.socket)):
             message, descriptors = front.hears()
             assert isinstance(message, channel.Connected)
-            channel.close_all(descriptors)
+            scm_rights.close_all(descriptors)
         assert front.quiet()
     assert broker.await_one("convertd-front") == first
 
@@ -651,7 +652,7 @@ def _drop_what_came(front: FalseFront) -> None:
     try:
         while True:
             _, descriptors = front.line.receive(*channel.FROM_BROKER, wait=False)
-            channel.close_all(descriptors)
+            scm_rights.close_all(descriptors)
     except BlockingIOError:
         return
 

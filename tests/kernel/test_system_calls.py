@@ -29,6 +29,7 @@ from convertd_daemon.kernel import (
     openat2,
     peercred,
     prctl,
+    scm_rights,
     statx,
     syscall,
     unshare,
@@ -333,6 +334,47 @@ class TestDescriptors:
         descriptor = os.open(tmp_path, os.O_PATH)
         with pytest.raises(OSError, match="Bad file descriptor"):
             locks.is_locked(descriptor, 100, 203)
+
+
+class TestMessages:
+    """SCM_RIGHTS."""
+
+    @pytest.fixture
+    def ends(self) -> Iterator[tuple[socket.socket, socket.socket]]:
+        """Both ends of a channel."""
+        here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with here, there:
+            yield here, there
+
+    def test_a_descriptor_that_came_along_ends_with_exec(
+        self, ends: tuple[socket.socket, socket.socket], tmp_path: Path
+    ) -> None:
+        """Whatever it was where it came from."""
+        here, there = ends
+        with (tmp_path / "sent").open("wb") as sent:
+            os.set_inheritable(sent.fileno(), True)
+            scm_rights.send(here, b"text", [sent.fileno()])
+            data, (came,) = scm_rights.receive(there, 4, 1)
+            assert data == b"text"
+            assert os.path.sameopenfile(came, sent.fileno())
+            assert not os.get_inheritable(came)
+            scm_rights.close_all([came])
+        assert not is_open(came)
+
+    @pytest.mark.parametrize(("most_bytes", "most_descriptors"), [(3, 4), (4, 2)])
+    def test_a_message_that_is_too_large_leaves_nothing_open(
+        self,
+        ends: tuple[socket.socket, socket.socket],
+        most_bytes: int,
+        most_descriptors: int,
+    ) -> None:
+        """It is no message then."""
+        here, there = ends
+        scm_rights.send(here, b"text", [0, 0, 0])
+        before = set(os.listdir("/proc/self/fd"))
+        with pytest.raises(OSError, match="Message too long"):
+            scm_rights.receive(there, most_bytes, most_descriptors)
+        assert set(os.listdir("/proc/self/fd")) == before
 
 
 class TestProcesses:

@@ -11,6 +11,7 @@ import pytest
 from descriptors import none_left_open
 
 from convertd_daemon import channel, codec, errors, model
+from convertd_daemon.kernel import scm_rights
 
 Pair = tuple[channel.Channel, channel.Channel]
 
@@ -49,7 +50,7 @@ def test_descriptors_come_along_as_copies_that_do_not_survive_an_exec(pair: Pair
     assert not os.get_inheritable(reader)
     os.write(writer, b"x")
     assert os.read(reader, 2) == b"x"
-    channel.close_all([reader, writer])
+    scm_rights.close_all([reader, writer])
 
 
 def test_nothing_to_receive_is_said_at_once_to_who_does_not_wait(pair: Pair) -> None:
@@ -133,7 +134,7 @@ def test_closing_what_is_closed_already_is_no_error() -> None:
     """Whoever cleans up does not stop half-way."""
     reader, writer = os.pipe()
     os.close(reader)
-    channel.close_all([reader, writer])
+    scm_rights.close_all([reader, writer])
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(writer)
 

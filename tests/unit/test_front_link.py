@@ -18,6 +18,7 @@ from descriptors import none_left_open
 
 from convertd_daemon import channel, errors, model
 from convertd_daemon.front import link, pipes, prober, relay
+from convertd_daemon.kernel import scm_rights
 
 DEADLINE_S = 60.0
 
@@ -55,7 +56,7 @@ class Broker:
     def hears(self) -> object:
         """The next thing that the front says. What came with it is closed."""
         message, descriptors = self.line.receive(*channel.FROM_FRONT, wait=False)
-        channel.close_all(descriptors)
+        scm_rights.close_all(descriptors)
         return message
 
     def starts_a_job(self, call: int, job_id: str = "job-1") -> channel.Channel:
@@ -383,7 +384,7 @@ class TestBroker:
                 assert others == held
                 came = await first_descriptors(broker)
                 assert os.read(came[0], 100) == b"mine"
-                channel.close_all(came)
+                scm_rights.close_all(came)
 
         run(test)
 

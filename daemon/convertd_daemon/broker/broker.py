@@ -31,7 +31,7 @@ from convertd_daemon.broker import (
     watchdog,
     workers,
 )
-from convertd_daemon.kernel import children, getrandom
+from convertd_daemon.kernel import children, getrandom, scm_rights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -135,7 +135,7 @@ class Broker:
     def send(self, message: object, descriptor: int | None = None) -> None:
         """Send the front a message; a front that is gone is dealt with, not reported."""
         if self.front is None:
-            channel.close_all([] if descriptor is None else [descriptor])
+            scm_rights.close_all([] if descriptor is None else [descriptor])
             return
         try:
             self.front.send(message, descriptor)
@@ -223,7 +223,7 @@ class Broker:
             self.front.kill()
             return
         with contextlib.ExitStack() as stack:
-            stack.callback(channel.close_all, descriptors)
+            stack.callback(scm_rights.close_all, descriptors)
             self.obey(message, descriptors)
 
     def lose_front(self) -> None:
@@ -422,7 +422,7 @@ class Broker:
                 raise errors.BadMessage(problem="this call has a job already")
             job = self.jobs.add(call, connection, granted)
         except errors.ConvertError:
-            channel.close_all(list(granted.secrets))
+            scm_rights.close_all(list(granted.secrets))
             raise
         log.info(
             "granted job=%s uid=%d gid=%d pid=%d rule=%s source=%r dest=%r",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from convertd_daemon import channel
 from convertd_daemon.broker import front_process
+from convertd_daemon.kernel import scm_rights
 
 if TYPE_CHECKING:
     from convertd_daemon.sandbox.identity import Identity
@@ -76,7 +77,7 @@ class Front:
         self._forget_all()
 
     def _forget_all(self) -> None:
-        channel.close_all([fd for _, fd in self._behind if fd is not None])
+        scm_rights.close_all([fd for _, fd in self._behind if fd is not None])
         self._behind.clear()
 
     def kill(self) -> None:

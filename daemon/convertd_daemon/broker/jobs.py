@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from convertd_daemon import channel, codec, errors, model
 from convertd_daemon.broker import audit, loop, queue, workers
-from convertd_daemon.kernel import getrandom
+from convertd_daemon.kernel import getrandom, scm_rights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -131,7 +131,7 @@ class Job:
 
     def close_secrets(self) -> None:
         """Close the pipes with the passphrases: the job's process has its own, or needs none."""
-        channel.close_all(list(self.granted.secrets))
+        scm_rights.close_all(list(self.granted.secrets))
         self.granted = channel.Granted(self.grant)
 
     def signal(self, number: signal.Signals) -> None:

@@ -124,10 +124,10 @@ class Spare:
     def keep(self, jobs: int) -> None:
         """Have one soon, beside so many jobs; asked twice, at the earlier time."""
         timer = self._loop.after(FORK_AFTER_S[min(jobs, len(FORK_AFTER_S) - 1)], self._fork)
-        if self._timer is None or timer < self._timer:
-            timer, self._timer = self._timer, timer
-        if timer is not None:
-            timer.cancel()
+        if self._timer is not None:
+            timer, later = sorted((self._timer, timer))
+            later.cancel()
+        self._timer = timer
 
     def _fork(self) -> None:
         self._timer = None

@@ -16,6 +16,7 @@ import socket
 from typing import TYPE_CHECKING, Final
 
 from convertd_daemon import channel, codec, errors
+from convertd_daemon.kernel import scm_rights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -93,7 +94,7 @@ class Call:
         try:
             while True:
                 message, descriptors = self._line.receive(*channel.FROM_JOB, wait=False)
-                channel.close_all(descriptors)
+                scm_rights.close_all(descriptors)
                 self.hear(message)
         except BlockingIOError:
             return
@@ -180,7 +181,7 @@ class Link:
                     loop.add_writer(self.line.fileno(), self._catch_up)
                     return
                 self._behind.popleft()
-                channel.close_all(descriptors)
+                scm_rights.close_all(descriptors)
         except channel.Closed:
             # What the broker still said is there to be read; its end comes after that.
             self._forget_all()
@@ -220,11 +221,11 @@ class Link:
                 else:
                     call.hear(message)
         # A job whose caller is gone ends with this.
-        channel.close_all(descriptors)
+        scm_rights.close_all(descriptors)
 
     def _forget_all(self) -> None:
         while self._behind:
-            channel.close_all(self._behind.popleft()[1])
+            scm_rights.close_all(self._behind.popleft()[1])
 
     def _close(self) -> None:
         loop = asyncio.get_running_loop()
@@ -242,7 +243,7 @@ def _copies_of(descriptors: tuple[int, ...]) -> list[int]:
     try:
         copies.extend(os.dup(descriptor) for descriptor in descriptors)
     except OSError:
-        channel.close_all(copies)
+        scm_rights.close_all(copies)
         raise
     return copies
 

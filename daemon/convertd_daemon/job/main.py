@@ -60,12 +60,7 @@ def forked(
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         rights.die_with(broker)
         os.umask(0o077)
-        gate = None
-        if begun is None:
-            gate = Gate(setup.seccomp)
-            job = _wait(orders, gate)
-        else:
-            job = begun
+        job, gate = (begun, None) if begun else _wait(orders, setup)
         orders.close()
         prctl.set_name("convertd-job")
         _work(lambda: job.granted, line, setup, gate)
@@ -86,14 +81,15 @@ def forked(
             os._exit(0)
 
 
-def _wait(orders: channel.Channel, gate: Gate) -> Begun:
-    """Wait for the one order, with a process that will be its first qemu-img.
+def _wait(orders: channel.Channel, setup: Setup) -> tuple[Begun, Gate]:
+    """Wait for the one order, at the gate with a process that will be its first qemu-img.
 
     Raises:
         channel.Closed: there will be none.
         leash.Cut: SIGTERM came first.
     """
     prctl.set_name("convertd-spare")
+    gate = Gate(setup.seccomp)
     # What can't be forked now is forked when it is needed, or says why not.
     with contextlib.suppress(OSError):
         gate.fork()
@@ -102,7 +98,7 @@ def _wait(orders: channel.Channel, gate: Gate) -> Begun:
     except BaseException:
         gate.close()
         raise
-    return Begun(job_id=begin.job_id, granted=channel.Granted(begin.grant, tuple(pipes)))
+    return Begun(job_id=begin.job_id, granted=channel.Granted(begin.grant, tuple(pipes))), gate
 
 
 def main() -> int:

@@ -6,7 +6,6 @@ refuse to work in a process that has more threads already.
 
 from collections.abc import Iterable
 
-from convertd_daemon.kernel import unshare
 from convertd_daemon.kernel.landlock import AccessFs
 from convertd_daemon.sandbox import landlock, runtime, seccomp
 from convertd_daemon.sandbox.gate import Gate
@@ -24,7 +23,6 @@ def confine_front(private: int | str, compiled: bytes) -> None:
         OSError: a step was refused; the process may be half confined: exit.
         ValueError: there are several threads.
     """
-    _refuse_threads()
     landlock.restrict(
         (
             landlock.Rule(where=private, access=AccessFs.MAKE_SOCK | AccessFs.REMOVE_FILE),
@@ -39,19 +37,13 @@ def confine_job(gate: Gate, program: int, rules: Iterable[landlock.Rule]) -> Non
     """Leave a job the inodes and directories of `rules`, and what qemu-img needs to start.
 
     Layers of Landlock intersect: what a job may not do, none of its qemu-img may, and nobody who
-    waits at the gate to become one. So `rules` hold
-    all that a later Confinement will name. `program` is qemu-img, open for reading. An inode of the
-    job's that has no path (a pipe, a socket) needs no rule.
+    waits at the gate to become one. So `rules` hold all that a later Confinement will name.
+    `program` is qemu-img, open for reading. An inode of the job's that has no path (a pipe, a
+    socket) needs no rule.
 
     Raises:
         LandlockMissing: the kernel has none.
         OSError: a step was refused; the process may be half confined: exit.
         ValueError: there are several threads, or the program is no ELF file.
     """
-    _refuse_threads()
     gate.narrow((*runtime.rules(program), *rules))
-
-
-def _refuse_threads() -> None:
-    if not unshare.is_single_threaded():
-        raise ValueError("can't confine a process that has several threads")

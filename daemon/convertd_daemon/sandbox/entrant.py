@@ -18,7 +18,6 @@ that the kernel forces:
 A step that fails is reported, and the process ends.
 """
 
-import array
 import contextlib
 import dataclasses
 import errno
@@ -33,7 +32,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, NoReturn, Self
 
-from convertd_daemon.kernel import close_range, execveat, prctl
+from convertd_daemon.kernel import close_range, execveat, prctl, scm_rights
 from convertd_daemon.kernel.capabilities import Capability
 from convertd_daemon.sandbox import identity, landlock, limits, seccomp
 from convertd_daemon.sandbox.errors import NotConfined, Stage
@@ -123,7 +122,7 @@ class Entrant:
     def _send(self, data: bytes, descriptors: tuple[int, ...]) -> None:
         # If it has ended, it has said why.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self._line.sendmsg([data], [_rights(descriptors)], socket.MSG_NOSIGNAL)
+            scm_rights.send(self._line, data, descriptors)
 
     def await_exec(self) -> None:
         """Wait until the program has been executed, which closes the socket's other end.
@@ -170,10 +169,6 @@ class Entrant:
     ) -> None:
         """Kill, reap and close, whatever happened in the block."""
         self.close()
-
-
-def _rights(descriptors: tuple[int, ...]) -> tuple[int, int, "array.array[int]"]:
-    return socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors)
 
 
 def fork(compiled: bytes) -> Entrant:
@@ -346,17 +341,10 @@ def _await_order(line: int) -> tuple[Order, Ends]:
 
 
 def _receive(line: socket.socket) -> tuple[bytes, list[int]]:
-    room = socket.CMSG_SPACE(_MOST_DESCRIPTORS * array.array("i").itemsize)
-    data, ancillary, flags, _ = line.recvmsg(_MOST_BYTES, room, socket.MSG_CMSG_CLOEXEC)
-    descriptors = array.array("i")
-    for _, _, rights in ancillary:
-        descriptors.frombytes(rights)
-    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-        raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+    data, descriptors = scm_rights.receive(line, _MOST_BYTES, _MOST_DESCRIPTORS)
     # They come at the lowest free numbers, which the program may know others by.
     moved = [_out_of_the_way(descriptor) for descriptor in descriptors]
-    for descriptor in descriptors:
-        os.close(descriptor)
+    scm_rights.close_all(descriptors)
     return data, moved
 
 

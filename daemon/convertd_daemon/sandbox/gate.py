@@ -7,7 +7,6 @@ fork(2), and the first steps of a process whose pages are all still shared, take
 import os
 from collections.abc import Iterable
 
-from convertd_daemon.kernel import unshare
 from convertd_daemon.sandbox import entrant, landlock
 from convertd_daemon.sandbox.entrant import Entrant
 
@@ -26,11 +25,8 @@ class Gate:
         `compiled` is seccomp.compile_profile(seccomp.QEMU_IMG).
 
         Raises:
-            OSError: Landlock refused.
-            ValueError: there are several threads, of which only one would be bound.
+            OSError, ValueError: as landlock.enforce().
         """
-        if not unshare.is_single_threaded():
-            raise ValueError("can't confine a process that has several threads")
         self._compiled = compiled
         self._waiting: Entrant | None = None
         self._bound = landlock.keep_signals()
@@ -58,6 +54,7 @@ class Gate:
         Raises:
             LandlockMissing: the kernel has none.
             OSError: a rule can't be made, or the ruleset not enforced.
+            ValueError: as landlock.enforce().
         """
         made = landlock.ruleset(rules, but=self._bound)
         try:

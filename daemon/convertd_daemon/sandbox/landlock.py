@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from convertd_daemon.kernel import landlock, prctl
+from convertd_daemon.kernel import landlock, prctl, unshare
 from convertd_daemon.kernel.landlock import AccessFs, AccessNet, Scope
 from convertd_daemon.sandbox import errors
 
@@ -121,23 +121,26 @@ def ruleset(rules: Iterable[Rule], *, but: Scope = _NO_SCOPE, abi: int | None = 
 
 
 def enforce(made: int) -> None:
-    """Bind the calling thread, for ever, to a ruleset from ruleset().
+    """Bind the calling process, for ever, to a ruleset from ruleset().
 
     Raises:
-        OSError: as landlock_restrict_self(2); the thread is then not bound.
+        OSError: as landlock_restrict_self(2); the process is then not bound.
+        ValueError: there are several threads, of which only this one would be.
     """
+    if not unshare.is_single_threaded():
+        raise ValueError("can't confine a process that has several threads")
     prctl.set_no_new_privs()
     landlock.restrict_self(made)
 
 
 def keep_signals() -> Scope:
-    """Bind the calling thread to signal itself and what it starts from now on, for ever.
+    """Bind the calling process to signal itself and what it starts from now on, for ever.
 
     Gives the scope that needs no other layer any more: none, where Landlock knows of no signals
     (STAND_INS).
 
     Raises:
-        OSError: as landlock_restrict_self(2); the thread is then not bound.
+        OSError, ValueError: as enforce().
     """
     if landlock.abi() < _ABI_OF_SCOPES:
         return _NO_SCOPE
@@ -150,11 +153,12 @@ def keep_signals() -> Scope:
 
 
 def restrict(rules: Iterable[Rule], *, abi: int | None = None) -> None:
-    """Bind the calling thread to `rules`: ruleset() and enforce().
+    """Bind the calling process to `rules`: ruleset() and enforce().
 
     Raises:
         LandlockMissing: this kernel has none.
         OSError: a rule can't be made, or the ruleset not enforced.
+        ValueError: as enforce().
     """
     made = ruleset(rules, abi=abi)
     try:

@@ -23,6 +23,7 @@ from harness.callers import PYTHON, Caller
 from harness.daemon import Daemon
 
 from convertd_daemon import channel
+from convertd_daemon.kernel import scm_rights
 
 T = TypeVar("T")
 
@@ -125,13 +126,13 @@ class FalseFront:
             message, descriptors = self.hears()
             if isinstance(message, kind) and call in {0, getattr(message, "call", 0)}:
                 return message, descriptors
-            channel.close_all(descriptors)
+            scm_rights.close_all(descriptors)
 
     def asks(self, message: Asking) -> object:
         """Ask something, and give the first answer to its call."""
         self.line.send(message)
         answer, descriptors = self.await_message(object, message.call)
-        channel.close_all(descriptors)
+        scm_rights.close_all(descriptors)
         return answer
 
     def quiet(self) -> bool:

@@ -1,0 +1,76 @@
+"""When the next spare is forked: once, however often it is asked for, and at the earliest time."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+import pytest
+
+from convertd_daemon.broker import loop, workers
+from convertd_daemon.sandbox.setup import Setup
+
+LONE_S: Final = workers.FORK_AFTER_S[1]
+"""The longest that it takes: beside a job that has the machine to itself."""
+
+
+class Asked:
+    """A spare that may never be forked, and when it would have been, in seconds from now."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.loop = loop.Loop()
+        setup = Setup(path="/usr/bin/qemu-img", identity=None, seccomp=b"")
+        self.spare = workers.Spare(self.loop, setup, self.may_fork)
+        self.began = time.monotonic()
+
+    def may_fork(self) -> bool:
+        """Take note of the time."""
+        self.times.append(time.monotonic() - self.began)
+        return False
+
+    def run(self) -> list[float]:
+        """Run until all that was asked for by now must have come."""
+        self.loop.after(LONE_S, self.loop.stop)
+        self.loop.run()
+        return self.times
+
+
+@pytest.mark.parametrize("jobs", range(4))
+def test_it_is_forked_once(jobs: int) -> None:
+    """By how many jobs there are."""
+    asked = Asked()
+    asked.spare.keep(jobs)
+    (time_s,) = asked.run()
+    assert time_s >= workers.FORK_AFTER_S[min(jobs, 2)]
+
+
+@pytest.mark.parametrize("jobs", [(1, 0), (0, 1), (1, 2), (2, 1), (1, 1), (2, 2, 2)])
+def test_asked_for_twice_it_is_forked_at_the_earlier_time(jobs: tuple[int, ...]) -> None:
+    """The time set for a job that has ended would lie in the midst of the next one."""
+    asked = Asked()
+    for count in jobs:
+        asked.spare.keep(count)
+    seen_by_then: list[int] = []
+    earliest_s = min(workers.FORK_AFTER_S[count] for count in jobs)
+    asked.loop.after(earliest_s, lambda: seen_by_then.append(len(asked.times)))
+    assert len(asked.run()) == 1
+    assert seen_by_then == [1]
+
+
+def test_job_after_job_does_not_put_it_off() -> None:
+    """A busy daemon would never have one."""
+    asked = Asked()
+    asked.spare.keep(1)
+    for part in range(1, 4):
+        asked.loop.after(LONE_S * part / 4, lambda: asked.spare.keep(1))
+    assert len(asked.run()) == 1
+
+
+def test_it_can_be_asked_for_again() -> None:
+    """Forked, or not allowed to be: later it is wanted again."""
+    asked = Asked()
+    asked.spare.keep(0)
+    asked.loop.after(LONE_S / 2, lambda: asked.spare.keep(0))
+    first, second = asked.run()
+    assert second - first >= LONE_S / 2
