@@ -17,7 +17,7 @@ from harness import callers, waiting
 from harness import daemon as daemons
 from harness.daemon import Daemon
 
-from benchmarks import measured, peers
+from benchmarks import disk, measured, peers
 from benchmarks.cases import Case
 from benchmarks.peers import JOBS, Line
 from benchmarks.settings import Settings
@@ -103,6 +103,7 @@ def crowds(
             functools.partial(_by_nova, nova, case),
             functools.partial(_by_qemu_img, argv),
         ):
+            disk.settle(case.source.path.parent, settings.patience)
             found.append(convert(dests))
             for dest in itertools.chain(*dests):
                 dest.unlink()

@@ -22,7 +22,9 @@ def look(directory: Path) -> measured.Machine:
         memory_mib=int(_field("/proc/meminfo", "MemTotal").split()[0]) // 1024,
         kernel=platform.release(),
         system=platform.freedesktop_os_release()["PRETTY_NAME"],
-        file_system=_said("findmnt", "-no", "FSTYPE", "--target", str(directory)),
+        file_system=" ".join(
+            _said("findmnt", "-no", "FSTYPE,OPTIONS", "--target", str(directory)).split()
+        ),
         load=os.getloadavg()[0],
         versions={
             "convertd": importlib.metadata.version("convertd"),

@@ -26,6 +26,7 @@ from benchmarks import (
     peers,
     race,
     timeline,
+    usage,
 )
 from benchmarks.cases import Case
 from benchmarks.peers import Line, Racer
@@ -68,7 +69,7 @@ def everything(settings: Settings, directory: Path) -> measured.Results:
     Raises:
         peers.Failed: something did not do what it should, or results differ.
     """
-    began = time.monotonic()
+    began, stolen_s = time.monotonic(), usage.stolen_s()
     told = machine.look(directory)
     with _course(settings, directory) as course, _crew(course) as crew:
         racers: tuple[Racer, ...] = (
@@ -79,7 +80,9 @@ def everything(settings: Settings, directory: Path) -> measured.Results:
             disk.Fio(),
         )
         race.warm_up(course.case(cases.TINY), racers)
-        entries = [entry for case in course.cases for entry in race.race(case, racers)]
+        entries = [
+            entry for case in course.cases for entry in race.race(case, racers, settings.patience)
+        ]
         log.info("memory, answers, crowds, steps, disk")
         tiny, packed = course.case(cases.TINY), course.case(cases.ZSTD)
         load = (tiny, course.case(cases.FILES_TO_RAW), packed)
@@ -100,6 +103,7 @@ def everything(settings: Settings, directory: Path) -> measured.Results:
             traces=timeline.trace(course.images, course.xfs, tiny, settings),
             disk=disk.rates(course.images, settings.noise_mib),
             minutes=(time.monotonic() - began) / 60,
+            stolen=(usage.stolen_s() - stolen_s) / (time.monotonic() - began) / told.cores,
         )
 
 

@@ -101,10 +101,11 @@ class Machine(Value, frozen=True, kw_only=True):
 
 
 class Results(Value, frozen=True, kw_only=True):
-    """All of a run."""
+    """All of a run. `stolen` is the share of the processors' time that the host gave to others."""
 
     settings: str
     minutes: float
+    stolen: float
     machine: Machine
     contestants: list[ContestantTold]
     cases: list[CaseTold]

@@ -92,6 +92,7 @@ def _machine(results: Results) -> str:
         ("system", f"{told.system}, Linux {told.kernel}"),
         ("file system", told.file_system),
         ("load before", f"{told.load:.2f} (more than 0.5 blurs all that follows)"),
+        ("taken by its host", f"{results.stolen:.1%} of the processors' time meanwhile"),
         ("versions", versions),
     )
     return table(("", ""), rows)

@@ -7,15 +7,15 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import cases, measured, usage
+from benchmarks import cases, disk, measured, usage
 from benchmarks.cases import Case
 from benchmarks.peers import Failed, Racer
 
 log = logging.getLogger(__name__)
 
 
-def race(case: Case, racers: Sequence[Racer]) -> list[measured.Entry]:
-    """Run a case. Who begins changes from round to round.
+def race(case: Case, racers: Sequence[Racer], patience_s: float) -> list[measured.Entry]:
+    """Run a case, each time from a disk at rest. Who begins changes from round to round.
 
     Raises:
         Failed: a result is not what a guest saw on the source.
@@ -27,6 +27,7 @@ def race(case: Case, racers: Sequence[Racer]) -> list[measured.Entry]:
         shift = number % len(pairs)
         for entry, racer in (*pairs[shift:], *pairs[:shift]):
             dest = case.source.path.with_name("result")
+            disk.settle(dest.parent, patience_s)
             entry.runs.append(_run(case, racer, dest))
             if number == 0 and racer.copies:
                 check(case, racer.name, dest)

@@ -14,7 +14,7 @@ class Settings:
     """Sizes in MiB, and numbers of rounds.
 
     `large_rounds` is for conversions that take a second or more, `small_rounds` for those of tiny
-    and of almost empty images.
+    and of almost empty images. `patience` is how many seconds disks are given to come to rest.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Settings:
     traces: int
     callers: tuple[int, ...]
     calls: int
+    patience: int
 
 
 FULL: Final = Settings(
@@ -48,6 +49,7 @@ FULL: Final = Settings(
     traces=15,
     callers=(1, 8, 64),
     calls=128,
+    patience=30,
 )
 
 SMOKE: Final = Settings(
@@ -65,4 +67,5 @@ SMOKE: Final = Settings(
     traces=1,
     callers=(1, 8),
     calls=8,
+    patience=0,
 )

@@ -33,6 +33,15 @@ def cpu_s(session: int) -> float:
     return ticks * TICK_S
 
 
+def stolen_s() -> float:
+    """Processor time that the host gave to others instead of us. Source: proc_stat(5)."""
+    with open("/proc/stat", encoding="ascii") as file:
+        name, *ticks = file.readline().split()
+    if name != "cpu":
+        raise LookupError(name)
+    return int(ticks[7]) * TICK_S
+
+
 def cached_bytes(*paths: Path) -> int:
     """How much of these files is in the page cache. Source: fincore(1)."""
     argv = ["fincore", "--bytes", "--noheadings", "--output", "RES"]

@@ -26,7 +26,7 @@ image = images.Image(
 )
 case = cases.Case(name="case", source=image, dest_format="raw", rounds=1)
 racer = peers.CommandLine("somebody", lambda _, dest: [[*command, str(dest)]])
-print(len(race.race(case, [racer])))
+print(len(race.race(case, [racer], 0)))
 """
 """One contestant's race, with a command that the result's path is added to."""
 
