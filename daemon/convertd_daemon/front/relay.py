@@ -13,13 +13,13 @@ import asyncio
 import contextlib
 import errno
 import logging
-import secrets
 import select
 import socket
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Final
 
 from convertd_daemon.front import screen, turns
+from convertd_daemon.kernel import getrandom
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Relay:
         Raises:
             OSError: a side ended it, or there are no descriptors.
         """
-        name = f"convertd-{secrets.token_hex(16)}"
+        name = f"convertd-{getrandom.hex_name(16)}"
         peer = f"unix-abstract:{name}"
         with contextlib.ExitStack() as stack:
             upstream = stack.enter_context(

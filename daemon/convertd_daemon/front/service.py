@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import secrets
 import time
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
@@ -14,6 +13,7 @@ from google.protobuf.message import DecodeError, Message
 from convertd.v1 import convert_pb2 as pb
 from convertd_daemon import channel, errors, model
 from convertd_daemon.front import link, pipes, status, translate
+from convertd_daemon.kernel import getrandom
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -283,7 +283,7 @@ async def _fail(context: Context, error: Exception) -> NoReturn:
         case link.BrokerIsGone():
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the daemon ended")
         case _:
-            error_id = secrets.token_hex(6)
+            error_id = getrandom.hex_name(6)
             log.error("internal error id=%s", error_id, exc_info=error)
             await status.abort(context, errors.InternalError(error_id=error_id).failure())
 
