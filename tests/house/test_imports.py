@@ -104,6 +104,11 @@ def test_what_runs_as_root_has_no_grpc_in_memory(module: str) -> None:
     assert not loaded & {"convertd", "google", "grpc"}
 
 
+def test_the_front_hashes_nothing() -> None:
+    """What hashes loads OpenSSL, and with it 5 MiB."""
+    assert not {"hashlib", "hmac", "secrets"} & loaded_by("convertd_daemon.front.main")
+
+
 def test_the_front_is_started_before_the_broker_has_loaded_much() -> None:
     """It takes longest to start: what the command loads for its first steps delays the daemon."""
     heavy = {"convertd_daemon.channel", "convertd_daemon.model", "msgspec"}
@@ -112,8 +117,11 @@ def test_the_front_is_started_before_the_broker_has_loaded_much() -> None:
 
 
 def loaded_by(module: str) -> set[str]:
-    """All modules that one module's import loads."""
-    script = f"import json, sys, {module}; print(json.dumps(sorted(sys.modules)))"
+    """All modules that one module's import loads, beside those that any program has."""
+    script = (
+        "import json, sys; before = set(sys.modules);"
+        f"import {module}; print(json.dumps(sorted(set(sys.modules) - before)))"
+    )
     outcome = subprocess.run(
         [sys.executable, "-I", "-c", script],
         capture_output=True,

@@ -14,6 +14,7 @@ import pytest
 from children import errno_of, in_child
 
 from convertd_daemon.kernel import capabilities, prctl
+from convertd_daemon.kernel import landlock as kernel_landlock
 from convertd_daemon.kernel.capabilities import Capability
 from convertd_daemon.sandbox import confine, errors, identity, landlock, narrow, seccomp
 from convertd_daemon.sandbox.gate import Gate
@@ -246,6 +247,16 @@ def test_a_job_with_threads_is_not_half_confined(qemu_img: int) -> None:
 
     assert in_child(lambda: in_the_midst_of_threads(lambda: Gate(b"")))
     assert in_child(act) == "done"
+
+
+def test_a_job_with_threads_is_refused_a_gate_by_any_kernel() -> None:
+    """Also by one whose Landlock knows of no signals, where the gate binds it to nothing yet."""
+
+    def act() -> bool:
+        pytest.MonkeyPatch().setattr(kernel_landlock, "abi", lambda: 5)
+        return in_the_midst_of_threads(lambda: Gate(b""))
+
+    assert in_child(act)
 
 
 def test_a_job_reaches_its_own_places_only(qemu_img: int, tmp_path: Path) -> None:

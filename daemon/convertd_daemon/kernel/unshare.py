@@ -12,8 +12,8 @@ def is_single_threaded() -> bool:
     """Tell whether the calling process has one thread, native ones counted.
 
     CLONE_THREAD changes nothing; the kernel answers EINVAL where there are more threads. Where
-    the call itself is filtered away (some containers), the answer is yes: fork(2) from
-    several threads endangers reliability, not confinement.
+    the call itself is filtered away (some containers), the answer is yes, or nothing would run
+    there: who asks has no threads, unless by mistake.
     """
     try:
         syscall.call("unshare", _CLONE_THREAD)

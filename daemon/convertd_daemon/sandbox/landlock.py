@@ -127,8 +127,7 @@ def enforce(made: int) -> None:
         OSError: as landlock_restrict_self(2); the process is then not bound.
         ValueError: there are several threads, of which only this one would be.
     """
-    if not unshare.is_single_threaded():
-        raise ValueError("can't confine a process that has several threads")
+    _refuse_threads()
     prctl.set_no_new_privs()
     landlock.restrict_self(made)
 
@@ -142,6 +141,7 @@ def keep_signals() -> Scope:
     Raises:
         OSError, ValueError: as enforce().
     """
+    _refuse_threads()
     if landlock.abi() < _ABI_OF_SCOPES:
         return _NO_SCOPE
     made = landlock.create_ruleset(fs=_NO_FS, net=_NO_NET, scope=Scope.SIGNAL)
@@ -165,6 +165,11 @@ def restrict(rules: Iterable[Rule], *, abi: int | None = None) -> None:
         enforce(made)
     finally:
         os.close(made)
+
+
+def _refuse_threads() -> None:
+    if not unshare.is_single_threaded():
+        raise ValueError("can't confine a process that has several threads")
 
 
 def _add(made: int, rule: Rule, denied: AccessFs) -> None:
