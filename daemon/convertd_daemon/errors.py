@@ -483,9 +483,9 @@ class Aborted(ConvertError):
 
 
 class DestBusy(Aborted):
-    """Another job writes this destination."""
+    """Another job of the same caller writes this destination."""
 
-    sentence = "{path}: is being written by another job"
+    sentence = "{path}: is being written by another job of yours"
     path: str
 
 

@@ -20,7 +20,7 @@ from typing import Any, Final
 import pytest
 from harness import images
 from harness.agent import Agent, Refusal, conversion
-from harness.callers import ALICE, BOB, MALLORY, ROOT, Caller
+from harness.callers import ALICE, BOB, MALLORY, ROOT
 from harness.daemon import QEMU_IMG, Daemon
 from harness.mounts import Mounts
 
@@ -912,19 +912,17 @@ def test_a_backing_file_is_refused_that_another_root_holds(
 # --- of two who want the same -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("caller", [ALICE, BOB], ids=["oneself", "another user"])
-def test_a_destination_is_refused_that_a_job_writes(
-    daemon: Daemon, slow: Request, source: Path, images_dir: Path, caller: Caller
+def test_a_destination_is_refused_that_another_job_of_the_same_caller_writes(
+    daemon: Daemon, alice: Agent, slow: Request, source: Path, images_dir: Path
 ) -> None:
     """Whoever comes second would only lose what it did. Once the first is gone, it is free."""
     dest = images_dir / "dest.qcow2"
-    first = daemon.agent(ALICE).convert(slow)
+    first = alice.convert(slow)
     first.await_started()
-    agent = daemon.agent(caller)
-    check(agent.convert(conversion(source, dest)).refusal(), "ABORTED", "DEST_BUSY", path=str(dest))
+    check(alice.convert(conversion(source, dest)).refusal(), "ABORTED", "DEST_BUSY", path=str(dest))
     first.cancel()
     daemon.await_calm()
-    assert agent.convert(conversion(source, dest)).result().published
+    assert alice.convert(conversion(source, dest)).result().published
     dest.unlink()
 
 

@@ -17,7 +17,7 @@ HINTS: Final = {
     "SECRET_MISSING": "--source-secret-file gives it",
     "JOB_NOT_FOUND": "`convertctl jobs` lists yours",
     "QUEUE_FULL": "`convertctl jobs` shows what runs and waits; try again later",
-    "DEST_BUSY": "`convertctl jobs` shows who writes it",
+    "DEST_BUSY": "`convertctl jobs` shows the job that writes it",
     "ACCESS_REFUSED": "files there are opened with your own rights; see `convertctl access`",
     "SOCKET_MISSING": "`systemctl status convertd.socket` tells more; "
     "--local converts with your own rights, without the daemon",

@@ -192,7 +192,9 @@ class Jobs:
 
         Raises:
             errors.QueueFull: too many wait.
-            errors.DestBusy: another job is about to publish, or publishing, that destination.
+            errors.DestBusy: another job of the same user is about to publish that destination, or
+                publishing it. Between users the kernel alone answers (linkat(2), O_EXCL of a
+                device): a name in a queue proves no right to it, and is nobody else's to know.
         """
         grant = granted.grant
         is_look = isinstance(grant, model.InspectGrant) or grant.request.validate_only
@@ -205,7 +207,9 @@ class Jobs:
             granted=granted,
             lane=lane,
         )
-        if job.writes and any(other.writes == job.writes for other in self):
+        if job.writes and any(
+            other.writes == job.writes and other.uid == job.uid for other in self
+        ):
             raise errors.DestBusy(path=job.writes)
         lane.join(job)
         self._by_id[job.job_id] = job

@@ -1,0 +1,136 @@
+"""Two users who want the same destination: between them the kernel alone answers.
+
+What one asks for is no lock on a name, and nothing that another could learn of.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final
+
+import pytest
+from harness import images
+from harness.agent import Call, conversion
+from harness.callers import ALICE, BOB, owner_of
+from harness.daemon import QEMU_IMG, Daemon
+from loop_devices import Devices
+
+from convertd.v1 import convert_pb2 as pb
+
+POLICY: Final = """
+[limits]
+jobs = 4
+jobs_per_user = 1
+[roots.library]
+path = "{library}"
+access = "daemon"
+[roots.homes]
+path = "{scratch}/homes"
+access = "caller"
+[roots.shared]
+path = "{scratch}/shared"
+access = "daemon"
+[roots.volumes]
+path = "{volumes}"
+kind = "block"
+access = "daemon"
+[[grants]]
+users = [1234, 1235]
+read = ["library"]
+write = ["homes", "shared", "volumes"]
+"""
+
+MIB: Final = 1024 * 1024
+
+
+@pytest.fixture
+def source(library: Path) -> Path:
+    """A raw image of 8 MiB."""
+    return library / "small.raw"
+
+
+@pytest.fixture
+def bobs(daemon: Daemon, scratch: Path) -> Path:
+    """Bob's own directory, which nobody else may enter."""
+    assert daemon.is_running
+    directory = scratch / "homes" / "bob"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    os.chown(directory, BOB.uid, BOB.gid)
+    return directory
+
+
+def begin(daemon: Daemon, source: Path, dest: Path, dest_format: str = "qcow2") -> Call:
+    """Have Alice convert for a minute or so; it runs or waits."""
+    slow = conversion(source, dest, dest_format=dest_format, rate_limit_bytes_per_second=MIB)
+    call = daemon.agent(ALICE).convert(slow)
+    call.await_event(lambda event: bool(event.progress.job_id or event.started.job_id))
+    return call
+
+
+def test_a_job_that_waits_keeps_nobody_from_a_directory_of_their_own(
+    daemon: Daemon, library: Path, scratch: Path, source: Path, bobs: Path
+) -> None:
+    """Alice may not even enter it: her job fails as soon as it runs."""
+    dest = bobs / "disk.qcow2"
+    running = begin(daemon, library / "bulky.raw", scratch / "shared" / "alices.qcow2")
+    running.await_started()
+    waiting = begin(daemon, source, dest)
+    assert daemon.agent(BOB).convert(conversion(source, dest)).result().published
+    assert owner_of(dest)[0] == BOB.uid
+    running.cancel()
+    assert waiting.refusal().reason == "ACCESS_REFUSED"
+    daemon.await_calm()
+
+
+def test_of_two_users_who_write_one_name_the_first_to_be_done_has_it(
+    daemon: Daemon, library: Path, scratch: Path, source: Path
+) -> None:
+    """The other is told what linkat(2) says, at the end. Meanwhile no answer tells of a job."""
+    dest = scratch / "shared" / "disk.qcow2"
+    first = begin(daemon, library / "slow.raw", dest)
+    first.await_started()
+    bob = daemon.agent(BOB)
+    with daemon.held(QEMU_IMG):
+        assert bob.convert(conversion(source, dest)).result().published
+        refusal = bob.convert(conversion(source, dest)).refusal()
+    assert (refusal.status, refusal.reason) == ("ALREADY_EXISTS", "DEST_EXISTS")
+    assert owner_of(dest)[0] == BOB.uid
+    ended = first.refusal()
+    assert (ended.status, ended.reason) == ("ALREADY_EXISTS", "DEST_EXISTS")
+    assert images.identical(dest, source)
+    daemon.await_calm()
+
+
+def test_a_device_is_held_by_whoever_writes_it_and_by_nobody_who_waits(
+    daemon: Daemon, volumes: Devices, library: Path, scratch: Path, source: Path
+) -> None:
+    """By O_EXCL: a second job gets EBUSY from the kernel, whosever it is."""
+    volume = volumes.add("of-both", 16 * MIB)
+    running = begin(daemon, library / "bulky.raw", scratch / "shared" / "alices.qcow2")
+    running.await_started()
+    waiting = begin(daemon, source, volume, "raw")
+    bob = daemon.agent(BOB)
+    assert bob.convert(conversion(source, volume, dest_format="raw")).result().published
+    running.cancel()
+    waiting.await_started()
+    refusal = bob.convert(conversion(source, volume, dest_format="raw")).refusal()
+    assert (refusal.status, refusal.reason) == ("FAILED_PRECONDITION", "IMAGE_IN_USE")
+    waiting.cancel()
+    daemon.await_calm()
+    assert bob.convert(conversion(source, volume, dest_format="raw")).result().published
+
+
+def test_one_users_two_jobs_for_one_destination_are_told_before_they_run(
+    daemon: Daemon, library: Path, scratch: Path, source: Path
+) -> None:
+    """Whoever comes second would only lose what it did; and the job list is the caller's own."""
+    dest = scratch / "shared" / "twice.qcow2"
+    first = begin(daemon, library / "bulky.raw", dest)
+    first.await_started()
+    refusal = daemon.agent(ALICE).convert(conversion(source, dest)).refusal()
+    assert (refusal.status, refusal.reason) == ("ABORTED", "DEST_BUSY")
+    jobs = daemon.agent(ALICE).jobs()
+    assert [job.state for job in jobs] == [pb.JOB_STATE_RUNNING]
+    first.cancel()
+    daemon.await_calm()
