@@ -13,7 +13,7 @@ import subprocess
 import sys
 from typing import Final
 
-from convertd_client import errors
+from convertd_client import errors, job
 
 # -I leaves out the environment and the working directory; the package is the one beside us.
 _START: Final = """
@@ -43,10 +43,10 @@ def call(method: str, *arguments: object, **options: object) -> object:
     If the wait is interrupted, the child is killed, and with it a conversion ends.
 
     Raises:
-        errors.ConvertError: as the method does.
+        errors.ConvertError: as the method does, or the child can't be started.
     """
     done = subprocess.run(
-        [sys.executable, "-I", "-c", _START, f"{sys.modules['convertd_client'].__file__}"],
+        [job.interpreter(), "-I", "-c", _START, f"{sys.modules['convertd_client'].__file__}"],
         input=pickle.dumps((method, arguments, options)),
         stdout=subprocess.PIPE,
         check=False,

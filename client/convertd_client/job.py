@@ -9,7 +9,6 @@ tells for certain whether the result is there.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import shutil
 import socket
@@ -28,6 +27,9 @@ MAX_SECRET_BYTES: Final = 4097
 
 GRACE_S: Final = 10.0
 """How long a job may take to end when it is told to. It takes milliseconds, unless a disk hangs."""
+
+DEFAULT_PATH: Final = "/usr/local/bin:/usr/bin:/bin"
+"""Where programs are looked for when PATH is not set."""
 
 # Python's -I leaves out the environment, the working directory and the user's own packages. The
 # program is the one beside us, whichever else could be found: its package is loaded by its file.
@@ -52,7 +54,7 @@ class Job:
         with there, contextlib.ExitStack() as stack:
             stack.callback(self._line.close)
             self._process: subprocess.Popen[bytes] = subprocess.Popen(
-                [sys.executable, "-I", "-c", _START, _program()],
+                [interpreter(), "-I", "-c", _START, _program()],
                 stdin=there.fileno(),
                 stdout=subprocess.DEVNULL,
                 # Ctrl-C is for us: we end the job, and see how it ended.
@@ -188,15 +190,34 @@ def inspect(path: str, told: bytes, timeout_s: float | None) -> results.ImageInf
 
 
 def qemu_img() -> str:
-    """The qemu-img to run, by its absolute path.
+    """The qemu-img to run, by its absolute path: the first on PATH, or else in /usr/bin.
+
+    Where PATH has an empty or relative entry, or is not set, execvp(3) and `shutil.which` look in
+    the working directory, which may hold a program of whoever made the images there. Here only
+    absolute directories count.
 
     Raises:
         errors.Unimplemented: there is none.
     """
-    found = shutil.which("qemu-img", path=f"{os.environ.get('PATH', '')}:/usr/bin")
+    listed = os.environ.get("PATH", DEFAULT_PATH).split(os.pathsep)
+    directories = [directory for directory in (*listed, "/usr/bin") if os.path.isabs(directory)]
+    found = shutil.which("qemu-img", path=os.pathsep.join(directories))
     if found is None:
         raise order.unsupported("converting without a daemon", "there is no qemu-img here")
-    return os.path.abspath(found)
+    return found
+
+
+def interpreter() -> str:
+    """The Python that runs us, by its absolute path.
+
+    Raises:
+        errors.Unimplemented: a program that embeds Python may not tell. Source: sys.executable.
+    """
+    if not os.path.isabs(sys.executable or ""):
+        raise order.unsupported(
+            "starting a process of its own", "this Python does not tell where its interpreter is"
+        )
+    return sys.executable
 
 
 @contextlib.contextmanager
@@ -219,12 +240,15 @@ def _died(job: Job) -> errors.Internal:
 
 
 def _program() -> str:
-    """The file of the package that has the job program.
+    """The file of the package that has the job program: the one installed with this package.
+
+    Never looked up in sys.path, whose first entry is often the working directory.
 
     Raises:
         errors.Unimplemented: it is not installed.
     """
-    found = importlib.util.find_spec("convertd_daemon")
-    if found is None or found.origin is None:
+    beside = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    program = os.path.join(beside, "convertd_daemon", "__init__.py")
+    if not os.path.isfile(program):
         raise order.unsupported("converting without a daemon", "convertd_daemon is not installed")
-    return os.path.abspath(found.origin)
+    return program

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import pytest
 from harness import images, waiting
-from harness.callers import ALICE, let_everybody_reach, owner_of
+from harness.callers import ALICE, CONVERTCTL, Ran, let_everybody_reach, owner_of
 
 from convertd_client import errors, job, order
 
@@ -293,6 +293,70 @@ def test_without_qemu_img_converting_is_unimplemented(monkeypatch: pytest.Monkey
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     with pytest.raises(errors.Unimplemented, match="qemu-img"):
         job.qemu_img()
+
+
+PATHS: Final = {
+    "unset": "--unset=PATH",
+    "empty": "PATH=",
+    "begins with nothing": "PATH=:/usr/bin",
+    "has nothing between": "PATH=/usr/sbin::/usr/bin",
+    "a dot": "PATH=.:/usr/bin",
+    "relative": "PATH=bin:/usr/bin",
+}
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_a_qemu_img_of_the_working_directory_is_not_run(path: str, home: Path) -> None:
+    """Whoever makes images there may have made that too: only absolute directories count."""
+    for directory in (home, home / "bin"):
+        directory.mkdir(exist_ok=True)
+        shutil.copy("/bin/true", directory / "qemu-img")
+    convert = ["convert", "--local", "a.raw", "b.qcow2", "-O", "qcow2", "-q"]
+    # By the interpreter, for without PATH a script's `env` would look in the working directory too.
+    argv = ["/usr/bin/env", f"--chdir={home}", path, sys.executable, "-I", CONVERTCTL, *convert]
+    assert ALICE.run(argv) == Ran(status=0, out="", err="")
+    assert images.identical(home / "a.raw", home / "b.qcow2")
+
+
+def test_the_first_absolute_directory_of_path_has_the_qemu_img(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a shell."""
+    shutil.copy("/usr/bin/qemu-img", home / "qemu-img")
+    monkeypatch.setenv("PATH", f"bin:{home}:/usr/bin")
+    assert job.qemu_img() == str(home / "qemu-img")
+
+
+def test_a_job_program_of_the_working_directory_is_not_run(home: Path) -> None:
+    """Though Python looks there first, for all but what is installed beside the client."""
+    (home / "convertd_daemon").mkdir()
+    (home / "convertd_daemon" / "__init__.py").write_text("raise SystemExit(3)", encoding="utf-8")
+    script = (
+        "import sys; sys.path.insert(0, '');"
+        "from convertd_client import local; local.convert('a.raw', 'b', dest_format='raw')"
+    )
+    argv = ["/usr/bin/env", f"--chdir={home}", sys.executable, "-I", "-c", script]
+    assert ALICE.run(argv) == Ran(status=0, out="", err="")
+    assert images.identical(home / "a.raw", home / "b")
+
+
+def test_a_client_without_the_job_program_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A package of somebody else's may have left it out."""
+    monkeypatch.setattr(job, "__file__", str(tmp_path / "convertd_client" / "job.py"))
+    with pytest.raises(errors.Unimplemented, match="convertd_daemon is not installed"):
+        job.Conversion(b"[]", ()).run(None, None)
+
+
+@pytest.mark.parametrize("executable", [None, "", "python3"])
+def test_an_interpreter_that_is_not_known_is_not_looked_for(
+    executable: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that embeds Python may have none; "python3" alone would be searched for."""
+    monkeypatch.setattr(sys, "executable", executable)
+    with pytest.raises(errors.Unimplemented, match="does not tell where its interpreter is"):
+        job.Conversion(b"[]", ()).run(None, None)
 
 
 def test_an_order_is_what_the_job_reads(home: Path) -> None:

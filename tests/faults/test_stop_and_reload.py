@@ -186,7 +186,7 @@ def test_a_front_that_dies_again_and_again_is_given_up(daemon: Daemon) -> None:
 def test_a_front_that_can_not_begin_is_given_up(make_daemon: MakeDaemon, tmp_path: Path) -> None:
     """The first ends while the self-test runs, when nobody listens for that yet."""
     crash = (
-        "import os, sys\nif sys.orig_argv[1:3] == ['-m', 'convertd_daemon.front']:\n os._exit(1)"
+        "import os, sys\nif sys.orig_argv[2:4] == ['-m', 'convertd_daemon.front']:\n os._exit(1)"
     )
     (tmp_path / "sitecustomize.py").write_text(crash, encoding="utf-8")
     callers.let_everybody_reach(tmp_path)

@@ -7,6 +7,7 @@ import os
 import pwd
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from harness import images, processes, waiting
 from harness.agent import conversion
 from harness.callers import ALICE
 from harness.daemon import FRONT, GATE, QEMU_IMG, SPARE, Daemon
+from harness.fixtures import MakeDaemon
 
 POLICY: Final = """
 [roots.library]
@@ -265,6 +267,24 @@ def test_qemu_img_is_bounded_and_nice(running: Running) -> None:
     assert hard["Max core file size"] == "1"
     assert hard["Max cpu time"] == "unlimited"
     assert os.getpriority(os.PRIO_PROCESS, running.qemu_img) == 19
+
+
+@pytest.mark.parametrize(("isolation", "option"), [((), "-P"), (("-I",), "-I")])
+def test_the_front_is_kept_from_what_the_broker_is_kept_from(
+    make_daemon: MakeDaemon, scratch: Path, isolation: tuple[str, ...], option: str
+) -> None:
+    """As installed, from all of PYTHON*; always from the working directory."""
+    home = scratch / f"python{option}"
+    home.mkdir()
+    script = f"import os, sys; open({str(home)!r} + f'/{{os.getuid()}}', 'w').close()"
+    (home / "sitecustomize.py").write_text(script, encoding="utf-8")
+    home.chmod(0o777)
+    daemon = make_daemon(POLICY)
+    daemon.start(wrapper=("env", f"PYTHONPATH={home}", sys.executable, *isolation))
+    front = daemon.await_one(FRONT)
+    assert processes.argv(front)[1:4] == [option, "-m", "convertd_daemon.front"]
+    assert (home / f"{pwd.getpwnam('convertd').pw_uid}").exists() == (not isolation)
+    daemon.stop()
 
 
 # --- what they leave ----------------------------------------------------------------------------

@@ -82,7 +82,16 @@ def _become_front(user: Identity, descriptor: int, private: str) -> NoReturn:
             "MALLOC_MMAP_THRESHOLD_": "32768",
             "MALLOC_ARENA_MAX": "1",
         }
-        argv = [sys.executable, "-m", "convertd_daemon.front", private]
+        argv = [sys.executable, _isolation(), "-m", "convertd_daemon.front", private]
         os.execve(sys.executable, argv, environment)
     finally:
         os._exit(127)
+
+
+def _isolation() -> str:
+    """Keep from the front what the broker's own interpreter was kept from.
+
+    As installed that is all of PYTHON* and the working directory; always it is the latter, which
+    `-m` would put first in sys.path.
+    """
+    return "-I" if sys.flags.isolated else "-P"

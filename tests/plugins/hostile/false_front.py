@@ -38,7 +38,7 @@ class Asking(Protocol):
 
 _SITECUSTOMIZE: Final = """
 import sys
-if sys.orig_argv[1:3] == ["-m", "convertd_daemon.front"]:
+if sys.orig_argv[2:4] == ["-m", "convertd_daemon.front"]:
     import array, ctypes, os, socket
     with socket.socket(fileno=3) as line:
         line.send(b'["Ready",{}]')
