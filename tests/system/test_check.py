@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -193,3 +194,64 @@ def test_a_root_that_is_a_file_or_behind_a_link_is_told(
     checked(directory)
     told = capsys.readouterr().err
     assert f"roots.own.path: {directory}/own leads over a symbolic link" in told
+
+
+def counters_in(directory: Path) -> str:
+    """A policy with a file of counters in there."""
+    return f'[service]\nmetrics = "{directory}/convertd.prom"'
+
+
+def test_a_directory_for_the_counters_that_only_root_can_write_is_fine(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And nothing is said of it."""
+    assert checked(directory, counters_in(directory / "own")) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("mode", "owner", "problem"),
+    [
+        pytest.param(0o775, 0, "can be written by others than root (mode 0775)", id="its-group"),
+        pytest.param(0o1777, 0, "can be written by others than root (mode 1777)", id="all"),
+        pytest.param(0o755, 1234, "belongs to uid 1234, not to root", id="its-owner"),
+    ],
+)
+def test_a_directory_for_the_counters_is_told_that_can_be_written_by(
+    directory: Path, capsys: pytest.CaptureFixture[str], mode: int, owner: int, problem: str
+) -> None:
+    """Whoever that is could replace the counters."""
+    (directory / "own").chmod(mode)
+    os.chown(directory / "own", owner, 0)
+    assert checked(directory, counters_in(directory / "own")) == 1
+    told = capsys.readouterr().err
+    assert f"service.metrics: {directory}/own {problem}" in told
+
+
+def test_who_could_rename_the_directory_for_the_counters_is_told(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As Debian has it, where user prometheus owns the one above: no reason to fail."""
+    inner = directory / "own" / "inner"
+    inner.mkdir()
+    os.chown(directory / "own", 1234, 0)
+    assert checked(directory, counters_in(inner)) == 0
+    told = capsys.readouterr().err
+    assert f"service.metrics: {directory}/own belongs to uid 1234, not to root" in told
+
+
+@pytest.mark.parametrize("kind", ["missing", "link", "file", "taken"])
+def test_counters_that_can_not_be_written_are_told(
+    directory: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """The directory is not there, or is none, or the file's name is a directory's."""
+    place = directory / "export"
+    match kind:
+        case "link":
+            place.symlink_to(directory / "own")
+        case "file":
+            place.touch()
+        case "taken":
+            (place / "convertd.prom").mkdir(parents=True)
+    assert checked(directory, counters_in(place)) == 1
+    assert f"service.metrics: {place}" in capsys.readouterr().err

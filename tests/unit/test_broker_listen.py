@@ -154,6 +154,22 @@ class TestOwnSocket:
         os.chown(path.parent, owner, 0)
         assert "others than root may put a socket there" in complaint_of(path)
 
+    def test_nor_is_one_taken_whose_parent_another_can_rename(self, path: Path) -> None:
+        """Root would make and remove things wherever they put another in its place."""
+        inner = path.parent / "inner"
+        inner.mkdir()
+        os.chown(path.parent, 1234, 0)
+        assert f"{path.parent} belongs to uid 1234" in complaint_of(inner / path.name)
+
+    def test_a_link_of_roots_is_resolved_once(self, path: Path) -> None:
+        """As /var/run leads to /run; what comes beside the socket is put there too."""
+        inner, link = path.parent / "inner", path.parent / "link"
+        inner.mkdir()
+        link.symlink_to(inner)
+        listener = listen.listen(str(link / path.name))
+        assert listener.own_path == str(inner / path.name)
+        listener.close()
+
     def test_a_sticky_directory_of_roots_will_do(self, path: Path) -> None:
         """Nobody can remove there what is root's."""
         path.parent.chmod(0o1777)

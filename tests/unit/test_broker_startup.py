@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import pwd
 import resource
+import signal
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -118,6 +122,27 @@ class TestProgram:
         assert "only root can write" in complaint_of(lambda: startup.check_program(str(program)))
 
 
+@contextlib.contextmanager
+def _exchanging(directory: Path, one: bytes, other: bytes) -> Iterator[None]:
+    """Have the two names exchanged all the time by another process, which may do that."""
+    libc = ctypes.CDLL(None)
+    fd = os.open(directory, os.O_PATH)
+    with warnings.catch_warnings():
+        # pytest's watchdog is a second thread; the child has only the one that forked.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid == 0:
+        os.setresuid(FRONT.uid, FRONT.uid, FRONT.uid)
+        while True:
+            libc.renameat2(fd, one, fd, other, 2)  # RENAME_EXCHANGE
+    os.close(fd)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
 class TestPrivateDirectory:
     """Where gRPC listens, and only the front gets in."""
 
@@ -157,6 +182,24 @@ class TestPrivateDirectory:
         with pytest.raises(OSError, match=r"sock\.private"):
             startup.private_directory(str(directory / "sock"), FRONT)
         assert elsewhere.stat().st_mode & 0o7777 == 0o755
+
+    def test_what_a_link_leads_to_stays_however_quickly_it_is_put_there(
+        self, directory: Path
+    ) -> None:
+        """By a front of before that still lives and has been taken over: the directory is its."""
+        victim = directory / "victim"
+        victim.mkdir(0o755)
+        (victim / "file").touch()
+        left = directory / "sock.private"
+        for _ in range(200):
+            left.mkdir(0o700, exist_ok=True)
+            (left / "inner").mkdir()
+            (left / "link").symlink_to(victim)
+            os.chown(left, FRONT.uid, FRONT.gid)
+            with _exchanging(left, b"inner", b"link"), contextlib.suppress(OSError):
+                startup.private_directory(str(directory / "sock"), FRONT)
+            assert (victim / "file").exists()
+            startup.remove_directory(str(left))
 
     def test_where_it_can_not_be_made_is_said(self, directory: Path) -> None:
         """In one line."""

@@ -20,6 +20,7 @@ from convertd_daemon import channel, codec, errors, model, policy
 from convertd_daemon.broker import (
     accept,
     audit,
+    counters_file,
     front,
     idle,
     jobs,
@@ -95,6 +96,7 @@ class Broker:
         self.accepting = False
         self.failed = ""
         self.counters = metrics.Counters()
+        self.counters_file = counters_file.Writer()
         self.said = status.Status()
         self.watchdog = watchdog.Watchdog(
             self.loop, household.listener.sock, self.send, lambda: self.stopping
@@ -117,7 +119,9 @@ class Broker:
         self.watchdog.tick()
         self.write_counters()
         self.loop.run()
+        self.counters_file.finish()
         self.write_counters()
+        self.counters_file.finish()
 
     # --- the front ---------------------------------------------------------------------------
 
@@ -606,6 +610,8 @@ class Broker:
             log.info("front ended pid=%d status=%d", pid, status)
             self.lose_front()
             return
+        if self.counters_file.ended(pid):
+            return
         job = self.jobs.of_process(pid)
         if job is None:
             self.spare.lost(pid)
@@ -634,7 +640,8 @@ class Broker:
 
     def _strangers(self) -> frozenset[int]:
         """Children of ours that we did not start: a job that ended left them to us."""
-        own = {self.spare.pid, self.front.pid if self.front is not None else 0}
+        front_pid = self.front.pid if self.front is not None else 0
+        own = {self.spare.pid, front_pid, self.counters_file.pid}
         return children.of_self() - self.jobs.processes() - own
 
     def _unexplained(self, job: jobs.Job, status: int) -> errors.Failure:
@@ -689,10 +696,10 @@ class Broker:
     def write_counters(self) -> None:
         """Write the file for node_exporter, now and from now on, if the policy names one."""
         if self.rules.service.metrics:
-            try:
-                metrics.write(self.rules.service.metrics, self.counters, self.now())
-            except OSError as error:
-                log.warning("can't write counters file=%r error=%s", error.filename, error)
+            from convertd_daemon.broker import exposition  # noqa: PLC0415 - 7 MiB, for who wants it
+
+            text = exposition.text(self.counters, self.now())
+            self.counters_file.write(self.rules.service.metrics, text)
         self.loop.after(metrics.INTERVAL_S, self.write_counters)
 
     def mind_idleness(self) -> None:

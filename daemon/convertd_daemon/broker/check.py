@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import subprocess
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from convertd_daemon import model
-from convertd_daemon.broker import description, dropin, load, startup
+from convertd_daemon.broker import description, dropin, load, root_only, startup
 
 UNIT: Final = "convertd.service"
 
@@ -49,8 +50,9 @@ def run(policy_path: str) -> int:
         *loaded.warnings,
         *missing_from_system(loaded.policy.qemu_img),
         *beyond_the_unit(loaded),
+        *of_counters_file(loaded),
     ]
-    for problem in (*problems, *notes_on_roots(loaded)):
+    for problem in (*problems, *notes_on_roots(loaded), *notes_on_counters_file(loaded)):
         click.echo(problem, err=True)
     return 1 if problems else 0
 
@@ -111,6 +113,39 @@ def missing_from_system(qemu_img: str) -> Iterator[str]:
             check()
         except startup.CantStart as reason:
             yield str(reason)
+
+
+def of_counters_file(loaded: load.Loaded) -> Iterator[str]:
+    """Say why the counters could not be written, or who else could replace them."""
+    path = loaded.policy.service.metrics
+    if not path:
+        return
+    directory = os.path.dirname(path)
+    with contextlib.ExitStack() as stack:
+        try:
+            *_, last = root_only.walk(directory, stack)
+        except root_only.CantOpen as error:
+            yield f"{loaded.file}: service.metrics: {error}"
+            return
+        if problem := root_only.problem_of(directory, last.status):
+            yield f"{loaded.file}: service.metrics: {problem}: they could replace the counters"
+    if os.path.isdir(path):
+        yield f"{loaded.file}: service.metrics: {path} is a directory"
+
+
+def notes_on_counters_file(loaded: load.Loaded) -> Iterator[str]:
+    """Say of each directory above that of the counters who else than root could rename it.
+
+    The daemon follows no link that they put there, and waits for nobody: it is told and no more,
+    for Debian's own directory for such files is below one of its user prometheus.
+    """
+    if not loaded.policy.service.metrics:
+        return
+    above = os.path.dirname(os.path.dirname(loaded.policy.service.metrics))
+    with contextlib.ExitStack() as stack, contextlib.suppress(root_only.CantOpen):
+        for step in root_only.walk(above, stack):
+            if problem := root_only.problem_of(step.path, step.status, sticky_will_do=True):
+                yield f"{loaded.file}: service.metrics: {problem}: they could replace the counters"
 
 
 def notes_on_roots(loaded: load.Loaded) -> Iterator[str]:

@@ -11,6 +11,7 @@ import stat
 from dataclasses import dataclass
 from typing import Final
 
+from convertd_daemon.broker import root_only
 from convertd_daemon.broker.startup import CantStart
 
 FIRST_PASSED: Final = 3
@@ -50,6 +51,7 @@ def listen(path: str) -> Listener:
     passed = _passed()
     if passed is not None:
         return Listener(sock=passed, own_path="")
+    path = trusted(path)
     return Listener(sock=_make(path), own_path=path)
 
 
@@ -80,7 +82,10 @@ def _is_ours(descriptor: int) -> bool:
 
 
 def _make(path: str) -> socket.socket:
-    """Bind, set the mode, listen: until listen(2) whoever connects is refused."""
+    """Bind, set the mode, listen: until listen(2) whoever connects is refused.
+
+    By its path: along that nobody but root can change anything, as `trusted` has seen.
+    """
     _clear(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
@@ -93,37 +98,35 @@ def _make(path: str) -> socket.socket:
     return sock
 
 
-def _directory_of(path: str) -> os.stat_result:
-    """What is known of the directory of the socket.
+def trusted(path: str) -> str:
+    """Give a socket's path with no link on its way, along which root alone can change anything.
+
+    A directory of root's that is sticky will do: nobody else can rename or remove what is root's.
 
     Raises:
-        CantStart: there is none.
+        CantStart: its directory is missing, or others could put another in its place.
     """
-    directory = os.path.dirname(path)
-    try:
-        found = os.stat(directory)
-    except FileNotFoundError as error:
+    directory = os.path.realpath(os.path.dirname(path))
+    if not os.path.exists(directory):
         how = f"install -d -m 755 {shlex.quote(directory)}"
-        problem = f"there is no directory {directory} for the socket; make it with: {how}"
-        raise CantStart(problem) from error
-    except OSError as error:
-        raise CantStart(f"{directory}: {os.strerror(error.errno or 0)}") from error
-    if not stat.S_ISDIR(found.st_mode):
-        raise CantStart(f"{directory}: is not a directory")
-    return found
+        raise CantStart(f"there is no directory {directory} for the socket; make it with: {how}")
+    with contextlib.ExitStack() as stack:
+        try:
+            for step in root_only.walk(directory, stack):
+                problem = root_only.problem_of(step.path, step.status, sticky_will_do=True)
+                if problem:
+                    raise CantStart(f"{path}: others than root may put a socket there: {problem}")
+        except root_only.CantOpen as error:
+            raise CantStart(str(error)) from error
+    return os.path.join(directory, os.path.basename(path))
 
 
 def _clear(path: str) -> None:
     """Remove a socket that nobody listens at, and nothing else.
 
     Raises:
-        CantStart: somebody listens, or it is no socket, or its directory is anybody's, or missing.
+        CantStart: somebody listens, or it is no socket.
     """
-    directory = _directory_of(path)
-    if directory.st_uid != 0 or (
-        directory.st_mode & 0o022 and not directory.st_mode & stat.S_ISVTX
-    ):
-        raise CantStart(f"{os.path.dirname(path)}: others than root may put a socket there")
     try:
         found = os.lstat(path)
     except FileNotFoundError:

@@ -7,17 +7,16 @@ read. The file is opened once; what is checked is what was opened.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from convertd_daemon import policy, policy_bind, policy_toml
-from convertd_daemon.broker import names
+from convertd_daemon.broker import names, root_only
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 MAX_BYTES: Final = 1024 * 1024
 
@@ -89,15 +88,13 @@ def _trusted(path: str) -> Iterator[int]:
     Every directory is opened below the one before, and none by a symbolic link, so what was checked
     is what is read.
     """
-    directory, so_far = None, "/"
     with contextlib.ExitStack() as stack:
-        for name in ("/", *filter(None, os.path.dirname(path).split("/"))):
-            so_far = os.path.join(so_far, name)
-            directory = _open(path, so_far, directory, os.O_PATH | os.O_DIRECTORY)
-            stack.callback(os.close, directory)
-            _check_roots_alone(path, so_far, os.fstat(directory))
-        # O_NONBLOCK: a FIFO must not make us wait for its writer.
-        file = _open(path, path, directory, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            *_, last = _checked(path, root_only.walk(os.path.dirname(path), stack))
+            # O_NONBLOCK: a FIFO must not make us wait for its writer.
+            file = root_only.open_step(path, last.fd, os.O_RDONLY | os.O_NONBLOCK)
+        except root_only.CantOpen as error:
+            raise LoadError(path, "", str(error)) from error
         stack.callback(os.close, file)
         status = os.fstat(file)
         _check_roots_alone(path, path, status)
@@ -106,27 +103,13 @@ def _trusted(path: str) -> Iterator[int]:
         yield file
 
 
-def _open(path: str, found: str, directory: int | None, flags: int) -> int:
-    """Open `found`, which is the next name on the way to `path`."""
-    name = os.path.basename(found) or "/"
-    try:
-        return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-    except OSError as error:
-        # With O_DIRECTORY a link gives ENOTDIR, without it ELOOP. Source: open(2).
-        if error.errno in {errno.ELOOP, errno.ENOTDIR}:
-            reason = f"{found} is a symbolic link or not a directory, and is not followed"
-        else:
-            reason = f"{found}: {os.strerror(error.errno or 0)}"
-        raise LoadError(path, "", reason) from error
+def _checked(path: str, steps: Iterable[root_only.Step]) -> Iterator[root_only.Step]:
+    for step in steps:
+        _check_roots_alone(path, step.path, step.status)
+        yield step
 
 
 def _check_roots_alone(path: str, found: str, status: os.stat_result) -> None:
-    """Refuse what others than root can change. A sticky bit is no excuse.
-
-    Write permission by an access control list shows in the group's bits too. Source: acl(5).
-    """
-    if status.st_uid != 0:
-        raise LoadError(path, "", f"{found} belongs to uid {status.st_uid}, not to root")
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        mode = stat.S_IMODE(status.st_mode)
-        raise LoadError(path, "", f"{found} can be written by others than root (mode {mode:04o})")
+    """Refuse what others than root can change. A sticky bit is no excuse."""
+    if problem := root_only.problem_of(found, status):
+        raise LoadError(path, "", problem)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import collections
-import os
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -78,25 +77,3 @@ class Now:
     running: int
     queued: int
     connections: int
-
-
-def write(path: str, counters: Counters, now: Now) -> None:
-    """Write the file anew, at once: a reader sees the one before or this one.
-
-    Raises:
-        OSError: it could not be written.
-    """
-    from convertd_daemon.broker import exposition  # noqa: PLC0415 - 7 MiB, for those who want it
-
-    temporary = f"{path}.{os.getpid()}"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        with open(os.open(temporary, flags, 0o644), "wb") as file:
-            # Whatever the umask: node_exporter is another user.
-            os.fchmod(file.fileno(), 0o644)
-            file.write(exposition.text(counters, now))
-        os.rename(temporary, path)
-    except OSError:
-        if os.path.lexists(temporary):
-            os.unlink(temporary)
-        raise

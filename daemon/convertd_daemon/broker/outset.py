@@ -43,6 +43,8 @@ def begin(socket_path: str) -> Iterator[Outset]:
     front_user, worker_user = startup.user(startup.FRONT_USER), startup.user(startup.WORKER_USER)
     limits.raise_descriptors()
     limits.refuse_core_dumps()
+    # Two directories of ours come beside the socket, also where systemd made that.
+    socket_path = listen.trusted(socket_path)
     with contextlib.ExitStack() as undo:
         listener = listen.listen(socket_path)
         undo.callback(listener.close)

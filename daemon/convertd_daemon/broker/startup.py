@@ -24,6 +24,8 @@ DESCRIPTORS_PER_CONNECTION: Final = 3
 """In the front: the peer's, and both ends of the way to gRPC."""
 OWN_DESCRIPTORS: Final = 512
 
+DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
 PROTECTED_HARDLINKS: Final = "/proc/sys/fs/protected_hardlinks"
 
 
@@ -128,19 +130,27 @@ def _fresh_directory(path: str, owner: Identity | None, mode: int) -> str:
         pass
     except OSError as error:
         raise CantStart(f"can't make {path}: {os.strerror(error.errno or 0)}") from error
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
+    with _opened(path) as fd:
         if os.fstat(fd).st_uid not in {0, uid}:
             raise CantStart(f"{path}: belongs to somebody else")
-        _empty(path)
+        _empty(fd)
         # A new one in any case: a daemon that is still stopping has the old one, see `kept`.
         os.rmdir(path)
+    os.mkdir(path, mode)
+    with _opened(path) as fd:
+        os.fchmod(fd, mode)
+        os.fchown(fd, uid, gid)
+    return path
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[int]:
+    """Open a directory, and no link to one."""
+    fd = os.open(path, DIRECTORY)
+    try:
+        yield fd
     finally:
         os.close(fd)
-    os.mkdir(path, mode)
-    os.chmod(path, mode)
-    os.chown(path, uid, gid)
-    return path
 
 
 @contextlib.contextmanager
@@ -159,16 +169,26 @@ def kept(path: str) -> Iterator[None]:
 def remove_directory(path: str) -> None:
     """Remove a directory of the daemon's. What can't be removed is removed by the next start."""
     with contextlib.suppress(OSError):
-        _empty(path)
+        with _opened(path) as fd:
+            _empty(fd)
         os.rmdir(path)
 
 
-def _empty(path: str) -> None:
-    """Remove what a daemon that was killed left: sockets, and directories with a link in each."""
-    for entry in os.scandir(path):
-        if entry.is_dir(follow_symlinks=False):
-            for link in os.listdir(entry.path):
-                os.unlink(os.path.join(entry.path, link))
-            os.rmdir(entry.path)
-        else:
-            os.unlink(entry.path)
+def _empty(directory: int) -> None:
+    """Remove what a daemon that was killed left: sockets, and directories with a link in each.
+
+    By descriptors: a front of before may still live, and whose directory it is may put a link where
+    a directory was. What a link leads to is not ours to remove.
+    """
+    for name in os.listdir(directory):
+        try:
+            inner = os.open(name, DIRECTORY, dir_fd=directory)
+        except NotADirectoryError:  # a link too, with O_NOFOLLOW. Source: open(2)
+            os.unlink(name, dir_fd=directory)
+            continue
+        try:
+            for link in os.listdir(inner):
+                os.unlink(link, dir_fd=inner)
+        finally:
+            os.close(inner)
+        os.rmdir(name, dir_fd=directory)

@@ -1,0 +1,141 @@
+"""The file with the counters: in whosever directory it is, nothing there misleads or stops us."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Final
+
+import pytest
+from harness.callers import ALICE, MALLORY, owner_of
+from harness.daemon import Daemon
+from harness.fixtures import MakeDaemon
+from hostile import silent_fuse
+
+POLICY: Final = """
+[service]
+metrics = "{scratch}/theirs/export/convertd.prom"
+"""
+
+
+@pytest.fixture
+def export(scratch: Path) -> Path:
+    """Mallory's directory, empty, in another of hers."""
+    theirs = scratch / "theirs"
+    directory = theirs / "export"
+    directory.mkdir(parents=True, exist_ok=True)
+    for one in (theirs, directory):
+        os.chown(one, MALLORY.uid, MALLORY.gid)
+    for found in directory.iterdir():
+        found.unlink()
+    return directory
+
+
+@pytest.fixture
+def daemon(make_daemon: MakeDaemon, export: Path) -> Daemon:
+    """One that writes there, not started yet."""
+    assert export.is_dir()
+    return make_daemon(POLICY)
+
+
+def await_written(daemon: Daemon, file: Path) -> None:
+    """End the daemon, which writes the file a last time, and see that it is whole and alone."""
+    daemon.stop()
+    assert file.read_text().startswith("# HELP convertd_start_time_seconds")
+    assert owner_of(file) == (0, 0, 0o644)
+
+
+def test_the_file_is_written_for_everybody_to_read(daemon: Daemon, export: Path) -> None:
+    """And nothing lies beside it."""
+    daemon.start()
+    await_written(daemon, export / "convertd.prom")
+    assert os.listdir(export) == ["convertd.prom"]
+
+
+def test_a_fifo_at_a_name_that_could_be_guessed_stops_nobody(daemon: Daemon, export: Path) -> None:
+    """Whose opening for writing waits until somebody reads: the name of the file and our pid."""
+    daemon.start()
+    os.mkfifo(export / f"convertd.prom.{daemon.pid}", 0o666)
+    await_written(daemon, export / "convertd.prom")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link", "file"])
+def test_what_has_the_name_is_replaced_and_not_opened(
+    daemon: Daemon, export: Path, scratch: Path, kind: str
+) -> None:
+    """Whosever it is, and wherever it leads."""
+    file, victim = export / "convertd.prom", scratch / "victim"
+    victim.write_text("precious")
+    match kind:
+        case "fifo":
+            os.mkfifo(file, 0o666)
+        case "link":
+            file.symlink_to(victim)
+        case "file":
+            file.write_text("theirs")
+            os.chown(file, MALLORY.uid, MALLORY.gid)
+    daemon.start()
+    await_written(daemon, file)
+    assert not file.is_symlink()
+    assert victim.read_text() == "precious"
+
+
+def test_a_directory_at_the_name_stays_and_is_told(daemon: Daemon, export: Path) -> None:
+    """Nothing is left of what could not be put there."""
+    (export / "convertd.prom").mkdir()
+    daemon.start()
+    daemon.await_logged("can't write counters")
+    daemon.stop()
+    assert os.listdir(export) == ["convertd.prom"]
+    (export / "convertd.prom").rmdir()
+
+
+@pytest.mark.parametrize("level", ["the directory", "the one above"])
+def test_a_link_on_the_way_is_not_followed(
+    daemon: Daemon, export: Path, scratch: Path, level: str
+) -> None:
+    """What is root's alone to write stays empty."""
+    closed = scratch / "closed"
+    (closed / "export").mkdir(parents=True, exist_ok=True)
+    moved = export if level == "the directory" else export.parent
+    away = moved.with_name("away")
+    moved.rename(away)
+    moved.symlink_to(closed / "export" if moved == export else closed)
+    daemon.start()
+    daemon.await_logged("Too many levels of symbolic links")
+    daemon.stop()
+    moved.unlink()
+    away.rename(moved)
+    assert os.listdir(closed / "export") == []
+
+
+def test_a_file_system_that_never_answers_stops_nobody(
+    daemon: Daemon, export: Path, scratch: Path
+) -> None:
+    """Whoever writes there waits; callers are answered, and the daemon ends."""
+    assert scratch.is_dir()
+    with silent_fuse.mounted(export) as asked:
+        daemon.start()
+        assert asked.read(1)
+        assert daemon.agent(ALICE).access().uid == ALICE.uid
+        silent_fuse.unmount(export)
+    daemon.stop()
+
+
+def test_what_a_killed_daemon_left_is_removed_and_nothing_else(
+    daemon: Daemon, export: Path
+) -> None:
+    """Old, of exactly that name, and root's."""
+    left = export / f".convertd-counters-{'0f' * 8}.tmp"
+    new = export / f".convertd-counters-{'1f' * 8}.tmp"
+    theirs = export / f".convertd-counters-{'2f' * 8}.tmp"
+    other = export / ".convertd-counters-x.tmp"
+    for path in (left, new, theirs, other):
+        path.touch()
+    os.chown(theirs, MALLORY.uid, MALLORY.gid)
+    for path in (left, theirs, other):
+        os.utime(path, (time.time() - 3600,) * 2)
+    daemon.start()
+    await_written(daemon, export / "convertd.prom")
+    assert {*export.iterdir()} == {export / "convertd.prom", new, theirs, other}
