@@ -110,12 +110,16 @@ def trusted(path: str) -> str:
     if not os.path.exists(directory):
         how = f"install -d -m 755 {shlex.quote(directory)}"
         raise CantStart(f"there is no directory {directory} for the socket; make it with: {how}")
+    if not os.path.isdir(directory):
+        raise CantStart(f"{directory}: is not a directory")
     with contextlib.ExitStack() as stack:
         try:
             for step in root_only.walk(directory, stack):
                 problem = root_only.problem_of(step.path, step.status, sticky_will_do=True)
                 if problem:
-                    raise CantStart(f"{path}: others than root may put a socket there: {problem}")
+                    raise CantStart(
+                        f"{directory}: others than root may put a socket there: {problem}"
+                    )
         except root_only.CantOpen as error:
             raise CantStart(str(error)) from error
     return os.path.join(directory, os.path.basename(path))
