@@ -241,6 +241,7 @@ BY_REASON: Final[Mapping[str, type[ConvertError]]] = {
     "DEST_BUSY": Aborted,
     "CANCELLED_BY_OPERATOR": Aborted,
     "NAME_REPLACED": Aborted,
+    "SOURCE_CHANGED": Aborted,
     "CANCELLED_BY_CALLER": Cancelled,
     "STALLED": DeadlineExceeded,
     "DURATION_EXCEEDED": DeadlineExceeded,

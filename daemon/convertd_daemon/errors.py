@@ -9,7 +9,7 @@
     ├── FailedPrecondition       ImageRefused, FormatMismatch, ImageTooLarge, ImageInUse, …
     ├── ResourceExhausted        QueueFull, NoSpace, QuotaExceeded, OutOfMemory
     ├── DataLoss                 ReadFailed, WriteFailed, VerifyFailed, PublishedButNotDurable
-    ├── Aborted                  DestBusy, CancelledByOperator, NameReplaced
+    ├── Aborted                  DestBusy, CancelledByOperator, NameReplaced, SourceChanged
     ├── Cancelled                CancelledByCaller
     ├── DeadlineExceeded         Stalled, DurationExceeded
     ├── Unimplemented            Unsupported
@@ -500,6 +500,14 @@ class NameReplaced(Aborted):
 
     sentence = "{path}: was replaced by somebody else as it was published"
     path: str
+
+
+class SourceChanged(Aborted):
+    """What was read is not what was opened: somebody wrote to it meanwhile."""
+
+    sentence = "{path}: changed while it was being converted: {problem}"
+    path: str
+    problem: str
 
 
 class Cancelled(ConvertError):

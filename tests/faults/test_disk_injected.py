@@ -80,8 +80,9 @@ class Fault:
     def inject(self) -> str:
         """As strace wants it."""
         fault = f"{self.calls}:error={self.error}:when={self.when}"
-        # Where the kernel tells what a file system takes, nothing is tried, nor taken back.
-        return f"statx:error=ENOSYS {fault}" if self.calls == "ftruncate" else fault
+        # Where the kernel tells what a file system takes, nothing is tried, nor taken back. The
+        # first statx(2) is of the source's size and time.
+        return f"statx:error=ENOSYS:when=2+ {fault}" if self.calls == "ftruncate" else fault
 
 
 @pytest.fixture

@@ -35,6 +35,11 @@ class Ends:
         return self.chain[0].source
 
     @property
+    def sources(self) -> tuple[paths.Source, ...]:
+        """The files of the chain, the source itself first."""
+        return tuple(link.source for link in self.chain)
+
+    @property
     def members(self) -> tuple[model.Member, ...]:
         """The chain, without its descriptors."""
         return tuple(link.member for link in self.chain)

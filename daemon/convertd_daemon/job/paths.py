@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from convertd_daemon import errors, model
-from convertd_daemon.job import rights
-from convertd_daemon.kernel import locks
+from convertd_daemon.job import rights, unchanged
+from convertd_daemon.kernel import locks, statx
 from convertd_daemon.kernel.openat2 import Resolve, openat2
 
 if TYPE_CHECKING:
@@ -34,12 +34,16 @@ QEMU_WRITES: Final = 101
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """An image, open for reading. Whoever holds this owns the descriptor."""
+    """An image, open for reading. Whoever holds this owns the descriptor.
+
+    `opened` is what a file was when it was opened, before anything of it was read; see unchanged.
+    """
 
     place: model.Place
     fd: int
     size_bytes: int
     allocated_bytes: int
+    opened: statx.Content | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,15 +82,17 @@ def open_source(place: model.Place, peer: model.Peer) -> Iterator[Source]:
                 if place.root.kind is model.RootKind.BLOCK:
                     # Mounted, or held by a volume manager: what it holds is not at rest.
                     os.close(reopen(fd, os.O_RDONLY | os.O_NONBLOCK | os.O_EXCL))
+            on_device = place.root.kind is model.RootKind.BLOCK
+            opened = None if on_device else unchanged.opened(image)
         except OSError as error:
             raise_for(error, place, peer, errors.SourceNotFound(path=place.path))
         size = os.lseek(image, 0, os.SEEK_END)
-        on_device = place.root.kind is model.RootKind.BLOCK
         yield Source(
             place=place,
             fd=image,
             size_bytes=size,
             allocated_bytes=size if on_device else os.fstat(image).st_blocks * 512,
+            opened=opened,
         )
 
 

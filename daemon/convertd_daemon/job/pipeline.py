@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 
 from convertd_daemon import channel, model
 from convertd_daemon.job import (
     chain,
     check,
+    clone,
     devices,
     ends,
     integrity,
@@ -25,6 +27,7 @@ from convertd_daemon.job import (
     qemu_img,
     run,
     secrets,
+    unchanged,
 )
 
 
@@ -53,16 +56,20 @@ def convert(grant: model.Grant, kept: secrets.Secrets, runner: qemu_img.Runner) 
         if request.validate_only:
             line.tell(channel.Succeeded(published=_validated(planned, line)))
             return
-        with ends.undefined_on_failure(dest, line), whole.awaited():
-            # 4. Run, and ask meanwhile whether the file holds all of the image.
-            line.progress(model.Phase.CONVERTING)
-            warnings = run.convert(grant, planned, both, kept, whole.beside())
-            # 5. Check.
-            after = model.Phase.VERIFYING if request.verify else model.Phase.FLUSHING
-            line.progress(after, run.ALL)
-            check.check(grant, planned, both, runner)
-            if request.verify:
-                check.compare(grant, planned, both, kept, runner)
+        compare = functools.partial(check.compare, grant, planned, both, kept, runner)
+        with ends.undefined_on_failure(dest, line):
+            with unchanged.watched(both.sources, compare) as watch, whole.awaited():
+                # 4. Run, and ask meanwhile whether the file holds all of the image.
+                line.progress(model.Phase.CONVERTING)
+                warnings = run.convert(grant, planned, both, kept, whole.beside())
+                if clone.SHARED in warnings:
+                    watch.end()
+                # 5. Check.
+                after = model.Phase.VERIFYING if request.verify else model.Phase.FLUSHING
+                line.progress(after, run.ALL)
+                check.check(grant, planned, both, runner)
+                if request.verify:
+                    compare()
             # 6. Publish.
             line.progress(model.Phase.PUBLISHING, run.ALL)
             publish.flush(grant, planned, dest)

@@ -1,4 +1,4 @@
-"""statx(2): what a file system says of direct I/O on one of its inodes."""
+"""statx(2): size and times of an inode, and what its file system says of direct I/O on it."""
 
 import ctypes
 import struct
@@ -9,11 +9,19 @@ from convertd_daemon.kernel import syscall
 
 # Source: linux/stat.h, linux/fcntl.h.
 _BYTES: Final = 256
+_MTIME: Final = 0x40
+_SIZE: Final = 0x200
 _DIOALIGN: Final = 0x2000
 _AT_EMPTY_PATH: Final = 0x1000
+_AT_STATX_FORCE_SYNC: Final = 0x2000
 _MASK: Final = struct.Struct("=I")
 _ALIGNMENTS: Final = struct.Struct("=II")
 _ALIGNMENTS_AT: Final = 152  # stx_dio_mem_align, stx_dio_offset_align
+_SIZE_OF: Final = struct.Struct("=Q")
+_SIZE_AT: Final = 40  # stx_size
+_TIMESTAMP: Final = struct.Struct("=qI")
+_MTIME_AT: Final = 112  # stx_mtime
+_NS_PER_S: Final = 10**9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +30,30 @@ class DirectAlignment:
 
     memory: int
     offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Content:
+    """What tells one content of a file from another: its size, and when it was last written."""
+
+    size_bytes: int
+    mtime_ns: int
+
+
+def content(fd: int) -> Content:
+    """Ask for size and modification time, of a network file system's server too.
+
+    fstat(2) may be answered from what this client remembers: of NFS for a minute, of FUSE for as
+    long as the file system said. Source: statx(2), AT_STATX_FORCE_SYNC.
+
+    Raises:
+        OSError: the kernel's own answer.
+    """
+    told = ctypes.create_string_buffer(_BYTES)
+    syscall.call("statx", fd, b"", _AT_EMPTY_PATH | _AT_STATX_FORCE_SYNC, _MTIME | _SIZE, told)
+    (size,) = _SIZE_OF.unpack_from(told, _SIZE_AT)
+    seconds, nanoseconds = _TIMESTAMP.unpack_from(told, _MTIME_AT)
+    return Content(size_bytes=size, mtime_ns=seconds * _NS_PER_S + nanoseconds)
 
 
 def direct_alignment(fd: int) -> DirectAlignment | None:

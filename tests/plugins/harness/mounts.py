@@ -34,13 +34,15 @@ class Mounts:
     def __exit__(self, *_: object) -> None:
         self._undo.close()
 
-    def on_a_loop(self, kind: str, name: str, size_mib: int = 0) -> Path:
+    def on_a_loop(
+        self, kind: str, name: str, size_mib: int = 0, *, options: tuple[str, ...] = ()
+    ) -> Path:
         """An ext4, XFS or btrfs on a loop device. It takes space as it is filled."""
         image = self._directory / f".{name}.{kind}"
         with image.open("wb") as file:
             file.truncate(max(size_mib, _LEAST_MIB[kind]) * MIB)
         self._undo.callback(image.unlink)
-        _run(*_MAKERS[kind], str(image))
+        _run(*_MAKERS[kind], *options, str(image))
         return self._mount(name, "-o", "loop", str(image))
 
     def in_memory(self, kind: str, name: str, options: str = "mode=755") -> Path:
