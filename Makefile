@@ -39,7 +39,10 @@ WORKERS := 3
 # Passed on: make bench BENCH_FLAGS='--large-rounds 5 --directory /srv'
 BENCH_FLAGS :=
 
-.PHONY: build test check demo coverage bench bench-smoke clean packages users peers contract
+# Where the site is built.
+SITE := build/docs
+
+.PHONY: build test check docs demo coverage bench bench-smoke clean packages users peers contract
 
 # The wheel, and an environment that has it installed.
 build: $(ENV)/.installed
@@ -49,7 +52,7 @@ test: check packages users peers installable deb
 	$(ENV)/bin/pytest --numprocesses=$(WORKERS) --dist=loadfile \
 	  --no-loadscope-reorder $(PYTEST_FLAGS)
 
-check: $(ENV)/.installed
+check: $(ENV)/.installed docs
 	$(ENV)/bin/ruff format --check
 	$(ENV)/bin/ruff check
 	$(ENV)/bin/mypy
@@ -59,6 +62,15 @@ check: $(ENV)/.installed
 	$(ENV)/bin/buf breaking --against proto/convertd-v1.binpb
 	$(ENV)/bin/deptry daemon client
 	$(ENV)/bin/codespell
+	$(ENV)/bin/pytest --quiet tests/house/test_documentation.py tests/house/test_documented_commands.py
+
+# The documentation as a site, which needs no network: build/docs/index.html. Each page is read anew,
+# for Sphinx does not repeat the warnings of a page that has not changed.
+docs: $(ENV)/.installed
+	rm -rf $(SITE)
+	$(ENV)/bin/sphinx-build --fail-on-warning --keep-going --quiet --fresh-env \
+	  -c docs -d build/doctrees . $(SITE)
+	echo '<meta http-equiv="refresh" content="0; url=docs/index.html">' > $(SITE)/index.html
 
 # A daemon, an unprivileged user, and an image converted.
 demo: $(ENV)/.installed packages users
@@ -144,7 +156,8 @@ $(ENV)/.made:
 # All that the wheel and the tests need; then the wheel alone, whenever the sources have changed.
 $(ENV)/.needs: pyproject.toml | $(ENV)/.made build/dist/.made
 	umask 022; wheel=$$(echo build/dist/*.whl); \
-	$(ENV)/bin/pip install --quiet --group dev "$$wheel[daemon]"
+	$(ENV)/bin/pip install --quiet --group dev --group docs --group bench \
+	  "$$wheel[daemon]"
 	touch $@
 
 $(ENV)/.installed: $(ENV)/.needs build/dist/.made

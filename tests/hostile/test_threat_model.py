@@ -1,4 +1,4 @@
-"""docs/threat-model.md names tests, and they are there."""
+"""What docs/threat-model.md names is there. Its links, tests/house/test_documentation.py checks."""
 
 from __future__ import annotations
 
@@ -11,17 +11,9 @@ ROOT = Path(__file__).parents[2]
 
 PAGE = (ROOT / "docs" / "threat-model.md").read_text(encoding="utf-8")
 
-LINKED = re.findall(r"\[`(test_\w+)`\]\(\.\./(tests/[\w/]+\.py)\)", PAGE)
-
 SECTION = PAGE.partition("## A taken-over front")[2].partition("\n## ")[0]
 
 OF_THE_FRONT = re.findall(r"(?<!\[)`(test_\w+)`", SECTION)
-
-
-@pytest.mark.parametrize(("name", "path"), sorted(set(LINKED)))
-def test_a_test_that_the_page_links_to_is_there(name: str, path: str) -> None:
-    """Under that name, in that file."""
-    assert re.search(rf"^ *(?:async )?def {name}\(", (ROOT / path).read_text(), re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", sorted(set(OF_THE_FRONT)))
@@ -32,8 +24,7 @@ def test_a_cant_of_the_front_has_its_test(name: str) -> None:
 
 
 def test_the_page_has_many_of_them() -> None:
-    """Or the patterns above would no longer find them."""
-    assert len(set(LINKED)) > 30
+    """Or the pattern above would no longer find them."""
     assert len(set(OF_THE_FRONT)) >= 14
 
 

@@ -18,7 +18,7 @@ DEFAULT_SOCKET: Final = "/run/convertd/convertd.sock"
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command, and give its exit status."""
-    asked = _parser().parse_args(arguments)
+    asked = command_line_parser().parse_args(arguments)
     if asked.command is not None:
         # Only here: the daemon has no use for what prints well.
         from convertd_daemon.broker import check  # noqa: PLC0415
@@ -41,7 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_line_parser() -> argparse.ArgumentParser:
+    """Make the parser of `convertd`."""
     parser = argparse.ArgumentParser(
         prog="convertd",
         description="Convert disk images for services that have no right to do it themselves.",
