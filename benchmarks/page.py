@@ -20,12 +20,9 @@ def write(results: Results, page: Path) -> None:
     template = Template(Path(__file__).with_name("page.md").read_text(encoding="utf-8"))
     pictures = page.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
-    for name, picture in (
-        ("ratios", plots.ratios(_ratio_rows(results))),
-        ("answers", plots.answers(_samples(results))),
-        ("steps", plots.steps(_steps(results))),
-    ):
-        (pictures / f"{name}.svg").write_text(picture, encoding="utf-8")
+    plots.ratios(_ratio_rows(results), pictures / "ratios.svg")
+    plots.answers(_samples(results), pictures / "answers.svg")
+    plots.steps(_steps(results), pictures / "steps.svg")
     untraced = figures.find(results, cases.TINY, "convertd")
     text = template.substitute(
         pictures=pictures.name,
