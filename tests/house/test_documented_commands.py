@@ -133,7 +133,7 @@ CHECKS: Final[dict[str, Callable[[Words], None]]] = {
     "qemu-img": known_to_qemu_img,
     "systemctl": known_to_systemctl,
 }
-BEGINNING: Final = re.compile(rf"(?:[$#] )?((?:{'|'.join(CHECKS)})(?: .*|))$")
+BEGINNING: Final = re.compile(rf"(?:[$#] )?((?:{'|'.join(CHECKS)})(?: \S.*|))$")
 
 
 def check(command: str) -> None:
