@@ -85,17 +85,131 @@ attempt("inotify", lambda: call(294, 0))
 attempt("chroot", lambda: os.chroot(directory))
 attempt("memfd", lambda: os.memfd_create("m"))
 """
-    governed_by_landlock = {
-        "read", "write", "read /etc/passwd", "read /proc", "list", "create", "unnamed", "mkdir",
-        "symlink", "link", "rename", "unlink", "mkfifo",
+    opening = {
+        "read", "write", "read /etc/passwd", "read /proc", "list", "create", "unnamed",
     }  # fmt: skip
     outcomes = intruder.but(keep_read_search=read_search, abi=abi).tries(script)
     assert len(outcomes) == 24
-    assert outcomes == {
-        name: "EACCES" if name in governed_by_landlock else "EPERM" for name in outcomes
-    }
+    assert outcomes == {name: "EACCES" if name in opening else "EPERM" for name in outcomes}
     assert (public / "file").read_text() == "x"
     assert sorted(os.listdir(public)) == ["file", "socket"]
+
+
+@ALL_ABIS
+@RIGHTS
+def test_no_metadata_but_what_stat_tells_can_be_read(
+    intruder: Intruder, public: Path, abi: int | None, *, read_search: bool
+) -> None:
+    """Of no file by name, descriptor or handle, with CAP_DAC_READ_SEARCH either."""
+    secret = public / "secret"
+    secret.write_text("x")
+    secret.chmod(0)
+    os.setxattr(secret, "user.secret", b"x")
+    link = public / "link"
+    link.symlink_to("/secret/place")
+    script = f"""
+file, link, out = {str(secret)!r}.encode(), {str(link)!r}.encode(), ctypes.create_string_buffer(256)
+path = os.open(file, os.O_PATH)
+to = os.open(link, os.O_PATH | os.O_NOFOLLOW)
+args = (ctypes.c_uint64 * 2)(ctypes.addressof(out), 256)
+attempt("getxattr", lambda: os.getxattr(file, "user.secret"))
+attempt("lgetxattr", lambda: os.getxattr(file, "user.secret", follow_symlinks=False))
+attempt("fgetxattr", lambda: call(193, path, b"user.secret", out, 256))
+attempt("getxattrat", lambda: call(464, -100, file, 0, b"user.secret", args, 16))
+attempt("getxattrat, descriptor", lambda: call(464, path, b"", 0x1000, b"user.secret", args, 16))
+attempt("listxattr", lambda: os.listxattr(file))
+attempt("llistxattr", lambda: os.listxattr(file, follow_symlinks=False))
+attempt("flistxattr", lambda: call(196, path, out, 256))
+attempt("listxattrat", lambda: call(465, -100, file, 0, out, 256))
+attempt("file_getattr", lambda: call(468, -100, file, out, 24, 0))
+attempt("file_setattr", lambda: call(469, -100, file, out, 24, 0))
+attempt("readlink", lambda: os.readlink(link))
+attempt("readlinkat", lambda: call(267, to, b"", out, 256))
+attempt("where we are", lambda: os.readlink("/proc/self/cwd"))
+attempt("statfs", lambda: os.statvfs(b"/"))
+attempt("ustat", lambda: call(136, os.makedev(0, 1), out))
+"""
+    outcomes = intruder.but(keep_read_search=read_search, abi=abi).tries(script)
+    assert outcomes == dict.fromkeys(outcomes, "EPERM")
+    assert len(outcomes) == 16
+
+
+@ALL_ABIS
+def test_nothing_of_others_can_be_flushed(
+    intruder: Intruder, public: Path, abi: int | None
+) -> None:
+    """Whoever writes a lot would wait with it; its own descriptors are its own to flush."""
+    descriptor = os.open(public / "file", os.O_RDWR)
+    script = f"""
+import fcntl
+attempt("sync", lambda: call(162))
+attempt("syncfs", lambda: call(306, {descriptor}))
+attempt("btrfs sync", lambda: fcntl.ioctl({descriptor}, 0x9408))
+attempt("btrfs start sync", lambda: fcntl.ioctl({descriptor}, 0x80089418, bytes(8)))
+attempt("own", lambda: os.fsync({descriptor}))
+attempt("own data", lambda: os.fdatasync({descriptor}))
+"""
+    changed = intruder.but(abi=abi, write=(descriptor,))
+    outcomes = changed.tries(script, inherit=(descriptor,))
+    os.close(descriptor)
+    assert outcomes == {
+        **dict.fromkeys(["sync", "syncfs", "btrfs sync", "btrfs start sync"], "EPERM"),
+        **dict.fromkeys(["own", "own data"], "done"),
+    }
+
+
+def test_a_call_that_is_on_no_list_does_not_exist(intruder: Intruder) -> None:
+    """Whichever it is: those that nobody needs are not there to be thought of one by one."""
+    script = """
+attempt("landlock", lambda: call(444, None, 0, 1))
+attempt("lsm_set_self_attr", lambda: call(460, 100, None, 0, 0))
+attempt("robust list of another", lambda: call(274, 1, None, None))
+attempt("vmsplice", lambda: call(278, 1, None, 0, 0))
+attempt("splice", lambda: call(275, 1, None, 1, None, 0, 0))
+attempt("new session", lambda: call(112))
+attempt("working directory", lambda: os.chdir("/"))
+attempt("uselib", lambda: call(134, b"/etc/passwd"))
+attempt("younger than all", lambda: call(4000))
+"""
+    outcomes = intruder.tries(script)
+    assert outcomes == dict.fromkeys(outcomes, "ENOSYS")
+    assert len(outcomes) == 9
+
+
+@ALL_ABIS
+def test_no_memory_of_another_job_is_within_reach(intruder: Intruder, abi: int | None) -> None:
+    """A qemu-img that runs for somebody else, of the same uid and in a sandbox of its own."""
+
+    def act() -> dict[str, str]:
+        wait, go = os.pipe()
+        one = intruder.start(
+            f"import os; print(1, flush=True); os.read({wait}, 1)", inherit=(wait,)
+        )
+        with one as victim:
+            os.set_blocking(victim.stdout, True)
+            assert os.read(victim.stdout, 9) == b"1\n"
+            script = f"""
+victim, out = {victim.pid}, ctypes.create_string_buffer(256)
+def read(name):
+    with open(f"/proc/{{victim}}/{{name}}", "rb") as file:
+        file.read(1)
+
+for name in ("mem", "maps", "environ", "fd/0", "cmdline", "auxv", "stat"):
+    attempt(name, lambda: read(name))
+attempt("ptrace", lambda: call(101, 16, victim, 0, 0))
+attempt("read", lambda: call(310, victim, None, 0, None, 0, 0))
+attempt("descriptor", lambda: call(438, 3, 1, 0))
+attempt("link", lambda: os.readlink(f"/proc/{{victim}}/exe"))
+"""
+            outcomes = intruder.but(abi=abi).tries(script)
+            os.write(go, b"x")
+            assert victim.wait() == 0
+        return outcomes
+
+    outcomes = in_child(act)
+    by_seccomp = ("ptrace", "read", "descriptor", "link")
+    assert outcomes == {name: "EPERM" if name in by_seccomp else "EACCES" for name in outcomes}
+    assert len(outcomes) == 11
 
 
 @ALL_ABIS

@@ -120,6 +120,39 @@ def test_a_call_younger_than_the_list_does_not_exist(monkeypatch: pytest.MonkeyP
     assert in_child(act) == ["ENOSYS", "EINVAL"]  # pidfd_open(0) is below
 
 
+def test_a_call_that_is_not_allowed_does_not_exist() -> None:
+    """However it lies among those that are; one that is refused in part goes on to be judged."""
+    refusal = seccomp.Refusal(calls="prctl", why="in part", when=(seccomp._is(0, 1),))  # noqa: SLF001
+    few = "read write exit exit_group mmap munmap brk futex rt_sigreturn close getpid"
+    program = seccomp.compile_profile(
+        seccomp.Profile(name="few", refusals=(refusal,), allowed=f"{few} s390_pci_mmio_read")
+    )
+    library = ctypes.CDLL("libseccomp.so.2")
+    names = ("getpid", "getppid", "gettid", "prctl", "pidfd_open")
+    numbers = [library.seccomp_syscall_resolve_name(name.encode()) for name in names]
+
+    def act() -> list[str]:
+        load(program)
+        high = 0x3FFFFFFF  # the last before the x32 bit
+        return [*(call(number, 1, 0, 0, 0, 0) for number in numbers), call(high)]
+
+    # os.write() and os._exit() of in_child() are among the few.
+    assert in_child(act) == ["done", "ENOSYS", "ENOSYS", "EPERM", "ENOSYS", "ENOSYS"]
+
+
+def test_no_call_is_both_allowed_and_refused_outright() -> None:
+    """One of the two lists would be wrong."""
+    allowed = (seccomp.QEMU_IMG.allowed or "").split()
+    assert len(allowed) == len(set(allowed))
+    outright = {
+        call
+        for refusal in seccomp.QEMU_IMG.refusals
+        if not refusal.when
+        for call in refusal.calls.split()
+    }
+    assert not outright & set(allowed)
+
+
 def signal_of(act: Callable[[], object]) -> int:
     """Give the signal that ends a child with qemu-img's filter when it acts."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pwd
 import re
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import children
 import pytest
 from harness import images, processes, waiting
 from harness.agent import conversion
@@ -267,6 +269,23 @@ def test_qemu_img_is_bounded_and_nice(running: Running) -> None:
     assert hard["Max core file size"] == "1"
     assert hard["Max cpu time"] == "unlimited"
     assert os.getpriority(os.PRIO_PROCESS, running.qemu_img) == 19
+
+
+def test_nobody_of_its_own_user_can_look_into_the_front(daemon: Daemon) -> None:
+    """It passes passphrases on. Whose user it is may have other processes, by some mistake."""
+    front = daemon.await_one(FRONT)
+    user = pwd.getpwnam("convertd")
+
+    def act() -> dict[str, str]:
+        os.setgroups([])
+        os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
+        os.setresuid(user.pw_uid, user.pw_uid, user.pw_uid)
+        paths = [f"/proc/{front}/{name}" for name in ("mem", "environ", "maps", "fd", "auxv")]
+        return {path: children.errno_of(functools.partial(os.open, path, 0)) for path in paths}
+
+    outcomes = children.in_child(act)
+    assert outcomes == dict.fromkeys(outcomes, "EACCES")
+    assert os.stat(f"/proc/{front}/fd").st_uid == 0
 
 
 @pytest.mark.parametrize(("isolation", "option"), [((), "-P"), (("-I",), "-I")])

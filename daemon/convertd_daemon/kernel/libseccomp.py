@@ -79,12 +79,12 @@ def compile_rules(rules: Sequence[Rule]) -> bytes:
 
 
 def _add(library: ctypes.CDLL, context: ctypes.c_void_p, rule: Rule) -> None:
-    number = _number(library, rule.call)
-    if number is None:
+    found = number(rule.call)
+    if found is None:
         return
     comparisons = b"".join(_comparison(condition) for condition in rule.conditions)
     result = library.seccomp_rule_add_exact_array(
-        context, _ERRNO | rule.answer, number, len(rule.conditions), comparisons
+        context, _ERRNO | rule.answer, found, len(rule.conditions), comparisons
     )
     _check(result, rule.call)
 
@@ -97,13 +97,19 @@ def _comparison(condition: Condition) -> bytes:
     return struct.pack("IiQQ", condition.argument, condition.compare, *data)
 
 
-def _number(library: ctypes.CDLL, name: str) -> int | None:
-    number: int = library.seccomp_syscall_resolve_name(name.encode())
-    if number >= 0:
-        return number
+def number(name: str) -> int | None:
+    """Give a system call's number on this architecture; None where it has no such call.
+
+    Raises:
+        OSError: the library is missing.
+        LookupError: neither the library nor we know the name.
+    """
+    found: int = _library().seccomp_syscall_resolve_name(name.encode())
+    if found >= 0:
+        return found
     if name in syscall.SINCE_5_1:
         return syscall.SINCE_5_1[name]
-    if number == _UNKNOWN_NAME:
+    if found == _UNKNOWN_NAME:
         raise LookupError(f"no system call is named {name}")
     return None
 

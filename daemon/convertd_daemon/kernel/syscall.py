@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any, Final
 
-# Calls added since Linux 5.1 have one number on all architectures, 424 and up. Those that we only
-# ever refuse are here because an older libseccomp does not know their names.
+# Calls added since Linux 5.1 have one number on all architectures, 424 and up. Those that we never
+# make are here for filters, because an older libseccomp does not know their names.
 # Source: scripts/syscall.tbl of the kernel.
 SINCE_5_1: Final[Mapping[str, int]] = {
     "pidfd_send_signal": 424,
@@ -25,7 +25,9 @@ SINCE_5_1: Final[Mapping[str, int]] = {
     "close_range": 436,
     "openat2": 437,
     "pidfd_getfd": 438,
+    "faccessat2": 439,
     "process_madvise": 440,
+    "epoll_pwait2": 441,
     "mount_setattr": 442,
     "quotactl_fd": 443,
     "landlock_create_ruleset": 444,
@@ -33,12 +35,22 @@ SINCE_5_1: Final[Mapping[str, int]] = {
     "landlock_restrict_self": 446,
     "memfd_secret": 447,
     "process_mrelease": 448,
+    "futex_waitv": 449,
+    "set_mempolicy_home_node": 450,
     "fchmodat2": 452,
+    "map_shadow_stack": 453,
+    "futex_wake": 454,
+    "futex_wait": 455,
+    "futex_requeue": 456,
     "statmount": 457,
     "listmount": 458,
+    "mseal": 462,
     "setxattrat": 463,
+    "getxattrat": 464,
+    "listxattrat": 465,
     "removexattrat": 466,
     "open_tree_attr": 467,
+    "file_getattr": 468,
     "file_setattr": 469,
 }
 

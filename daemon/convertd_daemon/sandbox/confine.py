@@ -6,6 +6,7 @@ refuse to work in a process that has more threads already.
 
 from collections.abc import Iterable
 
+from convertd_daemon.kernel import prctl
 from convertd_daemon.kernel.landlock import AccessFs
 from convertd_daemon.sandbox import landlock, runtime, seccomp
 from convertd_daemon.sandbox.gate import Gate
@@ -13,6 +14,8 @@ from convertd_daemon.sandbox.gate import Gate
 
 def confine_front(private: int | str, compiled: bytes) -> None:
     """Leave the front its private directory's sockets, /dev/urandom, and no way to others.
+
+    Nor is there a way to it: it can't be traced, nor its memory read or dumped, by its own uid.
 
     `private` is a directory, as a descriptor or a path; `compiled` is
     seccomp.compile_profile(seccomp.FRONT). Everything must be imported before, and no
@@ -23,6 +26,7 @@ def confine_front(private: int | str, compiled: bytes) -> None:
         OSError: a step was refused; the process may be half confined: exit.
         ValueError: there are several threads.
     """
+    prctl.set_dumpable(dumpable=False)
     landlock.restrict(
         (
             landlock.Rule(where=private, access=AccessFs.MAKE_SOCK | AccessFs.REMOVE_FILE),

@@ -1,8 +1,10 @@
 """Which system calls a process of ours may not make, and why. Fails closed.
 
-Deny-lists: Landlock and the uid hold what has a path, and these filters hold what Landlock does not
-govern. So that a list stays whole on a newer kernel, a call younger than the list answers ENOSYS,
-as if the kernel were as old as it.
+Landlock and the uid hold what has a path, and these filters hold what Landlock does not govern.
+What is refused is listed with its reason. So that nothing is forgotten, qemu-img may make no call
+that is not on its other list, of what it needs (allowed_calls.py); and to the front, which runs
+Python and gRPC, a call younger than the list does not exist. Both answer ENOSYS, as a kernel
+without that call, which C libraries are ready for.
 """
 
 import errno
@@ -13,9 +15,9 @@ from typing import Final
 
 from convertd_daemon.kernel import libseccomp, seccomp
 from convertd_daemon.kernel.libseccomp import Compare, Condition
-from convertd_daemon.sandbox import errors, limits
+from convertd_daemon.sandbox import allowed_calls, errors, limits
 
-# The youngest call these lists have been held against: file_setattr(2), Linux 6.17.
+# The youngest call the front's list has been held against: file_setattr(2), Linux 6.17.
 NEWEST_CALL: Final = 469
 
 _INT: Final = 0xFFFFFFFF
@@ -37,10 +39,16 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """One kind of process, and all that is refused to it."""
+    """One kind of process, all that is refused to it, and all that it may ask for.
+
+    `allowed` are calls (their names, blanks between) beside those in `refusals`, which are allowed
+    where their conditions do not hold; every other call answers ENOSYS. None: each that is not
+    refused is allowed, up to NEWEST_CALL.
+    """
 
     name: str
     refusals: tuple[Refusal, ...]
+    allowed: str | None = None
 
 
 def _is(argument: int, value: int, *, mask: int = _INT) -> Condition:
@@ -139,6 +147,17 @@ _NO_FILE_BY_NAME: Final = (
         why="Landlock does not govern metadata",
     ),
     Refusal(
+        calls=(
+            "getxattr lgetxattr fgetxattr getxattrat listxattr llistxattr flistxattr listxattrat "
+            "file_getattr"
+        ),
+        why="the same: with CAP_DAC_READ_SEARCH, what is in anybody's extended attributes",
+    ),
+    Refusal(
+        calls="sync syncfs",
+        why="has the kernel flush what others wrote, who then wait for it",
+    ),
+    Refusal(
         calls="truncate",
         why="Landlock governs it from ABI 3 only; ftruncate(2) is what qemu-img uses",
     ),
@@ -169,6 +188,7 @@ _IOCTL_FAMILIES: Final = {
     0x4C: "linux/loop.h: moves a loop device over other parts of its file",
     0x4E: "linux/nvme_ioctl.h: commands of one's own to a disk",
     0x53: "linux/cdrom.h, scsi/scsi.h: ejects, locks, resets",
+    0x94: "linux/btrfs.h: flushes a whole file system; and FICLONE, which is the job's to do",
     0x70: "linux/pr.h: reserves a shared disk, against the hosts that share it",
 }
 
@@ -239,8 +259,25 @@ _COMMON: Final = (
 
 QEMU_IMG: Final = Profile(
     name="qemu-img",
+    allowed=allowed_calls.QEMU_IMG,
     refusals=(
         *_COMMON,
+        Refusal(
+            calls="readlink readlinkat",
+            why="Landlock does not govern it: where anybody's links lead. qemu-img asks for "
+            "/proc/self/exe, and goes on without",
+        ),
+        Refusal(
+            calls="statfs ustat",
+            why="nor how full any file system is; fstatfs(2) is what qemu-img uses",
+        ),
+        Refusal(
+            calls=(
+                "mkdir mkdirat rmdir link linkat symlink symlinkat rename renameat renameat2 "
+                "unlink unlinkat mknod mknodat"
+            ),
+            why="Landlock governs it; and a job makes names, its qemu-img none",
+        ),
         Refusal(
             calls=(
                 "socket socketpair connect bind listen accept accept4 sendto sendmsg sendmmsg "
@@ -293,7 +330,7 @@ def compile_profile(profile: Profile) -> bytes:
         for call in refusal.calls.split()
     ]
     try:
-        return _refuse_younger() + libseccomp.compile_rules(rules)
+        return _refuse_unknown(profile) + libseccomp.compile_rules(rules)
     except (OSError, LookupError) as error:
         raise errors.FilterMissing(str(error)) from error
 
@@ -307,19 +344,49 @@ def load(program: bytes) -> None:
     seccomp.set_mode_filter(program)
 
 
-def _refuse_younger() -> bytes:
-    """Give instructions to go first: ENOSYS for calls above NEWEST_CALL.
+def _refuse_unknown(profile: Profile) -> bytes:
+    """Give instructions to go first: ENOSYS for calls that are not in the profile.
 
-    libseccomp has no rule on the number itself. Numbers with the x32 bit go on, to be killed.
+    libseccomp has one default answer for all architectures and no rule on a number alone. What
+    passes here goes on to its rules. So do numbers with the x32 bit, to be killed there; a number
+    of another foreign architecture is refused here or killed there.
     """
-    load_word, jump_if_not_less, jump_if_greater, give = 0x20, 0x35, 0x25, 0x06
-    x32_bit, answer = 0x40000000, 0x00050000 | errno.ENOSYS
-    return b"".join(
-        struct.pack("HBBI", *instruction)
-        for instruction in (
-            (load_word, 0, 0, 0),  # struct seccomp_data: nr is first
-            (jump_if_not_less, 2, 0, x32_bit),
-            (jump_if_greater, 0, 1, NEWEST_CALL),
-            (give, 0, 0, answer),
-        )
-    )
+    known = _ranges(_numbers(profile))
+    load_word, jump, jump_if_equal_or_more, jump_if_more = 0x20, 0x05, 0x35, 0x25
+    give, answer, x32_bit = 0x06, 0x00050000 | errno.ENOSYS, 0x40000000
+    code = [(load_word, 0, 0, 0)]  # struct seccomp_data: nr is first
+    for first, last in (*known, (x32_bit, _INT)):
+        code += [
+            (jump_if_equal_or_more, 0, 2, first),
+            (jump_if_more, 1, 0, last),
+            (jump, 0, 0, 0),  # to the end; how far that is, is not known yet
+        ]
+    code.append((give, 0, 0, answer))
+    for index, instruction in enumerate(code):
+        if instruction[0] == jump:
+            code[index] = (jump, 0, 0, len(code) - index - 1)
+    return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
+
+
+def _numbers(profile: Profile) -> set[int]:
+    """The numbers of the calls that a profile knows.
+
+    Raises:
+        OSError: libseccomp is missing.
+        LookupError: a call's name that neither the library nor we know.
+    """
+    if profile.allowed is None:
+        return set(range(NEWEST_CALL + 1))
+    calls = [
+        *profile.allowed.split(),
+        *(call for one in profile.refusals for call in one.calls.split()),
+    ]
+    numbers = (libseccomp.number(call) for call in calls)
+    return {number for number in numbers if number is not None}
+
+
+def _ranges(numbers: set[int]) -> list[tuple[int, int]]:
+    """Numbers as ranges, first and last, in order."""
+    firsts = sorted(number for number in numbers if number - 1 not in numbers)
+    lasts = sorted(number for number in numbers if number + 1 not in numbers)
+    return list(zip(firsts, lasts, strict=True))
