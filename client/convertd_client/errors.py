@@ -210,6 +210,7 @@ BY_REASON: Final[Mapping[str, type[ConvertError]]] = {
     "BAD_OPTION": InvalidArgument,
     "BAD_MESSAGE": InvalidArgument,
     "SECRET_MISSING": InvalidArgument,
+    "SIZE_NOT_POSSIBLE": InvalidArgument,
     "SOURCE_NOT_FOUND": NotFound,
     "DIRECTORY_NOT_FOUND": NotFound,
     "JOB_NOT_FOUND": NotFound,

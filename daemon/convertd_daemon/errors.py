@@ -3,7 +3,7 @@
     ConvertError
     ├── Unauthenticated          UnknownConnection
     ├── Denied                   PermissionDenied, FormatNotAllowed, ClaimNotAllowed
-    ├── Invalid                  BadPath, BadFormat, BadOption, BadMessage, SecretMissing
+    ├── Invalid                  BadPath, BadFormat, BadOption, BadMessage, SecretMissing, …
     ├── NotFound                 SourceNotFound, DirectoryNotFound, JobNotFound
     ├── AlreadyExists            DestExists
     ├── FailedPrecondition       ImageRefused, FormatMismatch, ImageTooLarge, ImageInUse, …
@@ -183,6 +183,20 @@ class SecretMissing(Invalid):
 
     sentence = "{path}: is encrypted; give its passphrase"
     path: str
+
+
+class SizeNotPossible(Invalid):
+    """The destination's format, with the options asked for, has no images of the source's size."""
+
+    sentence = (
+        "{path}: {size_bytes} bytes are not possible in the format {format} with these options,"
+        " which has {least_bytes} to {most_bytes}"
+    )
+    path: str
+    format: str
+    size_bytes: int
+    least_bytes: int
+    most_bytes: int
 
 
 class BadMessage(Invalid):

@@ -47,7 +47,7 @@ ACCEPTED = [
     ("vhdx", "block_size", (str(MIB), str(256 * MIB))),
     ("vhdx", "log_size", (str(MIB), str(3 * MIB), str(4095 * MIB))),
     ("qed", "cluster_size", ("4096", str(64 * MIB))),
-    ("qed", "table_size", ("1", "2", "16")),
+    ("qed", "table_size", ("2", "4", "16")),
     ("parallels", "cluster_size", ("512", "1536", str(256 * MIB))),
 ]
 
@@ -64,7 +64,7 @@ REFUSED = [
     ("vhdx", "block_size", ("0", str(MIB - 1), str(3 * MIB), str(512 * MIB))),
     ("vhdx", "log_size", (str(MIB + 1), str(4096 * MIB), "9" * 13)),
     ("qed", "cluster_size", ("2048", str(128 * MIB))),
-    ("qed", "table_size", ("0", "3", "32")),
+    ("qed", "table_size", ("0", "1", "3", "32")),
     ("parallels", "cluster_size", ("0", "511", "513", str(512 * MIB))),
 ]
 

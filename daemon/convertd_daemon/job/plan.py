@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Final
 
-from convertd_daemon import errors, model
+from convertd_daemon import errors, format_sizes, model
 
 SECTOR_BYTES: Final = 512
 
@@ -65,6 +65,7 @@ def make(grant: model.Grant, chain: tuple[model.Member, ...], facts: Facts) -> m
 
     Raises:
         errors.ImageTooLarge: the virtual size is over the policy's limit.
+        errors.SizeNotPossible: the destination's format has no images of that size.
         errors.NoDirectWrites: a cache mode was asked for that the destination can't do.
     """
     info, limit = chain[0].info, grant.limits.virtual_size_bytes
@@ -73,6 +74,7 @@ def make(grant: model.Grant, chain: tuple[model.Member, ...], facts: Facts) -> m
             path=grant.source.path, size_bytes=info.virtual_size_bytes, limit_bytes=limit
         )
     dest = grant.request.dest
+    format_sizes.check(grant.dest.path, dest, info.virtual_size_bytes)
     source_cache = _source_cache(facts)
     dest_cache = _dest_cache(grant, facts)
     options = _options(grant, source_cache, dest_cache)

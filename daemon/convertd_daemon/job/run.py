@@ -207,7 +207,7 @@ _CONDITIONS: Final[
         WRONG_SECRET,
         lambda _, _plan, ends: errors.WrongSecret(path=ends.source.place.path),
     ),
-    (("cannot allocate memory",), lambda *_: errors.OutOfMemory()),
+    (("cannot allocate memory", "could not allocate"), lambda *_: errors.OutOfMemory()),
     (
         ("compression type", "unknown compression"),
         lambda *_: errors.Unsupported(what="the compression type", why="this qemu-img lacks it"),
