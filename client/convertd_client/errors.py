@@ -228,6 +228,8 @@ BY_REASON: Final[Mapping[str, type[ConvertError]]] = {
     "WRONG_SECRET": FailedPrecondition,
     "DEVICE_TOO_SMALL": FailedPrecondition,
     "DEVICE_NOT_WRITABLE": FailedPrecondition,
+    "OWNER_NOT_KEPT": FailedPrecondition,
+    "PROTECTED_BY_ATTRIBUTE": FailedPrecondition,
     "NO_DIRECT_WRITES": FailedPrecondition,
     "IMAGE_IN_USE": FailedPrecondition,
     "CONVERSION_FAILED": FailedPrecondition,

@@ -297,6 +297,23 @@ class ReadOnlyFileSystem(FailedPrecondition):
     path: str
 
 
+class ProtectedByAttribute(FailedPrecondition):
+    """chattr(1) keeps a directory or a file as it is, even from root."""
+
+    sentence = "{path}: is {attribute} (see chattr(1)), so the result can't be put there"
+    path: str
+    attribute: str
+
+
+class OwnerNotKept(FailedPrecondition):
+    """The destination's file system has no owners or modes, or others than were asked for."""
+
+    sentence = "{path}: its file system makes it {found} instead of {wanted}"
+    path: str
+    found: str
+    wanted: str
+
+
 class NotYours(FailedPrecondition):
     """The policy lets a caller overwrite its own files only."""
 

@@ -182,7 +182,8 @@ class Root:
     """A directory that the policy opens to somebody, and how.
 
     `path` is absolute and normal, without a trailing slash. `owner` None means the caller.
-    `mounts` allows mount points below the root to be crossed.
+    `mounts` allows mount points below the root to be crossed, `allow_ownerless` results on file
+    systems that do not keep their owner or mode.
     """
 
     name: str
@@ -192,6 +193,7 @@ class Root:
     owner: Owner | None = None
     mode: int = 0o600
     mounts: bool = False
+    allow_ownerless: bool = False
     allow_is_zero: bool = False
 
 

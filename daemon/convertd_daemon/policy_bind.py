@@ -120,6 +120,7 @@ def _root(name: str, table: policy_toml.RootTable, ids: Ids) -> model.Root:
         owner=_owner(table, ids),
         mode=policy_toml.DEFAULT_MODE if table.mode is None else table.mode,
         mounts=bool(table.mounts),
+        allow_ownerless=bool(table.allow_ownerless),
         allow_is_zero=bool(table.allow_is_zero),
     )
 

@@ -113,6 +113,7 @@ class RootTable(_Table, frozen=True):
     owner: values.Ownership | None = None
     mode: values.Mode | None = None
     mounts: bool | None = None
+    allow_ownerless: bool | None = None
     allow_is_zero: bool | None = None
 
     @property
@@ -276,7 +277,12 @@ def _check_where(key: str, root: RootTable) -> None:
 
 def _check_effects(key: str, root: RootTable) -> None:
     """Refuse what would have no effect, and so would be a misunderstanding."""
-    for_files = {"owner": root.owner, "mode": root.mode, "mounts": root.mounts}
+    for_files = {
+        "owner": root.owner,
+        "mode": root.mode,
+        "mounts": root.mounts,
+        "allow_ownerless": root.allow_ownerless,
+    }
     for_devices = {"allow_is_zero": root.allow_is_zero}
     is_block = root.kind is model.RootKind.BLOCK
     for name, value in (for_files if is_block else for_devices).items():

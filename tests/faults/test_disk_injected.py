@@ -165,7 +165,7 @@ def test_a_failing_call_of_the_job_publishes_nothing_at(
 def test_a_failing_step_of_overwriting_keeps_the_old_file_and_no_temporary(
     daemon: Daemon, source: Path, images_dir: Path, step: str, error: str
 ) -> None:
-    """The temporary's name at the second linkat(2), or the rename(2)."""
+    """The temporary's name at the second linkat(2), or the renameat2(2)."""
     fault = Fault(
         calls={"linkat": "linkat", "rename": "/^rename"}[step],
         error=error,
@@ -176,6 +176,24 @@ def test_a_failing_step_of_overwriting_keeps_the_old_file_and_no_temporary(
     refusal = refused(daemon, fault, conversion(source, dest, overwrite=True))
     check_told(refusal, dest, error)
     check_untouched(dest, overwrite=True)
+
+
+@pytest.mark.parametrize("error", ["EINVAL", "ENOSYS", "EOPNOTSUPP"])
+def test_a_file_system_that_can_not_exchange_names_is_overwritten_by_a_rename(
+    daemon: Daemon, source: Path, images_dir: Path, error: str
+) -> None:
+    """Where nobody else may write the directory; elsewhere it is refused."""
+    dest = old_file(images_dir / "dest.qcow2")
+    request = conversion(source, dest, overwrite=True)
+    with Tracer(daemon.traced(), f"renameat2:error={error}") as tracer:
+        assert daemon.agent(ALICE).convert(request).result().replaced
+        images_dir.chmod(0o1777)
+        refusal = daemon.agent(ALICE).convert(request).refusal()
+        daemon.await_calm()
+    assert tracer.injected, tracer.text
+    assert (refusal.status, refusal.reason) == ("UNIMPLEMENTED", "UNSUPPORTED")
+    assert os.listdir(images_dir) == [dest.name]
+    assert images.identical(source, dest)
 
 
 @pytest.mark.parametrize("overwrite", [False, True], ids=["fresh", "overwrite"])

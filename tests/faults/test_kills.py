@@ -11,10 +11,11 @@ from typing import Final
 import pytest
 from harness import images, processes, waiting
 from harness.agent import Agent, Call, conversion
-from harness.callers import ALICE, owner_of
+from harness.callers import ALICE, BOB, owner_of
 from harness.daemon import FRONT, JOB, QEMU_IMG, Daemon
 from harness.fixtures import MakeDaemon
 from harness.mounts import Mounts
+from harness.tracing import Tracer
 
 from convertd.v1 import convert_pb2 as pb
 
@@ -33,6 +34,9 @@ write = ["images"]
 """
 
 MIB: Final = 1024 * 1024
+
+HELD_MS: Final = 500
+"""How long strace holds a job before each renameat2(2)."""
 
 
 @pytest.fixture
@@ -229,3 +233,57 @@ def test_a_named_temporary_is_removed_by_a_job_that_lives(
     daemon.await_calm()
     # libfuse hides what is removed while it is open, until it hears of the last close.
     waiting.until(lambda: os.listdir(by_fuse) == [], "no file")
+
+
+# --- in the instants of overwriting -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "is_new"),
+    [("renameat2", False), ("unlinkat", True)],
+    ids=["before-the-exchange", "after-the-exchange"],
+)
+def test_a_job_that_is_killed_while_it_overwrites_leaves_two_whole_files_and_the_next_job_one(
+    daemon: Daemon, library: Path, images_dir: Path, call: str, *, is_new: bool
+) -> None:
+    """One has the name, the other a temporary one: the next overwriting job removes that."""
+    source, dest = library / "small.raw", images_dir / "dest.raw"
+    dest.write_bytes(b"the old one")
+    os.chown(dest, ALICE.uid, ALICE.gid)
+    request = conversion(source, dest, dest_format="raw", overwrite=True)
+    with Tracer(daemon.traced(), f"{call}:signal=KILL:when=1"):
+        assert daemon.agent(ALICE).convert(request).refusal().reason == "OUT_OF_MEMORY"
+        daemon.await_calm()
+    (left,) = [images_dir / name for name in os.listdir(images_dir) if name != dest.name]
+    new, old = (dest, left) if is_new else (left, dest)
+    assert images.identical(source, new)
+    assert old.read_bytes() == b"the old one"
+    assert daemon.agent(ALICE).convert(request).result().replaced
+    assert os.listdir(images_dir) == [dest.name]
+    assert images.identical(source, dest)
+
+
+def test_another_users_file_that_a_killed_job_could_not_give_back_is_kept(
+    daemon: Daemon, library: Path, images_dir: Path
+) -> None:
+    """It came between check and exchange. What was not judged replaceable is never removed."""
+    source, dest = library / "small.raw", images_dir / "dest.raw"
+    for name, owner, data in (("dest.raw", ALICE, b"old"), ("bobs", BOB, b"precious")):
+        (images_dir / name).write_bytes(data)
+        os.chown(images_dir / name, owner.uid, owner.gid)
+    request = conversion(source, dest, dest_format="raw", overwrite=True)
+    with Tracer(daemon.traced(), f"renameat2:delay_enter={HELD_MS * 1000}"):
+        call = daemon.agent(ALICE).convert(request)
+        job = daemon.await_one(JOB)
+        waiting.until(lambda: processes.is_about_to_rename(job), "the job is about to exchange")
+        (images_dir / "bobs").rename(dest)
+        waiting.until(lambda: owner_of(dest)[0] == ALICE.uid, "the names are exchanged")
+        os.kill(job, signal.SIGKILL)
+        call.end()
+        daemon.await_calm()
+    (left,) = [images_dir / name for name in os.listdir(images_dir) if name != dest.name]
+    assert left.read_bytes() == b"precious"
+    for _ in range(2):
+        assert daemon.agent(ALICE).convert(request).result().replaced
+    assert left.read_bytes() == b"precious"
+    assert owner_of(left)[0] == BOB.uid

@@ -61,7 +61,7 @@ SOURCE_MIB: Final = 6
 SLOW_MIB: Final = 30
 OUTER_MIB: Final = 2048
 
-PUBLISHING: Final = ("fsync", "linkat", "rename")
+PUBLISHING: Final = ("fsync", "linkat", "renameat2", "unlinkat")
 SLOWED_MS: Final = 15
 """What publishing consists of, and how much longer each step takes when it is to be hit."""
 
@@ -282,14 +282,16 @@ def converted(
 def look(disk: Disk, copy: Path, attempt: Attempt) -> tuple[Found, int]:
     """What a cut left under the destination's name, and how many temporaries.
 
-    A temporary is what an overwriting job has linked and not yet renamed: the new image whole.
+    A temporary is what an overwriting job has linked and not yet exchanged, or what it replaced:
+    the new image or the old one, whole, and under the destination's name the other one.
     """
     with disk.started_again(copy) as point:
         names = set(os.listdir(point)) - {"lost+found", SOURCES_ARE_IN, attempt.name}
         for name in names:
             assert name.startswith(".convertd-"), name
             assert name.endswith(".tmp"), name
-            assert attempt.new.is_in(point / name)
+            states = [state(point / one, attempt) for one in (name, attempt.name)]
+            assert set(states) == {Found.NEW, Found.OLD}
         return state(point / attempt.name, attempt), len(names)
 
 

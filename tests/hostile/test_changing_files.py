@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from harness.callers import ALICE, PYTHON
-from harness.daemon import Daemon
+from harness import processes, waiting
+from harness.agent import conversion
+from harness.callers import ALICE, BOB, PYTHON
+from harness.daemon import JOB, Daemon
+from harness.tracing import Tracer
 from hostile import asking, forged, racing
 from hostile.forged import Qcow2
 from hostile.secret import Secret
@@ -210,3 +213,62 @@ def test_nobody_can_link_anothers_file_into_a_root(secret: Secret, own_dir: Path
     assert "PermissionError" in ran.err
     with contextlib.suppress(FileNotFoundError):
         victim.unlink()
+
+
+HELD_S: Final = 0.5
+"""How long strace holds the job before it renames: a swap takes a hundredth of that."""
+
+
+@pytest.mark.parametrize("round_number", range(3))
+def test_another_users_file_is_never_replaced_in_a_sticky_directory(
+    daemon: Daemon, images_dir: Path, round_number: int
+) -> None:
+    """The destination was the caller's own when it was looked at, and is another's at the rename.
+
+    The job is held there; the swap is that of two users, each of its own file.
+    """
+    shared = images_dir / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    image = asking.given_to(ALICE, images_dir / "image.raw", HONEST)
+    out = asking.given_to(ALICE, shared / "out", b"old")
+    theirs = asking.given_to(BOB, shared / "bobs", f"precious {round_number}".encode())
+    before = theirs.stat()
+    request = conversion(image, out, source_format="raw", dest_format="raw", overwrite=True)
+    hold = f"/^rename:delay_enter={int(HELD_S * 1e6)}"
+    with Tracer(daemon.traced(), hold):
+        call = daemon.agent(ALICE).convert(request)
+        job = daemon.await_one(JOB)
+        waiting.until(lambda: processes.is_about_to_rename(job), "the job is about to rename")
+        assert ALICE.run(["mv", str(out), str(shared / "aside")]).status == 0
+        assert BOB.run(["mv", str(theirs), str(out)]).status == 0
+        answer = asking.answer_of(call)
+        daemon.await_calm()
+    assert answer.reason == "NOT_YOURS"
+    assert os.path.samestat(out.stat(), before)
+    assert out.read_bytes() == f"precious {round_number}".encode()
+    assert sorted(os.listdir(shared)) == ["aside", "out"]
+
+
+def test_a_race_for_anothers_file_in_a_sticky_directory_is_never_won(
+    daemon: Daemon, images_dir: Path
+) -> None:
+    """As fast as two users can swap their files under one name; nothing of either is lost."""
+    shared = images_dir / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    image = asking.given_to(ALICE, images_dir / "image.raw", HONEST)
+    precious = asking.given_to(BOB, shared / "bobs", b"precious").stat()
+    asking.given_to(ALICE, shared / "alices", b"old")
+    out = shared / "out"
+    ends: Counter[str] = Counter()
+    with racing.taking_turns(shared, "out", (ALICE, "alices"), (BOB, "bobs")) as count:
+        for _ in range(ROUNDS * 4):
+            answer = asking.overwrite(daemon, image, out)
+            ends[answer.reason or answer.status] += 1
+    print(count.changes, ends)  # noqa: T201 - the figures of a long run
+    assert count.lost == 0
+    assert count.changes > 2 * ROUNDS
+    assert ends["NOT_YOURS"], "it was never another's: it tests nothing"
+    assert ends.keys() <= {"OK", "NOT_YOURS", "NAME_REPLACED"}
+    assert os.path.samestat((shared / "bobs").stat(), precious)

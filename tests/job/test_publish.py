@@ -94,10 +94,11 @@ def place(request: pytest.FixtureRequest, area: Path) -> Iterator[Path]:
     """A directory on a file system with O_TMPFILE, and on one without."""
     directory = area / "below"
     directory.mkdir()
-    directory.chmod(0o777)
     if request.param == "unnamed":
+        directory.chmod(0o777)
         yield directory
         return
+    # Nobody but root may write there: without an exchange of names nothing else would be safe.
     with Mounts(area) as mounts:
         yield mounts.by_fuse(directory, "fuse")
 
@@ -119,14 +120,6 @@ class TestNewName:
         published(grant_to(place, mode=0o640, group="1300"))
         status = (place / "new").stat()
         assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (CALLER.uid, 1300, 0o640)
-
-    def test_leads_to_a_file_without_the_directorys_default_acl(self, area: Path) -> None:
-        """The mode is what was asked for, and all there is."""
-        subprocess.run(["setfacl", "-d", "-m", "u:1666:rw", str(area)], check=True)
-        published(grant_to(area, mode=0o640))
-        acl = ["getfacl", "--omit-header", "--absolute-names", str(area / "new")]
-        said = subprocess.run(acl, check=True, capture_output=True, text=True).stdout
-        assert said.split() == ["user::rw-", "group::r--", "other::---"]
 
     def test_that_somebody_took_meanwhile_is_not_taken_from_him(self, place: Path) -> None:
         """Whose file it is does not matter: overwriting was not asked for."""
@@ -372,15 +365,6 @@ class TestFailing:
         assert "cross-device" in failure.message
         assert names_in(other) == set()
         assert names_in(area) == {"other"}
-
-    def test_an_old_file_that_goes_meanwhile_is_no_hindrance(self, area: Path) -> None:
-        """The name is free then."""
-        grant = grant_to(area, overwrite=model.Overwrite.OWN)
-        with written(grant) as dest:
-            assert (
-                refusals.reason_of(lambda: publish._check_replaceable(grant, dest))  # noqa: SLF001 - as above
-                == "done"
-            )
 
 
 class TestOwnRights:

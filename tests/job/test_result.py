@@ -8,7 +8,9 @@ import errno
 import fcntl
 import grp
 import os
+import signal
 import socket
+import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +23,7 @@ from descriptors import none_left_open
 from harness.mounts import Mounts
 
 from convertd_daemon import errors, model
-from convertd_daemon.job import own, paths, result, rights
+from convertd_daemon.job import own, paths, result, rights, temporaries
 from convertd_daemon.sandbox.setup import Setup
 
 CALLER = grants.CALLER
@@ -164,6 +166,7 @@ class TestNamed:
     def test_those_of_jobs_that_were_killed_are_removed(self, fuse: Path) -> None:
         """By whoever makes the next one in that directory."""
         (fuse / LEFT).touch()
+        os.chown(fuse / LEFT, CALLER.uid, CALLER.gid)
         with created(grant_to(fuse)) as dest:
             assert os.listdir(fuse) == [dest.temporary]
 
@@ -177,6 +180,12 @@ class TestNamed:
         [
             pytest.param(".convertd-tmp", Path.touch, id="another-ending"),
             pytest.param("convertd-1.tmp", Path.touch, id="another-beginning"),
+            pytest.param(".convertd-notes.tmp", Path.touch, id="no-digits"),
+            pytest.param(f"{LEFT[:-5]}.tmp", Path.touch, id="too-few-digits"),
+            pytest.param(f"{LEFT[:-4]}0.tmp", Path.touch, id="too-many-digits"),
+            pytest.param(LEFT.upper().replace("TMP", "tmp"), Path.touch, id="capitals"),
+            pytest.param(f"{LEFT}\n", Path.touch, id="a-newline"),
+            pytest.param(f"{LEFT[:-4]}-1-2.tmp", Path.touch, id="other-inode-numbers"),
             pytest.param(LEFT, Path.mkdir, id="a-directory"),
             pytest.param(LEFT, os.mkfifo, id="a-fifo"),
             pytest.param(LEFT, lambda path: path.symlink_to("/etc/passwd"), id="a-link"),
@@ -188,8 +197,9 @@ class TestNamed:
     ) -> None:
         """Nothing is opened of it, so that nothing blocks."""
         make(area / name)
+        os.chown(area / name, CALLER.uid, CALLER.gid, follow_symlinks=False)
         with paths.open_target(grant_to(area)) as target:
-            result.sweep(target)
+            temporaries.sweep(target.directory, CALLER.uid)
         assert os.listdir(area) == [name]
 
     def test_sweeping_is_done_with_the_rights_of_who_asks(self, area: Path) -> None:
@@ -199,8 +209,87 @@ class TestNamed:
         root = grants.files(area, access=model.Access.CALLER)
         grant = grant_to(area, root=root)
         with paths.open_target(grant) as target, rights.of(root, CALLER):
-            result.sweep(target)
+            temporaries.sweep(target.directory, 0)
         assert os.listdir(area) == [LEFT]
+
+    @pytest.mark.parametrize("uid", [0, grants.STRANGER.uid], ids=["root's", "another-user's"])
+    @pytest.mark.parametrize("access", [model.Access.DAEMON, model.Access.CALLER])
+    def test_those_of_others_stay(self, area: Path, uid: int, access: model.Access) -> None:
+        """Whatever they are called: they may be anything."""
+        area.chmod(0o777)
+        (area / LEFT).write_bytes(b"precious")
+        os.chown(area / LEFT, uid, uid)
+        grant = grant_to(area, root=grants.files(area, access=access))
+        with paths.open_target(grant) as target, rights.of(grant.dest.root, CALLER):
+            temporaries.sweep(target.directory, CALLER.uid)
+        assert (area / LEFT).read_bytes() == b"precious"
+
+    def test_ones_that_a_qemu_has_open_stay(self, area: Path) -> None:
+        """It would go on writing into the void."""
+        (area / LEFT).touch()
+        with (area / LEFT).open("r+b") as file:
+            lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 101, 1, 0)
+            fcntl.fcntl(file, fcntl.F_OFD_SETLK, lock)
+            with paths.open_target(grant_to(area)) as target:
+                temporaries.sweep(target.directory, 0)
+                assert os.listdir(area) == [LEFT]
+                fcntl.fcntl(
+                    file,
+                    fcntl.F_OFD_SETLK,
+                    struct.pack("hhqqi4x", fcntl.F_UNLCK, os.SEEK_SET, 101, 1, 0),
+                )
+                temporaries.sweep(target.directory, 0)
+        assert os.listdir(area) == []
+
+    def test_of_two_names_of_one_file_only_the_temporary_goes(self, area: Path) -> None:
+        """A kill between link(2) and unlink(2) leaves two."""
+        (area / "result").write_bytes(b"whole")
+        os.link(area / "result", area / LEFT)
+        with paths.open_target(grant_to(area)) as target:
+            temporaries.sweep(target.directory, 0)
+        assert os.listdir(area) == ["result"]
+        assert (area / "result").read_bytes() == b"whole"
+
+    def test_what_was_exchanged_goes_if_it_is_what_the_name_says(self, area: Path) -> None:
+        """The result, or the very file that was judged replaceable."""
+        for number in range(3):
+            (area / f"{number}").touch()
+        inodes = [(area / f"{number}").stat().st_ino for number in range(3)]
+        names = [temporaries.new_name_to_exchange(*inodes[:2]) for _ in range(3)]
+        for number, name in enumerate(names):
+            (area / f"{number}").rename(area / name)
+        with paths.open_target(grant_to(area)) as target:
+            temporaries.sweep(target.directory, 0)
+        assert os.listdir(area) == [names[2]]
+
+    def test_a_crowd_of_names_holds_nobody_up(self, area: Path) -> None:
+        """Whoever fills a directory with them has them looked at to a bound."""
+        for number in range(temporaries.MOST_LOOKED_AT + 100):
+            (area / f".convertd-{number:016x}.tmp").touch()
+        with paths.open_target(grant_to(area)) as target:
+            temporaries.sweep(target.directory, 0)
+            assert len(os.listdir(area)) == 100
+            temporaries.sweep(target.directory, 0)
+        assert os.listdir(area) == []
+
+    def test_one_that_a_sweep_finds_before_it_is_locked_is_made_anew(self, area: Path) -> None:
+        """Another process sweeps all the time, with the right to remove everything."""
+        (area / "below").mkdir()
+        with Mounts(area) as mounts:
+            fuse = mounts.by_fuse(area / "below", "fuse", "--force-user=root")
+            sweeper = os.fork()
+            if sweeper == 0:
+                directory = os.open(fuse, os.O_RDONLY | os.O_DIRECTORY)
+                while True:
+                    temporaries.sweep(directory, 0)
+            try:
+                root = grants.files(fuse, allow_ownerless=True)
+                for _ in range(30):
+                    with created(grant_to(fuse, root=root), WITHOUT_WORKER) as dest:
+                        assert dest.temporary in os.listdir(fuse)
+            finally:
+                os.kill(sweeper, signal.SIGKILL)
+                os.waitpid(sweeper, 0)
 
 
 class TestOwnership:
@@ -209,7 +298,7 @@ class TestOwnership:
     def owned(self, area: Path, root: model.Root | None = None, **asked: object) -> tuple[int, ...]:
         """Uid, gid and mode that a result will have."""
         with created(grant_to(area, root=root, **asked)) as dest:
-            return dataclasses.astuple(dest.ownership)
+            return dataclasses.astuple(dest.ownership)[:3]
 
     def test_the_callers_with_the_roots_mode(self, area: Path) -> None:
         """By default."""
@@ -303,15 +392,14 @@ class TestRefusals:
         [
             (errno.EDQUOT, "QUOTA_EXCEEDED"),
             (errno.EPERM, "ACCESS_REFUSED"),
-            (errno.EOPNOTSUPP, "UNSUPPORTED"),
             (errno.EIO, "WRITE_FAILED"),
         ],
-        ids=["quota", "not-permitted", "no-owners", "broken"],
+        ids=["quota", "not-permitted", "broken"],
     )
     def test_what_no_file_system_here_says_has_its_condition_too(
         self, area: Path, number: int, expected: str
     ) -> None:
-        """A quota, and a file system that knows no owners."""
+        """A quota, for one."""
         grant = grant_to(area)
         error = OSError(number, os.strerror(number))
         with paths.open_target(grant) as target:

@@ -10,6 +10,7 @@ import resource
 import signal
 import socket
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from convertd_daemon.kernel import (
     openat2,
     peercred,
     prctl,
+    renameat2,
     scm_rights,
     statx,
     syscall,
@@ -437,3 +439,61 @@ class TestStatx:
         """The kernel's own."""
         with pytest.raises(OSError, match="statx: Bad file descriptor"):
             statx.direct_alignment(9999)
+
+    @pytest.mark.parametrize(
+        ("letter", "expected"),
+        [
+            ("", statx.Attribute(0)),
+            ("a", statx.Attribute.APPEND),
+            ("i", statx.Attribute.IMMUTABLE),
+            ("ai", statx.Attribute.APPEND | statx.Attribute.IMMUTABLE),
+            ("A", statx.Attribute(0)),
+        ],
+    )
+    def test_tells_what_chattr_has_set(
+        self, tmp_path: Path, letter: str, expected: statx.Attribute
+    ) -> None:
+        """Of a file and of a directory, also where they are open as a mere path."""
+        for path in (tmp_path / "file", tmp_path / "directory"):
+            path.touch() if path.name == "file" else path.mkdir()
+            fd = os.open(path, os.O_PATH)
+            subprocess.run(["chattr", f"+{letter}", str(path)], check=bool(letter))
+            assert statx.attributes(fd) == expected
+            subprocess.run(["chattr", "-ai", str(path)], check=True)
+            os.close(fd)
+
+
+class TestRenameat2:
+    """renameat2(2)."""
+
+    @pytest.fixture
+    def directory(self, tmp_path: Path) -> Iterator[int]:
+        """A directory with two files, `one` and `two`."""
+        for name in ("one", "two"):
+            (tmp_path / name).write_text(name)
+        fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+        yield fd
+        os.close(fd)
+
+    def test_exchanges_two_names(self, tmp_path: Path, directory: int) -> None:
+        """Each has the other's file."""
+        renameat2.renameat2(directory, "one", "two", renameat2.Flag.EXCHANGE)
+        assert (tmp_path / "one").read_text() == "two"
+        assert (tmp_path / "two").read_text() == "one"
+
+    def test_replaces_nothing(self, tmp_path: Path, directory: int) -> None:
+        """A name that exists is an error, one that does not is taken."""
+        with pytest.raises(FileExistsError):
+            renameat2.renameat2(directory, "one", "two", renameat2.Flag.NOREPLACE)
+        renameat2.renameat2(directory, "one", "three", renameat2.Flag.NOREPLACE)
+        assert sorted(os.listdir(tmp_path)) == ["three", "two"]
+
+    def test_needs_both_names_to_exchange_them(self, directory: int) -> None:
+        """Else nothing is done."""
+        with pytest.raises(FileNotFoundError):
+            renameat2.renameat2(directory, "one", "three", renameat2.Flag.EXCHANGE)
+
+    def test_takes_no_name_that_the_kernel_would_cut(self, directory: int) -> None:
+        """At its NUL byte."""
+        with pytest.raises(ValueError, match="null byte"):
+            renameat2.renameat2(directory, "one\0x", "three", renameat2.Flag.NOREPLACE)

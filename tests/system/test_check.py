@@ -26,6 +26,7 @@ access = "daemon"
 owner = "root:0"
 mode = "0640"
 mounts = true
+allow_ownerless = true
 [roots.own]
 path = "{directory}/own"
 access = "caller"
@@ -53,10 +54,12 @@ Roots
     They are opened with the daemon's rights, whosever they are.
     What is created belongs to uid 0, gid 0, mode 0640 unless asked otherwise.
     What is mounted below is used too.
+    Where the file system keeps no owner or mode, it is created with a warning.
   own: image files in {directory}/own
     They are opened with the rights of whoever asks.
     What is created belongs to whoever asks, mode 0600 unless asked otherwise.
     What is mounted below is out of reach.
+    Where the file system keeps no owner or mode, nothing is created.
   volumes: block devices in /dev/no-such-group-of-volumes
     They are opened with the daemon's rights, whosever they are.
     Nothing is created here. Callers who say a device reads as zeroes are not believed.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import subprocess
 from pathlib import Path
@@ -124,16 +123,29 @@ def test_a_root_can_say_whose_its_files_are(alice: Agent, source: Path, scratch:
     assert owner_of(scratch / "house" / "two.qcow2") == (1500, 1600, 0o600)
 
 
-def test_a_default_access_control_list_does_not_open_the_result_to_others(
+def test_a_default_access_control_list_is_inherited_within_the_mode(
     alice: Agent, source: Path, images_dir: Path
 ) -> None:
-    """The mode that was asked for is all the access there is."""
+    """As open(2) would: the mode that was asked for, or the root's, bounds every entry of it."""
     subprocess.run(["setfacl", "-d", "-m", "u:1666:rw,g:1700:rw", str(images_dir)], check=True)
-    dest = images_dir / "dest.qcow2"
-    alice.convert(conversion(source, dest, mode=0o640)).result()
-    assert owner_of(dest) == (1234, 1234, 0o640)
-    with pytest.raises(OSError, match=os.strerror(errno.ENODATA)):
-        os.getxattr(dest, "system.posix_acl_access")
+    expected = {
+        0o640: "u::rw-,u:1666:rw-,g::r-x,g:1700:rw-,m::r--,o::---",
+        None: "u::rw-,u:1666:rw-,g::r-x,g:1700:rw-,m::---,o::---",
+    }
+    for mode, entries in expected.items():
+        dest = images_dir / f"{mode}.qcow2"
+        request = conversion(source, dest)
+        if mode is not None:
+            request.dest.mode = mode
+        alice.convert(request).result()
+        assert owner_of(dest) == (1234, 1234, 0o600 if mode is None else mode)
+        getfacl = ["getfacl", "--omit-header", "--absolute-names", "--no-effective", "--numeric"]
+        said = subprocess.run([*getfacl, str(dest)], check=True, capture_output=True, text=True)
+        short = [
+            line.replace("user:", "u:").replace("group:", "g:") for line in said.stdout.split()
+        ]
+        short = [line.replace("mask:", "m:").replace("other:", "o:") for line in short]
+        assert ",".join(short) == entries
 
 
 # --- access = "daemon" --------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Final
 import pytest
 from harness import images, waiting
 from harness.agent import Agent, Call, conversion
-from harness.callers import ALICE, owner_of
+from harness.callers import ALICE, BOB, owner_of
 from harness.daemon import QEMU_IMG, Daemon
 from harness.mounts import Mounts
 
@@ -27,10 +27,15 @@ access = "daemon"
 path = "{scratch}"
 access = "daemon"
 mounts = true
+[roots.ownerless]
+path = "{scratch}/ownerless"
+access = "daemon"
+mounts = true
+allow_ownerless = true
 [[grants]]
 users = [1234]
 read = ["library", "places"]
-write = ["places"]
+write = ["places", "ownerless"]
 """
 
 MIB: Final = 1024 * 1024
@@ -203,6 +208,7 @@ def test_stale_temporaries_are_swept_and_live_ones_are_kept(
     stale, foreign = by_fuse / ".convertd-0123456789abcdef.tmp", by_fuse / ".convertd-notes"
     with cleared_but(by_fuse, foreign):
         stale.write_bytes(b"of a job that was killed")
+        os.chown(stale, ALICE.uid, ALICE.gid)
         call = alice.convert(slow(library / "bulky.raw", by_fuse / "slow.qcow2"))
         call.await_started()
         daemon.await_one(QEMU_IMG)
@@ -221,6 +227,7 @@ def test_a_temporary_that_another_process_locks_is_kept(
     """The lock is what tells, not the age."""
     held = by_fuse / ".convertd-fedcba9876543210.tmp"
     with held.open("wb") as file:
+        os.chown(held, ALICE.uid, ALICE.gid)
         fcntl.flock(file, fcntl.LOCK_EX)
         alice.convert(conversion(source, by_fuse / "one.qcow2")).result()
         assert held.exists()
@@ -228,6 +235,25 @@ def test_a_temporary_that_another_process_locks_is_kept(
     assert not held.exists()
     with cleared(by_fuse):
         assert visible(by_fuse) == ["one.qcow2", "two.qcow2"]
+
+
+def test_files_of_others_that_only_look_like_temporaries_are_kept(
+    alice: Agent, source: Path, by_fuse: Path, images_dir: Path
+) -> None:
+    """Whosever they are, but the caller's; and of the caller's what is called otherwise."""
+    for directory in (by_fuse, images_dir):
+        dest = directory / "dest.raw"
+        names = {".convertd-0123456789abcdef.tmp": 0, ".convertd-fedcba9876543210.tmp": BOB.uid}
+        names |= {".convertd-notes.tmp": ALICE.uid, ".convertd-0123.tmp": ALICE.uid}
+        for name, uid in names.items():
+            (directory / name).write_bytes(b"precious")
+            os.chown(directory / name, uid, uid)
+        alice.convert(conversion(source, dest, dest_format="raw")).result()
+        alice.convert(conversion(source, dest, dest_format="raw", overwrite=True)).result()
+        for name in names:
+            assert (directory / name).read_bytes() == b"precious"
+            (directory / name).unlink()
+        dest.unlink()
 
 
 def temporaries(directory: Path) -> list[str]:
@@ -383,3 +409,51 @@ def test_a_directory_with_a_quota_of_inodes_is_full_without_a_byte_written(
     refusal = alice.convert(conversion(source, spent / "dest.qcow2")).refusal()
     assert (refusal.status, refusal.reason) == ("RESOURCE_EXHAUSTED", "NO_SPACE")
     assert refusal.metadata["mount_point"] == str(spent)
+
+
+# --- owners -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ntfs(mounts: Mounts) -> Path:
+    """An NTFS by ntfs-3g: every file is root's, with mode 0777, whatever is asked for."""
+    return mounts.ntfs("ntfs")
+
+
+@pytest.fixture(scope="module")
+def ownerless(mounts: Mounts) -> Path:
+    """The same, where the policy allows that."""
+    return mounts.ntfs("ownerless/ntfs")
+
+
+def test_a_file_system_that_keeps_no_owners_is_refused_before_anything_is_converted(
+    alice: Agent, source: Path, ntfs: Path
+) -> None:
+    """Fchown(2) and fchmod(2) say 0 there; what they did is looked at."""
+    dest = ntfs / "dest.raw"
+    refusal = alice.convert(conversion(source, dest, dest_format="raw")).refusal()
+    assert (refusal.status, refusal.reason) == ("FAILED_PRECONDITION", "OWNER_NOT_KEPT")
+    assert refusal.metadata == {
+        "path": str(dest),
+        "found": "uid 0, gid 0, mode 0777",
+        "wanted": "uid 1234, gid 1234, mode 0600",
+    }
+    waiting.until(lambda: os.listdir(ntfs) == [], "no file")
+    request = conversion(source, dest, dest_format="raw", validate_only=True)
+    assert alice.convert(request).refusal().reason == "OWNER_NOT_KEPT"
+
+
+def test_where_the_policy_allows_it_the_result_says_that_its_owner_was_not_kept(
+    alice: Agent, source: Path, ownerless: Path
+) -> None:
+    """Fresh and overwriting: with a warning, and whole."""
+    dest = ownerless / "dest.raw"
+    result = alice.convert(conversion(source, dest, dest_format="raw")).result()
+    (warning,) = result.warnings
+    assert warning.reason == "OWNER_NOT_KEPT"
+    assert "uid 0, gid 0, mode 0777, not uid 1234, gid 1234, mode 0600" in warning.message
+    assert images.identical(source, dest)
+    # Who owns it is root now; so the policy's "own" keeps it from being replaced.
+    request = conversion(source, dest, dest_format="raw", overwrite=True)
+    assert alice.convert(request).refusal().reason == "NOT_YOURS"
+    waiting.until(lambda: os.listdir(ownerless) == ["dest.raw"], "the result alone")

@@ -61,6 +61,7 @@ access = "daemon"
 owner = "nova:36"
 mode = "0640"
 mounts = true
+allow_ownerless = true
 
 [roots.own]
 path = "/srv/own"
@@ -121,6 +122,7 @@ def test_every_key_has_its_effect() -> None:
         owner=model.Owner(uid=107, gid=36),
         mode=0o640,
         mounts=True,
+        allow_ownerless=True,
     )
     assert own == model.Root(name="own", path="/srv/own", access=model.Access.CALLER)
     assert devices == model.Root(
@@ -321,7 +323,9 @@ def test_a_root_of_files_may_not_say(line: str, reason: str) -> None:
     assert reason in mistake.reason
 
 
-@pytest.mark.parametrize("line", ['owner = "caller"', 'mode = "0600"', "mounts = false"])
+@pytest.mark.parametrize(
+    "line", ['owner = "caller"', 'mode = "0600"', "mounts = false", "allow_ownerless = false"]
+)
 def test_a_root_of_devices_may_not_say(line: str) -> None:
     """For nothing is created there."""
     mistake = mistake_in(DEVICES + line)

@@ -57,7 +57,9 @@ def _root(root: model.Root) -> list[str]:
     lines.append(
         f"What is created belongs to {owner}, mode {root.mode:04o} unless asked otherwise."
     )
-    return [*lines, f"What is mounted below is {mounts}."]
+    lines.append(f"What is mounted below is {mounts}.")
+    made = "it is created with a warning" if root.allow_ownerless else "nothing is created"
+    return [*lines, f"Where the file system keeps no owner or mode, {made}."]
 
 
 def _grant(table: policy_toml.GrantTable, rule: policy.Rule, ids: policy_bind.Ids) -> list[str]:

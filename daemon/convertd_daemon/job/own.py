@@ -11,7 +11,8 @@ from typing import Final
 
 from convertd_daemon import channel, errors, model, validation
 
-EVERYTHING: Final = model.Root(name="own", path="/", access=model.Access.OWN)
+EVERYTHING: Final = model.Root(name="own", path="/", access=model.Access.OWN, allow_ownerless=True)
+"""Whoever converts with its own rights chose the file system itself, and is warned."""
 
 RULE: Final = "own rights"
 

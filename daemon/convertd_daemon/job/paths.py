@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from convertd_daemon import errors, model
-from convertd_daemon.job import rights, unchanged
+from convertd_daemon.job import attributes, rights, unchanged
 from convertd_daemon.kernel import locks, statx
 from convertd_daemon.kernel.openat2 import Resolve, openat2
 
@@ -101,8 +101,8 @@ def open_target(grant: model.Grant) -> Iterator[Target]:
     """Open the directory in which the result will appear, and see what has its name now.
 
     Raises:
-        errors.DirectoryNotFound, errors.DestExists, errors.NotYours, errors.ImageInUse, and what
-        open_source raises: as they say.
+        errors.DirectoryNotFound, errors.DestExists, errors.NotYours, errors.ImageInUse,
+        errors.ProtectedByAttribute, and what open_source raises: as they say.
     """
     place = grant.dest
     parent, name = posixpath.split(place.below)
@@ -116,6 +116,8 @@ def open_target(grant: model.Grant) -> Iterator[Target]:
             stack.callback(os.close, directory)
             status = os.fstat(directory)
             existing = _existing(grant, directory, name)
+            above = posixpath.dirname(place.path)
+            attributes.check_directory(directory, above, renames=existing is not None)
         except OSError as error:
             path = posixpath.dirname(place.path)
             raise_for(error, place, grant.peer, errors.DirectoryNotFound(path=path))
@@ -149,7 +151,11 @@ def _existing(grant: model.Grant, directory: int, name: str) -> os.stat_result |
             raise errors.DestExists(path=place.path)
         if grant.overwrite is model.Overwrite.OWN and status.st_uid != grant.peer.uid:
             raise errors.NotYours(path=place.path)
-        _check_unlocked(fd, place)
+        attributes.check_file(fd, place.path)
+        check_unlocked(fd, place)
+    except FileNotFoundError:
+        # Removed meanwhile: FUSE knows no inode that has no name.
+        return None
     finally:
         os.close(fd)
     return status
@@ -181,14 +187,24 @@ def status_of(directory: int, name: str) -> os.stat_result:
         os.close(fd)
 
 
-def _check_unlocked(fd: int, place: model.Place) -> None:
-    """Refuse to replace the disk of a running qemu, which would go on writing into the void."""
+def check_unlocked(fd: int, place: model.Place) -> None:
+    """Refuse to replace the disk of a running qemu, which would go on writing into the void.
+
+    Raises:
+        errors.ImageInUse: a qemu has locked it.
+        OSError: it can't be opened for reading.
+    """
     file = reopen(fd, os.O_RDONLY | os.O_NONBLOCK)
     try:
-        if locks.find_lock(file, *QEMU_LOCKS):
+        if is_in_use(file):
             raise errors.ImageInUse(path=place.path)
     finally:
         os.close(file)
+
+
+def is_in_use(fd: int) -> bool:
+    """Whether a qemu has the image open, for reading or writing."""
+    return locks.is_locked(fd, *QEMU_LOCKS)
 
 
 def is_being_written(fd: int) -> bool:

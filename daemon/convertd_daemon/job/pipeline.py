@@ -72,7 +72,7 @@ def convert(grant: model.Grant, kept: secrets.Secrets, runner: qemu_img.Runner) 
                     compare()
             # 6. Publish.
             line.progress(model.Phase.PUBLISHING, run.ALL)
-            publish.flush(grant, planned, dest)
+            warnings += publish.flush(grant, planned, dest)
             line.check()
         with leash.no_way_back():
             replaced = publish.name(grant, dest)

@@ -5,9 +5,9 @@ What holds, and what does not:
 - Before the name appears, everything the result consists of is on disk (fsync of the descriptor
   that has been open since before the first write), with its owner and its mode.
 - The name appears by linkat(2), which refuses a name that exists. To overwrite, the result is given
-  a temporary name and rename(2) puts it over the old file: a reader sees the old one whole or the
-  new one whole. A kill between the two leaves a complete temporary, which the next job that
-  publishes by such a name in that directory removes.
+  a temporary name, which is exchanged with the destination's: a reader sees the old one whole or
+  the new one whole. A kill meanwhile leaves one complete file by a temporary name, which the next
+  job that overwrites there for the same owner removes. See replace.py.
 - When `name` returns, the name too is on disk (fsync of the directory). If only that fails, the
   file is there and complete, and the caller is told so: PUBLISHED_BUT_NOT_DURABLE.
 - After an error of any other kind nothing new is visible.
@@ -15,37 +15,40 @@ What holds, and what does not:
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import stat
 from typing import TYPE_CHECKING
 
 from convertd_daemon import errors, model
-from convertd_daemon.job import devices, paths, rights, space
-from convertd_daemon.job import result as results
+from convertd_daemon.job import devices, ownership, paths, replace, rights, space
 from convertd_daemon.job.devices import DeviceDest
 
 if TYPE_CHECKING:
     from convertd_daemon.job.result import FileDest
 
 
-def flush(grant: model.Grant, plan: model.Plan, dest: FileDest | DeviceDest) -> None:
+def flush(
+    grant: model.Grant, plan: model.Plan, dest: FileDest | DeviceDest
+) -> tuple[model.Warned, ...]:
     """Put the result on disk: a file with the owner and mode that it keeps, but no name yet.
 
+    Gives a warning if its file system keeps other ones than it should have.
+
     Raises:
+        errors.OwnerNotKept: as that, and the root does not allow it.
         errors.WriteFailed, errors.NoSpace, errors.QuotaExceeded: it could not be flushed.
     """
     if isinstance(dest, DeviceDest):
         devices.finish(dest, plan, is_zero=grant.request.dest.is_zero)
-        return
+        return ()
     try:
-        _dress(dest)
+        warnings = ownership.settle(dest.fd, dest.ownership, dest.target)
         os.fsync(dest.fd)
     except OSError as error:
         space.raise_if_full(error, dest.target)
         problem = os.strerror(error.errno or 0)
         raise errors.WriteFailed(path=dest.place.path, problem=problem) from error
+    return warnings
 
 
 def name(grant: model.Grant, dest: FileDest | DeviceDest) -> bool:
@@ -55,7 +58,9 @@ def name(grant: model.Grant, dest: FileDest | DeviceDest) -> bool:
         Whether it took the place of an existing file.
 
     Raises:
-        errors.DestExists, errors.NotYours: something has the name by now. Nothing is visible.
+        errors.DestExists, errors.NotYours, errors.ImageInUse, errors.ProtectedByAttribute: what has
+            the name by now keeps it. Nothing is visible.
+        errors.Unsupported: it can't be replaced safely there. Nothing is visible.
         errors.DirectoryNotFound: the directory has been removed. Nothing is visible.
         errors.AccessRefused: the kernel does not let the caller replace it. Nothing is visible.
         errors.WriteFailed, errors.NoSpace: the directory can't take it. Nothing is visible.
@@ -66,13 +71,15 @@ def name(grant: model.Grant, dest: FileDest | DeviceDest) -> bool:
         return True
     path = dest.place.path
     try:
-        with rights.of(dest.place.root, grant.peer):
-            replaced = _take_name(grant, dest)
+        replaced = replace.take_name(grant, dest)
     except FileExistsError as error:
         raise errors.DestExists(path=path) from error
     except FileNotFoundError as error:
         # Removed meanwhile, and with it the place for a name.
         raise errors.DirectoryNotFound(path=os.path.dirname(path)) from error
+    except BlockingIOError as error:
+        # Whoever has a lease on it is asked to give it up first.
+        raise errors.ImageInUse(path=path) from error
     except PermissionError as error:
         # A sticky directory, most likely: what is there is another's, and stays.
         whose = rights.name_of(dest.place.root, grant.peer)
@@ -89,70 +96,11 @@ def name(grant: model.Grant, dest: FileDest | DeviceDest) -> bool:
     return replaced
 
 
-def _dress(dest: FileDest) -> None:
-    """Give the inode the mode and the owner that it keeps."""
-    os.fchmod(dest.fd, dest.ownership.mode)
-    status = os.fstat(dest.fd)
-    wanted = (dest.ownership.uid, dest.ownership.gid)
-    if wanted not in {(status.st_uid, status.st_gid), (status.st_uid, -1)}:
-        os.fchown(dest.fd, *wanted)
-
-
-def _take_name(grant: model.Grant, dest: FileDest) -> bool:
-    """Make the name lead to the result; True if it was another file's before."""
-    try:
-        _link(dest, dest.target.name)
-    except FileExistsError:
-        if not grant.request.dest.overwrite:
-            raise
-    else:
-        if dest.temporary:
-            os.unlink(dest.temporary, dir_fd=dest.target.directory)
-        return False
-    temporary = dest.temporary or results.temporary_name()
-    if not dest.temporary:
-        results.sweep(dest.target)
-        _link(dest, temporary)
-    try:
-        _check_replaceable(grant, dest)
-        os.rename(
-            temporary,
-            dest.target.name,
-            src_dir_fd=dest.target.directory,
-            dst_dir_fd=dest.target.directory,
-        )
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary, dir_fd=dest.target.directory)
-        raise
-    return True
-
-
-def _link(dest: FileDest, name: str) -> None:
-    """Give the result one more name. Raises FileExistsError if something has it."""
-    here = dest.target.directory
-    if dest.temporary:
-        os.link(dest.temporary, name, src_dir_fd=here, dst_dir_fd=here, follow_symlinks=False)
-        return
-    # Only with a dst_dir_fd does Python call linkat(2) with AT_SYMLINK_FOLLOW, which is what leads
-    # from /proc/self/fd/N to the inode; otherwise it calls link(2), which links the symlink.
-    os.link(f"/proc/self/fd/{dest.fd}", name, dst_dir_fd=here, follow_symlinks=True)
-
-
-def _check_replaceable(grant: model.Grant, dest: FileDest) -> None:
-    """Look once more at what rename(2) is about to replace."""
-    with contextlib.suppress(FileNotFoundError):
-        status = paths.status_of(dest.target.directory, dest.target.name)
-        if not stat.S_ISREG(status.st_mode):
-            raise errors.DestExists(path=dest.place.path)
-        if grant.overwrite is model.Overwrite.OWN and status.st_uid != grant.peer.uid:
-            raise errors.NotYours(path=dest.place.path)
-
-
 def _check_name(dest: FileDest) -> None:
     """Make sure that the name leads to what we wrote, and to nobody else's file."""
-    ours = os.fstat(dest.fd)
     try:
+        # On FUSE, an inode that was removed can't be asked either.
+        ours = os.fstat(dest.fd)
         theirs = paths.status_of(dest.target.directory, dest.target.name)
     except OSError as error:
         if error.errno not in {errno.ENOENT, errno.EXDEV}:

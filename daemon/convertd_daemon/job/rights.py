@@ -77,9 +77,18 @@ def can_read(identity: enter.Identity, fd: int) -> bool:
 
     Asked by opening it: only the kernel knows modes, ACLs and what a file system adds to them.
     """
+    return _can_open(identity, fd, os.O_RDONLY)
+
+
+def can_write(identity: enter.Identity, fd: int) -> bool:
+    """Whether it would let `identity` open an inode for reading and writing. See can_read."""
+    return _can_open(identity, fd, os.O_RDWR)
+
+
+def _can_open(identity: enter.Identity, fd: int, flags: int) -> bool:
     try:
         with acting_as(identity.uid, identity.gid, identity.groups):
-            os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+            os.close(os.open(f"/proc/self/fd/{fd}", flags | os.O_NONBLOCK | os.O_CLOEXEC))
     except PermissionError:
         return False
     return True

@@ -1,6 +1,7 @@
-"""statx(2): size and times of an inode, and what its file system says of direct I/O on it."""
+"""statx(2): size, times and attributes of an inode, and what is said of direct I/O on it."""
 
 import ctypes
+import enum
 import struct
 from dataclasses import dataclass
 from typing import Final
@@ -22,6 +23,15 @@ _SIZE_AT: Final = 40  # stx_size
 _TIMESTAMP: Final = struct.Struct("=qI")
 _MTIME_AT: Final = 112  # stx_mtime
 _NS_PER_S: Final = 10**9
+_ATTRIBUTES: Final = struct.Struct("=Q")
+_ATTRIBUTES_AT: Final = 8  # stx_attributes
+
+
+class Attribute(enum.IntFlag):
+    """What chattr(1) may have set. Source: statx(2), linux/stat.h."""
+
+    IMMUTABLE = 0x10
+    APPEND = 0x20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,3 +82,15 @@ def direct_alignment(fd: int) -> DirectAlignment | None:
         return None
     memory, offset = _ALIGNMENTS.unpack_from(told, _ALIGNMENTS_AT)
     return DirectAlignment(memory=memory, offset=offset)
+
+
+def attributes(fd: int) -> Attribute:
+    """Ask which attributes the inode has; a file system that has none tells of none.
+
+    Raises:
+        OSError: the kernel's own answer.
+    """
+    told = ctypes.create_string_buffer(_BYTES)
+    syscall.call("statx", fd, b"", _AT_EMPTY_PATH, 0, told)
+    (found,) = _ATTRIBUTES.unpack_from(told, _ATTRIBUTES_AT)
+    return Attribute(found & (Attribute.IMMUTABLE | Attribute.APPEND))

@@ -17,7 +17,7 @@ _MAKERS: Final = {
     "xfs": ("mkfs.xfs", "-q", "-f"),
     "btrfs": ("mkfs.btrfs", "-q", "-f"),
 }
-_LEAST_MIB: Final = {"ext4": 16, "xfs": 320, "btrfs": 128}
+_LEAST_MIB: Final = {"ext4": 16, "xfs": 320, "btrfs": 128, "ntfs": 64}
 
 
 class Mounts:
@@ -60,6 +60,20 @@ class Mounts:
         """A directory once more, by bindfs: FUSE, which has no O_TMPFILE."""
         point = self._point(name)
         _run("bindfs", *options, str(directory), str(point))
+        self._undo.callback(_unmount, point)
+        return point
+
+    def ntfs(self, name: str, options: str = "") -> Path:
+        """An NTFS by ntfs-3g, which keeps no owners unless it is told how."""
+        image = self._directory / f".{name.replace('/', '-')}.ntfs"
+        with image.open("wb") as file:
+            file.truncate(_LEAST_MIB["ntfs"] * MIB)
+        self._undo.callback(image.unlink)
+        _run(
+            "mkfs.ntfs", "-q", "-F", "-Q", "-s", "512", "-p", "0", "-H", "1", "-S", "1", str(image)
+        )
+        point = self._point(name)
+        _run("ntfs-3g", *(("-o", options) if options else ()), str(image), str(point))
         self._undo.callback(_unmount, point)
         return point
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 
@@ -151,3 +152,16 @@ def _thread(pid: int, tid: str) -> Thread:
         no_new_privs=int(said["NoNewPrivs"]),
         seccomp=int(said["Seccomp"]),
     )
+
+
+RENAMES: Final = {"x86_64": {82, 264, 316}, "aarch64": {38, 276}}
+"""The numbers of rename, renameat and renameat2, as /proc/PID/syscall tells them."""
+
+
+def is_about_to_rename(pid: int) -> bool:
+    """Whether a process is held, as by strace, at the entry of a rename."""
+    try:
+        number = Path(f"/proc/{pid}/syscall").read_text(encoding="utf-8").split()[0]
+    except (OSError, IndexError):
+        return False
+    return number.isdecimal() and int(number) in RENAMES[os.uname().machine]

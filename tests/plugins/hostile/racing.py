@@ -44,6 +44,45 @@ while not select.select([sys.stdin], [], [], 0)[0]:
 print(count)
 """
 
+_TAKE_TURNS: Final = """
+import json, os, random, select, sys, time
+order = json.loads(sys.stdin.readline())
+os.chdir(order["directory"])
+fixed, own, count, lost = order["name"], order["own"], 0, 0
+
+def leads_to_own():
+    try:
+        return os.path.samestat(os.stat(own), os.stat(fixed))
+    except FileNotFoundError:
+        return False
+
+def is_lost():
+    # For a moment it may be away; nobody else has the right to take it away for good.
+    until = time.monotonic() + 1
+    while not leads_to_own():
+        if time.monotonic() > until:
+            return True
+    return False
+
+print(flush=True)
+while not select.select([sys.stdin], [], [], 0)[0]:
+    try:
+        os.link(own, fixed)
+    except FileExistsError:
+        pass
+    else:
+        count += 1
+        time.sleep(random.random() * order["pause_s"])
+        lost += order["keeps"] and is_lost()
+    try:
+        if os.stat(fixed).st_uid == os.getuid():
+            os.unlink(fixed)
+    except (FileNotFoundError, PermissionError):
+        pass
+    time.sleep(random.random() * order["pause_s"])
+print(count, lost)
+"""
+
 PAUSE_S: Final = 0.002
 """At most so long between two changes: a conversion takes ten times that."""
 
@@ -53,6 +92,7 @@ class Count:
     """How often something was changed, once it is over."""
 
     changes: int = 0
+    lost: int = 0
 
 
 def rewriting(
@@ -71,6 +111,23 @@ def swapping(
 
 
 @contextlib.contextmanager
+def taking_turns(
+    directory: Path, name: str, first: tuple[Caller, str], second: tuple[Caller, str]
+) -> Iterator[Count]:
+    """Have two users in turn give their own file a name, and take it away again.
+
+    Each has another name for its file, which stays. `changes` counts how often the second had the
+    name; `lost`, how often somebody took it away from there for good.
+    """
+    orders = {"directory": str(directory), "name": name, "pause_s": PAUSE_S / 20}
+    with (
+        _going_on(first[0], _TAKE_TURNS, **orders, own=first[1], keeps=False),
+        _going_on(second[0], _TAKE_TURNS, **orders, own=second[1], keeps=True) as count,
+    ):
+        yield count
+
+
+@contextlib.contextmanager
 def _going_on(caller: Caller, script: str, **order: object) -> Iterator[Count]:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     count = Count()
@@ -84,4 +141,4 @@ def _going_on(caller: Caller, script: str, **order: object) -> Iterator[Count]:
             yield count
         finally:
             said, _ = process.communicate(timeout=waiting.DEADLINE_S)
-            count.changes = int(said)
+            count.changes, count.lost = (*map(int, said.split()), 0)[:2]

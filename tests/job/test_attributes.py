@@ -1,0 +1,108 @@
+"""chattr(1): append-only and immutable directories and files, asked before anything is written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import grants
+import pytest
+import refusals
+import whole_job
+from harness.mounts import Mounts
+
+from convertd_daemon import errors, model
+from convertd_daemon.job import paths, publish, result
+
+SETUP = whole_job.setup()
+
+
+@contextlib.contextmanager
+def having(path: Path, attribute: str) -> Iterator[None]:
+    """A file or directory that has an attribute meanwhile."""
+    subprocess.run(["chattr", f"+{attribute}", str(path)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["chattr", f"-{attribute}", str(path)], check=True)
+
+
+def job(directory: Path, *, overwrite: bool) -> whole_job.Said:
+    """Convert `in` to `out`."""
+    (directory / "in").write_bytes(os.urandom(65536))
+    rules = grants.Rules(roots=(grants.files(directory),), overwrite=model.Overwrite.ANY)
+    request = grants.request(directory / "in", directory / "out")
+    return whole_job.run(rules.convert(grants.to(request, overwrite=overwrite)))
+
+
+@pytest.fixture(params=["ext4", "xfs", "btrfs", "tmpfs"])
+def disk(request: pytest.FixtureRequest, mounts: Mounts) -> Path:
+    """A directory on a file system that has such attributes."""
+    if request.param == "tmpfs":
+        point = mounts.in_memory("tmpfs", "disk")
+    else:
+        point = mounts.on_a_loop(request.param, "disk", 64)
+    (point / "below").mkdir()
+    (point / "below" / "in").touch()
+    return point / "below"
+
+
+@pytest.mark.parametrize(
+    ("what", "attribute", "named"),
+    [
+        pytest.param("", "a", "append-only", id="append-only-directory"),
+        pytest.param("", "i", "immutable", id="immutable-directory"),
+        pytest.param("out", "a", "append-only", id="append-only-file"),
+        pytest.param("out", "i", "immutable", id="immutable-file"),
+    ],
+)
+def test_what_can_not_be_replaced_is_refused_before_anything_is_written_in_an(
+    disk: Path, what: str, attribute: str, named: str
+) -> None:
+    """Nothing is left there, and the message says why."""
+    (disk / "out").write_bytes(b"old")
+    with having(disk / what, attribute):
+        said = job(disk, overwrite=True)
+        assert said.failure is not None
+        assert said.failure.reason == "PROTECTED_BY_ATTRIBUTE"
+        path = str(disk / what).rstrip("/")
+        assert dict(said.failure.values) == {"path": path, "attribute": named}
+        assert sorted(os.listdir(disk)) == ["in", "out"]
+    assert (disk / "out").read_bytes() == b"old"
+
+
+def test_a_new_name_in_an_append_only_directory_is_made(disk: Path) -> None:
+    """That is what such a directory is for."""
+    with having(disk, "a"):
+        assert job(disk, overwrite=False).reason == "done"
+        assert sorted(os.listdir(disk)) == ["in", "out"]
+
+
+def test_a_directory_that_becomes_append_only_meanwhile_gets_no_temporary(area: Path) -> None:
+    """It could not be taken away again."""
+    (area / "new").write_bytes(b"old")
+    rules = grants.Rules(roots=(grants.files(area),), overwrite=model.Overwrite.ANY)
+    grant = rules.convert(grants.to(grants.request(area / "x", area / "new"), overwrite=True))
+    with (
+        paths.open_target(grant) as target,
+        result.create(grant, target, SETUP) as dest,
+        having(area, "a"),
+    ):
+        reason = refusals.reason_of(lambda: publish.name(grant, dest))
+        assert os.listdir(area) == ["new"]
+    assert reason == "PROTECTED_BY_ATTRIBUTE"
+
+
+def test_where_results_have_names_from_the_start_an_append_only_directory_is_refused(
+    area: Path,
+) -> None:
+    """The name could not be taken away. No file system here has attributes and no O_TMPFILE."""
+    rules = grants.Rules(roots=(grants.files(area),))
+    grant = rules.convert(grants.request(area / "x", area / "new"))
+    with having(area, "a"), paths.open_target(grant) as target:
+        with pytest.raises(errors.ProtectedByAttribute):
+            result._open_named(target)  # noqa: SLF001 - so it is called
+        assert os.listdir(area) == []

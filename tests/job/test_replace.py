@@ -1,0 +1,311 @@
+"""Overwriting: what may not be replaced keeps its name, whatever happens at the last moment."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import logging
+import os
+import signal
+import struct
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grants
+import pytest
+import refusals
+import whole_job
+from harness.mounts import Mounts
+
+from convertd_daemon import model
+from convertd_daemon.job import ownership, paths, publish, replace, result, temporaries
+from convertd_daemon.kernel.renameat2 import Flag, renameat2
+
+CALLER = grants.CALLER
+STRANGER = grants.STRANGER
+SETUP = whole_job.setup()
+
+NEW, OLD, THEIRS = b"the result", b"the old file", b"somebody else's"
+
+
+def grant_to(
+    directory: Path,
+    *,
+    overwrite: model.Overwrite = model.Overwrite.OWN,
+    access: model.Access = model.Access.DAEMON,
+) -> model.Grant:
+    """Leave to write the file `new` there, over what may be replaced."""
+    rules = grants.Rules(roots=(grants.files(directory, access=access),), overwrite=overwrite)
+    request = grants.request(directory / "never-read", directory / "new")
+    return rules.convert(grants.to(request, overwrite=True))
+
+
+@contextlib.contextmanager
+def written(grant: model.Grant) -> Iterator[result.FileDest]:
+    """A result that is written, with its owner, and that has no name."""
+    with paths.open_target(grant) as target, result.create(grant, target, SETUP) as dest:
+        os.write(dest.fd, NEW)
+        ownership.settle(dest.fd, dest.ownership, target)
+        yield dest
+
+
+def put(path: Path, data: bytes, owner: int = CALLER.uid) -> Path:
+    """Put a file there."""
+    path.write_bytes(data)
+    path.chmod(0o600)
+    os.chown(path, owner, owner)
+    return path
+
+
+@pytest.fixture
+def sticky(area: Path) -> Path:
+    """A directory as /tmp, with an old file of the caller's."""
+    area.chmod(0o1777)
+    put(area / "new", OLD)
+    return area
+
+
+@contextlib.contextmanager
+def judged(grant: model.Grant) -> Iterator[Callable[[], str]]:
+    """A result just after what has the name was judged to be replaceable.
+
+    Gives what is done next, and says what becomes of it.
+    """
+    with written(grant) as dest, replace._held(grant, dest) as held:  # noqa: SLF001 - the moment
+        # between the judgement and the exchange
+        yield lambda: refusals.reason_of(
+            lambda: replace._put_over(grant, dest, held)  # noqa: SLF001 - as above
+        )
+
+
+class TestExchange:
+    """What came out is judged, and not what was there before."""
+
+    def test_another_users_file_that_came_at_the_last_moment_keeps_its_name(
+        self, sticky: Path
+    ) -> None:
+        """Its inode, its data, its owner."""
+        theirs = put(sticky / "theirs", THEIRS, STRANGER.uid).stat()
+        grant = grant_to(sticky)
+        with judged(grant) as put_over:
+            (sticky / "theirs").rename(sticky / "new")
+            assert put_over() == "NOT_YOURS"
+        assert os.path.samestat(theirs, (sticky / "new").stat())
+        assert (sticky / "new").read_bytes() == THEIRS
+        assert os.listdir(sticky) == ["new"]
+
+    @pytest.mark.parametrize("overwrite", model.Overwrite)
+    @pytest.mark.parametrize(
+        "make",
+        [
+            pytest.param(lambda path: path.symlink_to("elsewhere"), id="a-link"),
+            pytest.param(Path.mkdir, id="a-directory"),
+            pytest.param(os.mkfifo, id="a-fifo"),
+        ],
+    )
+    def test_what_is_no_file_keeps_its_name(
+        self, sticky: Path, overwrite: model.Overwrite, make: Callable[[Path], object]
+    ) -> None:
+        """It came at the last moment, too."""
+        grant = grant_to(sticky, overwrite=overwrite)
+        with judged(grant) as put_over:
+            (sticky / "new").unlink()
+            make(sticky / "new")
+            before = (sticky / "new").lstat()
+            assert put_over() == "DEST_EXISTS"
+        assert os.path.samestat(before, (sticky / "new").lstat())
+        assert os.listdir(sticky) == ["new"]
+
+    def test_a_disk_that_a_qemu_opened_at_the_last_moment_keeps_its_name(
+        self, sticky: Path
+    ) -> None:
+        """It would go on writing into the void."""
+        grant = grant_to(sticky)
+        with judged(grant) as put_over, (sticky / "new").open("r+b") as disk:
+            lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 101, 1, 0)
+            fcntl.fcntl(disk, fcntl.F_OFD_SETLK, lock)
+            assert put_over() == "IMAGE_IN_USE"
+            assert os.path.samestat(os.fstat(disk.fileno()), (sticky / "new").stat())
+        assert (sticky / "new").read_bytes() == OLD
+        assert os.listdir(sticky) == ["new"]
+
+    def test_a_name_that_is_free_at_the_last_moment_is_taken_as_a_new_one(
+        self, sticky: Path
+    ) -> None:
+        """Nothing is there to be exchanged, and what is there next is not replaced unseen."""
+        grant = grant_to(sticky)
+        with judged(grant) as put_over:
+            (sticky / "new").unlink()
+            with pytest.raises(FileNotFoundError):
+                put_over()
+            (name,) = os.listdir(sticky)
+            with paths.open_target(grant) as target:
+                put(sticky / "new", THEIRS, STRANGER.uid)
+                with pytest.raises(FileExistsError):
+                    replace._move(target, name)  # noqa: SLF001 - as above
+                (sticky / "new").unlink()
+                replace._move(target, name)  # noqa: SLF001 - as above
+        assert os.listdir(sticky) == ["new"]
+        assert (sticky / "new").read_bytes() == NEW
+
+    @pytest.mark.parametrize("named", [False, True], ids=["unnamed", "named"])
+    def test_a_name_that_comes_and_goes_all_the_time_costs_nobody_a_file(
+        self, area: Path, mounts: Mounts, *, named: bool
+    ) -> None:
+        """Somebody makes and removes files there as fast as he can."""
+        (area / "below").mkdir()
+        place = mounts.by_fuse(area / "below", "fuse") if named else area / "below"
+        other = os.fork()
+        if other == 0:
+            while True:
+                put(place / "other", OLD).rename(place / "new")
+                with contextlib.suppress(FileNotFoundError):
+                    (place / "new").unlink()
+        try:
+            grant = grant_to(place)
+            for _ in range(100):
+                with written(grant) as dest:
+                    name = functools.partial(publish.name, grant, dest)
+                    assert refusals.reason_of(name) in {"done", "NAME_REPLACED"}
+        finally:
+            os.kill(other, signal.SIGKILL)
+            os.waitpid(other, 0)
+        names = {name for name in os.listdir(area / "below") if not name.startswith(".fuse")}
+        assert names <= {"new", "other"}
+
+    def test_with_the_callers_rights_the_kernel_judges_before_us(self, sticky: Path) -> None:
+        """In a sticky directory another's file is not even touched."""
+        put(sticky / "theirs", THEIRS, STRANGER.uid)
+        grant = grant_to(sticky, access=model.Access.CALLER, overwrite=model.Overwrite.ANY)
+        with judged(grant) as put_over:
+            (sticky / "theirs").rename(sticky / "new")
+            with pytest.raises(PermissionError):
+                put_over()
+        assert (sticky / "new").read_bytes() == THEIRS
+        assert os.listdir(sticky) == ["new"]
+
+
+class TestGivingBack:
+    """The moment after an exchange that has to be undone."""
+
+    @contextlib.contextmanager
+    def held(self, directory: Path) -> Iterator[tuple[result.FileDest, str]]:
+        """A result that has the name, and another user's file that had it."""
+        put(directory / "new", THEIRS, STRANGER.uid)
+        with written(grant_to_any(directory)) as dest:
+            name = temporaries.new_name_to_exchange(os.fstat(dest.fd).st_ino, 1)
+            path = f"/proc/self/fd/{dest.fd}"
+            os.link(path, name, dst_dir_fd=dest.target.directory, follow_symlinks=True)
+            renameat2(dest.target.directory, name, "new", Flag.EXCHANGE)
+            yield dest, name
+
+    def test_a_third_file_at_the_name_is_kept_too(
+        self, area: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Who had the name first has it; the other one's data is whole, and the log says where."""
+        with self.held(area) as (dest, name), caplog.at_level(logging.WARNING):
+            put(area / "third", b"a third one", 1777).rename(area / "new")
+            replace._give_back(dest, name)  # noqa: SLF001 - as above
+        assert (area / "new").read_bytes() == THEIRS
+        assert (area / name).read_bytes() == b"a third one"
+        assert sorted(os.listdir(area)) == sorted(["new", name])
+        assert name in caplog.text
+
+    def test_a_name_that_was_freed_meanwhile_is_its_own_again(self, area: Path) -> None:
+        """The caller removed the result, which was its own to remove."""
+        with self.held(area) as (dest, name):
+            (area / "new").unlink()
+            replace._give_back(dest, name)  # noqa: SLF001 - as above
+        assert (area / "new").read_bytes() == THEIRS
+        assert os.listdir(area) == ["new"]
+
+    def test_a_file_that_its_owner_removed_meanwhile_is_not_missed(self, area: Path) -> None:
+        """There is nothing to be given back."""
+        with self.held(area) as (dest, name):
+            (area / name).unlink()
+            replace._give_back(dest, name)  # noqa: SLF001 - as above
+            assert (area / "new").read_bytes() == NEW
+
+    def test_a_file_that_can_not_be_given_its_name_is_kept_and_told_of(self, area: Path) -> None:
+        """The directory has become append-only at this very moment."""
+        with self.held(area) as (dest, name):
+            subprocess.run(["chattr", "+a", str(area)], check=True)
+            failure = refusals.refusal_of(
+                lambda: replace._give_back(dest, name)  # noqa: SLF001 - as above
+            )
+            subprocess.run(["chattr", "-a", str(area)], check=True)
+            assert (area / name).read_bytes() == THEIRS
+        assert failure is not None
+        assert failure.reason == "WRITE_FAILED"
+        assert name in failure.message
+
+    def test_what_a_kill_leaves_there_is_never_swept(self, area: Path) -> None:
+        """It is not the file that was judged, so it may be anybody's."""
+        with self.held(area) as (dest, name):
+            temporaries.sweep(dest.target.directory, STRANGER.uid)
+            assert (area / name).read_bytes() == THEIRS
+
+
+def grant_to_any(directory: Path) -> model.Grant:
+    """Leave to write over anybody's file."""
+    return grant_to(directory, overwrite=model.Overwrite.ANY)
+
+
+class TestWithoutExchange:
+    """A file system that does not know RENAME_EXCHANGE; here FUSE."""
+
+    @pytest.fixture
+    def fuse(self, area: Path, mounts: Mounts) -> Path:
+        """A directory of root's on FUSE, with an old file of the caller's."""
+        (area / "below").mkdir()
+        put(area / "below" / "new", OLD)
+        return mounts.by_fuse(area / "below", "fuse")
+
+    def test_one_overwrites_where_nobody_else_can_put_a_file(self, fuse: Path) -> None:
+        """Root's directory, or the caller's own."""
+        for owner in (0, CALLER.uid):
+            os.chown(fuse, owner, owner)
+            grant = grant_to(fuse)
+            with written(grant) as dest:
+                assert publish.name(grant, dest) is True
+            assert (fuse / "new").read_bytes() == NEW
+
+    @pytest.mark.parametrize(
+        ("owner", "mode"),
+        [(0, 0o1777), (0, 0o775), (STRANGER.uid, 0o755)],
+        ids=["everybody's", "a-group's", "another-user's"],
+    )
+    def test_one_is_refused_where_others_can_before_anything_is_converted(
+        self, fuse: Path, owner: int, mode: int
+    ) -> None:
+        """The check and the rename would be two steps."""
+        os.chown(fuse, owner, owner)
+        fuse.chmod(mode)
+        before = (fuse / "new").stat().st_ino
+        failure = refusals.refusal_of(lambda: written(grant_to(fuse)).__enter__())
+        assert failure is not None
+        assert failure.reason == "UNSUPPORTED"
+        assert "exchange" in failure.message
+        assert (fuse / "new").stat().st_ino == before
+        assert os.listdir(fuse) == ["new"]
+
+    def test_one_is_refused_where_others_can_by_now(self, fuse: Path) -> None:
+        """The directory was closed when the conversion began."""
+        grant = grant_to(fuse)
+        with written(grant) as dest:
+            fuse.chmod(0o1777)
+            assert refusals.reason_of(lambda: publish.name(grant, dest)) == "UNSUPPORTED"
+        assert (fuse / "new").read_bytes() == OLD
+        assert os.listdir(fuse) == ["new"]
+
+    def test_anybodys_file_is_overwritten_if_the_policy_says_so(self, fuse: Path) -> None:
+        """By rename(2): whose it is does not matter."""
+        fuse.chmod(0o1777)
+        grant = grant_to_any(fuse)
+        with written(grant) as dest:
+            put(fuse / "theirs", THEIRS, STRANGER.uid).rename(fuse / "new")
+            assert publish.name(grant, dest) is True
+        assert (fuse / "new").read_bytes() == NEW
+        assert os.listdir(fuse) == ["new"]
