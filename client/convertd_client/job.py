@@ -23,7 +23,10 @@ from convertd_client import errors, order, results
 MAX_MESSAGE_BYTES: Final = 1024 * 1024
 
 MAX_SECRET_BYTES: Final = 4097
-"""One more than is allowed, so that the job sees a passphrase that is too long. A pipe holds it."""
+"""One more than is allowed, so that the job sees a passphrase that is too long."""
+
+_PASSPHRASE: Final = b"P"
+"""What a passphrase begins with on its way, so that an empty one is not the end."""
 
 GRACE_S: Final = 10.0
 """How long a job may take to end when it is told to. It takes milliseconds, unless a disk hangs."""
@@ -60,8 +63,10 @@ class Job:
                 # Ctrl-C is for us: we end the job, and see how it ended.
                 start_new_session=True,
             )
-            with _on_pipes(secrets) as pipes:
-                socket.send_fds(self._line, [told], pipes)
+            self._line.send(told)
+            # Of their own, and not in the message, which may be logged.
+            for secret in secrets:
+                self._line.send(_PASSPHRASE + secret[:MAX_SECRET_BYTES])
             stack.pop_all()
 
     def __enter__(self) -> Self:
@@ -218,20 +223,6 @@ def interpreter() -> str:
             "starting a process of its own", "this Python does not tell where its interpreter is"
         )
     return sys.executable
-
-
-@contextlib.contextmanager
-def _on_pipes(secrets: tuple[bytes, ...]) -> Iterator[list[int]]:
-    """Each passphrase on a pipe of its own: the reading ends. In no argument, file or message."""
-    with contextlib.ExitStack() as stack:
-        readers = []
-        for secret in secrets:
-            reader, writer = os.pipe()
-            stack.callback(os.close, reader)
-            readers.append(reader)
-            with open(writer, "wb") as file:
-                file.write(secret[:MAX_SECRET_BYTES])
-        yield readers
 
 
 def _died(job: Job) -> errors.Internal:

@@ -24,8 +24,11 @@ from convertd_daemon.kernel import scm_rights
 MAX_MESSAGE_BYTES: Final = 160 * 1024
 """Two paths of 4 KiB, each byte escaped to six, and then some. Below the default SO_SNDBUF."""
 
-MOST_DESCRIPTORS: Final = 4
-"""As many as may come with a message; the most that do are two pipes with passphrases."""
+ONE_DESCRIPTOR: Final = 1
+"""What may come with a message of the broker's to the front. Nobody else is sent any."""
+
+PASSPHRASE: Final = b"P"
+"""What a passphrase on its way to a job begins with, so that an empty one is not the end."""
 
 
 class Closed(Exception):
@@ -120,6 +123,13 @@ class Finished:
     call: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Released:
+    """The front has closed its descriptor of a connection."""
+
+    connection: int
+
+
 class Operation(enum.StrEnum):
     """What somebody asks for, in the audit record's words."""
 
@@ -155,6 +165,7 @@ FROM_FRONT: Final = (
     Probed,
     Abandon,
     Finished,
+    Released,
     Rejected,
 )
 
@@ -339,17 +350,6 @@ FROM_BROKER: Final = (
 # --- to a job ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Granted:
-    """A grant, and the pipes with the passphrases that go with it: source's, then destination's.
-
-    It is no message: it goes with a fork, or is made of Begin and the descriptors that came along.
-    """
-
-    grant: model.Grant | model.InspectGrant
-    secrets: tuple[int, ...] = ()
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Begin:
     """What a process does that was forked ahead. Exactly one of the grants is there."""
@@ -481,8 +481,10 @@ class Channel:
 
     @classmethod
     def pair(cls) -> tuple[Channel, Channel]:
-        """Make both ends of a new channel, close-on-exec."""
+        """Make both ends of a new channel, close-on-exec, on which no descriptor is sent."""
         here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (here, there):
+            scm_rights.refuse(end)
         return cls(here), cls(there)
 
     def fileno(self) -> int:
@@ -520,28 +522,52 @@ class Channel:
             raise Closed from error
         return True
 
-    def receive(self, *kinds: type[Any], wait: bool = True) -> tuple[Any, list[int]]:
+    def receive(
+        self, *kinds: type[Any], wait: bool = True, most_descriptors: int = 0
+    ) -> tuple[Any, list[int]]:
         """Take one message of these kinds, and the descriptors that came with it (now ours).
 
         Raises:
             Closed: the other end is gone.
             BlockingIOError: `wait` is false and there is nothing.
-            CodecError: the message is none of these. Its descriptors are closed.
+            CodecError: the message is none of these. Its descriptors are closed. Where none are
+                expected, one that has any is not taken: it is there still, and nothing comes after.
         """
+        data, descriptors = self._receive(MAX_MESSAGE_BYTES, most_descriptors, wait=wait)
+        with _closing_on_error(descriptors):
+            return codec.decode(data, *kinds), descriptors
+
+    def receive_passphrase(self, most_bytes: int) -> bytes:
+        """Wait for a passphrase, and take it. It is no message: nothing logs or repeats it.
+
+        Raises:
+            Closed: the other end is gone.
+            CodecError: it is none, or has more bytes.
+        """
+        data, _ = self._receive(len(PASSPHRASE) + most_bytes, 0, wait=True)
+        if not data.startswith(PASSPHRASE):
+            raise codec.CodecError("no passphrase")
+        return data.removeprefix(PASSPHRASE)
+
+    def _receive(
+        self, most_bytes: int, most_descriptors: int, *, wait: bool
+    ) -> tuple[bytes, list[int]]:
         try:
             data, descriptors = scm_rights.receive(
-                self.sock, MAX_MESSAGE_BYTES, MOST_DESCRIPTORS, wait=wait
+                self.sock, most_bytes, most_descriptors, wait=wait
             )
         except ConnectionResetError as error:
             raise Closed from error
+        except scm_rights.Attached as error:
+            raise codec.CodecError("a message with descriptors") from error
         except OSError as error:
             if error.errno != errno.EMSGSIZE:
                 raise
             raise codec.CodecError("a message that is too long") from error
-        with _closing_on_error(descriptors):
-            if not data:
-                raise Closed
-            return codec.decode(data, *kinds), descriptors
+        if not data:
+            scm_rights.close_all(descriptors)
+            raise Closed
+        return data, descriptors
 
 
 @contextlib.contextmanager

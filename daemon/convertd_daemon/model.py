@@ -101,7 +101,7 @@ class Peer:
 class Source:
     """The image to read, as the caller named it. An empty format means: find out, safely.
 
-    `encrypted` says that a passphrase comes along, by a pipe: it is never part of a message.
+    `encrypted` says that there is a passphrase: it goes from the front to the job, in no message.
     """
 
     path: str

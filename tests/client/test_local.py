@@ -126,7 +126,7 @@ def test_the_result_says_what_a_daemons_says(home: Path) -> None:
 
 
 def test_an_encrypted_image_is_made_and_read_with_its_passphrase(home: Path) -> None:
-    """Which goes by a pipe."""
+    """Which goes by the channel to its job."""
     script = (
         "from convertd_client import local; import sys; a, b, c = sys.argv[1:];"
         "local.convert(a, b, dest_format='qcow2', source_format='raw', dest_secret=b'hunter2');"

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import pytest
 from harness import processes, waiting
-from harness.callers import ALICE, BOB, MALLORY, come_and_go
+from harness.callers import ALICE, BOB, MALLORY, Caller, come_and_go
 from harness.daemon import JOB, QEMU_IMG, Daemon
 from harness.fixtures import MakeDaemon
 from hostile import asking, false_front
@@ -47,7 +47,15 @@ write = ["images"]
 users = [1235]
 read = ["others"]
 write = ["others"]
+[[grants]]
+users = [1236]
+read = ["images"]
+write = ["images"]
+formats = ["raw", "luks"]
 """
+
+DORA: Final = Caller(uid=1236, gid=1236)
+"""Who may encrypt."""
 
 MESSAGES: Final = int(os.environ.get("CONVERTD_TEST_FRONT_MESSAGES", "1500"))
 """How many random messages the broker is sent."""
@@ -351,38 +359,32 @@ def test_it_can_ask_for_nothing_that_a_caller_could_not(
         assert reason(front.asks(message)) == expected
 
 
-def test_it_can_pass_nothing_for_a_passphrase_that_holds_a_job_up(
-    broker: Daemon, front: FalseFront, image: Path
+@pytest.mark.parametrize(
+    "sent",
+    [(), (b"s",), (channel.PASSPHRASE,), (channel.PASSPHRASE + b"x" * 9000,), (b"[]",)],
+    ids=["nothing", "no passphrase", "an empty one", "one that is too long", "a message"],
+)
+def test_it_can_send_nothing_for_a_passphrase_that_holds_a_job_up(
+    broker: Daemon, front: FalseFront, image: Path, sent: tuple[bytes, ...]
 ) -> None:
-    """A pipe whose writer stays, a socket, a file, one too many, none: the call ends at once."""
+    """The call ends at once, or after a few seconds; the broker does not know of any of it."""
     dest = model.Dest(
         path=str(image.with_suffix(".out")), format="luks", encryption=model.Encryption()
     )
-    reader, writer = os.pipe()
-    one, other = socket.socketpair()
-    file = os.open("/dev/zero", os.O_RDONLY)
     before = false_front.descriptors_of(broker.pid)
-    with false_front.connected(broker, ALICE):
-        number = connection_of(front)
-        for descriptors in ((), (reader,), (one.fileno(),), (file,), (reader, reader)):
-            request = dataclasses.replace(conversion(image, image), dest=dest)
-            call = front.call()
-            message = channel.Convert(call=call, connection=number, request=request)
-            front.line.send(message, *descriptors)
-            answer, job = front.await_message(object, call)
-            if isinstance(answer, channel.Started):
-                line = channel.Channel(socket.socket(fileno=job[0]))
-                failed, _ = line.receive(*channel.FROM_JOB)
-                assert isinstance(failed, channel.Failed), failed
-                line.close()
-                front.await_message(channel.Ended)
-            else:
-                assert reason(answer) in {"BAD_MESSAGE", "PERMISSION_DENIED"}
+    policy_allows = dataclasses.replace(conversion(image, image), dest=dest)
+    with false_front.connected(broker, DORA):
+        number, call = connection_of(front), front.call()
+        front.line.send(channel.Convert(call=call, connection=number, request=policy_allows))
+        _, (descriptor,) = front.await_message(channel.Started, call)
+        with channel.Channel(socket.socket(fileno=descriptor)) as line:
+            for data in sent:
+                line.send_bytes(data)
+            failed, _ = line.receive(*channel.FROM_JOB)
+            assert isinstance(failed, channel.Failed), failed
+            assert failed.failure.reason in {"BAD_MESSAGE", "BAD_OPTION"}
+        front.await_message(channel.Ended)
     await_descriptors(broker, front, before)
-    for fd in (reader, writer, file):
-        os.close(fd)
-    one.close()
-    other.close()
 
 
 # --- whether it can bring the broker down --------------------------------------------------------
@@ -424,7 +426,7 @@ def test_what_is_no_message_ends_the_front_and_nothing_else(
 ) -> None:
     """It no longer speaks our language, so it is no longer ours; another one takes its place."""
     before = false_front.descriptors_of(broker.pid)
-    front.line.send_bytes(data, 0, 1, 2)
+    front.line.send_bytes(data)
     await_the_end_of(front)
     front.take_over_next(broker)
     assert front.quiet()
@@ -548,6 +550,7 @@ class Spoiler:
             lambda: channel.Finished(call=pick.randrange(-1, call + 2)),
             lambda: channel.GetStats(call=call, connection=number),
             lambda: channel.Probed(probe=pick.choice(self.numbers)),
+            lambda: channel.Released(connection=self.random.choice(self.numbers[-6:])),
             lambda: channel.Rejected(
                 connection=number,
                 operation=pick.choice(tuple(channel.Operation)),
@@ -619,22 +622,18 @@ def test_random_requests_stay_within_the_policy(
     inside = tuple(str(image.with_name(name)) for name in ("image.raw", "a", "b"))
     image.write_bytes(image.read_bytes()[: 256 * 1024])
     before = false_front.descriptors_of(broker.pid)
-    pipe = os.pipe()
     with false_front.connected(broker, ALICE), false_front.connected(broker, MALLORY):
         numbers = (connection_of(front), connection_of(front))
         spoiler = Spoiler(SEED, (*inside, *inside, *outside), numbers)
         for call in range(10, 10 + MESSAGES):
-            extra = (pipe[0],) * spoiler.random.choice((0, 0, 0, 0, 1, 2, 3))
             data = codec.encode(spoiler.message(call))
-            while not front.line.send_bytes(data, *extra, wait=False):
+            while not front.line.send_bytes(data, wait=False):
                 _drop_what_came(front)
             _drop_what_came(front)
         assert front.quiet()
     assert broker.await_one("convertd-front")
     broker.await_none(QEMU_IMG)
     broker.await_none(JOB)
-    for fd in pipe:
-        os.close(fd)
     await_descriptors(broker, front, before)
     assert secret.unchanged()
     assert {path.stat().st_uid for path in image.parent.iterdir()} == {ALICE.uid}
@@ -651,7 +650,9 @@ def test_random_requests_are_of_every_kind() -> None:
 def _drop_what_came(front: FalseFront) -> None:
     try:
         while True:
-            _, descriptors = front.line.receive(*channel.FROM_BROKER, wait=False)
+            _, descriptors = front.line.receive(
+                *channel.FROM_BROKER, wait=False, most_descriptors=channel.ONE_DESCRIPTOR
+            )
             scm_rights.close_all(descriptors)
     except BlockingIOError:
         return
@@ -696,4 +697,4 @@ def is_a_message(data: bytes) -> bool:
 def await_the_end_of(front: FalseFront) -> None:
     """Wait until the broker has had enough of it."""
     with pytest.raises(channel.Closed):
-        front.await_message(channel.Granted)
+        front.await_message(channel.Order)

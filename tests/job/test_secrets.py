@@ -1,29 +1,33 @@
-"""Passphrases: from a pipe to a pipe, and nowhere else."""
+"""Passphrases: from the job's channel to a pipe, and nowhere else."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
+import channels
 import pytest
 import refusals
 import whole_job
 from children import errno_of, in_child
 from descriptors import none_left_open
 
+from convertd_daemon import channel
 from convertd_daemon.job import secrets
 
 WORKER = whole_job.WORKER
 
 
-def pipe_with(data: bytes) -> int:
-    """A pipe with that in it, whose writer is closed."""
-    reader, writer = os.pipe()
-    os.write(writer, data)
-    os.close(writer)
-    return reader
+Pair = tuple[channel.Channel, channel.Channel]
+
+
+@pytest.fixture
+def line() -> Iterator[Pair]:
+    """The front's end of a job's channel, and the job's."""
+    here, there = channel.Channel.pair()
+    with here, there:
+        yield here, there
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +38,7 @@ def nothing_is_left_open() -> Iterator[None]:
 
 
 class TestTaking:
-    """What comes with a grant."""
+    """What the front sends when the job has started."""
 
     @pytest.mark.parametrize(
         ("source", "dest", "expected"),
@@ -46,56 +50,54 @@ class TestTaking:
         ],
     )
     def test_each_end_has_its_own(
-        self, source: bytes, dest: bytes, expected: secrets.Secrets
+        self, line: Pair, source: bytes, dest: bytes, expected: secrets.Secrets
     ) -> None:
         """In the order of the request; any bytes are fine."""
-        descriptors = tuple(pipe_with(data) for data in (source, dest) if data)
-        assert secrets.take(descriptors, source=bool(source), dest=bool(dest)) == expected
-
-    @pytest.mark.parametrize(
-        ("count", "source", "dest"),
-        [(0, True, False), (1, True, True), (2, True, False), (1, False, False), (3, True, True)],
-    )
-    def test_one_that_is_missing_or_too_many_is_refused(
-        self,
-        count: int,
-        source: bool,  # noqa: FBT001
-        dest: bool,  # noqa: FBT001
-    ) -> None:
-        """Nobody guesses which is whose."""
-        descriptors = tuple(pipe_with(b"x") for _ in range(count))
-        reason = refusals.reason_of(lambda: secrets.take(descriptors, source=source, dest=dest))
-        assert reason == "BAD_MESSAGE"
+        fronts, jobs = line
+        for secret in filter(None, (source, dest)):
+            fronts.send_bytes(channel.PASSPHRASE + secret)
+        assert secrets.take(jobs, source=bool(source), dest=bool(dest)) == expected
 
     @pytest.mark.parametrize("data", [b"", b"x" * (secrets.MAX_BYTES + 1)], ids=["empty", "long"])
-    def test_one_that_is_none_is_refused_and_not_repeated(self, data: bytes) -> None:
+    def test_one_that_is_none_is_refused_and_not_repeated(self, line: Pair, data: bytes) -> None:
         """With the field, and the bounds."""
-        failure = refusals.refusal_of(
-            lambda: secrets.take((pipe_with(data),), source=False, dest=True)
-        )
+        line[0].send_bytes(channel.PASSPHRASE + data)
+        failure = refusals.refusal_of(lambda: secrets.take(line[1], source=False, dest=True))
         assert failure is not None
         assert failure.message == "dest.encryption.passphrase: must have 1 to 4096 bytes"
 
-    def test_one_that_is_not_there_yet_is_not_waited_for(self) -> None:
-        """A front that was taken over could hold the job for ever."""
-        reader, writer = os.pipe()
-        reason = refusals.reason_of(lambda: secrets.take((reader,), source=True, dest=False))
-        os.close(writer)
+    @pytest.mark.parametrize(
+        "data",
+        [b"s", b'["Ready",{}]', channel.PASSPHRASE + b"x" * 9000],
+        ids=["short", "a-message", "long"],
+    )
+    def test_what_is_no_passphrase_is_refused(self, line: Pair, data: bytes) -> None:
+        """Whoever took the front over can send anything."""
+        line[0].send_bytes(data)
+        reason = refusals.reason_of(lambda: secrets.take(line[1], source=True, dest=False))
         assert reason == "BAD_MESSAGE"
 
-    @pytest.mark.parametrize(
-        "make",
-        [
-            pytest.param(lambda: os.open("/etc/shadow", os.O_RDONLY), id="a-file"),
-            pytest.param(lambda: os.open("/dev/zero", os.O_RDONLY), id="a-device-without-end"),
-            pytest.param(lambda: os.memfd_create("secret"), id="a-memfd"),
-            pytest.param(lambda: socket.socket(socket.AF_UNIX).detach(), id="a-socket"),
-        ],
-    )
-    def test_one_that_is_not_on_a_pipe_is_refused(self, make: Callable[[], int]) -> None:
-        """Whoever took the front over could have a file of the daemon's read."""
-        reason = refusals.reason_of(lambda: secrets.take((make(),), source=True, dest=False))
+    def test_one_with_a_descriptor_is_refused_and_the_descriptor_never_taken(self) -> None:
+        """To close it could take for ever."""
+        fronts, jobs = channels.passing()
+        with fronts, jobs:
+            fronts.send_bytes(channel.PASSPHRASE + b"s", 0)
+            reason = refusals.reason_of(lambda: secrets.take(jobs, source=True, dest=False))
+            assert reason == "BAD_MESSAGE"
+
+    def test_one_that_does_not_come_is_not_waited_for_long(
+        self, line: Pair, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A front that was taken over could hold the job for ever."""
+        monkeypatch.setattr(secrets, "LIMIT_S", 0.01)
+        reason = refusals.reason_of(lambda: secrets.take(line[1], source=True, dest=False))
         assert reason == "BAD_MESSAGE"
+
+    def test_a_front_that_is_gone_ends_the_wait(self, line: Pair) -> None:
+        """Nobody waits for the result any more."""
+        line[0].close()
+        with pytest.raises(channel.Closed):
+            secrets.take(line[1], source=True, dest=False)
 
     def test_they_are_never_shown(self) -> None:
         """Not in a traceback either."""

@@ -160,16 +160,16 @@ class TestPeer:
         """Python's own getsockopt() ends at 256."""
         groups = tuple(range(10_000, 10_000 + count))
 
-        def connect() -> peercred.Credentials:
+        def connect() -> tuple[peercred.Credentials, frozenset[int]]:
             os.setgroups(groups)
             os.setresgid(1234, 1234, 1234)
             os.setresuid(1234, 1234, 1234)
             one, other = socket.socketpair()  # who made a pair is each end's peer
             with one, other:
-                return peercred.peer_credentials(one)
+                return peercred.peer_credentials(one), peercred.peer_groups(one)
 
-        peer = in_child(connect)
-        assert (peer.uid, peer.gid, peer.groups) == (1234, 1234, groups)
+        peer, found = in_child(connect)
+        assert (peer.uid, peer.gid, found) == (1234, 1234, frozenset(groups))
         assert peer.pid > 0
 
     def test_a_socket_that_nobody_connected_is_an_error(self) -> None:

@@ -67,12 +67,9 @@ def started(
     """Fork a job; gives it, and the front's end of its channel. Afterwards it is gone."""
     lane: queue.Lane[jobs.Job] = queue.Lane(places=1, places_per_user=1, waiting=1, per_user=1)
     with pipes.holding(list(passphrases)) as held:
-        # The job closes its descriptors; these are the test's.
-        own = tuple(os.dup(descriptor) for descriptor in held)
-        job = jobs.Job(
-            job_id="job-1", call=1, connection=1, granted=channel.Granted(grant, own), lane=lane
-        )
-        line = job.start(workers.Spare(loop.Loop(), setup(), lambda: False))
+        job = jobs.Job(job_id="job-1", call=1, connection=1, grant=grant, lane=lane)
+        line = job.start(workers.Spare(loop.Loop(), setup(), lambda: False), grant.peer)
+        pipes.hand_on(held, line)
     with line:
         try:
             yield job, line

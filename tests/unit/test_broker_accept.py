@@ -11,7 +11,12 @@ from children import in_child
 from descriptors import none_left_open
 
 from convertd_daemon import model
-from convertd_daemon.broker import accept
+from convertd_daemon.broker import accept, closer, loop
+
+
+def none(limits: model.Limits) -> accept.Connections:
+    """No connections yet."""
+    return accept.Connections(limits, closer.Closer(loop.Loop()))
 
 
 def ends() -> tuple[socket.socket, socket.socket]:
@@ -28,10 +33,10 @@ def test_a_peer_is_who_the_kernel_says() -> None:
         os.setresuid(1234, 1234, 1234)
         ours, theirs = ends()
         with ours, theirs:
-            connection = accept.Connections(model.Limits()).admit(ours)
+            connection = none(model.Limits()).admit(ours)
             assert connection is not None
-            assert connection.peer.pid == os.getpid()
-            return connection.peer
+            assert connection.pid == os.getpid()
+            return connection.peer()
 
     peer = in_child(act)
     assert (peer.uid, peer.gid, peer.groups) == (1234, 1235, frozenset({1300, 1400}))
@@ -39,7 +44,7 @@ def test_a_peer_is_who_the_kernel_says() -> None:
 
 def test_a_number_is_never_used_twice() -> None:
     """A front that speaks of a connection that ended speaks of nobody."""
-    connections = accept.Connections(model.Limits())
+    connections = none(model.Limits())
     numbers = []
     for _ in range(3):
         ours, theirs = ends()
@@ -67,7 +72,7 @@ def test_one_connection_too_many_is_closed(
     limits: model.Limits, caplog: pytest.LogCaptureFixture
 ) -> None:
     """At once, with a word in the journal; when one of the others ends, there is room again."""
-    connections = accept.Connections(limits)
+    connections = none(limits)
     pairs = [ends() for _ in range(4)]
     admitted = [connections.admit(ours) for ours, _ in pairs[:2]]
     with caplog.at_level(logging.WARNING):
@@ -84,7 +89,7 @@ def test_one_connection_too_many_is_closed(
 
 def test_a_connection_whose_peer_is_not_known_is_closed() -> None:
     """It is nobody's, and takes nobody's place."""
-    connections = accept.Connections(model.Limits())
+    connections = none(model.Limits())
     with none_left_open(), pytest.raises(OSError, match="not connected"):
         connections.admit(socket.socket(socket.AF_UNIX))
     assert len(connections) == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import socket
 from collections.abc import Iterator
 
@@ -12,7 +11,7 @@ import pytest
 import refusals
 
 from convertd_daemon import channel, model
-from convertd_daemon.broker import accept, jobs
+from convertd_daemon.broker import accept, closer, jobs, loop
 
 RULES = grants.Rules(roots=(grants.files("/images"), grants.devices("/dev/vg")))
 LIMITS = model.Limits(jobs=1, queue=3, inspections=2)
@@ -23,7 +22,7 @@ def connection() -> Iterator[accept.Connection]:
     """Somebody connected."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        admitted = accept.Connections(model.Limits()).admit(ours)
+        admitted = accept.Connections(model.Limits(), closer.Closer(loop.Loop())).admit(ours)
         assert admitted is not None
         yield admitted
 
@@ -34,13 +33,13 @@ def table() -> jobs.Jobs:
     return jobs.Jobs(LIMITS)
 
 
-def to(dest: str, **changes: object) -> channel.Granted:
+def to(dest: str, **changes: object) -> model.Grant:
     """Leave to convert to a file of that name."""
     request = grants.request("/images/a", dest)
-    return channel.Granted(RULES.convert(dataclasses.replace(request, **changes)))  # type: ignore[arg-type]
+    return RULES.convert(dataclasses.replace(request, **changes))  # type: ignore[arg-type]
 
 
-LOOK = channel.Granted(RULES.inspect(model.Source(path="/images/a")))
+LOOK = RULES.inspect(model.Source(path="/images/a"))
 
 
 def test_a_look_never_waits_behind_a_conversion(
@@ -122,19 +121,14 @@ def test_who_waits_is_told_when_the_place_in_the_queue_changes(
 def test_a_job_that_is_removed_gives_its_place_back(
     table: jobs.Jobs, connection: accept.Connection
 ) -> None:
-    """Whether it waited or ran; its passphrases are closed."""
-    reader, writer = os.pipe()
-    os.close(writer)
-    granted = channel.Granted(to("/images/b").grant, (reader,))
-    running = table.add(1, connection, granted)
+    """Whether it waited or ran."""
+    running = table.add(1, connection, to("/images/b"))
     waiting = table.add(2, connection, to("/images/c"))
     assert table.conversions.next() is running
     assert table.conversions.next() is None
     table.remove(waiting)
     table.remove(running)
     assert (len(table), table.conversions.running, len(table.conversions)) == (0, 0, 0)
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(reader)
 
 
 def test_new_limits_hold_at_once(table: jobs.Jobs, connection: accept.Connection) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import grants
 import pytest
 
-from convertd_daemon import channel, model
-from convertd_daemon.broker import accept, jobs, loop, positions
+from convertd_daemon import model
+from convertd_daemon.broker import accept, closer, jobs, loop, positions
 
 RULES = grants.Rules(roots=(grants.files("/images"),))
 
@@ -29,7 +29,7 @@ class Waiting:
     def join(self, number: int) -> None:
         """Queue one more."""
         request = grants.request("/images/a", f"/images/{number}")
-        self.jobs.add(number, self._connection, channel.Granted(RULES.convert(request)))
+        self.jobs.add(number, self._connection, RULES.convert(request))
         self.positions.tell()
 
     def start(self, count: int) -> None:
@@ -57,7 +57,7 @@ def waiting() -> Iterator[Waiting]:
     """An empty one."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        connection = accept.Connections(model.Limits()).admit(ours)
+        connection = accept.Connections(model.Limits(), closer.Closer(loop.Loop())).admit(ours)
         assert connection is not None
         yield Waiting(connection)
 

@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Iterator
 
+import channels
 import pytest
 from descriptors import none_left_open
 
@@ -19,7 +20,7 @@ Pair = tuple[channel.Channel, channel.Channel]
 @pytest.fixture
 def pair() -> Iterator[Pair]:
     """Both ends of a channel."""
-    here, there = channel.Channel.pair()
+    here, there = channels.passing()
     with here, there:
         yield here, there
 
@@ -30,7 +31,7 @@ def test_a_message_arrives_as_it_was_sent(pair: Pair) -> None:
     for number in (1, 2):
         assert here.send(channel.Connected(connection=number, uid=1234))
     for number in (1, 2):
-        message, descriptors = there.receive(*channel.FROM_BROKER)
+        message, descriptors = there.receive(*channel.FROM_BROKER, most_descriptors=1)
         assert (message, descriptors) == (channel.Connected(connection=number, uid=1234), [])
 
 
@@ -46,7 +47,7 @@ def test_descriptors_come_along_as_copies_that_do_not_survive_an_exec(pair: Pair
     here.send(channel.Done(call=1), reader, writer)
     os.close(reader)
     os.close(writer)
-    _, (reader, writer) = there.receive(channel.Done)
+    _, (reader, writer) = there.receive(channel.Done, most_descriptors=2)
     assert not os.get_inheritable(reader)
     os.write(writer, b"x")
     assert os.read(reader, 2) == b"x"
@@ -99,11 +100,11 @@ def test_an_end_that_dies_with_unread_messages_is_gone_too(pair: Pair) -> None:
 
 
 def test_what_is_no_message_is_refused_and_its_descriptors_closed(pair: Pair) -> None:
-    """Who took the front over can't fill the broker's table of descriptors."""
+    """Whoever sends one can't fill our table of descriptors."""
     here, there = pair
     here.send_bytes(b"not a message", here.fileno(), here.fileno())
     with none_left_open(), pytest.raises(codec.CodecError):
-        there.receive(*channel.FROM_FRONT)
+        there.receive(*channel.FROM_FRONT, most_descriptors=2)
 
 
 def test_a_message_that_is_too_long_is_refused_and_its_descriptors_closed(pair: Pair) -> None:
@@ -111,15 +112,54 @@ def test_a_message_that_is_too_long_is_refused_and_its_descriptors_closed(pair: 
     here, there = pair
     here.send_bytes(b" " * (channel.MAX_MESSAGE_BYTES + 1), here.fileno())
     with none_left_open(), pytest.raises(codec.CodecError, match="too long"):
-        there.receive(*channel.FROM_FRONT)
+        there.receive(*channel.FROM_FRONT, most_descriptors=2)
+
+
+def test_where_no_descriptor_is_expected_one_is_never_taken(pair: Pair) -> None:
+    """Nor the message, nor what comes after it: to close what is attached could take for ever."""
+    here, there = pair
+    here.send(channel.Ready())
+    here.send(channel.Ready(), here.fileno())
+    here.send(channel.Ready())
+    assert there.receive(*channel.FROM_FRONT) == (channel.Ready(), [])
+    for wait in (True, False):
+        with none_left_open(), pytest.raises(codec.CodecError, match="descriptors"):
+            there.receive(*channel.FROM_FRONT, wait=wait)
+
+
+def test_a_pair_takes_no_descriptor() -> None:
+    """The kernel refuses it to who sends, both ways."""
+    here, there = channel.Channel.pair()
+    with here, there:
+        for end in (here, there):
+            with pytest.raises(PermissionError):
+                end.send(channel.Ready(), end.fileno())
+
+
+@pytest.mark.parametrize("secret", [b"", b"one", b"x" * 4097])
+def test_a_passphrase_arrives_as_it_is(pair: Pair, secret: bytes) -> None:
+    """An empty one is not the end."""
+    here, there = pair
+    here.send_bytes(channel.PASSPHRASE + secret)
+    assert there.receive_passphrase(4097) == secret
+
+
+@pytest.mark.parametrize("data", [channel.PASSPHRASE + b"x" * 4098, b"x", b'["Ready",{}]'])
+def test_what_is_no_passphrase_is_refused_and_not_repeated(pair: Pair, data: bytes) -> None:
+    """Whatever it is."""
+    here, there = pair
+    here.send_bytes(data)
+    with pytest.raises(codec.CodecError) as refused:
+        there.receive_passphrase(4097)
+    assert data.decode() not in str(refused.value)
 
 
 def test_more_descriptors_than_any_message_has_are_refused_and_closed(pair: Pair) -> None:
-    """Two passphrases are the most that comes along."""
+    """One is the most that comes along."""
     here, there = pair
     here.send(channel.Ready(), *[here.fileno()] * 20)
     with none_left_open(), pytest.raises(codec.CodecError):
-        there.receive(*channel.FROM_FRONT)
+        there.receive(*channel.FROM_FRONT, most_descriptors=1)
 
 
 def test_what_comes_along_and_is_no_descriptor_is_ignored(pair: Pair) -> None:
@@ -127,7 +167,7 @@ def test_what_comes_along_and_is_no_descriptor_is_ignored(pair: Pair) -> None:
     here, there = pair
     there.sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     here.send(channel.Ready())
-    assert there.receive(channel.Ready) == (channel.Ready(), [])
+    assert there.receive(channel.Ready, most_descriptors=4) == (channel.Ready(), [])
 
 
 def test_closing_what_is_closed_already_is_no_error() -> None:
@@ -145,7 +185,7 @@ def test_an_empty_message_is_the_other_ends_end(pair: Pair) -> None:
         [b""], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [pair[0].fileno()]))]
     )
     with none_left_open(), pytest.raises(channel.Closed):
-        pair[1].receive(channel.Done)
+        pair[1].receive(channel.Done, most_descriptors=1)
 
 
 def test_the_longest_request_fits_whatever_is_in_it(pair: Pair) -> None:

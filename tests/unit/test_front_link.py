@@ -5,20 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import resource
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
+import channels
 import pytest
 import refusals
-from children import in_child
 from descriptors import held as open_now
 from descriptors import none_left_open
 
 from convertd_daemon import channel, errors, model
 from convertd_daemon.front import link, pipes, prober, relay
-from convertd_daemon.kernel import scm_rights
 
 DEADLINE_S = 60.0
 
@@ -54,9 +52,8 @@ class Broker:
         self.line = line
 
     def hears(self) -> object:
-        """The next thing that the front says. What came with it is closed."""
-        message, descriptors = self.line.receive(*channel.FROM_FRONT, wait=False)
-        scm_rights.close_all(descriptors)
+        """The next thing that the front says."""
+        message, _ = self.line.receive(*channel.FROM_FRONT, wait=False)
         return message
 
     def starts_a_job(self, call: int, job_id: str = "job-1") -> channel.Channel:
@@ -86,7 +83,7 @@ def run(test: Test) -> None:
     """Run a test with a link and a broker, in a loop in which nothing hangs or is left over."""
 
     async def bounded() -> None:
-        ours, theirs = channel.Channel.pair()
+        ours, theirs = channels.passing()
         with ours, theirs:
             broker = link.Link(ours, relay.Relay("/nowhere", lambda: relay.whole), Prober())
             await asyncio.wait_for(test(broker, Broker(theirs)), DEADLINE_S)
@@ -269,13 +266,32 @@ class TestJobs:
 
         run(test)
 
-    def test_descriptors_from_it_are_closed(self) -> None:
-        """It has none to give."""
+    def test_it_is_sent_its_passphrases_when_it_starts(self) -> None:
+        """In their order, and nothing else is, nor to the broker."""
 
         async def test(a_link: link.Link, broker: Broker) -> None:
-            with a_link.call(list_jobs) as call, broker.starts_a_job(call.number) as job:
-                job.send(progressed(0.0), job.fileno())
-                assert await call.next() == progressed(0.0)
+            with pipes.holding([b"one", b"x" * pipes.MAX_BYTES]) as held:
+                with a_link.call(list_jobs, held) as call, broker.starts_a_job(call.number) as job:
+                    while not call.job_id:
+                        await turns()
+                    assert job.receive_passphrase(pipes.MAX_BYTES) == b"one"
+                    assert job.receive_passphrase(pipes.MAX_BYTES) == b"x" * pipes.MAX_BYTES
+                    with pytest.raises(BlockingIOError):
+                        job.receive(channel.Ready, wait=False)
+                assert broker.hears() == list_jobs(call.number)
+                assert isinstance(broker.hears(), channel.Abandon)
+
+        run(test)
+
+    def test_one_that_is_gone_already_gets_no_passphrase(self) -> None:
+        """How it ended is for the broker to tell."""
+
+        async def test(a_link: link.Link, broker: Broker) -> None:
+            with pipes.holding([b"one"]) as held, a_link.call(list_jobs, held) as call:
+                broker.starts_a_job(call.number).close()
+                await turns()
+                broker.line.send(channel.Ended(job_id="job-1", failure=FAILURE))
+                assert await call.next() == channel.Ended(job_id="job-1", failure=FAILURE)
 
         run(test)
 
@@ -303,18 +319,6 @@ class TestJobs:
                 call.over = True
 
         run(test)
-
-
-async def first_descriptors(broker: Broker) -> list[int]:
-    """Hear the front out until something comes along with what it says."""
-    while True:
-        try:
-            _, came = broker.line.receive(*channel.FROM_FRONT, wait=False)
-        except BlockingIOError:
-            await turns(1)
-        else:
-            if came:
-                return came
 
 
 def lowest_free() -> int:
@@ -371,50 +375,6 @@ class TestBroker:
                         await turns(1)
 
         run(test)
-
-    def test_a_passphrase_that_had_to_wait_is_still_that_of_its_caller(self) -> None:
-        """Who gave it is gone, its descriptor closed and its number somebody else's by then."""
-
-        async def test(a_link: link.Link, broker: Broker) -> None:
-            while not a_link._behind:  # noqa: SLF001 - to know that there is no room left
-                a_link.send(list_jobs(0))
-            with pipes.holding([b"mine"]) as held, a_link.call(list_jobs, held):
-                pass
-            with pipes.holding([b"another's"]) as others:
-                assert others == held
-                came = await first_descriptors(broker)
-                assert os.read(came[0], 100) == b"mine"
-                scm_rights.close_all(came)
-
-        run(test)
-
-    def test_a_passphrase_that_waits_when_it_ends_is_closed(self) -> None:
-        """Nothing is left of it."""
-
-        async def test(a_link: link.Link, broker: Broker) -> None:
-            while not a_link._behind:  # noqa: SLF001 - as above
-                a_link.send(list_jobs(0))
-            with pipes.holding([b"mine"]) as held, a_link.call(list_jobs, held):
-                broker.line.close()
-                await a_link.ended.wait()
-
-        run(test)
-
-    def test_without_descriptors_for_passphrases_the_question_is_not_asked(self) -> None:
-        """The call fails, and leaves none of the copies that were made already."""
-
-        async def test(a_link: link.Link, broker: Broker) -> None:
-            with pipes.holding([b"one", b"two"]) as held:
-                before = open_now()
-                _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-                resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free() + 1, hard))
-                with pytest.raises(OSError, match="Too many"), a_link.call(list_jobs, held):
-                    pass
-                resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-                assert open_now() - before == set()
-            assert isinstance(broker.hears(), channel.Abandon)
-
-        in_child(lambda: run(test))
 
     def test_what_it_says_that_is_nothing_we_know_is_lost_alone(
         self, caplog: pytest.LogCaptureFixture
@@ -483,7 +443,7 @@ def descriptors() -> Iterator[Callable[[], int]]:
 
 
 class TestPassphrases:
-    """On pipes, for the broker to hand on."""
+    """On pipes, until there is a job."""
 
     def test_each_is_on_a_pipe_of_its_own_that_ends_after_it(
         self, descriptors: Callable[[], int]
@@ -536,6 +496,8 @@ def test_a_relay_that_carries_for_a_link_finds_its_server() -> None:
             await greeted.wait()
             here.close()
             await a_link.relay.drain(DEADLINE_S)
+            await turns()
+            assert broker.hears() == channel.Released(connection=9)
             server.close()
             await server.wait_closed()
 

@@ -78,7 +78,7 @@ async def carried(path: Path) -> AsyncIterator[tuple[relay.Relay, Peer, socket.s
     """A connection that is carried: the relay, both far ends, and the name gRPC has for it."""
     upstream, peer, a_relay = Upstream(path), Peer(), relay.Relay(str(path), unscreened)
     with contextlib.closing(upstream.sock), contextlib.closing(peer):
-        a_relay.carry(7, peer.descriptor, 1234)
+        a_relay.carry(7, peer.descriptor, 1234, lambda: None)
         there, name = await upstream.accept()
         with contextlib.closing(there):
             yield a_relay, peer, there, name
@@ -165,7 +165,7 @@ def test_two_connections_never_have_one_name(path: Path) -> None:
         with contextlib.closing(upstream.sock):
             for number in range(20):
                 peer = Peer()
-                a_relay.carry(number, peer.descriptor, 1234)
+                a_relay.carry(number, peer.descriptor, 1234, lambda: None)
                 there, name = await upstream.accept()
                 names[name] = a_relay.connection_of(name)
                 there.close()
@@ -224,7 +224,7 @@ def test_a_full_backlog_is_waited_for(path: Path) -> None:
             stack.enter_context(contextlib.closing(upstream.sock))
             peers = [stack.enter_context(contextlib.closing(Peer())) for _ in range(8)]
             for number, peer in enumerate(peers):
-                a_relay.carry(number, peer.descriptor, 1234)
+                a_relay.carry(number, peer.descriptor, 1234, lambda: None)
                 await peer.send(b"%d" % number)
             # From then on each of them tries to connect, and one has room.
             await until(lambda: len(a_relay._numbers) == len(peers))  # noqa: SLF001 - names that are bound
@@ -254,7 +254,7 @@ def test_a_peer_that_is_gone_before_it_is_carried_reaches_no_server(path: Path) 
             )
             gone.sock.close()
             for number, peer in enumerate((gone, first, waiting)):
-                a_relay.carry(number, peer.descriptor, 1234)
+                a_relay.carry(number, peer.descriptor, 1234, lambda: None)
             await until(lambda: len(a_relay) == 2)
             waiting.sock.close()
             await until(lambda: len(a_relay) == 1)
@@ -283,7 +283,7 @@ def test_who_does_not_read_holds_up_nobody_but_who_writes_to_it(path: Path, writ
                 a_relay.upstream_path = f"{upstream}.2"
                 second = Upstream(Path(a_relay.upstream_path))
                 with contextlib.closing(second.sock):
-                    a_relay.carry(8, other.descriptor, 1235)
+                    a_relay.carry(8, other.descriptor, 1235, lambda: None)
                     far, _ = await second.accept()
                     with contextlib.closing(far):
                         await other.send(b"x")
@@ -329,9 +329,9 @@ def test_each_piece_waits_for_a_turn(path: Path) -> None:
             contextlib.closing(much),
             contextlib.closing(little),
         ):
-            a_relay.carry(1, much.descriptor, 1234)
+            a_relay.carry(1, much.descriptor, 1234, lambda: None)
             at_much, _ = await upstream.accept()
-            a_relay.carry(2, little.descriptor, 1235)
+            a_relay.carry(2, little.descriptor, 1235, lambda: None)
             at_little, _ = await upstream.accept()
             with contextlib.closing(at_much), contextlib.closing(at_little):
                 await much.send(b"m" * 4 * KIB)
@@ -365,7 +365,7 @@ def test_without_a_server_the_connection_ends(path: Path) -> None:
     async def test() -> None:
         a_relay, peer = relay.Relay(str(path), unscreened), Peer()
         with contextlib.closing(peer):
-            a_relay.carry(1, peer.descriptor, 1234)
+            a_relay.carry(1, peer.descriptor, 1234, lambda: None)
             assert await peer.receive() == b""
         await a_relay.drain(DEADLINE_S)
         assert len(a_relay) == 0
@@ -385,12 +385,12 @@ def test_out_of_descriptors_a_connection_ends_and_leaves_no_name(path: Path) -> 
         )
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
-        a_relay.carry(1, peer.descriptor, 1234)
+        a_relay.carry(1, peer.descriptor, 1234, lambda: None)
         assert await peer.receive() == b""
         await a_relay.drain(DEADLINE_S)
         assert a_relay._numbers == {}  # noqa: SLF001 - that nothing is left is the point
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        a_relay.carry(2, late.descriptor, 1234)
+        a_relay.carry(2, late.descriptor, 1234, lambda: None)
         _, name = await upstream.accept()
         assert a_relay.connection_of(name) == 2
 

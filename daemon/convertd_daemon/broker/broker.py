@@ -7,7 +7,6 @@ other end, and with no others.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
@@ -20,6 +19,7 @@ from convertd_daemon import channel, codec, errors, model, policy
 from convertd_daemon.broker import (
     accept,
     audit,
+    closer,
     counters_file,
     front,
     idle,
@@ -84,7 +84,8 @@ class Broker:
         self.household = household
         self.rules = rules
         self.loop = loop.Loop()
-        self.connections = accept.Connections(rules.limits)
+        self.closer = closer.Closer(self.loop)
+        self.connections = accept.Connections(rules.limits, self.closer)
         self.connections.prober = os.getpid()
         self.jobs = jobs.Jobs(rules.limits)
         self.positions = positions.Positions(self.loop, self.jobs, self.tell_position)
@@ -215,7 +216,7 @@ class Broker:
         if self.front is None:
             return
         try:
-            message, descriptors = self.front.line.receive(*channel.FROM_FRONT, wait=False)
+            message, _ = self.front.line.receive(*channel.FROM_FRONT, wait=False)
         except BlockingIOError:
             return
         except channel.Closed:
@@ -224,22 +225,23 @@ class Broker:
         except codec.CodecError:
             # We made it and it does not speak our language: it is no longer ours.
             log.exception("the front sent what is no message")
-            self.front.kill()
+            self.part_with_front(self.front)
             return
-        with contextlib.ExitStack() as stack:
-            stack.callback(scm_rights.close_all, descriptors)
-            self.obey(message, descriptors)
+        self.obey(message)
 
     def lose_front(self) -> None:
         """The front's process is gone: so are its calls, and soon their jobs."""
         if self.front is not None:
             self.loop.forget(self.front.line.fileno())
+            # What it sent us at the last may have descriptors with it.
+            self.closer.take(self.front.line.sock)
             self.front.close()
             self.front = None
         self.forget_catching_up()
         self.stop_accepting()
         for connection in self.connections:
             self.drop(connection)
+        self.connections.all_released()
         # What is still ending is no call of the next one's, which counts its own anew.
         for job in self.jobs:
             job.call = jobs.NO_CALL
@@ -276,6 +278,10 @@ class Broker:
         One each round of the loop, in which the front too is heard once: whoever connects as fast
         as it can must not hold up those who are connected.
         """
+        if self.closer.is_full:
+            log.warning("too many connections with descriptors wait to be closed")
+            self.pause_accepting()
+            return
         try:
             sock, _ = self.household.listener.sock.accept()
         except BlockingIOError:
@@ -283,11 +289,15 @@ class Broker:
         except OSError as error:
             if error.errno in OUT_OF_DESCRIPTORS:
                 log.warning("can't accept error=%s", error)
-                self.loop.forget(self.household.listener.sock.fileno())
-                self.loop.after(1.0, self.watch_listener)
+                self.pause_accepting()
             return  # else the peer was gone before we came. Source: accept(2)
         self.watchdog.accepted()
         self.admit(sock)
+
+    def pause_accepting(self) -> None:
+        """Leave those who connect in the backlog for a second."""
+        self.loop.forget(self.household.listener.sock.fileno())
+        self.loop.after(1.0, self.watch_listener)
 
     def admit(self, sock: socket.socket) -> None:
         """Keep one descriptor of a connection, and send the front another."""
@@ -306,7 +316,7 @@ class Broker:
             return
         fd = sock.fileno()
         self.loop.watch(fd, loop.PEER_GONE, lambda _events: self.drop(connection))
-        came = channel.Connected(connection=connection.number, uid=connection.peer.uid)
+        came = channel.Connected(connection=connection.number, uid=connection.uid)
         self.send(came, theirs)
 
     def drop(self, connection: Connection) -> None:
@@ -318,11 +328,15 @@ class Broker:
 
     # --- requests ----------------------------------------------------------------------------
 
-    def obey(self, message: object, descriptors: list[int]) -> None:
-        """Do what the front asks, as far as the peer of the connection it names may ask it.
+    def released(self, number: int) -> None:
+        """The front has let go of a connection: it is over, if it was not yet."""
+        connection = self.connections.kept(number)
+        if connection is not None:
+            self.drop(connection)
+        self.connections.released(number)
 
-        Whatever of the descriptors is kept is taken out of the list.
-        """
+    def obey(self, message: object) -> None:
+        """Do what the front asks, as far as the peer of the connection it names may ask it."""
         match message:
             case channel.Ready():
                 self.serve()
@@ -338,7 +352,9 @@ class Broker:
                 | channel.GetAccess(call=call, connection=number)
                 | channel.GetStats(call=call, connection=number)
             ):
-                self.attend(message, call, number, descriptors)
+                self.attend(message, call, number)
+            case channel.Released(connection=number):
+                self.released(number)
             case channel.Probed(probe=probe):
                 self.watchdog.hear(probe)
             case channel.Rejected(connection=number, reason=reason):
@@ -346,14 +362,14 @@ class Broker:
                 who = audit.caller_on(self.connections.find(number))
                 self.report_refused(audit.asked(message, who), known)
 
-    def attend(self, message: object, call: int, number: int, descriptors: list[int]) -> None:
+    def attend(self, message: object, call: int, number: int) -> None:
         """Answer one request or refuse it, and put that on record, unless a job will."""
         connection = self.connections.find(number)
         asked = audit.asked(message, audit.caller_on(connection))
         try:
             if connection is None:
                 raise errors.UnknownConnection
-            self.answer(message, call, connection, descriptors)
+            self.answer(message, call, connection)
         except errors.ConvertError as error:
             self.report_refused(asked, error.reason, str(error))
             self.refuse(call, error.failure())
@@ -374,23 +390,16 @@ class Broker:
         refused = audit.Outcome.REFUSED
         self.report(audit.Record(asked=asked, outcome=refused, reason=reason, detail=detail))
 
-    def answer(
-        self, message: object, call: int, connection: Connection, descriptors: list[int]
-    ) -> None:
+    def answer(self, message: object, call: int, connection: Connection) -> None:
         """Answer one request, or put it in its queue.
 
         Raises:
             errors.ConvertError: the request is refused, and why.
         """
-        peer = connection.peer
+        peer = connection.peer()
         match message:
-            case channel.Convert(request=request):
-                grant = self.may(peer, request)
-                self.enqueue(
-                    call, connection, channel.Granted(grant, take_secrets(request, descriptors))
-                )
-            case channel.Inspect(request=request):
-                self.enqueue(call, connection, channel.Granted(self.may(peer, request)))
+            case channel.Convert(request=request) | channel.Inspect(request=request):
+                self.enqueue(call, connection, self.may(peer, request))
             case channel.ListJobs():
                 self.list_jobs(call, peer)
             case channel.CancelJob(job_id=job_id):
@@ -414,20 +423,17 @@ class Broker:
             return policy.decide(self.rules, peer, request)
         return policy.decide_inspect(self.rules, peer, request)
 
-    def enqueue(self, call: int, connection: Connection, granted: channel.Granted) -> None:
-        """Put a granted request in line; it starts at once if there is a place. Owns its pipes.
+    def enqueue(
+        self, call: int, connection: Connection, grant: model.Grant | model.InspectGrant
+    ) -> None:
+        """Put a granted request in line; it starts at once if there is a place.
 
         Raises:
             errors.QueueFull, errors.DestBusy: as they say.
         """
-        grant = granted.grant
-        try:
-            if self.jobs.of_call(call) is not None:
-                raise errors.BadMessage(problem="this call has a job already")
-            job = self.jobs.add(call, connection, granted)
-        except errors.ConvertError:
-            scm_rights.close_all(list(granted.secrets))
-            raise
+        if self.jobs.of_call(call) is not None:
+            raise errors.BadMessage(problem="this call has a job already")
+        job = self.jobs.add(call, connection, grant)
         log.info(
             "granted job=%s uid=%d gid=%d pid=%d rule=%s source=%r dest=%r",
             job.job_id,
@@ -458,7 +464,7 @@ class Broker:
     def start(self, job: jobs.Job) -> None:
         """Have a process do a job, and give the front the other end of its channel."""
         try:
-            line = job.start(self.spare)
+            line = job.start(self.spare, self.connections.peer_on(job.connection))
         except OSError:
             error_id = getrandom.hex_name(6)
             log.exception("could not fork a job id=%s", error_id)
@@ -610,7 +616,7 @@ class Broker:
             log.info("front ended pid=%d status=%d", pid, status)
             self.lose_front()
             return
-        if self.counters_file.ended(pid):
+        if self.counters_file.ended(pid) or self.closer.ended(pid):
             return
         job = self.jobs.of_process(pid)
         if job is None:
@@ -641,7 +647,7 @@ class Broker:
     def _strangers(self) -> frozenset[int]:
         """Children of ours that we did not start: a job that ended left them to us."""
         front_pid = self.front.pid if self.front is not None else 0
-        own = {self.spare.pid, front_pid, self.counters_file.pid}
+        own = {self.spare.pid, front_pid, self.counters_file.pid, *self.closer.processes}
         return children.of_self() - self.jobs.processes() - own
 
     def _unexplained(self, job: jobs.Job, status: int) -> errors.Failure:
@@ -728,7 +734,7 @@ class Broker:
         notify.stopping(grace_s + 2 * ENDING_S + FRONT_STOP_S + STOP_MARGIN_S)
         self.tell_status()
         self.stop_accepting()
-        self.household.listener.close()
+        self.household.listener.close(self.closer.close)
         for job in self.jobs:
             if job.state is jobs.State.WAITING:
                 self.end(job, errors.Stopping())
@@ -759,17 +765,3 @@ class Broker:
     def _kill_front(self, ending: front.Front) -> None:
         if self.front is ending:
             ending.kill()
-
-
-def take_secrets(request: model.ConvertRequest, descriptors: list[int]) -> tuple[int, ...]:
-    """Take the pipes with a request's passphrases out of what came with its message, unread.
-
-    Raises:
-        errors.BadMessage: there are more or fewer than the request says.
-    """
-    wanted = int(request.source.encrypted) + int(request.dest.encryption is not None)
-    if len(descriptors) != wanted:
-        raise errors.BadMessage(problem=f"{len(descriptors)} passphrases came instead of {wanted}")
-    taken = tuple(descriptors)
-    descriptors.clear()
-    return taken

@@ -17,6 +17,7 @@ import stat
 import time
 from typing import Final, NoReturn
 
+from convertd_daemon.broker import emptied
 from convertd_daemon.kernel import close_range, getrandom, openat2, prctl
 from convertd_daemon.sandbox import enter
 
@@ -50,11 +51,7 @@ class Writer:
             log.warning("the counters of before are still being written file=%r", path)
             return
         try:
-            # Held back until the child has let go of our wakeup descriptor.
-            with enter.signals_blocked():
-                self.pid = os.fork()
-                if self.pid == 0:
-                    _be_the_child(path, data)
+            self.pid = _fork(path, data)
         except OSError as error:
             log.warning("can't write counters file=%r error=%s", path, error)
 
@@ -78,11 +75,27 @@ class Writer:
             self.pid = 0
 
 
-def _be_the_child(path: str, data: bytes) -> NoReturn:
+def _fork(path: str, data: bytes) -> int:
+    child_is_empty = emptied.Emptied()
+    try:
+        # Held back until the child has let go of our wakeup descriptor.
+        with enter.signals_blocked():
+            pid = os.fork()
+            if pid == 0:
+                _be_the_child(path, data, child_is_empty)
+    except OSError:
+        child_is_empty.give_up()
+        raise
+    child_is_empty.wait()
+    return pid
+
+
+def _be_the_child(path: str, data: bytes, child_is_empty: emptied.Emptied) -> NoReturn:
     """Write the file, with no descriptor of the broker's, and end."""
     status = 1
     try:
-        close_range.close_all_but({0, 1, 2})
+        close_range.close_all_but({0, 1, 2, child_is_empty.writer})
+        child_is_empty.tell()
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
             signal.signal(number, signal.SIG_DFL)

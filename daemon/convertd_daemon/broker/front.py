@@ -72,7 +72,10 @@ class Front:
                 os.close(descriptor)
 
     def close(self) -> None:
-        """Close the channel, which ends the front, and whatever it has not been sent."""
+        """Close the channel, which ends the front, and whatever it has not been sent.
+
+        Of the connections among that others have copies.
+        """
         self.line.close()
         self._forget_all()
 

@@ -13,7 +13,8 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from convertd_daemon.kernel import close_range, prctl
+from convertd_daemon.broker import emptied
+from convertd_daemon.kernel import close_range, prctl, scm_rights
 from convertd_daemon.sandbox import identity
 
 if TYPE_CHECKING:
@@ -44,14 +45,23 @@ def start(user: Identity, private: str) -> Started:
         OSError: no process, or no descriptors, to be had.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    scm_rights.refuse(ours)
     with theirs:
-        pid = os.fork()
+        child_is_empty = emptied.Emptied()
+        try:
+            pid = os.fork()
+        except OSError:
+            child_is_empty.give_up()
+            raise
         if pid == 0:
-            _become_front(user, theirs.fileno(), private)
+            _become_front(user, theirs.fileno(), private, child_is_empty)
+        child_is_empty.wait()
     return Started(pid=pid, sock=ours)
 
 
-def _become_front(user: Identity, descriptor: int, private: str) -> NoReturn:
+def _become_front(
+    user: Identity, descriptor: int, private: str, child_is_empty: emptied.Emptied
+) -> NoReturn:
     """In the child: give up root for good, then execute. No byte of gRPC is loaded before that."""
     try:
         signal.set_wakeup_fd(-1)
@@ -59,10 +69,12 @@ def _become_front(user: Identity, descriptor: int, private: str) -> NoReturn:
             signal.signal(number, signal.SIG_DFL)
         # The terminal's Ctrl-C is for the broker, which then ends us in its own time.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        close_range.close_all_but({0, 1, 2, descriptor, child_is_empty.writer})
+        child_is_empty.tell()
         if descriptor != CHANNEL_DESCRIPTOR:
             os.dup2(descriptor, CHANNEL_DESCRIPTOR)
+            os.close(descriptor)
         os.set_inheritable(CHANNEL_DESCRIPTOR, True)
-        close_range.close_all_but({0, 1, 2, CHANNEL_DESCRIPTOR})
         identity.assume(user)
         identity.limit_capabilities(())
         prctl.set_no_new_privs()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import os
 import signal
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from convertd_daemon import channel, codec, errors, model
 from convertd_daemon.broker import audit, loop, queue, workers
-from convertd_daemon.kernel import getrandom, scm_rights
+from convertd_daemon.kernel import getrandom
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,7 +44,7 @@ class Job:
     job_id: str
     call: int
     connection: int
-    granted: channel.Granted
+    grant: model.Grant | model.InspectGrant
     lane: queue.Lane[Job]
     queued: float = field(default_factory=time.time)
     state: State = State.WAITING
@@ -57,11 +58,6 @@ class Job:
     caller: audit.Caller = audit.NOBODY
     left: set[int] = field(default_factory=set)
     _pipe: int = -1
-
-    @property
-    def grant(self) -> model.Grant | model.InspectGrant:
-        """What it may do."""
-        return self.granted.grant
 
     @property
     def is_writing_a_device(self) -> bool:
@@ -85,15 +81,16 @@ class Job:
             return self.grant.dest.path
         return ""
 
-    def start(self, spare: workers.Spare) -> channel.Channel:
+    def start(self, spare: workers.Spare, peer: model.Peer) -> channel.Channel:
         """Start the job's process, and give the end of its channel that is for the front.
+
+        `peer` is who it is for, groups included.
 
         Raises:
             OSError: no process, or no descriptors, to be had.
         """
-        worker = spare.begin(self.job_id, self.granted)
+        worker = spare.begin(self.job_id, dataclasses.replace(self.grant, peer=peer))
         self.pid, self._pipe = worker.pid, worker.account
-        self.close_secrets()
         self.state, self.started = State.RUNNING, time.time()
         return worker.line
 
@@ -124,15 +121,9 @@ class Job:
 
     def close(self) -> None:
         """Close what belongs to the job."""
-        self.close_secrets()
         if self._pipe >= 0:
             os.close(self._pipe)
             self._pipe = -1
-
-    def close_secrets(self) -> None:
-        """Close the pipes with the passphrases: the job's process has its own, or needs none."""
-        scm_rights.close_all(list(self.granted.secrets))
-        self.granted = channel.Granted(self.grant)
 
     def signal(self, number: signal.Signals) -> None:
         """Signal the process, or what it left: our children, not reaped, so the pids are theirs."""
@@ -187,8 +178,8 @@ class Jobs:
     def __len__(self) -> int:
         return len(self._by_id)
 
-    def add(self, call: int, asking: Connection, granted: channel.Granted) -> Job:
-        """Put a granted request in its queue.
+    def add(self, call: int, asking: Connection, grant: model.Grant | model.InspectGrant) -> Job:
+        """Put a granted request in its queue, without the groups of who asked: see `start`.
 
         Raises:
             errors.QueueFull: too many wait.
@@ -196,7 +187,6 @@ class Jobs:
                 publishing it. Between users the kernel alone answers (linkat(2), O_EXCL of a
                 device): a name in a queue proves no right to it, and is nobody else's to know.
         """
-        grant = granted.grant
         is_look = isinstance(grant, model.InspectGrant) or grant.request.validate_only
         lane = self.looks if is_look else self.conversions
         job = Job(
@@ -204,7 +194,9 @@ class Jobs:
             call=call,
             connection=asking.number,
             caller=asking.caller,
-            granted=granted,
+            grant=dataclasses.replace(
+                grant, peer=dataclasses.replace(grant.peer, groups=frozenset())
+            ),
             lane=lane,
         )
         if job.writes and any(

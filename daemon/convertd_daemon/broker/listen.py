@@ -9,10 +9,14 @@ import shlex
 import socket
 import stat
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from convertd_daemon.broker import root_only
 from convertd_daemon.broker.startup import CantStart
+from convertd_daemon.kernel import scm_rights
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 FIRST_PASSED: Final = 3
 """The first descriptor that systemd passes. Source: sd_listen_fds(3)."""
@@ -30,14 +34,27 @@ class Listener:
     sock: socket.socket
     own_path: str
 
-    def close(self) -> None:
-        """Stop listening. A path that systemd made stays: the next start is behind it.
+    def close(self, end: Callable[[socket.socket], object] = socket.socket.detach) -> None:
+        """Stop listening; `end` closes those that nobody accepted.
+
+        They may have sent descriptors: if need be they are left to the end of this process, which
+        waits for nothing (see closer.py). So is a socket of systemd's, which goes on listening for
+        the next start, and with it those who connected; its path stays.
 
         Done twice it changes nothing: by then the path may be the next daemon's.
         """
-        if self.own_path and self.sock.fileno() != -1:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.own_path)
+        if self.sock.fileno() == -1:
+            return
+        if not self.own_path:
+            self.sock.detach()
+            return
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.own_path)
+        # From now on whoever connects is refused, and those who have are all there will be.
+        self.sock.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            while True:
+                end(self.sock.accept()[0])
         self.sock.close()
 
 
@@ -50,6 +67,7 @@ def listen(path: str) -> Listener:
     """
     passed = _passed()
     if passed is not None:
+        scm_rights.refuse(passed)
         return Listener(sock=passed, own_path="")
     path = trusted(path)
     return Listener(sock=_make(path), own_path=path)
@@ -91,6 +109,7 @@ def _make(path: str) -> socket.socket:
     try:
         sock.bind(path)
         os.chmod(path, MODE)
+        scm_rights.refuse(sock)
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from convertd_daemon import channel, codec, model
+from convertd_daemon.broker import emptied
 from convertd_daemon.job import account as job_account
 from convertd_daemon.job import main as job_main
 from convertd_daemon.sandbox import enter
@@ -45,20 +46,19 @@ class Worker:
     line: channel.Channel
     account: int
 
-    def order(self, job_id: str, granted: channel.Granted) -> None:
-        """Have it do a job. The caller keeps the pipes; the worker gets its own.
+    def order(self, job_id: str, grant: model.Grant | model.InspectGrant) -> None:
+        """Have it do a job.
 
         Raises:
             channel.Closed: it is gone.
             channel.TooLong: the grant can't be sent; nothing was.
         """
-        grant = granted.grant
         begin = channel.Begin(
             job_id=job_id,
             convert=grant if isinstance(grant, model.Grant) else None,
             inspect=grant if isinstance(grant, model.InspectGrant) else None,
         )
-        self.orders.send(begin, *granted.secrets)
+        self.orders.send(begin)
         self.orders.close()
 
     def end(self) -> None:
@@ -80,7 +80,6 @@ def fork(setup: Setup, begun: job_main.Begun | None = None) -> Worker:
     Raises:
         OSError: no process, or no descriptors, to be had.
     """
-    broker = os.getpid()
     with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
         orders, orders_end = channel.Channel.pair()
         ours.enter_context(orders)
@@ -91,14 +90,20 @@ def fork(setup: Setup, begun: job_main.Begun | None = None) -> Worker:
         account, account_end = os.pipe()
         ours.callback(os.close, account)
         theirs.callback(os.close, account_end)
+        child_is_empty = emptied.Emptied()
         # Held back until the worker has let go of our wakeup descriptor: a SIGTERM to it would be
         # written there, and we would take it for our own.
-        with enter.signals_blocked():
-            pid = os.fork()
-            if pid == 0:
-                # Nothing is closed here: its first act closes all but its own.
-                witness = job_account.Witness(line_end.sock, account_end)
-                job_main.forked(begun, orders_end, witness, setup, broker)
+        try:
+            with enter.signals_blocked():
+                pid = os.fork()
+                if pid == 0:
+                    # Nothing is closed here: its first act closes all but its own.
+                    witness = job_account.Witness(line_end.sock, account_end)
+                    job_main.forked(begun, orders_end, witness, setup, child_is_empty)
+        except OSError:
+            child_is_empty.give_up()
+            raise
+        child_is_empty.wait()
         ours.pop_all()
     return Worker(pid=pid, orders=orders, line=line, account=account)
 
@@ -136,7 +141,7 @@ class Spare:
             with contextlib.suppress(OSError):
                 self._worker = fork(self._setup)
 
-    def begin(self, job_id: str, granted: channel.Granted) -> Worker:
+    def begin(self, job_id: str, grant: model.Grant | model.InspectGrant) -> Worker:
         """Give a job to the spare; to a new worker, if there is none, or it can't take it.
 
         Raises:
@@ -145,12 +150,12 @@ class Spare:
         worker, self._worker = self._worker, None
         if worker is not None:
             try:
-                worker.order(job_id, granted)
+                worker.order(job_id, grant)
             except (channel.Closed, channel.TooLong):
                 worker.end()
             else:
                 return worker
-        worker = fork(self._setup, job_main.Begun(job_id=job_id, granted=granted))
+        worker = fork(self._setup, job_main.Begun(job_id=job_id, grant=grant))
         worker.orders.close()
         return worker
 

@@ -11,11 +11,11 @@ import collections
 import contextlib
 import itertools
 import logging
-import os
 import socket
 from typing import TYPE_CHECKING, Final
 
 from convertd_daemon import channel, codec, errors
+from convertd_daemon.front import pipes
 from convertd_daemon.kernel import scm_rights
 
 if TYPE_CHECKING:
@@ -39,9 +39,10 @@ class BrokerIsGone(Exception):
 class Call:
     """What is said about one call, in order. Used by one coroutine at a time."""
 
-    def __init__(self, link: Link, number: int) -> None:
-        """Belongs to a link, which hands it what it hears."""
+    def __init__(self, link: Link, number: int, secrets: tuple[int, ...]) -> None:
+        """Belongs to a link, which hands it what it hears. Borrows the pipes with passphrases."""
         self.number = number
+        self._secrets = secrets
         self.job_id = ""
         self.over = False
         self._link = link
@@ -83,9 +84,12 @@ class Call:
         self._news.set()
 
     def follow(self, job_id: str, descriptor: int) -> None:
-        """Listen to a job's channel from now on. Owns the descriptor."""
+        """Listen to a job's channel from now on, which is ours, and send its passphrases."""
         self.job_id = job_id
         self._line = channel.Channel(socket.socket(fileno=descriptor))
+        # A job that is gone already is heard of as any other.
+        with contextlib.suppress(channel.Closed):
+            pipes.hand_on(self._secrets, self._line)
         asyncio.get_running_loop().add_reader(descriptor, self._listen)
 
     def _listen(self) -> None:
@@ -93,8 +97,7 @@ class Call:
             return
         try:
             while True:
-                message, descriptors = self._line.receive(*channel.FROM_JOB, wait=False)
-                scm_rights.close_all(descriptors)
+                message, _ = self._line.receive(*channel.FROM_JOB, wait=False)
                 self.hear(message)
         except BlockingIOError:
             return
@@ -129,7 +132,7 @@ class Link:
         self.ended = asyncio.Event()
         self._calls: dict[int, Call] = {}
         self._numbers = itertools.count(1)
-        self._behind: collections.deque[tuple[bytes, list[int]]] = collections.deque()
+        self._behind: collections.deque[bytes] = collections.deque()
         asyncio.get_running_loop().add_reader(line.fileno(), self._listen)
 
     def call_of_job(self, job_id: str) -> Call | None:
@@ -137,22 +140,21 @@ class Link:
         return next((call for call in self._calls.values() if call.job_id == job_id), None)
 
     @contextlib.contextmanager
-    def call(
-        self, make: Callable[[int], object], descriptors: tuple[int, ...] = ()
-    ) -> Iterator[Call]:
+    def call(self, make: Callable[[int], object], secrets: tuple[int, ...] = ()) -> Iterator[Call]:
         """Ask the broker something; when the block is left, by whichever way, the call is over.
 
-        `descriptors` go along with the question; they are the caller's to close, after the block.
+        `secrets` are pipes with passphrases for its job; they are the caller's to close, after the
+        block.
 
         If nobody said that it ended, the broker is told that nobody wants it any more.
 
         Raises:
             channel.TooLong: the question is longer than any that can be answered.
         """
-        call = Call(self, next(self._numbers))
+        call = Call(self, next(self._numbers), secrets)
         self._calls[call.number] = call
         try:
-            self.send(make(call.number), *descriptors)
+            self.send(make(call.number))
             yield call
         finally:
             del self._calls[call.number]
@@ -160,37 +162,34 @@ class Link:
             if not call.over:
                 self.send(channel.Abandon(call=call.number))
 
-    def send(self, message: object, *descriptors: int) -> None:
+    def send(self, message: object) -> None:
         """Send to the broker, later if there is no room now.
 
         Raises:
             channel.TooLong: it is not sent. It must not get in line: nothing would get past it.
-            OSError: there is no room for copies of the descriptors.
         """
-        data = channel.encoded(message)
-        # Copies, for by the time that there is room a number may lead to somebody else's secret.
-        self._behind.append((data, _copies_of(descriptors)))
+        self._behind.append(channel.encoded(message))
         self._catch_up()
 
     def _catch_up(self) -> None:
         loop = asyncio.get_running_loop()
         try:
             while self._behind:
-                data, descriptors = self._behind[0]
-                if not self.line.send_bytes(data, *descriptors, wait=False):
+                if not self.line.send_bytes(self._behind[0], wait=False):
                     loop.add_writer(self.line.fileno(), self._catch_up)
                     return
                 self._behind.popleft()
-                scm_rights.close_all(descriptors)
         except channel.Closed:
             # What the broker still said is there to be read; its end comes after that.
-            self._forget_all()
+            self._behind.clear()
         loop.remove_writer(self.line.fileno())
 
     def _listen(self) -> None:
         try:
             for _ in range(AT_A_TIME):
-                message, descriptors = self.line.receive(*channel.FROM_BROKER, wait=False)
+                message, descriptors = self.line.receive(
+                    *channel.FROM_BROKER, wait=False, most_descriptors=channel.ONE_DESCRIPTOR
+                )
                 self._deal(message, descriptors)
         except BlockingIOError:
             return
@@ -203,7 +202,8 @@ class Link:
     def _deal(self, message: channel.ToFront, descriptors: list[int]) -> None:
         match message:
             case channel.Connected(connection=number, uid=uid):
-                self.relay.carry(number, descriptors.pop(), uid)
+                released = channel.Released(connection=number)
+                self.relay.carry(number, descriptors.pop(), uid, lambda: self.send(released))
             case channel.Probe(probe=number):
                 healthy = channel.Probed(probe=number)
                 if self.prober is not None:
@@ -223,29 +223,15 @@ class Link:
         # A job whose caller is gone ends with this.
         scm_rights.close_all(descriptors)
 
-    def _forget_all(self) -> None:
-        while self._behind:
-            scm_rights.close_all(self._behind.popleft()[1])
-
     def _close(self) -> None:
         loop = asyncio.get_running_loop()
         loop.remove_reader(self.line.fileno())
         loop.remove_writer(self.line.fileno())
         self.closed = True
-        self._forget_all()
+        self._behind.clear()
         for call in self._calls.values():
             call.wake()
         self.ended.set()
-
-
-def _copies_of(descriptors: tuple[int, ...]) -> list[int]:
-    copies: list[int] = []
-    try:
-        copies.extend(os.dup(descriptor) for descriptor in descriptors)
-    except OSError:
-        scm_rights.close_all(copies)
-        raise
-    return copies
 
 
 def is_last(message: object) -> errors.Failure | None:

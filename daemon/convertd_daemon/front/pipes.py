@@ -1,4 +1,4 @@
-"""Passphrases on their way out of the front: by a pipe each, which the broker hands on unread."""
+"""Passphrases that wait in the front: on a pipe each, until there is a job to send them to."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import fcntl
 import os
 from typing import TYPE_CHECKING, Final
 
-from convertd_daemon import errors
+from convertd_daemon import channel, errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,6 +31,17 @@ def holding(secrets: list[bytes]) -> Iterator[tuple[int, ...]]:
             stack.callback(os.close, reader)
             ends.append(reader)
         yield tuple(ends)
+
+
+def hand_on(held: tuple[int, ...], line: channel.Channel) -> None:
+    """Send each passphrase to a job that has just started, over its channel.
+
+    Raises:
+        channel.Closed: the job is gone.
+    """
+    for reader in held:
+        # There is room: nothing was sent on it before.
+        line.send_bytes(channel.PASSPHRASE + os.read(reader, MAX_BYTES), wait=False)
 
 
 def _pipe_with(secret: bytes) -> int:

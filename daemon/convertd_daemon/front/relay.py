@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Final
 
 from convertd_daemon.front import screen, turns
-from convertd_daemon.kernel import getrandom
+from convertd_daemon.kernel import getrandom, scm_rights
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +55,16 @@ class Relay:
         """The broker's number for what gRPC calls a peer; None for one that is not ours."""
         return self._numbers.get(grpc_peer)
 
-    def carry(self, number: int, descriptor: int, uid: int) -> None:
-        """Carry a user's connection until either side ends it. Owns the descriptor from now on."""
-        task = asyncio.get_running_loop().create_task(self._carry(number, descriptor, uid))
+    def carry(
+        self, number: int, descriptor: int, uid: int, on_released: Callable[[], None]
+    ) -> None:
+        """Carry a user's connection until either side ends it. Owns the descriptor from now on.
+
+        When that is closed `on_released` is called: before, the broker does not close the last one.
+        """
+        carrying = self._carry(number, descriptor, uid)
+        task = asyncio.get_running_loop().create_task(carrying)
+        task.add_done_callback(lambda _: on_released())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -160,7 +167,7 @@ async def _ask(
     """Carry up. Who does not read its answers is not heard: else they would pile up in gRPC."""
     loop = asyncio.get_running_loop()
     try:
-        while data := await loop.sock_recv(source, ASKED_BYTES):
+        while data := await _received(source):
             for piece in passed(data):
                 async with answering:
                     pass
@@ -168,6 +175,34 @@ async def _ask(
                 await loop.sock_sendall(sink, piece.data)
     except screen.Refused as error:
         log.debug("connection ended: %s", error)
+    except scm_rights.Attached:
+        log.debug("connection ended: it brought descriptors")
+
+
+async def _received(source: socket.socket) -> bytes:
+    """Wait for something that was asked, and read it: never a descriptor that a peer attached.
+
+    To close one takes as long as the peer likes, and would hold everybody up.
+
+    Raises:
+        scm_rights.Attached: there is one. It stays where it is.
+        OSError: the connection is over.
+    """
+    while True:
+        try:
+            return scm_rights.read(source, ASKED_BYTES)
+        except BlockingIOError:
+            await _readable(source)
+
+
+async def _readable(sock: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(sock, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(sock)
 
 
 async def _answer(source: socket.socket, sink: socket.socket, answering: asyncio.Lock) -> None:
@@ -189,7 +224,10 @@ def _is_over(sock: socket.socket) -> bool:
 
 
 def _end(sock: socket.socket) -> None:
-    """End a connection of which the broker holds a copy: close() alone would leave it open."""
+    """End a connection of which the broker holds a copy: close() alone would leave it open.
+
+    That copy is also why nobody waits here for what is attached to unread bytes.
+    """
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
     sock.close()

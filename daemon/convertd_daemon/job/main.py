@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from convertd_daemon import channel, errors, model
 from convertd_daemon.job import account, leash, own, pipeline, qemu_img, rights, secrets
@@ -29,12 +29,22 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+class Empty(Protocol):
+    """How a forked job tells that it holds nothing but its own: see broker/emptied.py."""
+
+    parent: int
+    writer: int
+
+    def tell(self) -> None:
+        """Tell it, once; closes `writer`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Begun:
     """A job and its grant, for a process that is forked with it."""
 
     job_id: str
-    granted: channel.Granted
+    grant: model.Grant | model.InspectGrant
 
 
 def forked(
@@ -42,28 +52,28 @@ def forked(
     orders: channel.Channel,
     line: account.Witness,
     setup: Setup,
-    broker: int,
+    empty: Empty,
 ) -> NoReturn:
     """Be a job, in the child that the broker just forked; first wait for it, unless it is given.
 
     Never returns. fork(2) gives a child all its parent has, close-on-exec or not; so the first act
-    is to close what belongs to the broker and to other jobs. All signals are blocked until ours are
-    set.
+    is to close what belongs to the broker and to other jobs, and to tell the broker, which waits
+    for that. All signals are blocked until ours are set.
     """
     try:
-        pipes = begun.granted.secrets if begun else ()
-        close_range.close_all_but({0, 1, 2, orders.fileno(), *line.descriptors(), *pipes})
+        close_range.close_all_but({0, 1, 2, orders.fileno(), *line.descriptors(), empty.writer})
+        empty.tell()
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         leash.end_on_sigterm()
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        rights.die_with(broker)
+        rights.die_with(empty.parent)
         os.umask(0o077)
         job, gate = (begun, None) if begun else _wait(orders, setup)
         orders.close()
         prctl.set_name("convertd-job")
-        _work(lambda: job.granted, line, setup, gate)
+        _work(lambda: job.grant, line, setup, gate)
     except leash.Cut:
         log.info("job cut short at its very end")
     except channel.Closed:
@@ -94,11 +104,11 @@ def _wait(orders: channel.Channel, setup: Setup) -> tuple[Begun, Gate]:
     with contextlib.suppress(OSError):
         gate.fork()
     try:
-        begin, pipes = orders.receive(channel.Begin)
+        begin, _ = orders.receive(channel.Begin)
     except BaseException:
         gate.close()
         raise
-    return Begun(job_id=begin.job_id, granted=channel.Granted(begin.grant, tuple(pipes))), gate
+    return Begun(job_id=begin.job_id, grant=begin.grant), gate
 
 
 def main() -> int:
@@ -107,16 +117,16 @@ def main() -> int:
     line = channel.Channel(socket.socket(fileno=os.dup(0)))
     os.umask(0o077)
     limits.refuse_core_dumps()
-    order, descriptors = line.receive(channel.Order)
+    order, _ = line.receive(channel.Order)
     setup = Setup(
         path=order.qemu_img, identity=None, seccomp=seccomp.compile_profile(seccomp.QEMU_IMG)
     )
-    _work(lambda: channel.Granted(own.grant(order), tuple(descriptors)), line, setup)
+    _work(lambda: own.grant(order), line, setup)
     return 0
 
 
 def _work(
-    asked: Callable[[], channel.Granted],
+    asked: Callable[[], model.Grant | model.InspectGrant],
     line: channel.Channel,
     setup: Setup,
     gate: Gate | None = None,
@@ -127,12 +137,11 @@ def _work(
     """
     leash.end_on_sigterm()
     try:
-        granted = asked()
-        grant = granted.grant
+        grant = asked()
         with qemu_img.opened(setup, gate or Gate(setup.seccomp)) as worker:
             if isinstance(grant, model.Grant):
                 tether = leash.Leash(line, grant.limits.duration_s)
-                kept = _secrets_of(grant.request, granted.secrets)
+                kept = _secrets_of(grant.request, line)
                 pipeline.convert(grant, kept, qemu_img.Runner(worker, tether))
             else:
                 tether = leash.Leash(line, grant.limits.inspect_s)
@@ -147,10 +156,13 @@ def _work(
         _say_failed(line, errors.InternalError(error_id=error_id).failure())
 
 
-def _secrets_of(request: model.ConvertRequest, pipes: tuple[int, ...]) -> secrets.Secrets:
-    return secrets.take(
-        pipes, source=request.source.encrypted, dest=request.dest.encryption is not None
-    )
+def _secrets_of(request: model.ConvertRequest, line: channel.Channel) -> secrets.Secrets:
+    try:
+        return secrets.take(
+            line, source=request.source.encrypted, dest=request.dest.encryption is not None
+        )
+    except channel.Closed as error:
+        raise leash.Cut from error
 
 
 def _say_failed(line: channel.Channel, failure: errors.Failure) -> None:

@@ -1,20 +1,24 @@
-"""Passphrases, from the pipe on which they came to the pipe from which qemu-img reads them.
+"""Passphrases, from the job's channel to the pipe from which qemu-img reads them.
 
-A passphrase is in this process's memory and in the front's for as long as it takes, and in pipes.
-It is in no file, argument or message. Not in a memfd either: Landlock never restricts those, and an
-image whose header names /proc/self/fd/N got the passphrase into the result. A pipe can be read only
-once, by the `secret` object that qemu-img makes before it opens any image.
+A passphrase is in this process's memory and in the front's for as long as it takes, in pipes, and
+once in the channel from the front to the job. It is in no file, argument or logged message. The
+broker never has it, nor a descriptor from which it could be read: what the front sends for one
+could be anything.
+
+Not in a memfd either: Landlock never restricts those, and an image whose header names
+/proc/self/fd/N got the passphrase into the result. A pipe can be read only once, by the `secret`
+object that qemu-img makes before it opens any image.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import stat
+import select
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from convertd_daemon import errors
+from convertd_daemon import channel, codec, errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,6 +26,9 @@ if TYPE_CHECKING:
     from convertd_daemon.sandbox.identity import Identity
 
 MAX_BYTES: Final = 4096
+
+LIMIT_S: Final = 10.0
+"""The front sends it as soon as it hears that the job has started."""
 
 SOURCE: Final = "source"
 DEST: Final = "dest"
@@ -36,33 +43,25 @@ class Secrets:
     dest: bytes = field(default=b"", repr=False)
 
 
-def take(descriptors: tuple[int, ...], *, source: bool, dest: bool) -> Secrets:
-    """Read the passphrases of the ends that have one, in that order; closes the descriptors.
+def take(line: channel.Channel, *, source: bool, dest: bool) -> Secrets:
+    """Take the passphrases of the ends that have one from the front, in that order.
 
     Raises:
-        errors.BadMessage: there are more or fewer than that, or not on pipes.
+        errors.BadMessage: one did not come in time, or something else did.
         errors.BadOption: one is empty or too long.
+        channel.Closed: nobody waits for the result any more.
     """
     wanted = [name for name, asked in ((SOURCE, source), (DEST, dest)) if asked]
-    try:
-        if len(wanted) != len(descriptors):
-            raise errors.BadMessage(problem="a passphrase is missing, or one too many")
-        found = {name: _read(name, fd) for name, fd in zip(wanted, descriptors, strict=True)}
-    finally:
-        for fd in descriptors:
-            os.close(fd)
-    return Secrets(**found)
+    return Secrets(**{name: _receive(name, line) for name in wanted})
 
 
-def _read(name: str, fd: int) -> bytes:
-    """Read what is in a pipe whose writer is closed. Never waits."""
-    if not stat.S_ISFIFO(os.fstat(fd).st_mode):
-        raise errors.BadMessage(problem="a passphrase that is not on a pipe")
-    os.set_blocking(fd, False)
+def _receive(name: str, line: channel.Channel) -> bytes:
+    if not select.select([line], [], [], LIMIT_S)[0]:
+        raise errors.BadMessage(problem="a passphrase did not come")
     try:
-        secret = os.read(fd, MAX_BYTES + 1)
-    except BlockingIOError as error:
-        raise errors.BadMessage(problem="a passphrase that is not there yet") from error
+        secret = line.receive_passphrase(MAX_BYTES + 1)
+    except codec.CodecError as error:
+        raise errors.BadMessage(problem="not a passphrase") from error
     if not 1 <= len(secret) <= MAX_BYTES:
         problem = f"must have 1 to {MAX_BYTES} bytes"
         raise errors.BadOption(field=f"{name}.encryption.passphrase", problem=problem)

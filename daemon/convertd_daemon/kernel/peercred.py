@@ -1,5 +1,6 @@
 """unix(7), SO_PEERCRED and SO_PEERGROUPS: who called connect(2)."""
 
+import array
 import ctypes
 import errno
 import os
@@ -28,11 +29,10 @@ class Credentials:
     pid: int
     uid: int
     gid: int
-    groups: tuple[int, ...]
 
 
 def peer_credentials(connection: socket.socket) -> Credentials:
-    """Ask the kernel who connected, supplementary groups included, however many there are.
+    """Ask the kernel who connected.
 
     Raises:
         OSError: not a connected AF_UNIX socket.
@@ -42,18 +42,23 @@ def peer_credentials(connection: socket.socket) -> Credentials:
     if pid <= 0 and uid == _NOBODY_YET:
         # An unconnected socket is answered with (0, -1, -1) instead of an error.
         raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
-    return Credentials(pid=pid, uid=uid, gid=gid, groups=_peer_groups(connection.fileno()))
+    return Credentials(pid=pid, uid=uid, gid=gid)
 
 
-def _peer_groups(descriptor: int) -> tuple[int, ...]:
+def peer_groups(connection: socket.socket) -> frozenset[int]:
+    """Ask the kernel for the supplementary groups of who connected, however many there are.
+
+    Raises:
+        OSError: not a connected AF_UNIX socket.
+    """
     # socket.getsockopt() ends at 1,024 bytes, which is 256 groups; the kernel allows 65,536.
     length = ctypes.c_uint32(_FIRST_GUESS)
     while True:
         buffer = ctypes.create_string_buffer(length.value)
         if not _getsockopt(
-            descriptor, socket.SOL_SOCKET, _SO_PEERGROUPS, buffer, ctypes.byref(length)
+            connection.fileno(), socket.SOL_SOCKET, _SO_PEERGROUPS, buffer, ctypes.byref(length)
         ):
-            return struct.unpack(f"{length.value // _GID_BYTES}I", buffer.raw[: length.value])
+            return frozenset(array.array("I", buffer.raw[: length.value]))
         error = ctypes.get_errno()
         # ERANGE: too short, and `length` says how much is needed. It can't change in between:
         # the kernel keeps the peer's groups of the time of connect(2).

@@ -118,7 +118,7 @@ class FalseFront:
         """
         ready, _, _ = select.select([self.line], [], [], deadline_s)
         assert ready, "the broker said nothing"
-        return self.line.receive(*channel.FROM_BROKER)
+        return self.line.receive(*channel.FROM_BROKER, most_descriptors=channel.ONE_DESCRIPTOR)
 
     def await_message(self, kind: type[T], call: int = 0) -> tuple[T, list[int]]:
         """The next message of a kind, and of a call if there is one. Others are dropped."""
@@ -158,7 +158,7 @@ def started(daemon: Daemon, home: Path, *environment: str) -> Iterator[FalseFron
         yield front
         daemon.signal(signal.SIGTERM)
         with contextlib.suppress(channel.Closed):
-            front.await_message(channel.Granted)
+            front.await_message(channel.Order)
     assert daemon.wait() == 0
     daemon.await_none("")
 

@@ -1,0 +1,238 @@
+"""Whoever attaches a descriptor to what it sends, whose close takes as long as it likes.
+
+Each twice: where the kernel refuses that (SO_PASSRIGHTS), and where it has no such option.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+from harness import processes, waiting
+from harness.agent import conversion
+from harness.callers import ALICE, BOB, MALLORY
+from harness.daemon import FRONT, Daemon
+from harness.fixtures import MakeDaemon
+from hostile import false_front, lingering
+
+from convertd_daemon import channel, codec
+from convertd_daemon.kernel import scm_rights
+
+POLICY: Final = """
+[roots.library]
+path = "{library}"
+access = "daemon"
+[roots.images]
+path = "{scratch}/images"
+access = "daemon"
+[[grants]]
+users = [1234]
+read = ["library", "images"]
+write = ["images"]
+"""
+
+CLOSER: Final = "convertd-closer"
+
+REFUSED, UNKNOWN = "the kernel refuses it", "the kernel can't"
+
+
+@pytest.fixture(scope="module", params=[REFUSED, UNKNOWN])
+def kernel(request: pytest.FixtureRequest) -> str:
+    """What the daemon finds at its start."""
+    found: str = request.param
+    return found
+
+
+def wrapper(kernel: str) -> tuple[str, ...]:
+    """What to start a daemon with."""
+    return lingering.as_before_6_16() if kernel == UNKNOWN else ()
+
+
+@pytest.fixture(scope="module")
+def attacked(kernel: str, fill_in: Callable[[str], str]) -> Iterator[Daemon]:
+    """The module's daemon, on either kernel."""
+    one = Daemon(fill_in(POLICY))
+    try:
+        one.start(wrapper=wrapper(kernel))
+        yield one
+        one.await_calm()
+        one.stop()
+    finally:
+        one.discard()
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["at once", "in the middle", "after a part", "out of band", "and is gone", "over the cap"],
+)
+def test_what_strangers_attach_holds_nobody_up(attacked: Daemon, kernel: str, how: str) -> None:
+    """Whenever they send it, and whoever would have closed it: others are answered meanwhile.
+
+    In the end nothing of it is left.
+    """
+    agent = attacked.agent(BOB)
+    agent.access()
+    before = false_front.descriptors_of(attacked.pid)
+    in_front = false_front.descriptors_of(attacked.await_one(FRONT))
+    with lingering.attacking(attacked, how, 20) as attack:
+        while not attack.is_heard:
+            assert lingering.seconds_of(agent.access) < lingering.SOON_S
+        outcomes = attack.outcomes
+        assert lingering.seconds_of(agent.access) < lingering.SOON_S
+    # One over the cap may be ended before it has sent anything.
+    assert ("sent" in outcomes) == (kernel == UNKNOWN)
+    waiting.until(
+        lambda: false_front.descriptors_of(attacked.pid) <= before, "the broker's descriptors close"
+    )
+    waiting.until(
+        lambda: (
+            false_front.descriptors_of(attacked.await_one(FRONT))
+            <= in_front + processes.LAZY_DESCRIPTORS
+        ),
+        "the front's descriptors close",
+    )
+    attacked.await_none(CLOSER)
+    assert lingering.seconds_of(agent.access) < lingering.SOON_S
+
+
+def test_who_converts_meanwhile_is_not_held_up(
+    attacked: Daemon, library: Path, images_dir: Path
+) -> None:
+    """Each job's process is a copy of the broker, with its descriptors, for a moment."""
+    agent, numbers = attacked.agent(ALICE), itertools.count()
+    with lingering.attacking(attacked, "and is gone", 40) as attack:
+        while not attack.is_heard:
+            dest = images_dir / f"dest-{next(numbers)}"
+            call = agent.convert(conversion(library / "small.raw", dest))
+            assert lingering.seconds_of(call.result) < lingering.SOON_S
+    attacked.await_calm()
+
+
+def test_a_front_that_dies_with_it_unread_holds_nobody_up(attacked: Daemon) -> None:
+    """The broker closes then what the front did not read, and starts another front."""
+    pid = attacked.await_one(FRONT)
+    os.kill(pid, signal.SIGSTOP)
+    with lingering.attacking(attacked, "and does not wait", 6) as attack:
+        outcomes = attack.outcomes
+        # The broker has taken them all in when it has one that came after them.
+        accepted = false_front.descriptors_of(attacked.pid)
+        with socket.socket(socket.AF_UNIX) as last:
+            last.connect(str(attacked.socket))
+            waiting.until(
+                lambda: false_front.descriptors_of(attacked.pid) > accepted, "it is accepted"
+            )
+        os.kill(pid, signal.SIGKILL)
+        began = time.monotonic()
+        attacked.await_notice("READY=1")
+        assert time.monotonic() - began < lingering.SOON_S
+    assert len(outcomes) == 6
+    assert attacked.agent(BOB).access().uid == BOB.uid
+
+
+ACTIVATE: Final = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1", LISTEN_FDNAMES="convertd.socket")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def test_what_was_sent_before_the_daemon_ran_holds_nobody_up(
+    make_daemon: MakeDaemon, kernel: str
+) -> None:
+    """Systemd listens before, and no option was set on its socket then."""
+    daemon = make_daemon(POLICY)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(daemon.socket))
+        daemon.socket.chmod(0o666)
+        listening.listen()
+        with lingering.attacking(daemon, "and does not wait", 3) as attack:
+            assert attack.outcomes == ["sent"] * 3
+            activated = (sys.executable, "-c", ACTIVATE, str(listening.fileno()))
+            daemon.start(wrapper=(*wrapper(kernel), *activated), pass_fds=(listening.fileno(),))
+            agent = daemon.agent(BOB)
+            assert lingering.seconds_of(agent.access) < lingering.SOON_S
+            daemon.await_calm()
+            daemon.signal(signal.SIGTERM)
+            assert lingering.seconds_of(daemon.wait) < lingering.SOON_S
+    daemon.socket.unlink()
+
+
+def test_whom_nobody_accepts_any_more_holds_up_no_stop(make_daemon: MakeDaemon) -> None:
+    """They are in the backlog when the daemon stops listening."""
+    daemon = make_daemon(POLICY)
+    daemon.start(wrapper=lingering.as_before_6_16())
+    daemon.agent(BOB).access()
+    os.kill(daemon.pid, signal.SIGSTOP)
+    with lingering.attacking(daemon, "and does not wait", 20) as attack:
+        assert attack.outcomes == ["sent"] * 20
+        daemon.signal(signal.SIGTERM)
+        os.kill(daemon.pid, signal.SIGCONT)
+        assert lingering.seconds_of(daemon.wait) < lingering.SOON_S
+    daemon.check_gone()
+
+
+def test_what_a_taken_over_front_passes_is_never_the_brokers(
+    make_daemon: MakeDaemon, kernel: str
+) -> None:
+    """It takes no descriptor from it at all: such a front is replaced, and nobody waits."""
+    daemon = make_daemon(POLICY)
+    home = daemon.home / "front"
+    home.mkdir()
+    message = codec.encode(channel.ListJobs(call=1, connection=2**40))
+    with false_front.started(daemon, home, *wrapper(kernel)) as front:
+        before = false_front.descriptors_of(daemon.pid)
+        sock, others = lingering.lingering()
+        if kernel == REFUSED:
+            with pytest.raises(PermissionError):
+                front.line.sock.sendmsg([message], lingering.attached(sock))
+        else:
+            first = daemon.await_one(FRONT)
+            for _ in range(3):
+                front.line.sock.sendmsg([message], lingering.attached(sock))
+            sock.close()
+            began = time.monotonic()
+            waiting.until(lambda: not processes.exists(first), "the front is killed")
+            front.take_over_next(daemon)
+            assert front.quiet()
+            assert time.monotonic() - began < lingering.SOON_S
+        assert front.quiet()
+        waiting.until(
+            lambda: front.quiet() and false_front.descriptors_of(daemon.pid) <= before,
+            "the broker's descriptors close",
+        )
+        for one in (*others, sock):  # its own end gone first, nothing lingers
+            one.close()
+
+
+def test_one_that_brings_descriptors_counts_until_it_is_closed(
+    make_daemon: MakeDaemon,
+) -> None:
+    """Where the front does not say that it let go, the broker keeps its own, within the caps."""
+    daemon = make_daemon(f"[limits]\nconnections_per_user = 3\n{POLICY}")
+    home = daemon.home / "front"
+    home.mkdir()
+    with false_front.started(daemon, home, *lingering.as_before_6_16()) as front:
+        with lingering.attacking(daemon, "and is gone", 5) as attack:
+            assert attack.outcomes == ["sent"] * 5
+            numbers = []
+            for _ in range(3):
+                message, held = front.await_message(channel.Connected)
+                scm_rights.close_all(held)
+                numbers.append(message.connection)
+            daemon.await_logged(f"too many connections uid={MALLORY.uid} own=3")
+            for number in numbers:
+                front.line.send(channel.Released(connection=number))
+            assert front.quiet()
+        with false_front.connected(daemon, MALLORY):
+            message, held = front.await_message(channel.Connected)
+            scm_rights.close_all(held)
+            assert message.uid == MALLORY.uid

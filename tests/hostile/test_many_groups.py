@@ -1,0 +1,91 @@
+"""A caller in as many groups as the kernel allows: what it costs the broker, and what it may."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Final
+
+from harness import images, processes, waiting
+from harness.agent import conversion
+from harness.callers import PYTHON, Caller
+from harness.daemon import Daemon
+
+POLICY: Final = """
+[limits]
+jobs = 1
+jobs_per_user = 1
+queue = 64
+queue_per_user = 64
+[roots.library]
+path = "{library}"
+access = "daemon"
+[roots.images]
+path = "{scratch}/images"
+access = "daemon"
+[[grants]]
+groups = [165535]
+read = ["library", "images"]
+write = ["images"]
+"""
+
+MOST_GROUPS: Final = 65_536
+"""NGROUPS_MAX. Source: getgroups(2)."""
+
+CROWDED: Final = Caller(uid=1700, gid=1700, groups=tuple(range(100_000, 100_000 + MOST_GROUPS)))
+"""Who is granted something by the last of its groups."""
+
+CONNECTIONS: Final = 120
+MOST_KIB: Final = 24 * 1024
+"""Of which most is for one set of groups at a time. Kept for each connection they took 527 MB."""
+
+_CROWD: Final = """
+import socket, sys
+kept = [socket.socket(socket.AF_UNIX) for _ in range(int(sys.argv[2]))]
+for sock in kept:
+    sock.connect(sys.argv[1])
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+def test_groups_cost_nothing_while_nothing_is_decided(daemon: Daemon) -> None:
+    """The kernel keeps them with the socket; the broker asks when it must know."""
+    before = processes.anonymous_kib(daemon.pid)
+    sockets = len(processes.descriptors(daemon.pid))
+    argv = [PYTHON, "-I", "-c", _CROWD, str(daemon.socket), str(CONNECTIONS)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with CROWDED.popen(argv, **pipes) as process:
+        waiting.until(
+            lambda: len(processes.descriptors(daemon.pid)) >= sockets + CONNECTIONS,
+            "everybody is let in",
+        )
+        assert processes.anonymous_kib(daemon.pid) < before + MOST_KIB
+        process.kill()
+
+
+def test_groups_decide_and_cost_nothing_in_the_queue(
+    daemon: Daemon, library: Path, images_dir: Path
+) -> None:
+    """Each request is held against all of them; each job is started with all of them."""
+    agent = daemon.agent(CROWDED)
+    before = processes.anonymous_kib(daemon.pid)
+    slow = agent.convert(
+        conversion(
+            library / "bulky.raw", images_dir / "slow", rate_limit_bytes_per_second=images.MIB
+        )
+    )
+    slow.await_started()
+    queued = [
+        agent.convert(conversion(library / "small.raw", images_dir / f"dest-{number}"))
+        for number in range(25)
+    ]
+    waiting.until(lambda: daemon.log.count("granted job=") == 26, "all are queued")
+    assert processes.anonymous_kib(daemon.pid) < before + MOST_KIB
+    for call in queued[1:]:
+        call.cancel()
+    slow.cancel()
+    queued[0].result()
+    assert images.identical(library / "small.raw", images_dir / "dest-0")
+    for call in (slow, *queued[1:]):
+        call.end()
