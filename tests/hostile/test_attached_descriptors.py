@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from harness import processes, waiting
+from harness import images, processes, waiting
 from harness.agent import conversion
 from harness.callers import ALICE, BOB, MALLORY
-from harness.daemon import FRONT, Daemon
+from harness.daemon import FRONT, SPARE, Daemon
 from harness.fixtures import MakeDaemon
 from hostile import false_front, lingering
 
@@ -166,16 +166,28 @@ def test_what_was_sent_before_the_daemon_ran_holds_nobody_up(
     daemon.socket.unlink()
 
 
-def test_whom_nobody_accepts_any_more_holds_up_no_stop(make_daemon: MakeDaemon) -> None:
-    """They are in the backlog when the daemon stops listening."""
-    daemon = make_daemon(POLICY)
+def test_whom_nobody_accepts_any_more_holds_up_no_stop(
+    make_daemon: MakeDaemon, library: Path, images_dir: Path
+) -> None:
+    """They are in the backlog when the daemon stops listening, and waits for its last job."""
+    daemon = make_daemon(f"[limits]\njobs = 1\n{POLICY}")
     daemon.start(wrapper=lingering.as_before_6_16())
-    daemon.agent(BOB).access()
+    agent = daemon.agent(ALICE)
+    slow = conversion(library / "bulky.raw", images_dir / "slow")
+    slow.rate_limit_bytes_per_second = images.MIB
+    call = agent.convert(slow)
+    call.await_started()
+    # Its end would be a signal to the broker, which ends a close that lingers.
+    daemon.await_none(SPARE)
     os.kill(daemon.pid, signal.SIGSTOP)
     with lingering.attacking(daemon, "and does not wait", 20) as attack:
         assert attack.outcomes == ["sent"] * 20
         daemon.signal(signal.SIGTERM)
         os.kill(daemon.pid, signal.SIGCONT)
+        assert lingering.seconds_of(lambda: daemon.await_logged("stopping")) < lingering.SOON_S
+        assert lingering.seconds_of(agent.jobs) < lingering.SOON_S
+        call.cancel()
+        call.end()
         assert lingering.seconds_of(daemon.wait) < lingering.SOON_S
     daemon.check_gone()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
 import contextlib
 import os
@@ -211,6 +212,26 @@ def test_a_peer_that_says_it_is_done_has_its_connection_ended(path: Path) -> Non
             peer.sock.shutdown(socket.SHUT_WR)
             assert await receive_all(there, 100) == b"x"
             assert await peer.receive() == b""
+
+    run(test)
+
+
+def test_a_piece_with_a_descriptor_ends_its_connection_and_no_other(path: Path) -> None:
+    """It is never read, so that nobody waits for its close; then the broker hears of the end."""
+
+    async def test() -> None:
+        upstream, peer, a_relay = Upstream(path), Peer(), relay.Relay(str(path), unscreened)
+        released = asyncio.Event()
+        with contextlib.closing(upstream.sock), contextlib.closing(peer):
+            a_relay.carry(7, peer.descriptor, 1234, released.set)
+            there, _ = await upstream.accept()
+            with contextlib.closing(there):
+                await peer.send(b"first")
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0]))]
+                peer.sock.sendmsg([b"second"], rights)
+                assert b"first".startswith(await receive_all(there, 100))
+                await released.wait()
+            assert peer.brokers.recvmsg(100, 0, socket.MSG_PEEK)[2] & socket.MSG_CTRUNC
 
     run(test)
 

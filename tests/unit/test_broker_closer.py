@@ -1,0 +1,141 @@
+"""Sockets with something attached are closed by a process that nobody waits for."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+from descriptors import none_left_open
+from hostile import lingering
+
+from convertd_daemon.broker import closer, emptied, loop
+from convertd_daemon.kernel import close_range
+
+
+@pytest.fixture
+def hostile() -> Iterator[socket.socket]:
+    """A connection that brought a socket whose last close lingers."""
+    theirs, ours = socket.socketpair()
+    sock, others = lingering.lingering()
+    theirs.sendmsg([b"x"], lingering.attached(sock))
+    sock.close()
+    theirs.close()
+    yield ours
+    for one in others:
+        one.close()
+
+
+def run_until_reaped(
+    a_loop: loop.Loop, closing: closer.Closer, others: frozenset[int] = frozenset()
+) -> None:
+    """Serve until a process was forked, beside others, and has ended."""
+
+    def look() -> None:
+        for pid in closing.processes - others:
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                assert closing.ended(pid)
+                a_loop.stop()
+        a_loop.after(0.01, look)
+
+    look()
+    a_loop.run()
+
+
+def test_one_that_brought_nothing_is_closed_at_once() -> None:
+    """By the broker itself, whatever is unread."""
+    theirs, ours = socket.socketpair()
+    with theirs:
+        theirs.sendall(b"x")
+        closing = closer.Closer(loop.Loop())
+        closing.close(ours)
+        assert ours.fileno() == -1
+        assert not closing.processes
+
+
+def test_one_that_brought_something_is_closed_by_a_process_that_ends_at_once(
+    hostile: socket.socket,
+) -> None:
+    """Which is the last to have it, and does not linger, for it exits."""
+    a_loop, began = loop.Loop(), time.monotonic()
+    closing = closer.Closer(a_loop)
+    number = hostile.fileno()
+    closing.close(hostile)
+    run_until_reaped(a_loop, closing)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)
+    assert time.monotonic() - began < lingering.SOON_S
+
+
+def test_a_copy_that_is_closed_while_another_is_left_takes_no_time(
+    hostile: socket.socket,
+) -> None:
+    """So the front is not held up as long as the broker has its own."""
+    a_loop, began = loop.Loop(), time.monotonic()
+    closing = closer.Closer(a_loop)
+    hostile.dup().close()
+    closing.take(hostile)
+    run_until_reaped(a_loop, closing)
+    assert time.monotonic() - began < lingering.SOON_S
+
+
+def test_while_too_many_processes_hang_the_rest_waits(
+    hostile: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what waits is bounded; when one of them has ended the rest is closed."""
+    monkeypatch.setattr(closer, "MOST_HELD", 1)
+    a_loop = loop.Loop()
+    closing = closer.Closer(a_loop)
+    hanging = frozenset(range(10**8, 10**8 + closer.MOST_PROCESSES))
+    closing.processes |= hanging
+    closing.close(hostile)
+    held: list[bool] = []
+
+    def one_ends() -> None:
+        held.append(closing.processes == hanging and closing.is_full)
+        closing.processes.clear()
+
+    a_loop.after(4 * closer.BATCH_S, one_ends)
+    run_until_reaped(a_loop, closing, hanging)
+    assert held == [True]
+    assert not closing.is_full
+    assert not closing.ended(min(hanging))
+
+
+def test_a_child_is_never_the_last_to_have_what_its_parent_closes() -> None:
+    """It has closed its copies before the parent goes on."""
+    with none_left_open():
+        reader, writer = os.pipe()
+        end, child_lives = os.pipe()
+        child_is_empty = emptied.Emptied()
+        pid = os.fork()
+        if pid == 0:
+            close_range.close_all_but({end, child_is_empty.writer})
+            child_is_empty.tell()
+            os.read(end, 1)
+            os._exit(0)
+        child_is_empty.wait()
+        os.close(writer)
+        assert os.read(reader, 1) == b""
+        for fd in (reader, end, child_lives):
+            os.close(fd)
+        os.waitpid(pid, 0)
+
+
+def test_a_child_that_dies_first_is_not_waited_for() -> None:
+    """It holds nothing any more, either."""
+    with none_left_open():
+        child_is_empty = emptied.Emptied()
+        pid = os.fork()
+        if pid == 0:
+            os._exit(1)
+        child_is_empty.wait()
+        os.waitpid(pid, 0)
+
+
+def test_without_a_child_nothing_is_left() -> None:
+    """As when there is no process to be had."""
+    with none_left_open():
+        emptied.Emptied().give_up()
