@@ -324,7 +324,7 @@ class NotYours(FailedPrecondition):
 class ImageRefused(FailedPrecondition):
     """An image that qemu-img can't read as what it should be, or that asks for more than itself.
 
-    qemu-img's own words are in the journal only: about opening they tell which files exist.
+    qemu-img's own words are in the daemon's log only: about opening they tell which files exist.
     """
 
     sentence = "{path}: the image is refused: {problem}"
@@ -609,7 +609,7 @@ class Internal(ConvertError):
 
 
 class InternalError(Internal):
-    """A bug. The journal has the same id, with the traceback."""
+    """A bug. The log has the same id, with the traceback."""
 
-    sentence = "an internal error, recorded in the journal as {error_id}"
+    sentence = "an internal error, recorded in the log as {error_id}"
     error_id: str

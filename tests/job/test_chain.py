@@ -362,7 +362,7 @@ class TestWithoutAFormat:
         """A guest can write a header into a raw disk, so a probe settles nothing."""
         image(images / "base", "qcow2")
         problem = followed(rules, without_format(overlay(images / "a", "base"))).problem
-        assert problem.endswith("qemu-img rebase -u -F qcow2")
+        assert problem.endswith(f"qemu-img rebase -u -f qcow2 -b base -F qcow2 {images}/a")
 
 
 class TestInspecting:

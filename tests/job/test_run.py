@@ -321,7 +321,7 @@ class TestFailures:
         assert known.message.endswith("could not be read in full: Input/output error")
         unknown = failed(both, "qemu-img: error while reading '/etc/shadow': no luck")
         assert "shadow" not in unknown.message
-        assert "the journal has qemu-img's words" in unknown.message
+        assert "the daemon's log has qemu-img's words" in unknown.message
 
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT, signal.SIGTRAP])
     def test_one_that_got_no_memory_ends_by_a_signal(

@@ -36,7 +36,7 @@ class Commands(click.Group):
             if ctx.meta.get("json"):
                 machine.error_line(error)
             else:
-                failing.say(error)
+                failing.say(error, is_local=ctx.meta.get("local", False))
             ctx.exit(1)
         except KeyboardInterrupt:
             # click would say "Aborted!", with status 1.
@@ -45,6 +45,11 @@ class Commands(click.Group):
 
 def _remember_json(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # noqa: FBT001
     ctx.meta["json"] = value
+
+
+def _remember_local(ctx: click.Context, _: click.Parameter, value: bool) -> bool:  # noqa: FBT001
+    ctx.meta["local"] = value
+    return value
 
 
 as_json = click.option(
@@ -66,6 +71,7 @@ without_daemon = click.option(
     "--local",
     "is_local",
     is_flag=True,
+    callback=_remember_local,
     help="Without the daemon, with no more than your own rights.",
 )
 

@@ -18,7 +18,6 @@ HINTS: Final = {
     "JOB_NOT_FOUND": "`convertctl jobs` lists yours",
     "QUEUE_FULL": "`convertctl jobs` shows what runs and waits; try again later",
     "DEST_BUSY": "`convertctl jobs` shows the job that writes it",
-    "ACCESS_REFUSED": "files there are opened with your own rights; see `convertctl access`",
     "SOCKET_MISSING": "`systemctl status convertd.socket` tells more; "
     "--local converts with your own rights, without the daemon",
     "CONNECTION_REFUSED": "`systemctl status convertd.socket convertd.service` tells more",
@@ -28,16 +27,40 @@ HINTS: Final = {
     "PUBLISHED_BUT_NOT_DURABLE": "`sync` once the disk is well again makes it durable",
 }
 
+LOCAL_HINTS: Final = {
+    "DEST_EXISTS": HINTS["DEST_EXISTS"],
+    "FORMAT_MISMATCH": "`convertctl info --local` without -f finds the format out",
+    "SECRET_MISSING": HINTS["SECRET_MISSING"],
+    "TIMEOUT": HINTS["TIMEOUT"],
+    "PUBLISHED_BUT_NOT_DURABLE": HINTS["PUBLISHED_BUT_NOT_DURABLE"],
+}
+"""The same without a daemon: there is no policy, no list of jobs, and no log."""
+
+DAEMONS_RIGHTS: Final = (
+    "the daemon may not: `convertd check`, as root, shows what the service needs"
+)
+OWN_RIGHTS: Final = "files there are opened with your own rights; see `convertctl access`"
+
 LOOK_FIRST: Final = "look whether the destination is there before you try again"
 
 
-def say(error: errors.ConvertError) -> None:
-    """Print an error for people."""
+def say(error: errors.ConvertError, *, is_local: bool = False) -> None:
+    """Print an error for people. `is_local`: of a call without the daemon."""
     warn(f"{error.message} ({error.reason})")
-    is_open = isinstance(error, errors.OutcomeUnknown)
-    hint = LOOK_FIRST if is_open else HINTS.get(error.reason)
+    hint = _hint(error, is_local=is_local)
     if hint is not None:
         click.echo(f"  {hint}", err=True)
+
+
+def _hint(error: errors.ConvertError, *, is_local: bool) -> str | None:
+    """What helps, if anything: by whose rights were used, too."""
+    if isinstance(error, errors.OutcomeUnknown):
+        return LOOK_FIRST
+    if is_local:
+        return LOCAL_HINTS.get(error.reason)
+    if error.reason == "ACCESS_REFUSED":
+        return DAEMONS_RIGHTS if error.metadata.get("rights") == "the daemon" else OWN_RIGHTS
+    return HINTS.get(error.reason)
 
 
 def say_misused(error: click.ClickException) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import grp
 import os
 import pwd
 import resource
@@ -43,10 +44,20 @@ def user(name: str) -> Identity:
         entry = pwd.getpwnam(name)
         return Identity(uid=entry.pw_uid, gid=entry.pw_gid)
     except KeyError as error:
-        how = f"useradd --system --user-group --no-create-home --shell /usr/sbin/nologin {name}"
+        group = f"--gid {name}" if _is_group(name) else "--user-group"
+        how = f"useradd --system {group} --no-create-home --shell /usr/sbin/nologin {name}"
         raise CantStart(f"there is no user {name}; make it with: {how}") from error
     except ValueError as error:
         raise CantStart(f"the user {name} must not be root: {error}") from error
+
+
+def _is_group(name: str) -> bool:
+    """Whether useradd would find that the user's own group is there already."""
+    try:
+        grp.getgrnam(name)
+    except KeyError:
+        return False
+    return True
 
 
 def check_kernel() -> int:

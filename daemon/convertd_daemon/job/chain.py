@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import posixpath
+import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 MAX_MEMBERS: Final = 64
 """Deeper chains exist only by mistake or malice; each member takes a descriptor."""
+
+MAX_SHOWN_BYTES: Final = 256
+"""Longer values are cut in their middle on their way to a caller; a command must not be."""
 
 BEING_WRITTEN: Final = model.Warned(
     reason="IMAGE_IN_USE",
@@ -129,13 +133,23 @@ def below(grant: JobGrant, links: list[Link], runner: Runner, stack: contextlib.
     if not overlay.info.backing_format and info.format != "raw":
         # Old qemu probed here. A guest can write a header into a raw disk, so a probe that finds
         # one settles nothing; and to read it as raw when it is none would be garbage.
-        problem = (
-            f"its overlay does not name its format; set it: qemu-img rebase -u -F {info.format}"
-        )
-        raise refused.because(problem)
+        raise refused.because(_without_format(overlay, info.format))
     if info.encrypted:
         raise refused.because("it is encrypted, and only the source itself may be")
     return Link(source=source, info=info)
+
+
+def _without_format(overlay: Link, found: str) -> str:
+    """Say how an overlay is given its backing file's format, if all of that can be shown.
+
+    Without -b, `rebase` takes the backing file's name away, and half of the disk with it.
+    """
+    path, info = overlay.source.place.path, overlay.info
+    words = ("rebase", "-u", "-f", info.format, "-b", info.backing_name, "-F", found, path)
+    problem = f"its overlay does not name its format; set it: {shlex.join(('qemu-img', *words))}"
+    if len(problem.encode()) <= MAX_SHOWN_BYTES and problem.isprintable():
+        return problem
+    return f"its overlay does not name its format, which was found to be {found}"
 
 
 @dataclass(frozen=True, slots=True)

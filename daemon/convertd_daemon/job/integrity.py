@@ -198,7 +198,8 @@ class _Answer(run.Observer, abc.ABC):
 
     def failed(self, outcome: qemu_img.Outcome) -> errors.ConvertError:
         """Why there is no answer: in the words in which the conversion itself would fail."""
-        path, said = self.question.source.place.path, outcome.stderr.lower()
+        place, said = self.question.source.place, outcome.stderr.lower()
+        path = place.path
         log.warning("not examined path=%r status=%d said=%r", path, outcome.status, outcome.stderr)
         if probe.NO_MEMORY in said:
             return self.refused("examining it takes more memory than allowed")
@@ -208,7 +209,7 @@ class _Answer(run.Observer, abc.ABC):
             return errors.ImageInUse(path=path)
         if any(phrase in said for phrase in run.WRONG_SECRET):
             return errors.WrongSecret(path=path)
-        return errors.ReadFailed(path=path, problem=run.strerror_in(outcome.stderr))
+        return errors.ReadFailed(path=path, problem=run.strerror_in(outcome.stderr, place))
 
 
 class _Check(_Answer):

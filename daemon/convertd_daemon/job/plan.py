@@ -86,7 +86,7 @@ def make(grant: model.Grant, chain: tuple[model.Member, ...], facts: Facts) -> m
         source_cache=source_cache,
         dest_cache=dest_cache,
         argv=(*options, *_dest_arguments(grant, facts), source, _dest_name(facts)),
-        command=(*options, "-O", dest.format, "-f", info.format, grant.source.path, dest.path),
+        command=_command(grant, facts, options, info.format),
         needed_bytes=0 if facts.dest.on_device else _needed_bytes(grant, chain),
         available_bytes=facts.available_bytes,
         warnings=_warnings(info),
@@ -240,6 +240,21 @@ def _dest_arguments(grant: model.Grant, facts: Facts) -> tuple[str, ...]:
         return ("-n", *blank, "--target-image-opts")
     options = ",".join(f"{option.name}={option.value}" for option in _create_options(dest))
     return ("-O", dest.format, *(("-o", options) if options else ()))
+
+
+def _command(
+    grant: model.Grant, facts: Facts, options: tuple[str, ...], source_format: str
+) -> tuple[str, ...]:
+    """The same for people: with paths, and a place for the passphrase where there is one."""
+    request = grant.request
+    program, verb, *rest = options
+    dest = () if request.dest.encryption is None else (f"secret,id={DEST_SECRET},file=PASSPHRASE",)
+    objects = tuple(word for secret in dest for word in ("--object", secret))
+    made = _dest_arguments(grant, facts)
+    if facts.dest.on_device:
+        made = ("-n", *(word for word in made if word == "--target-is-zero"), "-O", "raw")
+    paths = (grant.source.path, request.dest.path)
+    return (program, verb, *objects, *rest, *made, "-f", source_format, *paths)
 
 
 def _dest_name(facts: Facts) -> str:

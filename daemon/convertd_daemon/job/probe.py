@@ -13,7 +13,7 @@ import re
 from typing import TYPE_CHECKING, Any, Final
 
 from convertd_daemon import errors, model
-from convertd_daemon.job import plan, qemu_img
+from convertd_daemon.job import plan, qemu_img, reasons
 from convertd_daemon.sandbox import limits
 
 if TYPE_CHECKING:
@@ -143,9 +143,12 @@ def _refusal(source: Source, stated: str, outcome: Outcome) -> errors.ConvertErr
     opening = f"qemu-img: could not open '{plan.path_of(source.fd)}': "
     if stated and NOT_THIS_FORMAT.fullmatch(said.removeprefix(opening)):
         return errors.FormatMismatch(path=path, format=stated)
-    return errors.ImageRefused(
-        path=path, problem=f"qemu-img can't open it as {stated or 'any format'} by itself"
-    )
+    problem = reasons.of_opening(outcome.stderr, plan.path_of(source.fd))
+    if problem is None:
+        problem = f"qemu-img can't open it as {stated or 'any format'} by itself"
+        if source.place.root.access is model.Access.OWN:
+            problem = f"{problem}: {reasons.unknown(outcome.stderr, source.place)}"
+    return errors.ImageRefused(path=path, problem=problem)
 
 
 NOT_UNDERSTOOD: Final = (

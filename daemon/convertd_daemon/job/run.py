@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from convertd_daemon import errors, model
-from convertd_daemon.job import clone, qemu_img, secrets, space
+from convertd_daemon.job import clone, qemu_img, reasons, secrets, space
 from convertd_daemon.job import plan as plans
 from convertd_daemon.job.result import FileDest
 from convertd_daemon.kernel import clock_getcpuclockid
@@ -174,11 +174,11 @@ def _failure(outcome: qemu_img.Outcome, plan: model.Plan, ends: Ends) -> errors.
     if outcome.status < 0:
         name = signal.Signals(-outcome.status).name
         return errors.ConversionFailed(path=path, problem=f"ended by {name}")
-    said = strerror_in(outcome.stderr)
+    said = strerror_in(outcome.stderr, ends.source.place)
     if CREATING in outcome.stderr.lower() and said in _WRITE_PROBLEMS:
         # The header, or the size: the first things that are written.
         return errors.WriteFailed(path=ends.dest.place.path, problem=said)
-    problem = f"status {outcome.status}; the journal has its words"
+    problem = f"status {outcome.status}; {reasons.unknown(outcome.stderr, ends.source.place)}"
     return errors.ConversionFailed(path=path, problem=problem)
 
 
@@ -213,15 +213,22 @@ _CONDITIONS: Final[
         lambda *_: errors.Unsupported(what="the compression type", why="this qemu-img lacks it"),
     ),
     (
+        ("module is missing",),
+        lambda outcome, *_: errors.Unsupported(
+            what=f"compression by {reasons.missing_module(outcome.stderr) or 'a module'}",
+            why="this qemu-img lacks the module for it",
+        ),
+    ),
+    (
         ("error while reading",),
         lambda outcome, _, ends: errors.ReadFailed(
-            path=ends.source.place.path, problem=strerror_in(outcome.stderr)
+            path=ends.source.place.path, problem=strerror_in(outcome.stderr, ends.source.place)
         ),
     ),
     (
         ("error while writing", "flush"),
         lambda outcome, _, ends: errors.WriteFailed(
-            path=ends.dest.place.path, problem=strerror_in(outcome.stderr)
+            path=ends.dest.place.path, problem=strerror_in(outcome.stderr, ends.dest.place)
         ),
     ),
 )
@@ -240,10 +247,10 @@ _OUT_OF_MEMORY: Final = frozenset({-signal.SIGKILL, -signal.SIGABRT, -signal.SIG
 """The kernel's OOM killer, and how glib ends a program that gets no memory."""
 
 
-def strerror_in(said: str) -> str:
+def strerror_in(said: str, place: model.Place) -> str:
     """The operating system's words at the end of a message of qemu-img's; never a file name."""
     last = said.rsplit(": ", 1)[-1].strip()
-    return last if last in _STRERRORS else "the journal has qemu-img's words"
+    return last if last in _STRERRORS else reasons.unknown(said, place)
 
 
 _WRITE_PROBLEMS: Final = frozenset(
