@@ -218,6 +218,7 @@ BY_REASON: Final[Mapping[str, type[ConvertError]]] = {
     "ACCESS_REFUSED": FailedPrecondition,
     "SYMLINK_IN_PATH": FailedPrecondition,
     "OUTSIDE_ROOT": FailedPrecondition,
+    "ROOT_UNUSABLE": FailedPrecondition,
     "NOT_AN_IMAGE": FailedPrecondition,
     "READ_ONLY_FILE_SYSTEM": FailedPrecondition,
     "NOT_YOURS": FailedPrecondition,

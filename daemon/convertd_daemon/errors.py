@@ -274,11 +274,19 @@ class SymlinkInPath(FailedPrecondition):
 
 
 class OutsideRoot(FailedPrecondition):
-    """The path leads out of its root: over a mount point, or a link."""
+    """The path leads out of its root: over a mount point, a link, or into another root."""
 
     sentence = "{path}: leads out of the root {root}"
     path: str
     root: str
+
+
+class RootUnusable(FailedPrecondition):
+    """The root that the path lies in can't be opened as it is, or must not be."""
+
+    sentence = "the root {root} can't be used: {problem}"
+    root: str
+    problem: str
 
 
 class NotAnImage(FailedPrecondition):

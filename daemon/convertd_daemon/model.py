@@ -178,12 +178,38 @@ class Owner:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DirectoryIdentity:
+    """Which directory it is, whatever its name. `born_ns` is 0 where the file system says nothing.
+
+    A device's number can be another after a remount, and an inode's number can be used again: so
+    the time at which it was made decides, where it is known, and the device's number elsewhere.
+    """
+
+    device: int
+    inode: int
+    born_ns: int = 0
+
+    def is_same(self, other: DirectoryIdentity) -> bool:
+        """Whether both are, or must be taken for, one directory."""
+        if self.inode != other.inode:
+            return False
+        if self.born_ns and other.born_ns:
+            return self.born_ns == other.born_ns
+        return self.device == other.device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Root:
     """A directory that the policy opens to somebody, and how.
 
     `path` is absolute and normal, without a trailing slash. `owner` None means the caller.
     `mounts` allows mount points below the root to be crossed, `allow_ownerless` results on file
-    systems that do not keep their owner or mode.
+    systems that do not keep their owner or mode. `parent_uids` and `parent_gids` are the users and
+    groups, beside root, who may be able to write a directory above the root.
+
+    `identity` is the directory that had this path when the policy was loaded, None if none had.
+    `aliases` are the roots whose directory was then on the way to this one, or was this one: by a
+    bind mount, or because they are around it.
     """
 
     name: str
@@ -195,14 +221,26 @@ class Root:
     mounts: bool = False
     allow_ownerless: bool = False
     allow_is_zero: bool = False
+    parent_uids: frozenset[int] = frozenset()
+    parent_gids: frozenset[int] = frozenset()
+    identity: DirectoryIdentity | None = None
+    aliases: frozenset[str] = frozenset()
+
+    def contains(self, path: str) -> bool:
+        """Whether a path lies below the root, by name."""
+        return path.startswith(f"{self.path.rstrip('/')}/")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """A path that the policy allows: a root, and the way below it (never empty, never `..`)."""
+    """A path that the policy allows: a root, and the way below it (never empty, never `..`).
+
+    `others` are all other roots of the policy: the way must not meet one of them.
+    """
 
     root: Root
     below: str
+    others: tuple[Root, ...] = ()
 
     @property
     def path(self) -> str:

@@ -86,7 +86,11 @@ class Policy:
         root = max(around, key=lambda root: len(root.path), default=None)
         if root is None or root.path == path:
             return None
-        return model.Place(root=root, below=path.removeprefix(f"{root.path}/"))
+        return model.Place(
+            root=root,
+            below=path.removeprefix(f"{root.path}/"),
+            others=tuple(other for other in self.roots if other is not root),
+        )
 
     def rules_for(self, peer: model.Peer) -> tuple[Rule, ...]:
         """The rules that are for this caller, in the file's order."""

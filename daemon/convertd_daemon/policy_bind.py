@@ -8,9 +8,12 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from convertd_daemon import model, policy, policy_toml
 from convertd_daemon import policy_values as values
+
+_NOT_LOOKED_AT: Final[Mapping[str, Directory]] = {}
 
 
 class Kind(enum.StrEnum):
@@ -42,6 +45,14 @@ class Ids:
         return (self.users if kind is Kind.USER else self.groups).get(account)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Directory:
+    """What a root was when the policy was loaded. See model.Root."""
+
+    identity: model.DirectoryIdentity
+    aliases: frozenset[str] = frozenset()
+
+
 def names_in(document: policy_toml.Document) -> Wanted:
     """The names that a policy mentions."""
     named = [(kind, account) for _, kind, account in _mentions(document) if account.number is None]
@@ -60,17 +71,23 @@ def missing_names(document: policy_toml.Document, ids: Ids) -> tuple[policy_toml
     )
 
 
-def bind(document: policy_toml.Document, ids: Ids) -> policy.Policy:
+def bind(
+    document: policy_toml.Document, ids: Ids, directories: Mapping[str, Directory] = _NOT_LOOKED_AT
+) -> policy.Policy:
     """Make a Policy, in which a name that doesn't exist grants nothing.
 
     A user or group that doesn't exist is left out. A root whose owner doesn't exist is left out of
-    every rule: what would be created there could be given to nobody.
+    every rule: what would be created there could be given to nobody. `directories` are those that
+    the roots are, by their names; a root that is not in there was not there.
 
     Raises:
         policy_toml.PolicyError: a name has an id that nobody can have.
     """
     _check_ids(document, ids)
-    roots = {name: _root(name, table, ids) for name, table in document.roots.items()}
+    roots = {
+        name: _root(name, table, ids, directories.get(name))
+        for name, table in document.roots.items()
+    }
     usable = {
         name: root
         for name, root in roots.items()
@@ -100,6 +117,9 @@ def _mentions(document: policy_toml.Document) -> Iterator[tuple[str, Kind, value
     for name, root in document.roots.items():
         for kind, account in zip(Kind, root.owner_accounts or (), strict=False):
             yield f"roots.{name}.owner", kind, account
+        for number, writer in enumerate(root.parents_writable_by or ()):
+            kind = Kind.GROUP if writer.is_group else Kind.USER
+            yield f"roots.{name}.parents_writable_by[{number}]", kind, writer.account
 
 
 def _check_ids(document: policy_toml.Document, ids: Ids) -> None:
@@ -111,7 +131,9 @@ def _check_ids(document: policy_toml.Document, ids: Ids) -> None:
             raise policy_toml.PolicyError(key, str(error)) from error
 
 
-def _root(name: str, table: policy_toml.RootTable, ids: Ids) -> model.Root:
+def _root(
+    name: str, table: policy_toml.RootTable, ids: Ids, directory: Directory | None
+) -> model.Root:
     return model.Root(
         name=name,
         path=table.path,
@@ -122,7 +144,20 @@ def _root(name: str, table: policy_toml.RootTable, ids: Ids) -> model.Root:
         mounts=bool(table.mounts),
         allow_ownerless=bool(table.allow_ownerless),
         allow_is_zero=bool(table.allow_is_zero),
+        parent_uids=_parents(table, ids, Kind.USER),
+        parent_gids=_parents(table, ids, Kind.GROUP),
+        identity=directory.identity if directory else None,
+        aliases=directory.aliases if directory else frozenset(),
     )
+
+
+def _parents(table: policy_toml.RootTable, ids: Ids, kind: Kind) -> frozenset[int]:
+    """The users, or the groups, who may be able to write the directories above a root."""
+    named = table.parents_writable_by or ()
+    found = (
+        ids.of(kind, writer.account) for writer in named if writer.is_group is (kind is Kind.GROUP)
+    )
+    return frozenset(number for number in found if number is not None)
 
 
 def _owner(table: policy_toml.RootTable, ids: Ids) -> model.Owner | None:

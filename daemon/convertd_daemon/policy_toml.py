@@ -115,6 +115,7 @@ class RootTable(_Table, frozen=True):
     mounts: bool | None = None
     allow_ownerless: bool | None = None
     allow_is_zero: bool | None = None
+    parents_writable_by: tuple[values.Writer, ...] | None = None
 
     @property
     def owner_accounts(self) -> tuple[values.Account, values.Account] | None:
@@ -169,6 +170,18 @@ class Document:
         """The grants, each with its key."""
         return tuple((f"grants[{number}]", grant) for number, grant in enumerate(self.grants))
 
+    def parents_count(self, name: str) -> bool:
+        """Whether it matters who else can write the directories above a root.
+
+        It does where files are read with the daemon's rights: in the root itself, or in one around
+        it, in which the files would lie if this one were renamed.
+        """
+        root = self.roots[name]
+        return any(
+            other.access == "daemon" and _is_within(root.path, other.path)
+            for other in self.roots.values()
+        )
+
 
 def parse(text: str | bytes) -> Document:
     """Read a policy.
@@ -188,6 +201,7 @@ def parse(text: str | bytes) -> Document:
     _check_limits(document.limits)
     _check_service(document.service)
     _check_paths_differ(document.roots)
+    _check_parents_count(document)
     for key, grant in document.numbered_grants:
         _check_grant(key, grant, document.roots)
     return document
@@ -299,6 +313,14 @@ def _check_paths_differ(roots: Mapping[str, RootTable]) -> None:
         if root.path in seen:
             raise PolicyError(f"roots.{name}.path", f"is that of roots.{seen[root.path]} too")
         seen[root.path] = name
+
+
+def _check_parents_count(document: Document) -> None:
+    """Refuse to be told of parents that nobody looks at. See Document.parents_count."""
+    for name, root in document.roots.items():
+        if root.parents_writable_by is not None and not document.parents_count(name):
+            reason = 'has no meaning with access = "caller", but inside of a root of the daemon\'s'
+            raise PolicyError(f"roots.{name}.parents_writable_by", reason)
 
 
 def _check_grant(key: str, grant: GrantTable, roots: Mapping[str, RootTable]) -> None:

@@ -125,6 +125,30 @@ class Account(str):
         return int(self) if re.fullmatch("[0-9]+", self) else None
 
 
+class Writer(str):
+    """A user (a name, or a number), or "group:" and a group."""
+
+    __slots__ = ()
+    GROUP = "group:"
+
+    @classmethod
+    def of(cls, value: object) -> Self:
+        """Read it: a string, or an integer for a uid."""
+        if isinstance(value, str) and value.startswith(cls.GROUP):
+            return cls(cls.GROUP + Account.of(value.removeprefix(cls.GROUP)))
+        return cls(Account.of(value))
+
+    @property
+    def is_group(self) -> bool:
+        """Whether it is a group."""
+        return self.startswith(self.GROUP)
+
+    @property
+    def account(self) -> Account:
+        """The user or group."""
+        return Account(self.removeprefix(self.GROUP))
+
+
 class Ownership(str):
     """Whose the files are that are created: "caller", or "user:group"."""
 

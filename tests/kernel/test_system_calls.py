@@ -29,6 +29,7 @@ from convertd_daemon.kernel import (
     locks,
     openat2,
     peercred,
+    posix_acl,
     prctl,
     renameat2,
     scm_rights,
@@ -462,6 +463,24 @@ class TestStatx:
             subprocess.run(["chattr", "-ai", str(path)], check=True)
             os.close(fd)
 
+    def test_a_file_system_tells_when_a_directory_was_made(self, mounts: Mounts) -> None:
+        """XFS does, and a rename changes nothing of it. Ramfs does not."""
+        now_ns = time.time_ns()
+        made = mounts.on_a_loop("xfs", "births") / "made"
+        made.mkdir()
+        born_ns = _born_ns(made)
+        assert abs(born_ns - now_ns) < 60 * 10**9
+        assert _born_ns(made.rename(made.with_name("renamed"))) == born_ns
+        assert _born_ns(mounts.in_memory("ramfs", "without-births")) == 0
+
+
+def _born_ns(path: Path) -> int:
+    fd = os.open(path, os.O_PATH)
+    try:
+        return statx.birth_ns(fd)
+    finally:
+        os.close(fd)
+
 
 class TestRenameat2:
     """renameat2(2)."""
@@ -497,3 +516,32 @@ class TestRenameat2:
         """At its NUL byte."""
         with pytest.raises(ValueError, match="null byte"):
             renameat2.renameat2(directory, "one\0x", "three", renameat2.Flag.NOREPLACE)
+
+
+class TestPosixAcl:
+    """acl(5)."""
+
+    def writers(self, path: Path) -> posix_acl.Writers | None:
+        """Whom a directory's list lets write."""
+        fd = os.open(path, os.O_PATH)
+        try:
+            return posix_acl.writers(fd)
+        finally:
+            os.close(fd)
+
+    def test_a_directory_without_a_list_has_none(self, tmp_path: Path) -> None:
+        """Nor has a file system without lists."""
+        assert self.writers(tmp_path) is None
+        assert self.writers(Path("/proc")) is None
+
+    def test_whoever_may_write_is_told(self, tmp_path: Path) -> None:
+        """And nobody who may only read."""
+        entries = "u:1234:rwx,u:5:rx,g:1300:w,g:6:x,g::rx"
+        subprocess.run(["setfacl", "-m", entries, str(tmp_path)], check=True)
+        assert self.writers(tmp_path) == posix_acl.Writers(
+            uids=frozenset({1234}), gids=frozenset({1300}), owning_group=False
+        )
+        subprocess.run(["setfacl", "-m", "g::rwx", str(tmp_path)], check=True)
+        told = self.writers(tmp_path)
+        assert told is not None
+        assert told.owning_group

@@ -282,6 +282,28 @@ def test_a_nested_root_that_a_rule_does_not_name_is_closed_to_it() -> None:
     assert decision(policy_of(rule()), PEER, request(dest="/a/b/x", source="/d/x")) is None
 
 
+def test_a_grant_comes_with_all_other_roots() -> None:
+    """So that the way to its files can be held against them."""
+    whole = policy_of(rule())
+    grant = policy.decide(whole, PEER, request())
+    for place in (grant.source, grant.dest):
+        assert {place.root, *place.others} == set(whole.roots)
+        assert place.root not in place.others
+
+
+def test_a_directory_is_the_same_by_the_time_it_was_made_or_else_by_its_device() -> None:
+    """A device's number may change by a remount, an inode's may be used again."""
+    one = model.DirectoryIdentity(device=1, inode=2, born_ns=3)
+    assert one.is_same(one)
+    assert one.is_same(dataclasses.replace(one, device=9))
+    assert not one.is_same(dataclasses.replace(one, inode=9))
+    assert not one.is_same(dataclasses.replace(one, born_ns=9))
+    unknown = dataclasses.replace(one, born_ns=0)
+    assert one.is_same(unknown)
+    assert unknown.is_same(one)
+    assert not unknown.is_same(dataclasses.replace(unknown, device=9))
+
+
 def test_a_path_that_only_begins_like_a_root_is_not_in_it() -> None:
     """/ab is not below /a."""
     assert decision(policy_of(rule()), PEER, request(source="/ab/x")) is None

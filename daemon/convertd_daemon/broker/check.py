@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import subprocess
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from convertd_daemon import model
-from convertd_daemon.broker import description, dropin, load, root_only, startup
+from convertd_daemon.broker import description, dropin, load, root_only, startup, survey
 
 UNIT: Final = "convertd.service"
 
@@ -151,15 +152,22 @@ def notes_on_counters_file(loaded: load.Loaded) -> Iterator[str]:
 def notes_on_roots(loaded: load.Loaded) -> Iterator[str]:
     """Say of each root what would keep its files from being opened, as things are now."""
     for root in loaded.policy.roots:
-        if problem := _problem_of(root):
+        if problem := _problem_of(root, loaded.seen[root.name]):
             yield f"{loaded.file}: roots.{root.name}.path: {root.path} {problem}"
 
 
-def _problem_of(root: model.Root) -> str:
-    if not os.path.lexists(root.path):
-        return "is not there now: until it is, nothing in it can be opened"
-    if not os.path.isdir(root.path):
-        return "is not a directory"
-    if root.kind is model.RootKind.FILES and os.path.realpath(root.path) != root.path:
-        return "leads over a symbolic link, which is not followed"
-    return ""
+def _problem_of(root: model.Root, seen: survey.Seen) -> str:
+    error = seen.error
+    if error == errno.ELOOP and root.kind is model.RootKind.BLOCK:
+        # Names of devices are udev's links, and are followed.
+        error = 0 if os.path.isdir(root.path) else errno.ENOTDIR
+    return _PROBLEMS.get(error, f"can't be opened: {os.strerror(error)}")
+
+
+_PROBLEMS: Final = {
+    0: "",
+    survey.SILENT: "does not answer: until it does, nothing in it can be opened",
+    errno.ENOENT: "is not there now: until it is, nothing in it can be opened",
+    errno.ENOTDIR: "is not a directory",
+    errno.ELOOP: "leads over a symbolic link, which is not followed",
+}

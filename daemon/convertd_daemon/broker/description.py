@@ -46,6 +46,7 @@ def _root(root: model.Root) -> list[str]:
         lines.append("They are opened with the rights of whoever asks.")
     else:
         lines.append("They are opened with the daemon's rights, whosever they are.")
+        lines += _parents(root)
     if root.kind is model.RootKind.BLOCK:
         claim = "are taken at their word" if root.allow_is_zero else "are not believed"
         return [
@@ -60,6 +61,13 @@ def _root(root: model.Root) -> list[str]:
     lines.append(f"What is mounted below is {mounts}.")
     made = "it is created with a warning" if root.allow_ownerless else "nothing is created"
     return [*lines, f"Where the file system keeps no owner or mode, {made}."]
+
+
+def _parents(root: model.Root) -> list[str]:
+    """Who, beside root, could put something else in the place of a root."""
+    named = [f"uid {uid}" for uid in sorted(root.parent_uids)]
+    named += [f"any member of gid {gid}" for gid in sorted(root.parent_gids)]
+    return [f"The directories above may be changed by {' or '.join(named)}."] if named else []
 
 
 def _grant(table: policy_toml.GrantTable, rule: policy.Rule, ids: policy_bind.Ids) -> list[str]:

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from convertd_daemon import policy, policy_bind, policy_toml
-from convertd_daemon.broker import names, root_only
+from convertd_daemon.broker import names, root_only, survey
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from convertd_daemon import model
 
 MAX_BYTES: Final = 1024 * 1024
 
@@ -40,6 +42,7 @@ class Loaded:
     ids: policy_bind.Ids
     policy: policy.Policy
     warnings: tuple[LoadError, ...]
+    seen: Mapping[str, survey.Seen]
 
 
 def load(path: str, *, limit_s: float = names.LIMIT_S) -> Loaded:
@@ -56,11 +59,15 @@ def load(path: str, *, limit_s: float = names.LIMIT_S) -> Loaded:
     try:
         document = policy_toml.parse(text)
         ids = names.resolve(policy_bind.names_in(document), limit_s=limit_s)
-        bound = policy_bind.bind(document, ids)
+        seen = survey.of(document.roots)
+        bound = policy_bind.bind(document, ids, survey.directories(seen))
     except policy_toml.PolicyError as error:
         raise LoadError(path, error.key, error.reason) from error
     except names.LookupFailed as error:
         raise LoadError(path, "", str(error)) from error
+    for root in bound.roots:
+        if document.parents_count(root.name):
+            _check_parents(path, root, seen[root.name])
     return Loaded(
         file=path,
         document=document,
@@ -70,7 +77,29 @@ def load(path: str, *, limit_s: float = names.LIMIT_S) -> Loaded:
             LoadError(path, missing.key, missing.reason)
             for missing in policy_bind.missing_names(document, ids)
         ),
+        seen=seen,
     )
+
+
+def _check_parents(file: str, root: model.Root, seen: survey.Seen) -> None:
+    """Refuse a root that somebody whom it does not name could replace by another directory.
+
+    Raises:
+        LoadError: somebody could, and what to write if that is meant.
+    """
+    beyond = [found for writers in seen.writers if (found := writers.beyond(root))]
+    if not beyond:
+        return
+    first = beyond[0]
+    reason = f"{first.path} can be changed by {first}, who could so replace {root.path}"
+    if first.everybody:
+        reason += f"; take that from them: chmod o-w {first.path}"
+    else:
+        uids = frozenset[int]().union(root.parent_uids, *(found.uids for found in beyond))
+        gids = frozenset[int]().union(root.parent_gids, *(found.gids for found in beyond))
+        named = [f"{uid}" for uid in sorted(uids)] + [f'"group:{gid}"' for gid in sorted(gids)]
+        reason += f"; if that is meant, write: parents_writable_by = [{', '.join(named)}]"
+    raise LoadError(file, f"roots.{root.name}.parents_writable_by", reason)
 
 
 def _read(path: str) -> bytes:

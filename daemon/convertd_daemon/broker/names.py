@@ -12,17 +12,16 @@ import json
 import os
 import pwd
 import select
-import signal
 import time
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, BinaryIO, Final
 
 from convertd_daemon import policy_bind
+from convertd_daemon.broker import forked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 LIMIT_S: Final = 5.0
-_KILL_S: Final = 1.0
 
 
 class LookupFailed(Exception):
@@ -37,16 +36,8 @@ def resolve(wanted: policy_bind.Wanted, *, limit_s: float = LIMIT_S) -> policy_b
     Raises:
         LookupFailed: there was no answer in time, or the lookup broke.
     """
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    with contextlib.closing(open(reader, "rb", buffering=0)) as answer:
-        child = os.fork()
-        if child == 0:
-            _answer(writer, wanted, limit_s)
-        os.close(writer)
-        try:
-            text = _read_all(answer.fileno(), time.monotonic() + limit_s)
-        finally:
-            _end(child)
+    with forked.answer(lambda told: _answer(told, wanted), limit_s) as answer:
+        text = _read_all(answer, time.monotonic() + limit_s)
     try:
         found = json.loads(text)
     except ValueError:
@@ -54,22 +45,13 @@ def resolve(wanted: policy_bind.Wanted, *, limit_s: float = LIMIT_S) -> policy_b
     return policy_bind.Ids(users=found["users"], groups=found["groups"])
 
 
-def _answer(writer: int, wanted: policy_bind.Wanted, limit_s: float) -> NoReturn:
+def _answer(told: BinaryIO, wanted: policy_bind.Wanted) -> None:
     """Look the names up and write them down: all that the child does."""
-    status = 1
-    try:
-        # Should the parent die meanwhile, the child still ends.
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, limit_s + _KILL_S)
-        found = {
-            "users": _ids(wanted.users, lambda name: pwd.getpwnam(name).pw_uid),
-            "groups": _ids(wanted.groups, lambda name: grp.getgrnam(name).gr_gid),
-        }
-        with open(writer, "w", encoding="utf-8") as answer:
-            json.dump(found, answer)
-        status = 0
-    finally:
-        os._exit(status)
+    found = {
+        "users": _ids(wanted.users, lambda name: pwd.getpwnam(name).pw_uid),
+        "groups": _ids(wanted.groups, lambda name: grp.getgrnam(name).gr_gid),
+    }
+    told.write(json.dumps(found).encode())
 
 
 def _ids(names: Iterable[str], look_up: Callable[[str], int]) -> dict[str, int]:
@@ -90,13 +72,3 @@ def _read_all(reader: int, deadline: float) -> bytes:
             return data
         data += more
     raise LookupFailed("users and groups could not be looked up in time")
-
-
-def _end(child: int) -> None:
-    """Kill and reap the child. One that can't be killed now is left to whoever reaps orphans."""
-    with contextlib.closing(open(os.pidfd_open(child), "rb", buffering=0)) as pidfd:
-        signal.pidfd_send_signal(pidfd.fileno(), signal.SIGKILL)
-        poller = select.poll()
-        poller.register(pidfd, select.POLLIN)
-        poller.poll(_KILL_S * 1000)
-    os.waitpid(child, os.WNOHANG)

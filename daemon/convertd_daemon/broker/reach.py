@@ -16,18 +16,19 @@ from convertd_daemon.kernel import openat2
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from convertd_daemon.policy import Policy
+    from convertd_daemon.broker.load import Loaded
 
 REMEDY: Final = "`convertd unit-dropin` prints what the service needs"
 
 
-def problems(policy: Policy) -> Iterator[str]:
-    """Say what the kernel would refuse us of what the policy grants, as things are now."""
+def problems(loaded: Loaded) -> Iterator[str]:
+    """Say what the kernel would refuse us of what a policy grants, as things were at its load."""
+    policy = loaded.policy
     used = {root for rule in policy.rules for root in (*rule.read, *rule.write)}
     if used and not can_resolve():
         yield f"openat2(2) is refused, so no image can be opened: {REMEDY}"
     for root in sorted({root for rule in policy.rules for root in rule.write}, key=_path):
-        if root.kind is model.RootKind.FILES and is_read_only(root.path):
+        if root.kind is model.RootKind.FILES and loaded.seen[root.name].is_read_only:
             yield f"roots.{root.name}.path: {root.path} is read-only for the service: {REMEDY}"
 
 
@@ -42,11 +43,3 @@ def can_resolve() -> bool:
     except OSError as error:
         return error.errno not in {errno.ENOSYS, errno.EPERM}
     return True
-
-
-def is_read_only(path: str) -> bool:
-    """Whether a directory is on a mount that can't be written."""
-    try:
-        return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
-    except OSError:
-        return False

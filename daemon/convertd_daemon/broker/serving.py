@@ -88,5 +88,5 @@ def _reloader(path: str) -> Callable[[], Policy | str]:
 
 
 def _warn(loaded: load.Loaded) -> None:
-    for warning in (*loaded.warnings, *reach.problems(loaded.policy)):
+    for warning in (*loaded.warnings, *reach.problems(loaded)):
         log.warning("%s", warning)

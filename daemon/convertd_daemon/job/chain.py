@@ -175,15 +175,16 @@ def _place(grant: JobGrant, overlay: Link, refused: _Refusal) -> model.Place:
         validation.check_path("backing", path)
     except errors.BadPath as error:
         raise refused.because(error.problem) from error
-    around = [root for root in (*grant.readable, *grant.closed) if _holds(root, path)]
+    roots = (*grant.readable, *grant.closed)
+    around = [root for root in roots if root.contains(path)]
     root = max(around, key=lambda root: len(root.path), default=None)
     if root is None or root not in grant.readable:
         raise refused.because("it is not below a root that you may read")
-    return model.Place(root=root, below=path.removeprefix(root.path).lstrip("/"))
-
-
-def _holds(root: model.Root, path: str) -> bool:
-    return path.startswith(f"{root.path.rstrip('/')}/")
+    return model.Place(
+        root=root,
+        below=path.removeprefix(root.path).lstrip("/"),
+        others=tuple(other for other in roots if other is not root),
+    )
 
 
 def _is_same(one: paths.Source, other: paths.Source) -> bool:

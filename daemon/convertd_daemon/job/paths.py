@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from convertd_daemon import errors, model
-from convertd_daemon.job import attributes, rights, unchanged
+from convertd_daemon.job import attributes, rights, roots, unchanged
 from convertd_daemon.kernel import locks, statx
 from convertd_daemon.kernel.openat2 import Resolve, openat2
 
@@ -68,7 +68,8 @@ def open_source(place: model.Place, peer: model.Peer) -> Iterator[Source]:
 
     Raises:
         errors.SourceNotFound, errors.AccessRefused, errors.SymlinkInPath, errors.OutsideRoot,
-        errors.NotAnImage, errors.ImageInUse, errors.ReadFailed: as they say.
+        errors.RootUnusable, errors.NotAnImage, errors.ImageInUse, errors.ReadFailed: as they
+            say.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -216,41 +217,36 @@ def open_beneath(place: model.Place, below: str, flags: int = 0) -> int:
     """Resolve a way below a root, and open what it leads to with O_PATH.
 
     Raises:
-        OSError: the kernel refuses.
+        OSError: the kernel refuses; EXDEV too if the way leads into another root.
+        errors.RootUnusable: the root can't be opened as it is, or must not be.
     """
     root = place.root
     if root.access is model.Access.OWN:
         # Nobody's rights but our own: links are followed as every other program follows them.
         path = posixpath.join(root.path, below)
         return openat2(_AT_FDCWD, path, flags=os.O_PATH | flags, resolve=Resolve.NO_MAGICLINKS)
-    strictly = Resolve.NO_SYMLINKS | Resolve.NO_MAGICLINKS
     if root.kind is model.RootKind.BLOCK:
         # The names are udev's links, such as /dev/vg/lv to ../dm-0. That the name lies below the
         # root was seen when the root was chosen; the links may lead anywhere below /dev.
+        roots.check_devices(root)
         return _open_device(posixpath.join(root.path, below), flags)
-    top = open_root(root)
-    try:
-        inside = strictly | Resolve.BENEATH | (Resolve(0) if root.mounts else Resolve.NO_XDEV)
-        return openat2(top, below or ".", flags=os.O_PATH | flags, resolve=inside)
-    finally:
-        os.close(top)
+    return roots.open_beneath(place, below, flags)
 
 
 def open_root(root: model.Root) -> int:
-    """Open a root as it is now. All of its way is free of links, except for one's own rights.
+    """Open what has a root's name now, for Landlock, with O_PATH; /dev for a root of devices.
+
+    It is not judged, nor asked for anything: it may be on storage that does not answer. Whatever is
+    read in it is opened by open_beneath.
 
     Raises:
         OSError: it is not there, or a link is on the way.
     """
-    links = Resolve(0) if root.access is model.Access.OWN else Resolve.NO_SYMLINKS
-    path = DEVICES if root.kind is model.RootKind.BLOCK else root.path
-    flags = os.O_PATH | os.O_DIRECTORY
-    return openat2(_AT_FDCWD, path, flags=flags, resolve=links | Resolve.NO_MAGICLINKS)
+    return _open_directory(DEVICES if root.kind is model.RootKind.BLOCK else root.path)
 
 
 def _open_device(path: str, flags: int) -> int:
-    strictly = Resolve.NO_SYMLINKS | Resolve.NO_MAGICLINKS
-    devices = openat2(_AT_FDCWD, DEVICES, flags=os.O_PATH | os.O_DIRECTORY, resolve=strictly)
+    devices = _open_directory(DEVICES)
     try:
         return openat2(
             devices,
@@ -260,6 +256,11 @@ def _open_device(path: str, flags: int) -> int:
         )
     finally:
         os.close(devices)
+
+
+def _open_directory(path: str) -> int:
+    strictly = Resolve.NO_SYMLINKS | Resolve.NO_MAGICLINKS
+    return openat2(_AT_FDCWD, path, flags=os.O_PATH | os.O_DIRECTORY, resolve=strictly)
 
 
 _AT_FDCWD: Final = -100

@@ -12,6 +12,7 @@ from convertd_daemon.kernel import syscall
 _BYTES: Final = 256
 _MTIME: Final = 0x40
 _SIZE: Final = 0x200
+_BTIME: Final = 0x800
 _DIOALIGN: Final = 0x2000
 _AT_EMPTY_PATH: Final = 0x1000
 _AT_STATX_FORCE_SYNC: Final = 0x2000
@@ -22,6 +23,7 @@ _SIZE_OF: Final = struct.Struct("=Q")
 _SIZE_AT: Final = 40  # stx_size
 _TIMESTAMP: Final = struct.Struct("=qI")
 _MTIME_AT: Final = 112  # stx_mtime
+_BTIME_AT: Final = 80  # stx_btime
 _NS_PER_S: Final = 10**9
 _ATTRIBUTES: Final = struct.Struct("=Q")
 _ATTRIBUTES_AT: Final = 8  # stx_attributes
@@ -75,10 +77,8 @@ def direct_alignment(fd: int) -> DirectAlignment | None:
     Raises:
         OSError: the kernel's own answer.
     """
-    told = ctypes.create_string_buffer(_BYTES)
-    syscall.call("statx", fd, b"", _AT_EMPTY_PATH, _DIOALIGN, told)
-    (known,) = _MASK.unpack_from(told)
-    if not known & _DIOALIGN:
+    told = _ask(fd, _DIOALIGN)
+    if told is None:
         return None
     memory, offset = _ALIGNMENTS.unpack_from(told, _ALIGNMENTS_AT)
     return DirectAlignment(memory=memory, offset=offset)
@@ -94,3 +94,24 @@ def attributes(fd: int) -> Attribute:
     syscall.call("statx", fd, b"", _AT_EMPTY_PATH, 0, told)
     (found,) = _ATTRIBUTES.unpack_from(told, _ATTRIBUTES_AT)
     return Attribute(found & (Attribute.IMMUTABLE | Attribute.APPEND))
+
+
+def birth_ns(fd: int) -> int:
+    """When the inode was made, as a Unix time in ns; 0 where the file system does not say.
+
+    Raises:
+        OSError: the kernel's own answer.
+    """
+    told = _ask(fd, _BTIME)
+    if told is None:
+        return 0
+    seconds, nanoseconds = _TIMESTAMP.unpack_from(told, _BTIME_AT)
+    return int(seconds * _NS_PER_S + nanoseconds)
+
+
+def _ask(fd: int, field: int) -> ctypes.Array[ctypes.c_char] | None:
+    """Ask for one field; None if it is not told."""
+    told = ctypes.create_string_buffer(_BYTES)
+    syscall.call("statx", fd, b"", _AT_EMPTY_PATH, field, told)
+    (known,) = _MASK.unpack_from(told)
+    return told if known & field else None

@@ -1,0 +1,56 @@
+"""A child that is asked what may take for ever to find out: it may be given up, the broker not."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+from typing import TYPE_CHECKING, BinaryIO, Final, NoReturn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_KILL_S: Final = 1.0
+
+
+@contextlib.contextmanager
+def answer(work: Callable[[BinaryIO], None], limit_s: float) -> Iterator[int]:
+    """Have a forked child write its answer into a pipe, whose other end this gives.
+
+    In the end the child is killed and reaped; one that can't be killed now is left to whoever reaps
+    orphans. Call it from a process without threads.
+    """
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    with contextlib.closing(open(reader, "rb", buffering=0)):
+        child = os.fork()
+        if child == 0:
+            _work(writer, work, limit_s)
+        os.close(writer)
+        try:
+            yield reader
+        finally:
+            _end(child)
+
+
+def _work(writer: int, work: Callable[[BinaryIO], None], limit_s: float) -> NoReturn:
+    """All that the child does."""
+    status = 1
+    try:
+        # Should the parent die meanwhile, the child still ends.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, limit_s + _KILL_S)
+        with open(writer, "wb") as told:
+            work(told)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def _end(child: int) -> None:
+    with contextlib.closing(open(os.pidfd_open(child), "rb", buffering=0)) as pidfd:
+        signal.pidfd_send_signal(pidfd.fileno(), signal.SIGKILL)
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        poller.poll(_KILL_S * 1000)
+    os.waitpid(child, os.WNOHANG)

@@ -1,0 +1,226 @@
+"""A root inside another stays closed, whatever name whoever owns the outer one gives to it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+from harness import images
+from harness.callers import ALICE, BOB
+from harness.daemon import Daemon
+from harness.fixtures import MakeDaemon
+from harness.mounts import Mounts
+from hostile import asking, forged, racing
+from hostile.forged import Qcow2
+
+POLICY: Final = """
+[roots.outer]
+path = "{scratch}/outer"
+access = "daemon"
+mounts = true
+[roots.closed]
+path = "{scratch}/outer/closed"
+access = "daemon"
+parents_writable_by = [1234]
+[[grants]]
+users = [1234]
+read = ["outer"]
+write = ["outer"]
+[[grants]]
+users = [1235]
+read = ["closed"]
+write = ["closed"]
+"""
+
+MARKER: Final = b"<what only BOB may have read>"
+ROUNDS: Final = 25
+
+Move = Callable[[Path], Path]
+
+
+@pytest.fixture
+def outer(scratch: Path) -> Iterator[Path]:
+    """A root that is ALICE's own, and in it another, with a file of BOB's."""
+    path = scratch / "outer"
+    path.mkdir()
+    os.chown(path, ALICE.uid, ALICE.gid)
+    closed = path / "closed"
+    closed.mkdir()
+    os.chown(closed, BOB.uid, BOB.gid)
+    closed.chmod(0o700)
+    asking.given_to(BOB, closed / "disk.raw", (MARKER * forged.SIZE)[: forged.SIZE])
+    asking.given_to(ALICE, path / "own.raw", b"x" * forged.SIZE)
+    yield path
+    subprocess.run(["rm", "-r", str(path)], check=True)
+
+
+@pytest.fixture
+def daemon(outer: Path, make_daemon: MakeDaemon) -> Daemon:
+    """A daemon that was started while the names were right."""
+    assert outer.is_dir()
+    one = make_daemon(POLICY)
+    one.start()
+    return one
+
+
+def _renamed(outer: Path) -> Path:
+    return (outer / "closed").rename(outer / "c2")
+
+
+def _replaced(outer: Path) -> Path:
+    moved = _renamed(outer)
+    (outer / "closed").mkdir()
+    return moved
+
+
+def _moved_down(outer: Path) -> Path:
+    (outer / "a").mkdir()
+    return (outer / "closed").rename(outer / "a" / "b")
+
+
+@pytest.mark.parametrize("move", [_renamed, _replaced, _moved_down])
+def test_a_nested_root_that_was_renamed_stays_closed(
+    daemon: Daemon, outer: Path, move: Move
+) -> None:
+    """As a source, as the source of an overlay, to be looked at, and to be written to."""
+    moved = move(outer)
+    out = outer / "out.raw"
+    assert asking.convert(daemon, moved / "disk.raw", out, "raw").reason == "OUTSIDE_ROOT"
+    assert asking.inspect(daemon, moved / "disk.raw", "raw").reason == "OUTSIDE_ROOT"
+    backing = Qcow2(backing=str(moved / "disk.raw"), backing_format="raw").data()
+    overlay = asking.given_to(ALICE, outer / "overlay.qcow2", backing)
+    assert asking.convert(daemon, overlay, out, "qcow2").reason == "BACKING_REFUSED"
+    assert not out.exists()
+    assert asking.overwrite(daemon, outer / "own.raw", moved / "new").reason == "OUTSIDE_ROOT"
+    assert os.listdir(moved) == ["disk.raw"]
+    assert asking.overwrite(daemon, outer / "own.raw", out).is_ok
+
+
+def test_a_nested_root_that_exchanges_its_name_all_the_time_stays_closed(
+    daemon: Daemon, outer: Path
+) -> None:
+    """The directory that was judged is the one that is gone on in."""
+    (outer / "mine").mkdir()
+    os.chown(outer / "mine", ALICE.uid, ALICE.gid)
+    asking.given_to(ALICE, outer / "mine" / "disk.raw", b"y" * forged.SIZE)
+    ends: Counter[str] = Counter()
+    with racing.swapping(ALICE, outer, "mine", "closed") as count:
+        for number in range(ROUNDS):
+            out = outer / f"out-{number}.raw"
+            answer = asking.convert(daemon, outer / "mine" / "disk.raw", out, "raw")
+            ends[answer.reason or answer.status] += 1
+            assert not asking.holds(out, MARKER)
+    assert count.changes > 10 * ROUNDS
+    assert ends.keys() <= {"OK", "OUTSIDE_ROOT"}
+    assert len(ends) > 1, "the race was never lost: it tests nothing"
+
+
+def test_a_nested_root_that_is_mounted_once_more_stays_closed(
+    outer: Path, make_daemon: MakeDaemon
+) -> None:
+    """Where mounts are entered: it is the same directory."""
+    with Mounts(outer) as mounts:
+        again = mounts.bound(outer / "closed", "again")
+        daemon = make_daemon(POLICY)
+        daemon.start()
+        answer = asking.convert(daemon, again / "disk.raw", outer / "out.raw", "raw")
+        assert answer.reason == "OUTSIDE_ROOT"
+        daemon.stop()
+
+
+def test_a_nested_root_in_the_place_of_another_root_stays_closed(
+    scratch: Path, outer: Path, make_daemon: MakeDaemon
+) -> None:
+    """Whoever owns the parent of both puts the one where the other was."""
+    granted = outer / "granted"
+    granted.mkdir()
+    policy = POLICY.replace("[[grants]]", _GRANTED, 1).replace('"outer"]', '"granted", "outer"]')
+    daemon = make_daemon(policy)
+    daemon.start()
+    granted.rename(outer / "aside")
+    (outer / "closed").rename(granted)
+    answer = asking.convert(daemon, granted / "disk.raw", outer / "out.raw", "raw")
+    assert answer.reason == "OUTSIDE_ROOT"
+    assert scratch.is_dir()
+
+
+_GRANTED: Final = """
+[roots.granted]
+path = "{scratch}/outer/granted"
+access = "daemon"
+parents_writable_by = [1234]
+[[grants]]
+"""
+
+
+def test_two_names_of_one_directory_are_two_roots(outer: Path, make_daemon: MakeDaemon) -> None:
+    """Root mounted it twice, and so they were when the policy was loaded."""
+    policy = POLICY.replace("[[grants]]", _GRANTED, 1).replace('"outer"]', '"granted", "outer"]')
+    with Mounts(outer) as mounts:
+        granted = mounts.bound(outer / "closed", "granted")
+        daemon = make_daemon(policy)
+        daemon.start()
+        assert asking.convert(daemon, granted / "disk.raw", outer / "out.raw", "raw").is_ok
+        daemon.stop()
+
+
+@pytest.fixture
+def without_case(scratch: Path) -> Iterator[Path]:
+    """A file system to which CLOSED is closed: an NTFS, with an image in `closed`."""
+    image, point = scratch / "ntfs.img", scratch / "nt"
+    with image.open("wb") as file:
+        file.truncate(32 * 1024 * 1024)
+    subprocess.run(["mkfs.ntfs", "-q", "-F", str(image)], check=True, capture_output=True)
+    point.mkdir()
+    argv = ["lowntfs-3g", "-o", "ignore_case,uid=0,gid=0,umask=022", str(image), str(point)]
+    subprocess.run(argv, check=True)
+    (point / "closed").mkdir()
+    (point / "closed" / "disk.raw").write_bytes((MARKER * forged.SIZE)[: forged.SIZE])
+    (point / "open").mkdir()
+    images.small(point / "open" / "disk.raw")
+    yield point
+    subprocess.run(["umount", str(point)], check=True)
+
+
+def test_a_nested_root_is_closed_by_each_spelling_of_its_name(
+    outer: Path, without_case: Path, make_daemon: MakeDaemon
+) -> None:
+    """Where a file system takes capital letters for small ones."""
+    policy = POLICY.replace("{scratch}/outer/closed", "{scratch}/nt/closed")
+    policy = policy.replace("[[grants]]", _WITHOUT_CASE, 1).replace('["outer"]', '["nt", "outer"]')
+    daemon = make_daemon(policy)
+    daemon.start()
+    for name in ("CLOSED", "Closed"):
+        source = without_case / name / "disk.raw"
+        assert source.exists()
+        answer = asking.convert(daemon, source, outer / "out.raw", "raw")
+        assert answer.reason == "OUTSIDE_ROOT"
+    spelt = without_case / "OPEN" / "disk.raw"
+    assert asking.convert(daemon, spelt, outer / "out.raw", "raw").is_ok
+    daemon.stop()
+
+
+_WITHOUT_CASE: Final = """
+[roots.nt]
+path = "{scratch}/nt"
+access = "daemon"
+[[grants]]
+"""
+
+
+def test_what_its_user_moves_into_a_root_counts_as_in_it(daemon: Daemon, outer: Path) -> None:
+    """As docs/policy.md says: rename(2) asks about two directories, and never about the file."""
+    home = outer.with_name("home-of-alice")
+    home.mkdir()
+    os.chown(home, ALICE.uid, ALICE.gid)
+    (home / "roots.raw").write_bytes(b"r" * forged.SIZE)
+    (home / "roots.raw").chmod(0o600)
+    moved = ALICE.run(["mv", str(home / "roots.raw"), str(outer)])
+    assert moved.status == 0
+    assert asking.convert(daemon, outer / "roots.raw", outer / "out.raw", "raw").is_ok
+    home.rmdir()

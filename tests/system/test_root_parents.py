@@ -1,0 +1,282 @@
+"""Whoever could put another directory in the place of a root must be named in the policy."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+from harness.callers import ALICE, BOB, owner_of
+from harness.daemon import Daemon, DidNotStart
+from harness.fixtures import MakeDaemon
+from hostile import asking, forged
+
+from convertd_daemon.broker import check, load
+
+POLICY: Final = """
+[roots.images]
+path = "{scratch}/parent/images"
+access = "daemon"
+[[grants]]
+users = [1234]
+read = ["images"]
+write = ["images"]
+"""
+
+KEY: Final = "roots.images.parents_writable_by"
+
+
+@pytest.fixture
+def parent(scratch: Path) -> Iterator[Path]:
+    """A directory with a root in it. Both are root's."""
+    path = scratch / "parent"
+    (path / "images").mkdir(parents=True)
+    path.chmod(0o755)
+    yield path
+    subprocess.run(["rm", "-r", str(path)], check=True)
+
+
+@pytest.fixture
+def loaded(make_daemon: MakeDaemon) -> Callable[[str], load.Loaded]:
+    """Load a policy's text from a file that only root can write."""
+    return lambda text: load.load(str(make_daemon(text).policy_path))
+
+
+def allowing(text: str, *writers: str) -> str:
+    """The same policy, with these named for the root."""
+    return text.replace(
+        '"daemon"\n', f'"daemon"\nparents_writable_by = [{", ".join(writers)}]\n', 1
+    )
+
+
+def owned(path: Path) -> None:
+    """Give it away."""
+    os.chown(path, 1234, 1300)
+
+
+def group_writable(path: Path) -> None:
+    """Let a group write."""
+    os.chown(path, 0, 1300)
+    path.chmod(0o775)
+
+
+def listed_user(path: Path) -> None:
+    """Let a user write by an access control list."""
+    subprocess.run(["setfacl", "-m", "u:1234:rwx", str(path)], check=True)
+
+
+def listed_group(path: Path) -> None:
+    """Let a group write by an access control list; the owning group may not."""
+    subprocess.run(["setfacl", "-m", "g:1300:rwx", str(path)], check=True)
+
+
+def sticky_with_a_root_of_anothers(path: Path) -> None:
+    """As /tmp is: an owner may rename what is its own."""
+    path.chmod(0o1777)
+    os.chown(path / "images", 1234, 1234)
+
+
+@pytest.mark.parametrize(
+    ("give", "named"),
+    [
+        (owned, "1234"),
+        (group_writable, '"group:1300"'),
+        (listed_user, "1234"),
+        (listed_group, '"group:1300"'),
+        (sticky_with_a_root_of_anothers, "1234"),
+    ],
+)
+def test_who_can_replace_a_root_must_be_named(
+    loaded: Callable[[str], load.Loaded],
+    parent: Path,
+    give: Callable[[Path], None],
+    named: str,
+) -> None:
+    """And the message says what to write; written so, the policy is taken."""
+    loaded(POLICY)
+    give(parent)
+    with pytest.raises(load.LoadError) as refused:
+        loaded(POLICY)
+    assert refused.value.key == KEY
+    assert f"{parent} can be changed by" in refused.value.reason
+    assert refused.value.reason.endswith(f"write: parents_writable_by = [{named}]")
+    loaded(allowing(POLICY, named))
+    with pytest.raises(load.LoadError):
+        loaded(allowing(POLICY, "4321", '"group:4321"'))
+
+
+def test_all_who_must_be_named_are_told_at_once(
+    loaded: Callable[[str], load.Loaded], parent: Path
+) -> None:
+    """With those that are named already."""
+    owned(parent)
+    parent.chmod(0o775)
+    with pytest.raises(load.LoadError) as refused:
+        loaded(allowing(POLICY, "5"))
+    assert refused.value.reason.endswith('parents_writable_by = [5, 1234, "group:1300"]')
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o757])
+def test_a_directory_that_everybody_can_write_can_not_be_allowed(
+    loaded: Callable[[str], load.Loaded], parent: Path, mode: int
+) -> None:
+    """Nobody can be named for that."""
+    parent.chmod(mode)
+    with pytest.raises(load.LoadError) as refused:
+        loaded(POLICY)
+    assert refused.value.reason.endswith(f"take that from them: chmod o-w {parent}")
+
+
+def test_a_root_of_roots_in_a_sticky_directory_is_fine(
+    loaded: Callable[[str], load.Loaded], parent: Path
+) -> None:
+    """Nobody but root can rename it."""
+    parent.chmod(0o1777)
+    loaded(POLICY)
+
+
+def test_a_root_that_anybody_could_make_is_refused(parent: Path) -> None:
+    """A sticky directory keeps nobody from making what is not there."""
+    policy = POLICY.replace("{scratch}", str(parent.parent))
+    (parent / "images").rmdir()
+    parent.chmod(0o1777)
+    daemon_policy = parent.parent / "policy.toml"
+    daemon_policy.write_text(policy, encoding="utf-8")
+    with pytest.raises(load.LoadError) as refused:
+        load.load(str(daemon_policy))
+    daemon_policy.unlink()
+    assert refused.value.key == KEY
+
+
+def test_the_root_itself_may_be_anybodys(
+    loaded: Callable[[str], load.Loaded], parent: Path
+) -> None:
+    """It is there to be written."""
+    (parent / "images").chmod(0o777)
+    os.chown(parent / "images", 1234, 1234)
+    loaded(POLICY)
+
+
+def test_with_the_callers_rights_nobody_need_be_named(
+    loaded: Callable[[str], load.Loaded], parent: Path
+) -> None:
+    """The kernel asks for them wherever the files are; to name somebody would mean nothing."""
+    owned(parent)
+    policy = POLICY.replace('"daemon"', '"caller"')
+    loaded(policy)
+    with pytest.raises(load.LoadError) as refused:
+        loaded(policy.replace('"caller"\n', '"caller"\nparents_writable_by = [1234]\n'))
+    assert refused.value.key == KEY
+    assert "has no meaning" in refused.value.reason
+
+
+NESTED: Final = """
+[roots.around]
+path = "{scratch}/parent"
+access = "daemon"
+[roots.images]
+path = "{scratch}/parent/images"
+access = "caller"
+[[grants]]
+users = [1234]
+read = ["around"]
+"""
+
+
+def test_in_a_root_of_the_daemons_every_nested_one_counts(
+    loaded: Callable[[str], load.Loaded], parent: Path
+) -> None:
+    """Renamed, its files would be read with the daemon's rights."""
+    loaded(NESTED)
+    owned(parent)
+    with pytest.raises(load.LoadError) as refused:
+        loaded(NESTED)
+    assert refused.value.key == KEY
+    loaded(NESTED.replace('"caller"\n', '"caller"\nparents_writable_by = [1234]\n'))
+
+
+def test_in_a_root_of_devices_the_root_itself_counts(loaded: Callable[[str], load.Loaded]) -> None:
+    """Links are followed there: whoever could make one could choose any device."""
+    path = Path("/dev/shm/convertd-test")  # noqa: S108 - below /dev, and not root's alone
+    policy = f"""
+[roots.volumes]
+path = "{path}"
+kind = "block"
+access = "daemon"
+[[grants]]
+users = [1234]
+read = ["volumes"]
+"""
+    path.mkdir()
+    try:
+        loaded(policy)
+        os.chown(path, 1234, 1234)
+        with pytest.raises(load.LoadError) as refused:
+            loaded(policy)
+    finally:
+        path.rmdir()
+    assert refused.value.key == "roots.volumes.parents_writable_by"
+
+
+def test_a_user_who_does_not_exist_is_a_mistake(
+    loaded: Callable[[str], load.Loaded], parent: Path
+) -> None:
+    """To `check`; and nobody is allowed by it."""
+    assert parent.is_dir()
+    warnings = loaded(allowing(POLICY, '"no-such-user"')).warnings
+    assert [str(one).partition(": ")[2] for one in warnings] == [
+        f"{KEY}[0]: there is no user no-such-user"
+    ]
+    owned(parent)
+    with pytest.raises(load.LoadError):
+        loaded(allowing(POLICY, '"no-such-user"'))
+
+
+def test_check_tells_who_can_replace_a_root(
+    make_daemon: MakeDaemon, parent: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the daemon does not start."""
+    owned(parent)
+    daemon = make_daemon(POLICY)
+    assert check.run(str(daemon.policy_path)) == 1
+    assert f"{KEY}: {parent} can be changed by uid 1234" in capsys.readouterr().err
+    with pytest.raises(DidNotStart, match="parents_writable_by"):
+        daemon.start()
+    assert check.run(str(make_daemon(allowing(POLICY, "1234")).policy_path)) == 0
+    told = "The directories above may be changed by uid 1234."
+    assert told in capsys.readouterr().out
+
+
+def test_a_root_whose_parent_was_given_away_since_is_refused(
+    make_daemon: MakeDaemon, parent: Path
+) -> None:
+    """Each job looks again; and when it was taken back, goes on."""
+    images = parent / "images"
+    os.chown(images, ALICE.uid, ALICE.gid)
+    source = asking.given_to(BOB, images / "disk.raw", b"x" * forged.SIZE)
+    daemon = make_daemon(POLICY)
+    daemon.start()
+    owned(parent)
+    for answer in (
+        asking.convert(daemon, source, images / "out.raw", "raw"),
+        asking.inspect(daemon, source, "raw"),
+    ):
+        assert (answer.status, answer.reason) == ("FAILED_PRECONDITION", "ROOT_UNUSABLE")
+        assert f"{parent} can be changed by uid 1234" in answer.message
+    os.chown(parent, 0, 0)
+    assert asking.convert(daemon, source, images / "out.raw", "raw").is_ok
+
+
+def test_who_owns_the_parent_and_is_named_converts(make_daemon: MakeDaemon, parent: Path) -> None:
+    """As Nova does, whose user owns /var/lib/nova and all in it."""
+    images = parent / "images"
+    os.chown(parent, ALICE.uid, ALICE.gid)
+    os.chown(images, ALICE.uid, ALICE.gid)
+    source = asking.given_to(BOB, images / "disk.raw", b"x" * forged.SIZE)
+    daemon: Daemon = make_daemon(allowing(POLICY, "1234"))
+    daemon.start()
+    assert asking.convert(daemon, source, images / "out.raw", "raw").is_ok
+    assert owner_of(images / "out.raw")[:2] == (ALICE.uid, ALICE.gid)
