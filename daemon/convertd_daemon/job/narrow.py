@@ -1,15 +1,16 @@
 """What is left of the file system for a job, in two steps. Fails closed.
 
 Layers of Landlock intersect, so each step can only take away. The first leaves the roots that the
-caller may read, for members of a chain that are not known yet; it comes before qemu-img has read a
-byte of the image. The second leaves the opened inodes.
+caller may read, for members of a chain that are not known yet, or none if the source says that it
+stands alone; it comes before qemu-img has read a byte of the image. The second leaves the opened
+inodes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from convertd_daemon import model
 from convertd_daemon.job import ends, paths
@@ -34,9 +35,10 @@ def to_roots(
     if dest is not None:
         rules += ends.rules_of(dest)
     with contextlib.ExitStack() as stack:
-        if _may_have_members(grant):
+        if _may_have_members(grant, source):
             for root in grant.readable:
-                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                # One that can't be opened is none, and is said to be by what opens a member in it.
+                with contextlib.suppress(OSError):
                     fd = paths.open_root(root)
                     stack.callback(os.close, fd)
                     rules.append(landlock.Rule(where=fd, access=landlock.READ_BENEATH))
@@ -49,10 +51,28 @@ def to_inodes(grant: model.Grant, both: ends.Ends, worker: Worker) -> None:
     Raises:
         OSError, SandboxError: Landlock refused; the job must not go on.
     """
-    if _may_have_members(grant):
+    if _may_have_members(grant, both.source):
         confine.confine_job(worker.gate, worker.program, both.rules())
 
 
-def _may_have_members(grant: model.Grant | model.InspectGrant) -> bool:
-    """Whether the source may stand on other images: not one that was declared raw."""
-    return grant.request.source.format != "raw"
+STAND_ALONE: Final = frozenset({"raw", "vdi", "vpc", "vhdx", "parallels", "luks", "dmg"})
+"""Formats in which qemu-img follows no image to another one."""
+
+_QCOW2: Final = b"QFI\xfb"
+_NAME_AT: Final = slice(8, 16)
+"""How a qcow2 begins, and what in its header says where its backing file's name is: 0 if it has
+none. Source: qemu docs/interop/qcow2.rst."""
+
+
+def _may_have_members(grant: model.Grant | model.InspectGrant, source: paths.Source) -> bool:
+    """Whether other images than the source may have to be opened.
+
+    A wrong No takes rights away that an image needs which then is refused, and gives none: so the
+    image's own word is enough for it.
+    """
+    if grant.request.source.format in STAND_ALONE:
+        return False
+    with contextlib.suppress(OSError):  # whoever reads it next says so
+        begin = os.pread(source.fd, _NAME_AT.stop, 0)
+        return not (begin.startswith(_QCOW2) and begin[_NAME_AT] == bytes(8))
+    return True

@@ -5,9 +5,9 @@ named. What a kernel does not know can't be denied by it; STAND_INS says what de
 """
 
 import contextlib
+import errno
 import itertools
 import os
-import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -185,6 +185,10 @@ def _add(made: int, rule: Rule, denied: AccessFs) -> None:
         else:
             inode = rule.where
         access = rule.access & denied
-        if not stat.S_ISDIR(os.fstat(inode).st_mode):
-            access &= _OF_A_FILE
-        landlock.add_rule(made, inode, access)
+        try:
+            landlock.add_rule(made, inode, access)
+        except OSError as error:
+            # No directory. The inode is not asked: it may be on storage that does not answer.
+            if error.errno != errno.EINVAL or access in _OF_A_FILE:
+                raise
+            landlock.add_rule(made, inode, access & _OF_A_FILE)

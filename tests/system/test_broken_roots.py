@@ -1,0 +1,228 @@
+"""A root that can't be opened is none: who has named a path in it is told, and nobody else."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+from harness import images
+from harness.agent import conversion
+from harness.callers import ALICE, BOB
+from harness.daemon import Daemon
+from harness.fixtures import MakeDaemon
+from harness.mounts import Mounts
+from harness.tracing import Tracer
+from hostile import asking, silent_fuse
+
+from convertd.v1 import convert_pb2 as pb
+from convertd_daemon.broker import check
+
+POLICY: Final = """
+[roots.whole]
+path = "{scratch}/whole"
+access = "daemon"
+[roots.broken]
+path = "{scratch}/broken"
+access = "daemon"
+[roots.users]
+path = "{scratch}/users"
+access = "caller"
+[[grants]]
+users = [1234, 1235]
+read = ["broken", "whole", "users"]
+write = ["broken", "whole", "users"]
+"""
+
+Broken = Callable[[Path], None]
+
+
+@pytest.fixture
+def roots(scratch: Path) -> Iterator[Path]:
+    """Where the roots are. In the one that stays whole is an overlay on another image."""
+    for name in ("whole", "broken", "users"):
+        (scratch / name).mkdir()
+    base = images.small(scratch / "whole" / "base.raw")
+    argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(base)]
+    subprocess.run([*argv, str(scratch / "whole" / "overlay.qcow2")], check=True)
+    yield scratch
+    names = (str(scratch / name) for name in ("whole", "broken", "users"))
+    subprocess.run(["rm", "-rf", *names], check=True)
+
+
+@pytest.fixture
+def daemon(roots: Path, make_daemon: MakeDaemon) -> Daemon:
+    """A daemon that was started when all was well."""
+    assert roots.is_dir()
+    one = make_daemon(POLICY)
+    one.start()
+    return one
+
+
+def a_link(path: Path) -> None:
+    """Put a link in the root's place, to another root."""
+    path.rmdir()
+    path.symlink_to("whole")
+
+
+def a_link_to_itself(path: Path) -> None:
+    """Put a link in the root's place that never ends."""
+    path.rmdir()
+    path.symlink_to("broken")
+
+
+def a_file(path: Path) -> None:
+    """Put a file in the root's place."""
+    path.rmdir()
+    path.touch()
+
+
+def missing(path: Path) -> None:
+    """Take the root away."""
+    path.rmdir()
+
+
+def given_away_in_a_sticky_directory(path: Path) -> None:
+    """Let a stranger replace the root."""
+    path.parent.chmod(0o1777)
+    os.chown(path, 1666, 1666)
+
+
+BROKEN: Final = [
+    (a_link, "SYMLINK_IN_PATH"),
+    (a_link_to_itself, "SYMLINK_IN_PATH"),
+    (a_file, "ROOT_UNUSABLE"),
+    (missing, "SOURCE_NOT_FOUND"),
+    (given_away_in_a_sticky_directory, "ROOT_UNUSABLE"),
+]
+
+
+def see_others_go_on(daemon: Daemon, roots: Path) -> None:
+    """Convert and inspect what stands on another image, as two users."""
+    whole = roots / "whole"
+    for caller in (ALICE, BOB):
+        out = whole / "out.raw"
+        answer = asking.convert(daemon, whole / "overlay.qcow2", out, "qcow2", caller)
+        assert answer.is_ok, answer
+        assert images.identical(out, whole / "base.raw")
+        out.unlink()
+        assert asking.inspect(daemon, whole / "overlay.qcow2", "", caller).is_ok
+
+
+@pytest.mark.parametrize(("breaking", "reason"), BROKEN)
+def test_a_broken_root_is_told_to_who_named_it_and_breaks_nobody_else(
+    daemon: Daemon, roots: Path, breaking: Broken, reason: str
+) -> None:
+    """As a source, to be looked at, and as a destination; the log has no traceback: see stop."""
+    breaking(roots / "broken")
+    try:
+        see_others_go_on(daemon, roots)
+        inside = roots / "broken" / "disk.raw"
+        out = roots / "whole" / "out.raw"
+        assert asking.convert(daemon, inside, out, "raw").reason == reason
+        assert asking.inspect(daemon, inside).reason == reason
+        as_dest = asking.convert(daemon, roots / "whole" / "base.raw", inside, "raw")
+        assert as_dest.reason == reason.replace("SOURCE", "DIRECTORY")
+        assert as_dest.status != "INTERNAL"
+        daemon.stop()
+    finally:
+        roots.chmod(0o755)
+
+
+@pytest.mark.parametrize("breaking", [breaking for breaking, _ in BROKEN[:-1]])
+def test_a_broken_root_keeps_no_daemon_from_its_policy(
+    daemon: Daemon, roots: Path, breaking: Broken, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is told by `check`, and is no mistake, nor in the way of a drop-in or of GetAccess."""
+    breaking(roots / "broken")
+    daemon.reload(daemon.policy_path.read_text(encoding="utf-8") + "\n")
+    see_others_go_on(daemon, roots)
+    assert "policy reloaded" in daemon.log
+    access = daemon.agent(ALICE).call("GetAccess", pb.GetAccessRequest())
+    assert access.end().status == "OK"
+    assert check.run(str(daemon.policy_path)) == 0
+    assert f"roots.broken.path: {roots}/broken " in capsys.readouterr().err
+    assert check.print_dropin(str(daemon.policy_path)) == 0
+    assert f"ReadWritePaths=-{roots}/broken" in capsys.readouterr().out
+
+
+def test_a_root_that_its_caller_may_not_enter_breaks_nobody_else(
+    daemon: Daemon, roots: Path
+) -> None:
+    """Nor the caller, elsewhere."""
+    (roots / "users").chmod(0o700)
+    see_others_go_on(daemon, roots)
+    answer = asking.inspect(daemon, roots / "users" / "disk.raw")
+    assert answer.reason == "ACCESS_REFUSED"
+
+
+def test_a_root_whose_file_system_has_died_breaks_nobody_else(
+    roots: Path, make_daemon: MakeDaemon
+) -> None:
+    """FUSE whose server is gone: as when a network file system is stale."""
+    (roots / "broken").rmdir()
+    with Mounts(roots) as mounts:
+        behind = roots / "behind"
+        behind.mkdir()
+        point = mounts.by_fuse(behind, "broken")
+        daemon = make_daemon(POLICY)
+        daemon.start()
+        (server,) = subprocess.run(
+            ["pgrep", "-f", f"^bindfs .*{point}$"], capture_output=True, text=True, check=True
+        ).stdout.split()
+        os.kill(int(server), 9)
+        see_others_go_on(daemon, roots)
+        answer = asking.inspect(daemon, point / "disk.raw")
+        assert (answer.status, answer.reason) == ("FAILED_PRECONDITION", "ROOT_UNUSABLE")
+        daemon.reload(daemon.policy_path.read_text(encoding="utf-8") + "\n")
+        assert "policy reloaded" in daemon.log
+        see_others_go_on(daemon, roots)
+        daemon.stop()
+        behind.rmdir()
+    (roots / "broken").mkdir()
+
+
+def test_a_root_that_does_not_answer_holds_up_neither_reload_nor_others(
+    daemon: Daemon, roots: Path
+) -> None:
+    """Whoever asks it for anything waits in state D: only a child of the daemon's ever does."""
+    with silent_fuse.mounted(roots / "broken"):
+        see_others_go_on(daemon, roots)
+        daemon.reload(daemon.policy_path.read_text(encoding="utf-8") + "\n")
+        assert "policy reloaded" in daemon.log
+        see_others_go_on(daemon, roots)
+
+
+@pytest.mark.parametrize("stated", ["qcow2", "raw", ""])
+def test_for_an_image_that_stands_alone_no_other_root_is_opened(
+    daemon: Daemon, roots: Path, stated: str
+) -> None:
+    """And so it can't matter what has become of that."""
+    whole = roots / "whole"
+    image = images.converted(
+        whole / "base.raw", whole / "alone", "raw" if stated == "raw" else "qcow2"
+    )
+    with Tracer(daemon.traced(), "openat2:delay_enter=0") as traced:
+        assert asking.convert(daemon, image, whole / "out.raw", stated).is_ok
+        assert asking.convert(daemon, whole / "overlay.qcow2", whole / "2.raw", "qcow2").is_ok
+    first, _, second = traced.text.partition("overlay.qcow2")
+    assert str(roots / "broken") not in first
+    assert str(roots / "broken") in second
+
+
+def test_a_member_in_a_broken_root_is_refused_with_what_is_wrong(
+    daemon: Daemon, roots: Path
+) -> None:
+    """And is no bug."""
+    a_file(roots / "broken")
+    overlay = roots / "whole" / "overlay-2.qcow2"
+    argv = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", "raw"]
+    behind = str(roots / "broken" / "base.raw")
+    subprocess.run([*argv, "-b", behind, str(overlay), "1M"], check=True)
+    request = conversion(overlay, roots / "whole" / "out.raw", source_format="qcow2")
+    refusal = daemon.agent(ALICE).convert(request).refusal()
+    assert refusal.reason == "BACKING_REFUSED"
+    assert "can't be used: Not a directory" in refusal.message
