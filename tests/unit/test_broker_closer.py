@@ -104,6 +104,18 @@ def test_while_too_many_processes_hang_the_rest_waits(
     assert not closing.ended(min(hanging))
 
 
+def test_many_at_once_do_not_wait_for_their_turn(
+    hostile: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever sends many would else keep others from being accepted."""
+    monkeypatch.setattr(closer, "AT_ONCE", 1)
+    a_loop = loop.Loop()
+    closing = closer.Closer(a_loop)
+    closing.close(hostile)
+    assert len(closing.processes) == 1
+    run_until_reaped(a_loop, closing)
+
+
 def test_a_child_is_never_the_last_to_have_what_its_parent_closes() -> None:
     """It has closed its copies before the parent goes on."""
     with none_left_open():

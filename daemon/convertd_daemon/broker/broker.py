@@ -58,6 +58,9 @@ FRONT_READS_S: Final = 10.0
 systemd's watchdog would replace all of us, jobs included."""
 
 FRONT_STOP_S: Final = 5.0
+
+CLOSING_S: Final = 0.2
+"""In which room is made for connections that are to be closed by another process."""
 STOP_MARGIN_S: Final = 5.0
 TOO_LONG: Final = errors.Unsupported(what="so long an answer", why="it does not fit into a message")
 OUT_OF_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -280,7 +283,7 @@ class Broker:
         """
         if self.closer.is_full:
             log.warning("too many connections with descriptors wait to be closed")
-            self.pause_accepting()
+            self.pause_accepting(CLOSING_S)
             return
         try:
             sock, _ = self.household.listener.sock.accept()
@@ -289,15 +292,15 @@ class Broker:
         except OSError as error:
             if error.errno in OUT_OF_DESCRIPTORS:
                 log.warning("can't accept error=%s", error)
-                self.pause_accepting()
+                self.pause_accepting(1.0)
             return  # else the peer was gone before we came. Source: accept(2)
         self.watchdog.accepted()
         self.admit(sock)
 
-    def pause_accepting(self) -> None:
-        """Leave those who connect in the backlog for a second."""
+    def pause_accepting(self, seconds: float) -> None:
+        """Leave those who connect in the backlog for a while."""
         self.loop.forget(self.household.listener.sock.fileno())
-        self.loop.after(1.0, self.watch_listener)
+        self.loop.after(seconds, self.watch_listener)
 
     def admit(self, sock: socket.socket) -> None:
         """Keep one descriptor of a connection, and send the front another."""

@@ -25,12 +25,15 @@ from convertd_daemon.sandbox import enter
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from convertd_daemon.broker.loop import Loop
+    from convertd_daemon.broker.loop import Loop, Timer
 
 log = logging.getLogger(__name__)
 
 BATCH_S: Final = 0.05
 """Those of so many seconds go to one process: strangers must not have us fork each time."""
+
+AT_ONCE: Final = 128
+"""So many go to one process at once, whenever the last one was forked."""
 
 MOST_PROCESSES: Final = 16
 """So many at once. Each lives for a millisecond, unless what it closes hangs even at exit: a file
@@ -48,7 +51,7 @@ class Closer:
         self._loop = loop
         # Numbers, not objects, which the interpreter would close itself at its end.
         self._held: list[int] = []
-        self._is_due = False
+        self._timer: Timer | None = None
         self.processes: set[int] = set()
 
     @property
@@ -67,9 +70,10 @@ class Closer:
         Nobody else has a copy, or they die with it: who closes last would be the one that waits.
         """
         self._held.append(sock.detach())
-        if not self._is_due:
-            self._is_due = True
-            self._loop.after(BATCH_S, self._hand_on)
+        if len(self._held) >= AT_ONCE:
+            self._hand_on()
+        elif self._timer is None:
+            self._timer = self._loop.after(BATCH_S, self._when_due)
 
     def ended(self, pid: int) -> bool:
         """Take note that a process has ended, and say whether it was one of these."""
@@ -78,21 +82,23 @@ class Closer:
         self.processes.discard(pid)
         return True
 
+    def _when_due(self) -> None:
+        self._timer = None
+        self._hand_on()
+        if self._held:
+            self._timer = self._loop.after(BATCH_S, self._when_due)
+
     def _hand_on(self) -> None:
-        self._is_due = False
-        if not self._held:
+        """Have a process close all that is held, if there may be one more."""
+        if not self._held or len(self.processes) >= MOST_PROCESSES:
             return
-        if len(self.processes) < MOST_PROCESSES:
-            try:
-                self.processes.add(_fork(self._held))
-            except OSError as error:
-                log.warning("can't fork a process that closes sockets error=%s", error)
-            else:
-                log.warning("closed connections with descriptors count=%d", len(self._held))
-                self._held = []
-                return
-        self._is_due = True
-        self._loop.after(1.0, self._hand_on)
+        try:
+            self.processes.add(_fork(self._held))
+        except OSError as error:
+            log.warning("can't fork a process that closes sockets error=%s", error)
+        else:
+            log.info("closed connections with descriptors count=%d", len(self._held))
+            self._held = []
 
 
 def close_if_free(sock: socket.socket) -> bool:
