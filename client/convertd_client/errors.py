@@ -224,6 +224,7 @@ BY_REASON: Final[Mapping[str, type[ConvertError]]] = {
     "NOT_YOURS": FailedPrecondition,
     "IMAGE_REFUSED": ImageRefused,
     "FORMAT_MISMATCH": ImageRefused,
+    "AMBIGUOUS_FORMAT": ImageRefused,
     "IMAGE_TOO_LARGE": ImageRefused,
     "BACKING_REFUSED": ImageRefused,
     "WRONG_SECRET": FailedPrecondition,

@@ -348,6 +348,18 @@ class FormatMismatch(FailedPrecondition):
     format: str
 
 
+class AmbiguousFormat(FailedPrecondition):
+    """No format was stated, and the bytes fit a disk as well as something else.
+
+    Taken for the wrong one, it would become a disk of rubbish without a word. Stated, it is read.
+    """
+
+    sentence = "{path}: looks like {found}; {remedy}"
+    path: str
+    found: str
+    remedy: str
+
+
 class FormatNotAllowed(Denied):
     """The image was found to be of a format that the policy does not let this caller read."""
 

@@ -376,11 +376,19 @@ class Contents:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Warned:
+    """Something that was not asked about and that the caller should know."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ImageInfo:
     """What qemu-img, contained, said of an image. Sizes in bytes.
 
     Snapshots and bitmaps are there by name only: a plan is told with this, and has to fit into a
-    message though an image may have thousands.
+    message though an image may have thousands. `warnings` are what its header gives cause for.
     """
 
     format: str
@@ -395,14 +403,7 @@ class ImageInfo:
     snapshots: tuple[str, ...] = ()
     bitmaps: tuple[str, ...] = ()
     details: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Warned:
-    """Something that was not asked about and that the caller should know."""
-
-    reason: str
-    message: str
+    warnings: tuple[Warned, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -72,9 +72,10 @@ def attacked(place: Path, fill_in: Callable[[str], str]) -> Iterator[Daemon]:
 
 @pytest.fixture
 def image(images_dir: Path) -> Path:
-    """An image of Alice's."""
+    """An image of Alice's, which begins so that qemu-img is asked about a qcow2."""
     os.chown(images_dir, ALICE.uid, ALICE.gid)
-    return asking.given_to(ALICE, images_dir / "image.qcow2", b"x" * 65536)
+    data = b"QFI\xfb\0\0\0\3".ljust(65536, b"x")
+    return asking.given_to(ALICE, images_dir / "image.qcow2", data)
 
 
 def said(**changes: Any) -> Behaviour:  # noqa: ANN401 - whatever JSON has
@@ -88,9 +89,9 @@ LIES: Final[dict[str, tuple[Behaviour, str]]] = {
         said(**{"backing-filename": "nbd:unix:/run/x"}),
         "BACKING_REFUSED",
     ),
-    "a format that nobody allowed": (said(format="vmdk"), "FORMAT_NOT_ALLOWED"),
-    "a format that there is not": (said(format="nbd"), "FORMAT_NOT_ALLOWED"),
-    "a format that is no text": (said(format=["qcow2"]), "FORMAT_NOT_ALLOWED"),
+    "a format that nobody allowed": (said(format="vmdk"), "FORMAT_MISMATCH"),
+    "a format that there is not": (said(format="nbd"), "FORMAT_MISMATCH"),
+    "a format that is no text": (said(format=["qcow2"]), "FORMAT_MISMATCH"),
     "a negative size": (said(**{"virtual-size": -1}), "IMAGE_REFUSED"),
     "a size without end": (said(**{"virtual-size": 10**400}), "IMAGE_REFUSED"),
     "an infinite size": (Behaviour(out=b'{"virtual-size": 1e999}'), "IMAGE_REFUSED"),
@@ -222,10 +223,10 @@ def test_what_it_says_of_its_work_is_checked(
 ) -> None:
     """A result that is none is not published, and its words go to nobody but the log."""
     run, expected = ENDS[name]
-    program.write(place, info=said(format="raw"), otherwise=run)
+    program.write(place, info=said(), otherwise=run)
     out = image.with_suffix(".raw")
     with attacked.limited(**LIMITS.get(expected, {})):
-        answer = asking.convert(attacked, image, out, "")
+        answer = asking.convert(attacked, image, out, "raw")
     assert answer.reason == expected
     assert b"shadow" not in answer.said
     assert b"Permission" not in answer.said

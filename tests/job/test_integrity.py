@@ -227,6 +227,61 @@ class TestHalves:
             assert volumes.bytes_on(device) == b"\xaa" * 4 * MIB
 
 
+class TestLargeParallels:
+    """One of 1 TiB and more, which qemu-img can convert, and not map at once."""
+
+    SIZE_TIB = 3
+
+    @pytest.fixture
+    def large(self, area: Path) -> Path:
+        """Data at its beginning, at its end, and where one piece of the map meets the next."""
+        source = area / "in"
+        size = f"{self.SIZE_TIB}T"
+        argv = ["qemu-img", "create", "-q", "-f", "parallels", str(source), size]
+        subprocess.run(argv, check=True)
+        said = ["write -P 1 0 64k", "write -P 2 549755747328 128k", "write -P 3 3298534817792 64k"]
+        commands = [word for line in said for word in ("-c", line)]
+        argv = ["qemu-io", "-f", "parallels", *commands, str(source)]
+        subprocess.run(argv, check=True, capture_output=True)
+        return source
+
+    def asked(self, source: Path) -> whole_job.Said:
+        """Have all its checks done. To write 3 TiB, even of nothing, takes longer."""
+        limits = model.Limits(virtual_size_bytes=2**63 - 1)
+        rules = grants.Rules(roots=(grants.files(source.parent),), limits=limits)
+        request = grants.request(source, source.parent / "out", "parallels", "qcow2")
+        return whole_job.run(rules.convert(dataclasses.replace(request, validate_only=True)))
+
+    def test_one_that_is_whole_is_converted(self, large: Path) -> None:
+        """It is asked about piece by piece."""
+        argv = ["qemu-img", "map", "-f", "parallels", str(large)]
+        assert subprocess.run(argv, check=False, capture_output=True).returncode < 0
+        assert self.asked(large).reason == "done"
+
+    def test_one_without_its_last_sector_is_refused(self, large: Path) -> None:
+        """Wherever in the disk that is."""
+        size = large.stat().st_size
+        cut(large, size - SECTOR)
+        failure = self.asked(large).failure
+        assert failure is not None
+        assert f"its data goes on to byte {size}, it ends at {size - SECTOR}" in failure.message
+
+    def test_the_least_that_it_crashes_at_is_converted(self, area: Path) -> None:
+        """In whole, with its data."""
+        source = area / "in"
+        argv = ["qemu-img", "create", "-q", "-f", "parallels", str(source), "1T"]
+        subprocess.run(argv, check=True)
+        said = ["-c", "write -P 7 1099511562240 64k"]
+        argv = ["qemu-io", "-f", "parallels", *said, str(source)]
+        subprocess.run(argv, check=True, capture_output=True)
+        rules = grants.Rules(roots=(grants.files(area),))
+        request = grants.request(source, area / "out", "parallels", "qcow2")
+        assert whole_job.run(rules.convert(request)).reason == "done"
+        read = ["qemu-io", "-r", "-f", "qcow2", "-c", "read -P 7 1099511562240 64k"]
+        seen = subprocess.run([*read, str(area / "out")], check=True, capture_output=True).stdout
+        assert b"Pattern verification failed" not in seen
+
+
 class TestHostileImages:
     """Made to be examined for ever, or not at all."""
 

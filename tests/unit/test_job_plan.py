@@ -235,7 +235,8 @@ class TestGraph:
             driver = "host_device" if node.on_device else "file"
             assert graph["file"] == {"driver": driver, "filename": f"/proc/self/fd/{node.fd}"}
             parent = set() if node.format in STAND_ALONE else {"backing"}
-            assert graph.keys() == {"driver", "file"} | parent
+            size = {"force_size_calc"} if node.format == "vpc" else set()
+            assert graph.keys() == {"driver", "file"} | parent | size
             if node.format in STAND_ALONE:
                 return  # nothing can lie under it
             graph = graph["backing"]
@@ -446,13 +447,28 @@ class TestWarnings:
 class TestOtherCommands:
     """qemu-img info and compare."""
 
-    def test_info_probes_only_if_nothing_is_stated(self) -> None:
+    def test_info_asks_for_one_format_alone(self) -> None:
         """In the sandbox, and of one descriptor."""
-        assert plan.info_argv(7, "") == ("qemu-img", "info", "--output=json", "/proc/self/fd/7")
         assert plan.info_argv(7, "vmdk", shared=True) == (
             *("qemu-img", "info", "--output=json", "--force-share", "-f", "vmdk"),
             "/proc/self/fd/7",
         )
+
+    def test_the_size_of_a_vhd_is_its_current_one_wherever_it_is_opened(self) -> None:
+        """Not what its geometry comes to."""
+        assert plan.info_argv(7, "vpc") == (
+            *("qemu-img", "info", "--output=json", "--image-opts"),
+            "driver=vpc,force_size_calc=current_size,file.filename=/proc/self/fd/7",
+        )
+        node = plan.Node(format="vpc", fd=7)
+        for argv in (plan.map_argv(node), plan.check_argv(node)):
+            assert parsed(argv[-1])["force_size_calc"] == "current_size"
+
+    def test_a_map_may_be_of_a_stretch(self) -> None:
+        """Where it begins, and how long it is, in bytes."""
+        stretch = plan.Stretch(start_bytes=512, length_bytes=1024)
+        argv = plan.map_argv(plan.Node(format="parallels", fd=7), stretch=stretch)
+        assert argv[3:5] == ("--start-offset=512", "--max-length=1024")
 
     def test_compare_reads_the_source_as_it_was_converted(self) -> None:
         """The same graph, and the result alone with its own key."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import cast
 
 import grants
@@ -14,7 +15,10 @@ from hypothesis import strategies as st
 from convertd_daemon import errors, model
 from convertd_daemon.job import paths, plan, probe, qemu_img
 
-FD = 7
+FD = os.memfd_create("image")
+"""What begins like a qcow2, so that qemu-img is asked for one where no format is stated."""
+os.pwrite(FD, b"QFI\xfb\0\0\0\3", 0)
+
 PATH = "/images/a"
 SOURCE = paths.Source(
     place=grants.Rules(roots=(grants.files("/images"),)).place(PATH),
@@ -56,13 +60,13 @@ class Runner:
 def described(answer: dict[str, object], stated: str = "") -> model.ImageInfo:
     """What an image is, by qemu-img's answer."""
     said = {"format": "qcow2", "virtual-size": 1024, **answer}
-    return probe.describe(SOURCE, stated, cast("qemu_img.Runner", Runner(said)))[0]
+    return probe.describe(SOURCE, stated, model.FORMATS, cast("qemu_img.Runner", Runner(said)))[0]
 
 
 def refused(stated: str = "", stderr: str = "", status: int = 1) -> errors.Failure:
     """What an image is refused with, by qemu-img's complaint."""
     runner = cast("qemu_img.Runner", Runner(stderr=stderr, status=status))
-    failure = refusals.refusal_of(lambda: probe.describe(SOURCE, stated, runner))
+    failure = refusals.refusal_of(lambda: probe.describe(SOURCE, stated, model.FORMATS, runner))
     assert failure is not None
     return failure
 
@@ -123,8 +127,8 @@ class TestAnswers:
 
     def test_its_own_text_has_the_callers_path(self) -> None:
         """Not the descriptor under which qemu-img saw the image."""
-        said = {"format": "raw", "virtual-size": 1, "filename": f"/proc/self/fd/{FD}"}
-        _, text = probe.describe(SOURCE, "", cast("qemu_img.Runner", Runner(said)))
+        said = {"format": "qcow2", "virtual-size": 1, "filename": f"/proc/self/fd/{FD}"}
+        _, text = probe.describe(SOURCE, "", model.FORMATS, cast("qemu_img.Runner", Runner(said)))
         assert json.loads(text) == {**said, "filename": PATH}
 
     def test_what_more_it_holds_is_typed(self) -> None:
@@ -248,7 +252,7 @@ class TestAnswers:
     def test_an_answer_that_is_none_is_a_refusal(self, answer: object) -> None:
         """Of the image, not a bug: it may have taken qemu-img over."""
         runner = cast("qemu_img.Runner", Runner(answer))
-        reason = refusals.reason_of(lambda: probe.describe(SOURCE, "", runner))
+        reason = refusals.reason_of(lambda: probe.describe(SOURCE, "", model.FORMATS, runner))
         assert reason == "IMAGE_REFUSED"
         assert probe.result_info(FD, "raw", runner) in {("", 0), ("raw", 1)}
 
@@ -269,7 +273,7 @@ class TestAnswers:
     def test_whatever_the_answer_it_is_an_image_or_a_refusal(self, answer: object) -> None:
         """Nothing else is raised, by any JSON."""
         runner = cast("qemu_img.Runner", Runner(answer))
-        refusals.refusal_of(lambda: probe.describe(SOURCE, "", runner))
+        refusals.refusal_of(lambda: probe.describe(SOURCE, "", model.FORMATS, runner))
         probe.result_info(FD, "raw", runner)
 
 
@@ -300,7 +304,7 @@ class TestComplaints:
     def test_without_a_stated_format_there_is_no_mismatch(self) -> None:
         """Nothing was said that could be wrong."""
         failure = refused("", f"{OPENING}Image is not in qcow2 format")
-        assert failure.message.endswith("qemu-img can't open it as any format by itself")
+        assert failure.message.endswith("qemu-img can't open it as qcow2 by itself")
 
     def test_whether_a_file_that_the_image_names_exists_makes_no_difference(self) -> None:
         """One answer, whatever the errno."""
@@ -330,22 +334,24 @@ class TestIdentifying:
         assert runner.argv == ()
 
     def test_a_format_that_the_policy_does_not_allow_is_refused(self) -> None:
-        """Found out, or declared."""
-        said = {"format": "vmdk", "virtual-size": 1}
-        for stated in ("", "vmdk", "raw"):
-            runner = cast("qemu_img.Runner", Runner(said))
-            reason = refusals.reason_of(
-                lambda stated=stated, runner=runner: probe.identify(  # type: ignore[misc]
-                    SOURCE, stated, frozenset({"qcow2"}), runner
+        """Found out, or declared; and no driver of it is run."""
+        for stated in ("", "vmdk", "raw", "bochs"):
+            runner = Runner({"format": stated, "virtual-size": 1})
+            for ask in (probe.identify, probe.describe):
+                reason = refusals.reason_of(
+                    lambda stated=stated, runner=runner, ask=ask: ask(  # type: ignore[misc]
+                        SOURCE, stated, frozenset({"luks"}), cast("qemu_img.Runner", runner)
+                    )
                 )
-            )
-            assert reason == "FORMAT_NOT_ALLOWED"
+                assert reason == "FORMAT_NOT_ALLOWED"
+            assert runner.argv == ()
 
     def test_an_image_in_use_may_be_looked_at(self) -> None:
         """Inspect says so to qemu-img; a conversion does not."""
         for shared in (True, False):
-            runner = Runner({"format": "raw", "virtual-size": 1})
-            probe.describe(SOURCE, "", cast("qemu_img.Runner", runner), shared=shared)
+            runner = Runner({"format": "qcow2", "virtual-size": 1})
+            asked = cast("qemu_img.Runner", runner)
+            probe.describe(SOURCE, "", model.FORMATS, asked, shared=shared)
             assert ("--force-share" in runner.argv) is shared
 
 

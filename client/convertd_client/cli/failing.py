@@ -14,6 +14,7 @@ HINTS: Final = {
     "FORMAT_NOT_ALLOWED": "`convertctl access` shows what you may do",
     "DEST_EXISTS": "--overwrite replaces it",
     "FORMAT_MISMATCH": "`convertctl info` without -f finds the format out",
+    "AMBIGUOUS_FORMAT": "-f FORMAT states it",
     "SECRET_MISSING": "--source-secret-file gives it",
     "JOB_NOT_FOUND": "`convertctl jobs` lists yours",
     "QUEUE_FULL": "`convertctl jobs` shows what runs and waits; try again later",

@@ -57,8 +57,8 @@ def follow(
     Members are opened as they are found, and closed by `stack`.
 
     Raises:
-        errors.FormatNotAllowed, errors.FormatMismatch, errors.ImageRefused, errors.ImageInUse: of
-            the source, or of a member.
+        errors.FormatNotAllowed, errors.AmbiguousFormat, errors.FormatMismatch, errors.ImageRefused,
+            errors.ImageInUse: of the source, or of a member.
         errors.BackingRefused: a member may not be read through this image, or can't be.
     """
     stated = grant.request.source.format
@@ -77,11 +77,11 @@ def describe(
         errors.ConvertError: as in follow, but only for the image itself.
     """
     path, stated = top.place.path, grant.request.source.format
-    info, text = probe.describe(top, stated, runner, shared=True)
-    probe.check_allowed(top, info, grant.read_formats)
+    info, text = probe.describe(top, stated, grant.read_formats, runner, shared=True)
     contents = probe.contents(path, text)
     links = [Link(source=top, info=info)]
     warnings = [BEING_WRITTEN] if paths.is_being_written(top.fd) else []
+    warnings += info.warnings
     try:
         while links[-1].info.backing_name:
             links.append(below(grant, links, runner, stack))
@@ -129,7 +129,11 @@ def below(grant: JobGrant, links: list[Link], runner: Runner, stack: contextlib.
         raise refused.because(str(error)) from error
     if any(_is_same(source, link.source) for link in links):
         raise refused.because("the chain is a loop")
-    info = probe.identify(source, overlay.info.backing_format, grant.read_formats, runner)
+    try:
+        info = probe.identify(source, overlay.info.backing_format, grant.read_formats, runner)
+    except errors.AmbiguousFormat as error:
+        problem = f"it looks like {error.found}, and its overlay does not name its format"
+        raise refused.because(problem) from error
     if not overlay.info.backing_format and info.format != "raw":
         # Old qemu probed here. A guest can write a header into a raw disk, so a probe that finds
         # one settles nothing; and to read it as raw when it is none would be garbage.

@@ -8,7 +8,8 @@ conversion runs, and nothing is published before the answer is in.
                                 it led to would read as zeroes. It forgives an end within the last
                                 cluster, where compressed images end; those are asked for a `map`.
     vmdk, vdi, qed, parallels   `map`, which tells where all data lies. Their tables come first, and
-                                one of qed's that is cut off is an error to qemu.
+                                one of qed's that is cut off is an error to qemu. Of a parallels it
+                                is asked piece by piece: of 1 TiB and more at once, it crashes.
     vpc, vhdx, dmg              nothing: qemu does not open one that is cut off.
     raw, luks                   nothing: what is there is the image.
 
@@ -50,6 +51,9 @@ SOUND: Final = frozenset({0, 3})
 
 CORRUPT: Final = 2
 
+PIECE_BYTES: Final = {"parallels": 512 * 1024**3}
+"""How much of a disk is mapped at once. qemu 7.2 asserts where a stretch has 2^31 sectors."""
+
 PIECES: Final = 16
 """How much of a long answer is taken at a glance, in pieces of 64 KiB."""
 
@@ -59,12 +63,16 @@ LONGEST_ENTRY_BYTES: Final = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What is asked about one member of a chain: for a `map`, or else for a `check`."""
+    """What is asked about one member of a chain: for a `map`, or else for a `check`.
+
+    `stretch` is the part of the disk that the map is of; None for all of it.
+    """
 
     source: Source
     node: plans.Node
     secret: bytes
     mapped: bool
+    stretch: plans.Stretch | None = None
 
 
 class Examination:
@@ -86,9 +94,11 @@ class Examination:
                 # Only the first may be encrypted.
                 secret=kept.source if link.info.encrypted else b"",
                 mapped=link.info.dirty or link.info.format in MAPPED,
+                stretch=stretch,
             )
             for link, node in zip(ends.chain, ends.nodes(), strict=True)
             if link.info.format in CHECKED | MAPPED
+            for stretch in _stretches(link.info)
         )
         self._running = contextlib.ExitStack()
         self._asked: tuple[qemu_img.Conversation, _Answer] | None = None
@@ -152,11 +162,11 @@ class Examination:
         if self._asked is not None or not self._left:
             return
         question = self._left.popleft()
-        kind, argv_of = (_Map, plans.map_argv) if question.mapped else (_Check, plans.check_argv)
+        kind = _Map if question.mapped else _Check
         answer = kind(self._runner, self._result, self._limits.stall_s, question)
         kept = secrets.Secrets(source=question.secret)
         with secrets.offered(kept, self._runner.worker.setup.identity) as pipes:
-            argv = argv_of(question.node, encrypted=bool(question.secret))
+            argv = _argv(question)
             inodes = qemu_img.Inodes(read=(question.source.fd,), pipes=tuple(pipes.values()))
             bounds = limits.Limits(address_space_bytes=self._limits.memory_bytes)
             conversation = self._running.enter_context(
@@ -170,6 +180,23 @@ class Examination:
         self._running.close()
         if not answer.settles(outcome):
             self._left.appendleft(replace(answer.question, mapped=True))
+
+
+def _stretches(info: model.ImageInfo) -> Iterator[plans.Stretch | None]:
+    """The parts in which an image is asked about."""
+    piece = PIECE_BYTES.get(info.format)
+    if piece is None or info.virtual_size_bytes <= piece:
+        yield None
+        return
+    for start in range(0, info.virtual_size_bytes, piece):
+        yield plans.Stretch(start_bytes=start, length_bytes=piece)
+
+
+def _argv(question: Question) -> tuple[str, ...]:
+    encrypted = bool(question.secret)
+    if question.mapped:
+        return plans.map_argv(question.node, encrypted=encrypted, stretch=question.stretch)
+    return plans.check_argv(question.node, encrypted=encrypted)
 
 
 class _Answer(run.Observer, abc.ABC):

@@ -26,6 +26,10 @@ DEST_SECRET: Final = "dest"  # noqa: S105 - a name
 WITHOUT_BACKING: Final = frozenset({"raw", "luks"})
 """The drivers that have no `backing` to be set, not even to null."""
 
+RUNTIME_OPTIONS: Final = {"vpc": {"force_size_calc": "current_size"}}
+"""How a format is opened, wherever it is. A VHD has two sizes, and some programs' are taken for the
+one of a disk of 1990, rounded down: the last sectors are then missing. Source: qemu block/vpc.c."""
+
 DIRECT_MODES: Final = frozenset({model.CacheMode.NONE, model.CacheMode.DIRECTSYNC})
 
 
@@ -89,18 +93,26 @@ def make(grant: model.Grant, chain: tuple[model.Member, ...], facts: Facts) -> m
         command=_command(grant, facts, options, info.format),
         needed_bytes=0 if facts.dest.on_device else _needed_bytes(grant, chain),
         available_bytes=facts.available_bytes,
-        warnings=_warnings(info),
+        warnings=(*_warnings(info), *(warned for one in chain for warned in one.info.warnings)),
     )
 
 
 def info_argv(fd: int, image_format: str, *, shared: bool = False) -> tuple[str, ...]:
-    """`qemu-img info` of one descriptor. An empty format lets qemu probe, inside the sandbox.
+    """`qemu-img info` of one descriptor, as that format and no other.
 
     `shared` also reads an image that a running qemu is writing.
     """
-    stated = ("-f", image_format) if image_format else ()
     force = ("--force-share",) if shared else ()
-    return ("qemu-img", "info", "--output=json", *force, *stated, path_of(fd))
+    command = ("qemu-img", "info", "--output=json", *force)
+    if image_format not in RUNTIME_OPTIONS:
+        return (*command, "-f", image_format, path_of(fd))
+    options = {
+        "driver": image_format,
+        **RUNTIME_OPTIONS[image_format],
+        "file.filename": path_of(fd),
+    }
+    listed = ",".join(f"{name}={value}" for name, value in options.items())
+    return (*command, "--image-opts", listed)
 
 
 def check_argv(node: Node, *, encrypted: bool = False) -> tuple[str, ...]:
@@ -108,9 +120,23 @@ def check_argv(node: Node, *, encrypted: bool = False) -> tuple[str, ...]:
     return ("qemu-img", "check", "--output=json", graph((node,), encrypted=encrypted))
 
 
-def map_argv(node: Node, *, encrypted: bool = False) -> tuple[str, ...]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stretch:
+    """A part of a disk; its end may lie beyond the disk's."""
+
+    start_bytes: int
+    length_bytes: int
+
+
+def map_argv(
+    node: Node, *, encrypted: bool = False, stretch: Stretch | None = None
+) -> tuple[str, ...]:
     """`qemu-img map` of one image, as if nothing were under it: where its data lies."""
-    return ("qemu-img", "map", "--output=json", graph((node,), encrypted=encrypted))
+    part: tuple[str, ...] = ()
+    if stretch:
+        start, length = stretch.start_bytes, stretch.length_bytes
+        part = (f"--start-offset={start}", f"--max-length={length}")
+    return ("qemu-img", "map", "--output=json", *part, graph((node,), encrypted=encrypted))
 
 
 def compare_argv(
@@ -144,8 +170,10 @@ def graph(
     for node in reversed(chain):
         driver = "host_device" if node.on_device else "file"
         file = {"driver": driver, "filename": path_of(node.fd)}
-        under = {"driver": node.format, "file": file} | (
-            {} if node.format in WITHOUT_BACKING else {"backing": under}
+        under = (
+            {"driver": node.format, "file": file}
+            | RUNTIME_OPTIONS.get(node.format, {})
+            | ({} if node.format in WITHOUT_BACKING else {"backing": under})
         )
     nodes = under or {}
     if encrypted and chain[0].format == "luks":

@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import logging
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from convertd_daemon import errors, model
-from convertd_daemon.job import plan, qemu_img, reasons
+from convertd_daemon.job import plan, qemu_img, reasons, recognize
 from convertd_daemon.sandbox import limits
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ NAMES_A_FILE: Final = frozenset({"filename", "data-file"})
 
 MAX_SIZE_BYTES: Final = 2**63 - 1
 """What off_t holds."""
+
+NO_PARENT: Final = 2**32 - 1
+"""The id of a parent that a VMDK without one has."""
 
 LOCKED: Final = "lock"
 NOT_THIS_FORMAT: Final = re.compile(
@@ -50,45 +54,54 @@ MAX_NS: Final = 2**64 - 1
 def identify(
     source: Source, stated: str, allowed: frozenset[str], runner: qemu_img.Runner
 ) -> model.ImageInfo:
-    """Find out what the source is, and whether this caller may have it read.
+    """Find out what the source is, as far as this caller may have it read.
+
+    One that is raw is nobody's to ask.
 
     Raises:
         errors.FormatNotAllowed: it is of a format that the policy does not allow.
-        errors.FormatMismatch, errors.ImageRefused, errors.ImageInUse, errors.Unsupported: as they
-            say; the same whether or not a file that the image names exists.
+        errors.AmbiguousFormat, errors.FormatMismatch, errors.ImageRefused, errors.ImageInUse,
+        errors.Unsupported, errors.ReadFailed: as they say; the same whether or not a file that the
+            image names exists.
     """
-    if stated == "raw":
-        described = plan.raw_info(source.size_bytes, source.allocated_bytes)
-    else:
-        described, _ = describe(source, stated, runner)
-    check_allowed(source, described, allowed)
-    return described
-
-
-def check_allowed(source: Source, info: model.ImageInfo, allowed: frozenset[str]) -> None:
-    """Hold the format that was found against the policy.
-
-    Raises:
-        errors.FormatNotAllowed: the policy does not let this caller read it.
-    """
-    if info.format not in allowed:
-        raise errors.FormatNotAllowed(path=source.place.path, format=info.format)
+    image_format = recognize.format_of(source, stated, allowed)
+    if image_format == "raw":
+        return plan.raw_info(source.size_bytes, source.allocated_bytes)
+    return _describe(source, stated, image_format, runner)[0]
 
 
 def describe(
-    source: Source, stated: str, runner: qemu_img.Runner, *, shared: bool = False
+    source: Source,
+    stated: str,
+    allowed: frozenset[str],
+    runner: qemu_img.Runner,
+    *,
+    shared: bool = False,
 ) -> tuple[model.ImageInfo, str]:
     """What qemu-img says of an image, typed, and its own JSON; `shared`: even if it is in use.
 
     Raises:
-        errors.FormatMismatch, errors.ImageRefused, errors.ImageInUse, errors.Unsupported: as above.
+        errors.ConvertError: as in identify.
     """
+    image_format = recognize.format_of(source, stated, allowed)
+    return _describe(source, stated, image_format, runner, shared=shared)
+
+
+def _describe(
+    source: Source,
+    stated: str,
+    image_format: str,
+    runner: qemu_img.Runner,
+    *,
+    shared: bool = False,
+) -> tuple[model.ImageInfo, str]:
     inodes = qemu_img.Inodes(read=(source.fd,))
-    outcome = runner.run(plan.info_argv(source.fd, stated, shared=shared), inodes, limits.INFO)
+    argv = plan.info_argv(source.fd, image_format, shared=shared)
+    outcome = runner.run(argv, inodes, limits.INFO)
     path = source.place.path
     if outcome.status != 0:
         log.info("info failed path=%r status=%d said=%r", path, outcome.status, outcome.stderr)
-        raise _refusal(source, stated, outcome)
+        raise _refusal(source, stated, image_format, argv[-1], outcome)
     try:
         said = json.loads(outcome.stdout)
         # JSON can escape half a character, which no message can hold.
@@ -98,9 +111,10 @@ def describe(
     except NOT_UNDERSTOOD as error:
         log.info("info unreadable path=%r error=%r", path, error)
         raise errors.ImageRefused(path=path, problem=STRANGE) from error
-    if stated and info.format != stated:
-        raise errors.FormatMismatch(path=path, format=stated)
+    if info.format != image_format:
+        raise errors.FormatMismatch(path=path, format=image_format)
     _judge(path, info, is_elsewhere=is_elsewhere)
+    info = replace(info, warnings=recognize.check_header(source, info.format))
     return info, json.dumps({**said, "filename": path})
 
 
@@ -132,7 +146,10 @@ def result_info(fd: int, image_format: str, runner: qemu_img.Runner) -> tuple[st
         return "", 0
 
 
-def _refusal(source: Source, stated: str, outcome: Outcome) -> errors.ConvertError:
+def _refusal(
+    source: Source, stated: str, image_format: str, named: str, outcome: Outcome
+) -> errors.ConvertError:
+    """Why it could not be opened; `named` is the name that qemu-img was given for it."""
     path, said = source.place.path, outcome.stderr.lower()
     if LOCKED in said and "failed to get" in said:
         return errors.ImageInUse(path=path)
@@ -140,12 +157,12 @@ def _refusal(source: Source, stated: str, outcome: Outcome) -> errors.ConvertErr
         return errors.ImageRefused(path=path, problem="reading it takes more memory than allowed")
     if outcome.status < 0:
         return errors.ImageRefused(path=path, problem="qemu-img did not survive reading it")
-    opening = f"qemu-img: could not open '{plan.path_of(source.fd)}': "
+    opening = f"qemu-img: could not open '{named}': "
     if stated and NOT_THIS_FORMAT.fullmatch(said.removeprefix(opening)):
         return errors.FormatMismatch(path=path, format=stated)
-    problem = reasons.of_opening(outcome.stderr, plan.path_of(source.fd))
+    problem = reasons.of_opening(outcome.stderr, named)
     if problem is None:
-        problem = f"qemu-img can't open it as {stated or 'any format'} by itself"
+        problem = f"qemu-img can't open it as {image_format} by itself"
         if source.place.root.access is model.Access.OWN:
             problem = f"{problem}: {reasons.unknown(outcome.stderr, source.place)}"
     return errors.ImageRefused(path=path, problem=problem)
@@ -159,10 +176,19 @@ NOT_UNDERSTOOD: Final = (
 
 
 def _is_elsewhere(said: dict[str, Any], source: Source) -> bool:
-    """Whether another file has the data: qcow2's external data file, an extent of a VMDK."""
+    """Whether another file has the data, also one that is not named.
+
+    qcow2's external data file; an extent or an unnamed parent of a VMDK; what a LUKS header is for.
+    """
     specific = said.get("format-specific", {}).get("data", {})
     extents = {str(extent["filename"]) for extent in specific.get("extents", ())}
-    return "data-file" in specific or not extents <= {plan.path_of(source.fd)}
+    has_parent = specific.get("parent-cid", NO_PARENT) != NO_PARENT
+    return (
+        not {"data-file", "data-file-raw"}.isdisjoint(specific)
+        or not extents <= {plan.path_of(source.fd)}
+        or (has_parent and not said.get("backing-filename"))
+        or (said["format"] == "luks" and said["virtual-size"] == 0)
+    )
 
 
 def _judge(path: str, info: model.ImageInfo, *, is_elsewhere: bool) -> None:

@@ -1,0 +1,507 @@
+"""An image is read as what it is: by a driver that the policy allows, whole, or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import struct
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import grants
+import pytest
+import whole_job
+from hostile import containers, forged
+from hostile.containers import MIB, SECTOR, Vhd
+
+from convertd_daemon import errors, model
+
+FEW: Final = ("raw", "qcow2")
+"""What a policy allows unless it says more."""
+
+DISK: Final = random.Random(1).randbytes(MIB)  # noqa: S311 - the same in each run
+
+
+def converted(
+    source: Path, stated: str = "", formats: tuple[str, ...] = tuple(model.FORMATS)
+) -> whole_job.Said:
+    """Convert an image to `out` beside it, by a whole job."""
+    rules = grants.Rules(roots=(grants.files(source.parent),), read_formats=formats)
+    return whole_job.run(rules.convert(grants.request(source, source.parent / "out", stated)))
+
+
+def inspected(
+    source: Path, stated: str = "", formats: tuple[str, ...] = tuple(model.FORMATS)
+) -> whole_job.Said:
+    """Look at an image, by a whole job."""
+    rules = grants.Rules(roots=(grants.files(source.parent),), read_formats=formats)
+    return whole_job.run(rules.inspect(model.Source(path=str(source), format=stated)))
+
+
+def failure_of(said: whole_job.Said) -> errors.Failure:
+    """What it failed of."""
+    assert said.failure is not None
+    return said.failure
+
+
+def overlay(path: Path, backing_format: str) -> Path:
+    """A qcow2 that stands on `in` beside it."""
+    data = forged.Qcow2(size=10 * MIB, backing="in", backing_format=backing_format).data()
+    path.write_bytes(data)
+    return path
+
+
+def bochs() -> bytes:
+    """An image that the driver refuses to open, if it ever gets to see it."""
+    names = b"Bochs Virtual HD Image".ljust(32, b"\0") + b"Redolog".ljust(16, b"\0")
+    sizes = struct.pack("<IIIIIIQ", 0x20000, 512, 2**32 - 1, 1, 512, 0, 512)
+    return (names + b"Growing".ljust(16, b"\0") + sizes).ljust(64 * 1024, b"\0")
+
+
+def cloop() -> bytes:
+    """The same of another driver."""
+    script = (
+        b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop file=$0 && mount -r -t iso9660 /dev/cloop $1\n"
+    )
+    return (script.ljust(128, b"\0") + struct.pack(">II", 511, 1)).ljust(64 * 1024, b"\0")
+
+
+BROKEN: Final[dict[str, bytes]] = {
+    "bochs": bochs(),
+    "cloop": cloop(),
+    "qcow": b"QFI\xfb\0\0\0\1".ljust(SECTOR, b"\xff"),
+    "vmdk": b"KDMV".ljust(SECTOR, b"\xff"),
+    "vdi": bytes(64) + b"\x7f\x10\xda\xbe".ljust(SECTOR, b"\xff"),
+    "vpc": b"conectix".ljust(SECTOR, b"\xff"),
+    "vhdx": b"vhdxfile".ljust(SECTOR, b"\xff"),
+    "qed": b"QED\0".ljust(SECTOR, b"\xff"),
+    "parallels": b"WithouFreSpacExt\2\0\0\0".ljust(SECTOR, b"\xff"),
+    "luks": b"LUKS\xba\xbe\0\1".ljust(SECTOR, b"\xff"),
+}
+"""What each driver fails to open: so that its failure shows that it was asked."""
+
+
+def whole_vhd_disk() -> bytes:
+    """A disk that has something in its last sector."""
+    return DISK.ljust(10 * MIB - SECTOR, b"\0") + b"\xee" * SECTOR
+
+
+MISTAKEN: Final[dict[str, tuple[str, bytes, bytes]]] = {
+    "differencing vhd": (
+        "",
+        Vhd(disk_type=containers.DIFFERENCING, parent="parent.vhd").sparse({0: DISK}),
+        b"the parent's data",
+    ),
+    "vhd of an unknown type": ("", Vhd(disk_type=6).sparse({0: DISK}), b"nothing"),
+    "segment of a dmg": ("dmg", containers.dmg(DISK, segments=2), b"both segments"),
+    "vhd of virtualbox": ("vpc", Vhd().fixed(whole_vhd_disk()), whole_vhd_disk()),
+    "fixed vhd": ("", Vhd(size=MIB).fixed(DISK), DISK),
+    "dmg": ("", containers.dmg(DISK), DISK),
+    "cd with a header": ("", containers.with_header(containers.cd()), containers.cd()),
+    "disk with a header": ("", containers.with_header(containers.gpt()), containers.gpt()),
+    **{name: ("", data, DISK) for name, data in containers.packed(DISK).items()},
+}
+"""Images by name: the format that is stated, the file, and what is really on the disk."""
+
+
+@pytest.mark.parametrize("name", MISTAKEN)
+def test_bare_qemu_img_makes_something_else_of_it(area: Path, name: str) -> None:
+    """With status 0."""
+    stated, data, disk = MISTAKEN[name]
+    (area / "in").write_bytes(data)
+    argv = ["qemu-img", "convert", "-O", "raw", *(("-f", stated) if stated else ())]
+    subprocess.run([*argv, str(area / "in"), str(area / "out")], check=True, capture_output=True)
+    assert (area / "out").read_bytes() != disk
+
+
+class TestOnlyAllowedDrivers:
+    """What the policy does not allow is not even opened."""
+
+    @pytest.mark.parametrize("image_format", BROKEN)
+    @pytest.mark.parametrize("act", [converted, inspected])
+    def test_a_driver_that_is_not_allowed_sees_no_image(
+        self, area: Path, image_format: str, act: Callable[..., whole_job.Said]
+    ) -> None:
+        """Its format is told, not that it could not be opened."""
+        (area / "in").write_bytes(BROKEN[image_format])
+        failure = failure_of(act(area / "in", formats=FEW))
+        assert failure.reason == "FORMAT_NOT_ALLOWED"
+        assert dict(failure.values)["format"] == image_format
+
+    @pytest.mark.parametrize("image_format", BROKEN)
+    @pytest.mark.parametrize("stated", [True, False])
+    def test_nor_one_that_a_chain_leads_to(
+        self, area: Path, image_format: str, *, stated: bool
+    ) -> None:
+        """Whether or not the overlay says what it stands on."""
+        (area / "in").write_bytes(BROKEN[image_format])
+        top = overlay(area / "top", image_format if stated else "")
+        failure = failure_of(converted(top, "qcow2", FEW))
+        assert failure.reason == "FORMAT_NOT_ALLOWED"
+        assert dict(failure.values)["format"] == image_format
+
+    @pytest.mark.parametrize("named", ["nbd", "vvfat", "blkdebug", "null-co", "no-such\x1b"])
+    def test_what_an_overlay_calls_a_format_is_no_drivers_name(
+        self, area: Path, named: str
+    ) -> None:
+        """Qemu has more drivers than formats."""
+        (area / "in").write_bytes(DISK)
+        said = converted(overlay(area / "top", named), "qcow2")
+        assert failure_of(said).reason == "FORMAT_NOT_ALLOWED"
+
+    def test_an_allowed_driver_is_asked(self, area: Path) -> None:
+        """And says what is wrong."""
+        (area / "in").write_bytes(BROKEN["vmdk"])
+        assert converted(area / "in").reason == "IMAGE_REFUSED"
+
+    def test_what_nothing_is_known_of_is_raw(self, area: Path) -> None:
+        """And refused as that where raw is not allowed."""
+        (area / "in").write_bytes(DISK)
+        failure = failure_of(converted(area / "in", formats=("qcow2",)))
+        assert (failure.reason, dict(failure.values)["format"]) == ("FORMAT_NOT_ALLOWED", "raw")
+        assert converted(area / "in").reason == "done"
+
+
+class TestDataElsewhere:
+    """What says that its data is in another file is not half a disk, it is none."""
+
+    @pytest.mark.parametrize("disk_type", [0, 1, 2, 4, 5, 6, 7, 2**32 - 1])
+    @pytest.mark.parametrize("stated", ["vpc", ""])
+    def test_a_vhd_of_any_type_but_dynamic_is_refused(
+        self, area: Path, disk_type: int, stated: str
+    ) -> None:
+        """A differencing one has its parent's data in the parent."""
+        vhd = Vhd(disk_type=disk_type, parent="parent.vhd")
+        (area / "in").write_bytes(vhd.sparse({0: DISK}))
+        failure = failure_of(converted(area / "in", stated))
+        assert failure.reason == "IMAGE_REFUSED"
+        assert failure_of(inspected(area / "in", stated)).reason == "IMAGE_REFUSED"
+        assert ("differencing" in failure.message) is (disk_type == containers.DIFFERENCING)
+        assert not (area / "out").exists()
+
+    def test_a_differencing_vhd_under_an_overlay_is_refused(self, area: Path) -> None:
+        """As the source itself would be."""
+        (area / "in").write_bytes(Vhd(disk_type=containers.DIFFERENCING).sparse({0: DISK}))
+        assert converted(overlay(area / "top", "vpc"), "qcow2").reason == "IMAGE_REFUSED"
+
+    def test_a_vhd_with_two_different_footers_is_refused(self, area: Path) -> None:
+        """A guest wrote the first into its own disk, or somebody the last."""
+        size = 10 * MIB
+        dynamic = Vhd(disk_type=containers.DYNAMIC).sparse({0: DISK})
+        for data in (
+            Vhd(size=size).fixed(dynamic[:-SECTOR].ljust(size, b"\0")),
+            dynamic[:-SECTOR] + Vhd(disk_type=containers.DIFFERENCING).footer(),
+        ):
+            (area / "in").write_bytes(data)
+            assert converted(area / "in", "vpc").reason == "IMAGE_REFUSED"
+
+    def test_a_dynamic_vhd_without_its_last_footer_is_converted(self, area: Path) -> None:
+        """The first is there for that."""
+        data = Vhd(disk_type=containers.DYNAMIC).sparse({0: DISK})
+        (area / "in").write_bytes(data[:-SECTOR])
+        assert converted(area / "in", "vpc").reason == "done"
+        assert (area / "out").read_bytes() == DISK.ljust(10 * MIB, b"\0")
+
+    @pytest.mark.parametrize("image_type", [0, 3, 4, 5])
+    def test_a_vdi_that_is_neither_dynamic_nor_fixed_is_refused(
+        self, area: Path, image_type: int
+    ) -> None:
+        """3 is for undoing what is in another, 4 differs from another."""
+        assert converted(_patched(area / "in", "vdi", 76, struct.pack("<I", 1))).reason == "done"
+        (area / "out").unlink()
+        source = _patched(area / "in", "vdi", 76, struct.pack("<I", image_type))
+        assert converted(source).reason == "IMAGE_REFUSED"
+
+    def test_a_vhdx_that_has_a_parent_is_refused(self, area: Path) -> None:
+        """By qemu itself."""
+        argv = ["qemu-img", "create", "-q", "-f", "vhdx", str(area / "in"), "8M"]
+        subprocess.run(argv, check=True)
+        data = bytearray((area / "in").read_bytes())
+        table = data.index(b"metadata")
+        # Source: MS-VHDX 2.6.2.1, File Parameters.
+        item = data.index(bytes.fromhex("3767a1ca36fa434db3b633f0aa44e76b"))
+        (offset,) = struct.unpack_from("<I", data, item + 16)
+        data[table + offset + 4] |= 2
+        (area / "in").write_bytes(data)
+        assert converted(area / "in").reason == "IMAGE_REFUSED"
+
+    def test_a_vmdk_whose_parent_is_not_named_is_refused(self, area: Path) -> None:
+        """It says that it has one, by its id."""
+        (area / "parent").write_bytes(forged.overlay(area / "x", "vmdk", _created(area), "vmdk"))
+        data = (area / "parent").read_bytes()
+        (area / "in").write_bytes(data.replace(b"parentFileNameHint", b"parentFileNameXint"))
+        assert failure_of(converted(area / "in")).message.endswith("its data is in another file")
+
+    def test_a_qcow2_whose_data_file_has_no_name_is_refused(self, area: Path) -> None:
+        """It says that it has one, by a bit."""
+        data = forged.Qcow2(data_file="nowhere").data()
+        unnamed = data.replace(struct.pack(">I", forged.DATA_FILE), struct.pack(">I", 0x0BADCAFE))
+        (area / "in").write_bytes(unnamed)
+        assert failure_of(inspected(area / "in")).message.endswith("its data is in another file")
+
+    def test_a_luks_header_alone_is_refused(self, area: Path) -> None:
+        """It would be a disk of no bytes."""
+        secret = ["--object", "secret,id=s,data=x", "-o", "key-secret=s,iter-time=1"]
+        argv = ["qemu-img", "create", "-q", "-f", "luks", *secret, str(area / "in"), "1M"]
+        subprocess.run(argv, check=True)
+        os.truncate(area / "in", (area / "in").stat().st_size - MIB)
+        assert failure_of(inspected(area / "in")).message.endswith("its data is in another file")
+
+    def test_one_segment_of_an_apple_image_is_refused(self, area: Path) -> None:
+        """The others are files of their own."""
+        (area / "in").write_bytes(containers.dmg(DISK, segments=2))
+        assert converted(area / "in", "dmg").reason == "IMAGE_REFUSED"
+        (area / "in").write_bytes(containers.dmg(DISK))
+        assert converted(area / "in", "dmg").reason == "done"
+        assert (area / "out").read_bytes() == DISK
+
+
+CREATORS: Final = (b"vbox", b"vpc ", b"vs  ", b"qemu", b"win ", b"qem2", b"d2v ", b"tap\0", b"CTXS")
+
+
+class TestSizesOfVhds:
+    """A VHD has two: cylinders, heads and sectors, which are rounded, and its current size."""
+
+    @pytest.mark.parametrize("creator", CREATORS)
+    @pytest.mark.parametrize("is_fixed", [True, False])
+    def test_all_of_a_vhd_is_converted_whoever_created_it(
+        self, area: Path, creator: bytes, *, is_fixed: bool
+    ) -> None:
+        """The last sectors too, where the backup of a partition table lies; and it is told."""
+        disk = DISK.ljust(10 * MIB - SECTOR, b"\0") + b"\xee" * SECTOR
+        kind = containers.FIXED if is_fixed else containers.DYNAMIC
+        vhd = Vhd(creator=creator, disk_type=kind)
+        pieces = {n: disk[n * 2 * MIB : (n + 1) * 2 * MIB] for n in range(5)}
+        (area / "in").write_bytes(vhd.fixed(disk) if is_fixed else vhd.sparse(pieces))
+        said = converted(area / "in", "vpc")
+        assert (area / "out").read_bytes() == disk
+        warnings = said.published.warnings
+        assert [warning.reason for warning in warnings] == ["VHD_SIZES_DIFFER"]
+        assert f"{301 * 4 * 17 * SECTOR} bytes" in warnings[0].message
+        assert f"all {10 * MIB} are read" in warnings[0].message
+        (found,) = inspected(area / "in", "vpc").inspected.chain
+        assert found.info.virtual_size_bytes == 10 * MIB
+        assert found.info.warnings == warnings
+
+    def test_a_vhd_under_an_overlay_is_whole_too(self, area: Path) -> None:
+        """And told of by its own path."""
+        disk = DISK.ljust(10 * MIB - SECTOR, b"\0") + b"\xee" * SECTOR
+        (area / "in").write_bytes(Vhd().fixed(disk))
+        said = converted(overlay(area / "top", "vpc"), "qcow2")
+        assert (area / "out").read_bytes() == disk
+        (warning,) = said.published.warnings
+        assert warning.message.startswith(f"{area}/in: ")
+
+    def test_a_verification_compares_all_of_it(self, area: Path) -> None:
+        """Not what the geometry comes to."""
+        disk = DISK.ljust(10 * MIB - SECTOR, b"\0") + b"\xee" * SECTOR
+        (area / "in").write_bytes(Vhd().fixed(disk))
+        rules = grants.Rules(roots=(grants.files(area),))
+        request = grants.request(area / "in", area / "out", "vpc", "vpc")
+        said = whole_job.run(rules.convert(dataclasses.replace(request, verify=True)))
+        assert said.published.verified
+        assert converted_back(area / "out") == disk
+
+    def test_sizes_that_are_the_same_are_not_told(self, area: Path) -> None:
+        """Nor a geometry that is at its end: larger disks have no other."""
+        disk = DISK[: 17 * 4 * 4 * SECTOR]
+        vhd = Vhd(size=len(disk), geometry=(4, 4, 17))
+        (area / "in").write_bytes(vhd.fixed(disk))
+        assert converted(area / "in", "vpc").published.warnings == ()
+        (area / "out").unlink()
+        large = Vhd(size=128 << 30, geometry=(65535, 16, 255), disk_type=containers.DYNAMIC)
+        (area / "in").write_bytes(large.sparse({}))
+        assert inspected(area / "in", "vpc").inspected.warnings == ()
+
+    def test_a_fixed_vhd_that_says_more_than_its_file_has_is_refused(self, area: Path) -> None:
+        """Its footer would be read as if it were on the disk."""
+        (area / "in").write_bytes(Vhd(size=2 * MIB).fixed(DISK))
+        assert converted(area / "in", "vpc").reason == "IMAGE_REFUSED"
+
+    @pytest.mark.parametrize("subformat", ["fixed", "dynamic"])
+    def test_what_convertd_wrote_is_read_again_as_it_was(self, area: Path, subformat: str) -> None:
+        """Of a size that no geometry has."""
+        disk = DISK + os.urandom(3 * SECTOR)
+        (area / "in").write_bytes(disk)
+        options = (model.Option(name="subformat", value=subformat),)
+        rules = grants.Rules(roots=(grants.files(area),))
+        request = grants.to(
+            grants.request(area / "in", area / "mid", "raw", "vpc"), options=options
+        )
+        assert whole_job.run(rules.convert(request)).reason == "done"
+        assert converted(area / "mid", "vpc").reason == "done"
+        assert (area / "out").read_bytes() == disk
+
+
+def converted_back(source: Path) -> bytes:
+    """What a VHD has on it."""
+    out = source.with_name("back")
+    rules = grants.Rules(roots=(grants.files(source.parent),))
+    assert whole_job.run(rules.convert(grants.request(source, out, "vpc"))).reason == "done"
+    return out.read_bytes()
+
+
+class TestContainers:
+    """What is found to be raw and looks like something else."""
+
+    @pytest.mark.parametrize("command", containers.packed(b""))
+    def test_a_packed_disk_is_refused_with_the_command_that_unpacks_it(
+        self, area: Path, command: str
+    ) -> None:
+        """Which then gives the disk."""
+        (area / "in").write_bytes(containers.packed(DISK)[command])
+        failure = failure_of(converted(area / "in"))
+        assert failure.reason == "AMBIGUOUS_FORMAT"
+        assert failure_of(inspected(area / "in")) == failure
+        assert not (area / "out").exists()
+        remedy = dict(failure.values)["remedy"]
+        told = remedy.partition("(")[2].partition(")")[0]
+        assert told.split()[0] == command
+        subprocess.run(
+            ["sh", "-c", told.replace("IMAGE", str(area / "in"))],
+            cwd=area,
+            check=True,
+            capture_output=True,
+        )
+        assert (area / "DISK").read_bytes() == DISK
+        assert remedy.endswith("state its format: raw")
+        assert converted(area / "in", "raw").reason == "done"
+        assert (area / "out").read_bytes() == _whole_sectors((area / "in").read_bytes())
+
+    def test_an_ova_is_called_by_its_name(self, area: Path) -> None:
+        """The disks are in it."""
+        (area / "in").write_bytes(containers.tar("machine.ovf", b"<Envelope/>"))
+        assert dict(failure_of(converted(area / "in")).values)["found"].startswith("an OVA")
+
+    @pytest.mark.parametrize(
+        ("stated", "data"),
+        [
+            pytest.param("dmg", containers.dmg(DISK), id="dmg"),
+            pytest.param("vpc", Vhd(size=MIB).fixed(DISK), id="vhd"),
+            pytest.param("vpc", Vhd(size=MIB).fixed(DISK)[:-1], id="old-vhd"),
+        ],
+    )
+    def test_what_qemu_knows_by_its_end_is_refused_until_its_format_is_stated(
+        self, area: Path, stated: str, data: bytes
+    ) -> None:
+        """For qemu's probe looks at the beginning only."""
+        (area / "in").write_bytes(data)
+        failure = failure_of(converted(area / "in"))
+        assert failure.reason == "AMBIGUOUS_FORMAT"
+        assert f"state its format: {stated}" in dict(failure.values)["remedy"]
+        assert converted(area / "in", stated).reason == "done"
+        assert (area / "out").read_bytes() == DISK
+        (area / "out").unlink()
+        assert converted(area / "in", "raw").reason == "done"
+
+    def test_a_fixed_vhd_that_convertd_wrote_is_known(self, area: Path) -> None:
+        """As anybody's."""
+        (area / "in").write_bytes(DISK)
+        options = (model.Option(name="subformat", value="fixed"),)
+        request = grants.to(
+            grants.request(area / "in", area / "mid", "raw", "vpc"), options=options
+        )
+        rules = grants.Rules(roots=(grants.files(area),))
+        assert whole_job.run(rules.convert(request)).reason == "done"
+        assert converted(area / "mid").reason == "AMBIGUOUS_FORMAT"
+
+    def test_a_base_that_looks_like_something_else_is_not_taken_for_raw(self, area: Path) -> None:
+        """Where its overlay does not say that it is."""
+        (area / "in").write_bytes(containers.packed(DISK)["gzip"])
+        failure = failure_of(converted(overlay(area / "top", ""), "qcow2"))
+        assert failure.reason == "BACKING_REFUSED"
+        assert "looks like gzip data" in failure.message
+        assert converted(overlay(area / "top", "raw"), "qcow2").reason == "done"
+
+
+class TestTwoInOne:
+    """A header of a format, and a whole disk or CD all the same."""
+
+    @pytest.mark.parametrize(
+        ("data", "words"),
+        [
+            pytest.param(containers.cd(), "a CD", id="cd"),
+            pytest.param(containers.gpt(), "GPT", id="gpt"),
+            pytest.param(containers.gpt(4096), "GPT", id="gpt-4096"),
+            pytest.param(containers.gpt()[:SECTOR].ljust(MIB, b"\1"), "boot sector", id="mbr"),
+        ],
+    )
+    def test_a_header_on_a_disk_is_refused_until_the_format_is_stated(
+        self, area: Path, data: bytes, words: str
+    ) -> None:
+        """A qcow2 to qemu, a disk to whoever made it."""
+        (area / "in").write_bytes(containers.with_header(data))
+        for act in (converted, inspected):
+            failure = failure_of(act(area / "in"))
+            assert failure.reason == "AMBIGUOUS_FORMAT"
+            assert words in dict(failure.values)["found"]
+        assert converted(area / "in", "qcow2").reason == "done"
+        assert (area / "out").stat().st_size == forged.SIZE
+        (area / "out").unlink()
+        assert converted(area / "in", "raw").reason == "done"
+
+    def test_a_header_on_a_disk_in_a_fixed_vhd_is_refused(self, area: Path) -> None:
+        """Its guest wrote it."""
+        disk = containers.with_header(DISK)
+        (area / "in").write_bytes(Vhd(size=len(disk)).fixed(disk))
+        assert "fixed VHD" in dict(failure_of(converted(area / "in")).values)["found"]
+
+
+class TestDisks:
+    """None is refused that is a disk."""
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            pytest.param(b"", id="empty"),
+            pytest.param(b"x", id="a-byte"),
+            pytest.param(bytes(MIB), id="zeroes"),
+            pytest.param(containers.cd(), id="cd"),
+            pytest.param(containers.cd(containers.gpt()[:1024]), id="hybrid-cd"),
+            pytest.param(containers.gpt(), id="gpt"),
+            pytest.param(containers.gpt(4096), id="gpt-4096"),
+            pytest.param(b"\xeb\x63\x90".ljust(510, b"\x90") + b"\x55\xaa" + DISK, id="grub"),
+            pytest.param(b"\xeb\x3c\x90mkfs.fat".ljust(510, b"\0") + b"\x55\xaa" + DISK, id="fat"),
+            pytest.param(b"hsqs".ljust(MIB, b"\1"), id="squashfs"),
+            pytest.param(b"LUKS\xba\xbe\0\2".ljust(MIB, b"\1"), id="luks2"),
+            pytest.param(bytes(SECTOR) + b"LABELONE".ljust(MIB, b"\1"), id="lvm"),
+        ],
+    )
+    def test_a_disk_is_raw(self, area: Path, data: bytes) -> None:
+        """Whatever is on it. Its size is rounded up to sectors, as qemu does."""
+        (area / "in").write_bytes(data)
+        said = converted(area / "in")
+        assert said.reason == "done", said.failure
+        assert (area / "out").read_bytes() == _whole_sectors(data)
+
+    @pytest.mark.parametrize("command", ["mkfs.ext4", "mkfs.xfs", "mkfs.btrfs"])
+    def test_a_file_system_is_a_disk(self, area: Path, command: str) -> None:
+        """By its own program."""
+        with (area / "in").open("wb") as file:
+            file.truncate(320 * MIB)
+        subprocess.run([command, "-q", str(area / "in")], check=True, capture_output=True)
+        assert converted(area / "in").reason == "done"
+        subprocess.run(["cmp", str(area / "in"), str(area / "out")], check=True)
+
+
+def _whole_sectors(data: bytes) -> bytes:
+    """A disk as qemu has it."""
+    return data.ljust(-(-len(data) // SECTOR) * SECTOR, b"\0")
+
+
+def _created(area: Path) -> Path:
+    argv = ["qemu-img", "create", "-q", "-f", "vmdk", str(area / "base"), "4M"]
+    subprocess.run(argv, check=True)
+    return area / "base"
+
+
+def _patched(path: Path, image_format: str, offset: int, data: bytes) -> Path:
+    """A new image with a few bytes of its header replaced."""
+    argv = ["qemu-img", "create", "-q", "-f", image_format, str(path), "4M"]
+    subprocess.run(argv, check=True)
+    with path.open("r+b") as file:
+        os.pwrite(file.fileno(), data, offset)
+    return path
