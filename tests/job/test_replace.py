@@ -291,6 +291,15 @@ class TestWithoutExchange:
         assert (fuse / "new").stat().st_ino == before
         assert os.listdir(fuse) == ["new"]
 
+    def test_a_file_system_that_can_exchange_is_not_refused(self, sticky: Path) -> None:
+        """It is tried with two empty files, and each has its own name afterwards."""
+        named = put(sticky / ".convertd-0123456789abcdef.tmp", NEW)
+        before = named.stat()
+        with paths.open_target(grant_to(sticky)) as target:
+            replace.check_possible(grant_to(sticky), target, named.name)
+        assert os.path.samestat(before, named.stat())
+        assert sorted(os.listdir(sticky)) == [named.name, "new"]
+
     def test_one_is_refused_where_others_can_by_now(self, fuse: Path) -> None:
         """The directory was closed when the conversion began."""
         grant = grant_to(fuse)

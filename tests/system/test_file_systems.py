@@ -16,6 +16,7 @@ from harness.agent import Agent, Call, conversion
 from harness.callers import ALICE, BOB, owner_of
 from harness.daemon import QEMU_IMG, Daemon
 from harness.mounts import Mounts
+from harness.tracing import Tracer
 
 from convertd.v1 import convert_pb2 as pb
 
@@ -219,6 +220,20 @@ def test_stale_temporaries_are_swept_and_live_ones_are_kept(
         assert visible(by_fuse) == ["dest.qcow2"]
         end(call, daemon)
         assert temporaries(by_fuse) == []
+
+
+def test_where_no_name_can_be_given_without_replacing_nothing_is_published(
+    daemon: Daemon, source: Path, by_fuse: Path
+) -> None:
+    """A file system without hard links, and without RENAME_NOREPLACE: exFAT by FUSE is one."""
+    refused = "renameat2:error=EINVAL linkat:error=EPERM"
+    request = conversion(source, by_fuse / "dest.raw", dest_format="raw")
+    with Tracer(daemon.traced(), refused) as tracer:
+        refusal = daemon.agent(ALICE).convert(request).refusal()
+        daemon.await_calm()
+    assert tracer.injected == 2, tracer.text
+    assert (refusal.status, refusal.reason) == ("UNIMPLEMENTED", "UNSUPPORTED")
+    waiting.until(lambda: os.listdir(by_fuse) == [], "no file")
 
 
 def test_a_temporary_that_another_process_locks_is_kept(
@@ -448,6 +463,9 @@ def test_where_the_policy_allows_it_the_result_says_that_its_owner_was_not_kept(
 ) -> None:
     """Fresh and overwriting: with a warning, and whole."""
     dest = ownerless / "dest.raw"
+    request = conversion(source, dest, dest_format="raw", validate_only=True)
+    (expected,) = alice.convert(request).result().warnings
+    assert expected.reason == "OWNER_NOT_KEPT"
     result = alice.convert(conversion(source, dest, dest_format="raw")).result()
     (warning,) = result.warnings
     assert warning.reason == "OWNER_NOT_KEPT"

@@ -153,6 +153,11 @@ def rules_of(dest: Dest) -> tuple[landlock.Rule, ...]:
     )
 
 
+def expected_warnings(dest: Dest) -> tuple[model.Warned, ...]:
+    """What the result will have to be told of, as far as it is known before it is written."""
+    return () if isinstance(dest, devices.DeviceDest) else dest.expected
+
+
 def dest_refusal(dest: Dest) -> str | None:
     """What speaks against direct writes; a device is asked by reading it.
 

@@ -72,8 +72,12 @@ def wanted(grant: model.Grant, target: Target) -> Ownership:
     return Ownership(uid=uid, gid=gid, mode=shown, acl=inherited)
 
 
-def open_to(worker: Identity, fd: int, final: Ownership, target: Target) -> None:
+def open_to(
+    worker: Identity, fd: int, final: Ownership, target: Target
+) -> tuple[model.Warned, ...]:
     """Let the worker's group write the inode, which is its owner's from the first byte.
+
+    Gives the warning that the result will have if the file system keeps another owner or mode.
 
     Raises:
         errors.OwnerNotKept: the file system does not give it to them, and the root requires that.
@@ -88,10 +92,11 @@ def open_to(worker: Identity, fd: int, final: Ownership, target: Target) -> None
         os.fchmod(fd, now.mode)
     found = _found(fd)
     if _is_kept(found, now):
-        return
+        return ()
     _refuse_unless_allowed(target, found, final)
     if not rights.can_write(worker, fd):
         raise errors.AccessRefused(path=target.place.path, rights=f"qemu-img's uid {worker.uid}")
+    return (_warning(found, final),)
 
 
 def settle(fd: int, final: Ownership, target: Target) -> tuple[model.Warned, ...]:
@@ -113,8 +118,12 @@ def settle(fd: int, final: Ownership, target: Target) -> tuple[model.Warned, ...
     if _is_kept(found, final):
         return ()
     _refuse_unless_allowed(target, found, final)
+    return (_warning(found, final),)
+
+
+def _warning(found: Ownership, final: Ownership) -> model.Warned:
     message = f"the file system does not keep owner and mode: the result is {found}, not {final}"
-    return (model.Warned(reason="OWNER_NOT_KEPT", message=message),)
+    return model.Warned(reason="OWNER_NOT_KEPT", message=message)
 
 
 @contextlib.contextmanager

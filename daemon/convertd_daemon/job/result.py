@@ -49,6 +49,7 @@ class FileDest:
 
     `target` is where it will appear, `temporary` its name for the time being, empty if it has none.
     `alias` is a path to the descriptor with the right last name, for a format that writes it down.
+    `expected` are warnings that the result will have, as far as they are known before.
     """
 
     target: Target
@@ -56,6 +57,7 @@ class FileDest:
     temporary: str
     ownership: ownership.Ownership
     alias: str = ""
+    expected: tuple[model.Warned, ...] = ()
 
     @property
     def place(self) -> model.Place:
@@ -75,7 +77,7 @@ def create(grant: model.Grant, target: Target, setup: Setup) -> Iterator[FileDes
         errors.WriteFailed: as they say.
     """
     with contextlib.ExitStack() as stack:
-        path = ""
+        path, expected = "", tuple[model.Warned, ...]()
         try:
             final = ownership.wanted(grant, target)
             with rights.of(target.place.root, grant.peer):
@@ -84,7 +86,7 @@ def create(grant: model.Grant, target: Target, setup: Setup) -> Iterator[FileDes
             if temporary:
                 stack.callback(_unlink, grant, target, temporary, fd)
             if setup.identity is not None:
-                ownership.open_to(setup.identity, fd, final, target)
+                expected = ownership.open_to(setup.identity, fd, final, target)
             if temporary:
                 with rights.of(target.place.root, grant.peer):
                     temporaries.sweep(target.directory, os.fstat(fd).st_uid)
@@ -94,7 +96,14 @@ def create(grant: model.Grant, target: Target, setup: Setup) -> Iterator[FileDes
                 path = stack.enter_context(alias.made(setup.names, target.name, fd))
         except OSError as error:
             _raise_for(error, grant, target)
-        yield FileDest(target=target, fd=fd, temporary=temporary, ownership=final, alias=path)
+        yield FileDest(
+            target=target,
+            fd=fd,
+            temporary=temporary,
+            ownership=final,
+            alias=path,
+            expected=expected,
+        )
 
 
 def _open_new(target: Target) -> tuple[int, str]:
