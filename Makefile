@@ -42,7 +42,7 @@ BENCH_FLAGS :=
 # Where the site is built.
 SITE := build/docs
 
-.PHONY: build test check docs demo coverage bench bench-smoke clean packages users peers contract
+.PHONY: build test check docs demo coverage bench bench-smoke clean packages users peers contract lock
 
 # The wheel, and an environment that has it installed.
 build: $(ENV)/.installed
@@ -138,26 +138,44 @@ ifeq ($(shell id -u),0)
 $(TOOLS)/.made $(ENV)/.made: | packages
 endif
 
-$(TOOLS)/.made: pyproject.toml
-	[[ -x $(TOOLS)/bin/python ]] || $(PYTHON) -m venv $(TOOLS)
-	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' > $(TOOLS)/requires.txt
-	$(TOOLS)/bin/pip install --quiet --requirement $(TOOLS)/requires.txt
+# Exactly what packaging/locked names, and nothing that was there before.
+$(TOOLS)/.made: packaging/locked/build.txt
+	rm -rf $(TOOLS)
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet --require-hashes --requirement $<
 	touch $@
+
+# Takes the newest releases that pyproject.toml allows into packaging/locked: versions, and hashes of
+# all their files, so of the wheels for every Python and processor. Nothing else looks for a newer
+# one. Read the difference before it is committed: it is what will run as root.
+lock:
+	rm -rf build/lock
+	$(PYTHON) -m venv build/lock/env
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["lock"], sep="\n")' > build/lock/uv.txt
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' > build/lock/build.txt
+	build/lock/env/bin/pip install --quiet --requirement build/lock/uv.txt
+	lock() { build/lock/env/bin/uv pip compile --quiet --no-config --universal --python-version 3.11 \
+	  --generate-hashes --no-annotate --upgrade --custom-compile-command 'make lock' "$$@"; }; \
+	lock --extra daemon --output-file packaging/locked/daemon.txt pyproject.toml; \
+	lock --group build --output-file packaging/locked/build.txt build/lock/build.txt
 
 build/dist/.made: $(SOURCES) $(TOOLS)/.made
 	rm -rf build/dist build/generated
-	umask 022; $(TOOLS)/bin/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/dist .
+	umask 022; SOURCE_DATE_EPOCH=$(WHEEL_EPOCH) \
+	  $(TOOLS)/bin/pip wheel --quiet --no-build-isolation --check-build-dependencies --no-deps --wheel-dir build/dist .
 	touch $@
 
 $(ENV)/.made:
 	.ci/make-env $(PYTHON) $(ENV)
 	touch $@
 
-# All that the wheel and the tests need; then the wheel alone, whenever the sources have changed.
-$(ENV)/.needs: pyproject.toml | $(ENV)/.made build/dist/.made
+# All that the wheel and the tests need, in the versions that a host gets; then the wheel alone,
+# whenever the sources have changed.
+$(ENV)/.needs: pyproject.toml packaging/locked/daemon.txt | $(ENV)/.made build/dist/.made
 	umask 022; wheel=$$(echo build/dist/*.whl); \
+	sed -n 's/^\([a-z].*==[^ ]*\).*/\1/p' packaging/locked/daemon.txt > build/constraints.txt; \
 	$(ENV)/bin/pip install --quiet --group dev --group docs --group bench \
-	  "$$wheel[daemon]"
+	  --constraint build/constraints.txt "$$wheel[daemon]"
 	touch $@
 
 $(ENV)/.installed: $(ENV)/.needs build/dist/.made

@@ -69,5 +69,9 @@ def generate(proto: Path, out: Path) -> None:
 
 
 def plugin(name: str) -> str:
-    """Find a plugin of protoc: on PATH in an isolated build, else beside the interpreter."""
-    return shutil.which(name) or str(Path(sys.executable).with_name(name))
+    """Find a plugin of protoc: beside the interpreter, or on PATH in an isolated build.
+
+    In this order, so that what is pinned is used, whatever else is on PATH.
+    """
+    beside = str(Path(sys.executable).with_name(name))
+    return shutil.which(beside) or shutil.which(name) or beside

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,25 @@ def test_no_file_names_a_place_on_somebodys_machine() -> None:
         if FORBIDDEN.search(line)
     ]
     assert found == []
+
+
+@pytest.mark.parametrize("name", ["build", "daemon"])
+def test_what_is_installed_and_what_builds_it_is_pinned(name: str) -> None:
+    """By version and hashes; `make lock` writes both files, from pyproject.toml."""
+    lock = (ROOT / "packaging" / "locked" / f"{name}.txt").read_text(encoding="utf-8")
+    lines = [line for line in lock.replace("\\\n", "").splitlines() if not line.startswith("#")]
+    pinned = re.compile(r"([a-z0-9-]+)==\S+(?: ; [^#]*?)?(?: +--hash=sha256:[0-9a-f]{64})+ *")
+    assert [line for line in lines if not pinned.fullmatch(line)] == []
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    wanted = {
+        "build": project["build-system"]["requires"] + project["dependency-groups"]["build"],
+        "daemon": project["project"]["dependencies"]
+        + project["project"]["optional-dependencies"]["daemon"],
+    }[name]
+    exact = {line.split()[0] for line in lines}
+    names = {re.split(r"[=<>]", one)[0] for one in wanted}
+    assert names <= {one.split("==")[0] for one in exact}
+    assert {one for one in wanted if "==" in one} <= exact
 
 
 def test_generated_code_is_not_in_git() -> None:
