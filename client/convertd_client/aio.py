@@ -102,9 +102,13 @@ class AsyncClient:
         Raises:
             errors.ConvertError: see `errors`.
         """
-        request = pb.ListJobsRequest()
-        answer = await self._answer(self._stub.ListJobs, request, timeout, wait_for_ready)
-        return tuple(answers.job(job) for job in answer.jobs)
+        request, listed = pb.ListJobsRequest(), list[results.Job]()
+        while True:
+            answer = await self._answer(self._stub.ListJobs, request, timeout, wait_for_ready)
+            listed += map(answers.job, answer.jobs)
+            if not answer.next_page_token:
+                return tuple(listed)
+            request.page_token = answer.next_page_token
 
     async def cancel(
         self,

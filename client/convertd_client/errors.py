@@ -236,6 +236,7 @@ BY_REASON: Final[Mapping[str, type[ConvertError]]] = {
     "IMAGE_IN_USE": FailedPrecondition,
     "CONVERSION_FAILED": FailedPrecondition,
     "QUEUE_FULL": QueueFull,
+    "TOO_MANY_CALLS": ResourceExhausted,
     "NO_SPACE": NoSpace,
     "QUOTA_EXCEEDED": ResourceExhausted,
     "OUT_OF_MEMORY": ResourceExhausted,

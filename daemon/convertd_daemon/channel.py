@@ -67,10 +67,12 @@ class Inspect:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListJobs:
-    """Somebody asks which jobs there are."""
+    """Somebody asks which jobs there are, in the contract's words."""
 
     call: int
     connection: int
+    page_size: int = 0
+    page_token: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,9 +254,13 @@ class JobState(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Done:
-    """The call's answer is complete: the last of the jobs was sent, the job is being cancelled."""
+    """The call's answer is complete: the last of the jobs was sent, the job is being cancelled.
+
+    `next_page_token` leads to more jobs, if there are.
+    """
 
     call: int
+    next_page_token: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@
     ├── NotFound                 SourceNotFound, DirectoryNotFound, JobNotFound
     ├── AlreadyExists            DestExists
     ├── FailedPrecondition       ImageRefused, FormatMismatch, ImageTooLarge, ImageInUse, …
-    ├── ResourceExhausted        QueueFull, NoSpace, QuotaExceeded, OutOfMemory
+    ├── ResourceExhausted        QueueFull, TooManyCalls, NoSpace, QuotaExceeded, …
     ├── DataLoss                 ReadFailed, WriteFailed, VerifyFailed, PublishedButNotDurable
     ├── Aborted                  DestBusy, CancelledByOperator, NameReplaced, SourceChanged
     ├── Cancelled                CancelledByCaller
@@ -450,6 +450,13 @@ class QueueFull(ResourceExhausted):
     waiting: int
     limit: int
     whom: str
+
+
+class TooManyCalls(ResourceExhausted):
+    """A user has as many calls going on as one may have, or takes no replies."""
+
+    sentence = "{limit} of your calls go on or have replies that were not taken, which is the limit"
+    limit: int
 
 
 class NoSpace(ResourceExhausted):

@@ -85,7 +85,7 @@ def run(test: Test) -> None:
     async def bounded() -> None:
         ours, theirs = channels.passing()
         with ours, theirs:
-            broker = link.Link(ours, relay.Relay("/nowhere", lambda: relay.whole), Prober())
+            broker = link.Link(ours, relay.Relay("/nowhere", lambda _: relay.whole), Prober())
             await asyncio.wait_for(test(broker, Broker(theirs)), DEADLINE_S)
             asyncio.get_running_loop().remove_reader(ours.fileno())
             asyncio.get_running_loop().remove_writer(ours.fileno())

@@ -16,7 +16,7 @@ import pytest
 from children import in_child
 from descriptors import none_left_open
 
-from convertd_daemon.front import relay, screen
+from convertd_daemon.front import relay, screen, streams
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -24,7 +24,7 @@ MIB = 1024 * KIB
 DEADLINE_S = 60.0
 
 
-def unscreened() -> relay.Passed:
+def unscreened(_calls: streams.Streams) -> relay.Passed:
     """What passes is of no interest here; tests of screen.py tell."""
     return relay.whole
 
@@ -248,7 +248,7 @@ def test_a_full_backlog_is_waited_for(path: Path) -> None:
                 a_relay.carry(number, peer.descriptor, 1234, lambda: None)
                 await peer.send(b"%d" % number)
             # From then on each of them tries to connect, and one has room.
-            await until(lambda: len(a_relay._numbers) == len(peers))  # noqa: SLF001 - names that are bound
+            await until(lambda: len(a_relay._carried) == len(peers))  # noqa: SLF001 - names that are bound
             await asyncio.sleep(0)
             heard = set()
             for _ in peers:
@@ -344,7 +344,7 @@ def test_each_piece_waits_for_a_turn(path: Path) -> None:
     async def test() -> None:
         much, little = Peer(), Peer()
         upstream = Upstream(path)
-        a_relay = relay.Relay(str(path), lambda: letter_by_letter)
+        a_relay = relay.Relay(str(path), lambda _: letter_by_letter)
         with (
             contextlib.closing(upstream.sock),
             contextlib.closing(much),
@@ -409,7 +409,7 @@ def test_out_of_descriptors_a_connection_ends_and_leaves_no_name(path: Path) -> 
         a_relay.carry(1, peer.descriptor, 1234, lambda: None)
         assert await peer.receive() == b""
         await a_relay.drain(DEADLINE_S)
-        assert a_relay._numbers == {}  # noqa: SLF001 - that nothing is left is the point
+        assert a_relay._carried == {}  # noqa: SLF001 - that nothing is left is the point
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         a_relay.carry(2, late.descriptor, 1234, lambda: None)
         _, name = await upstream.accept()

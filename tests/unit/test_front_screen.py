@@ -12,7 +12,7 @@ from hostile.http2 import Kind
 from hypothesis import given
 from hypothesis import strategies as some
 
-from convertd_daemon.front import screen
+from convertd_daemon.front import screen, streams
 
 RFC_EXAMPLE = bytes.fromhex("f1e3c2e5f23a6ba0ab90f4ff")
 """www.example.com. Source: RFC 7541, C.4.1."""
@@ -20,7 +20,10 @@ RFC_EXAMPLE = bytes.fromhex("f1e3c2e5f23a6ba0ab90f4ff")
 
 def passed(data: bytes, *cuts: int) -> bytes:
     """What passes a screen of bytes that come in pieces."""
-    one, places = screen.Screen(), sorted({0, *(cut % (len(data) + 1) for cut in cuts), len(data)})
+    one, places = (
+        screen.Screen(streams.Streams()),
+        sorted({0, *(cut % (len(data) + 1) for cut in cuts), len(data)}),
+    )
     return b"".join(
         b"".join(piece.data for piece in one.pieces(data[a:b]))
         for a, b in itertools.pairwise(places)
@@ -65,7 +68,7 @@ def test_a_block_in_several_frames_passes_when_it_is_whole() -> None:
     first = http2.opening(http2.frame(Kind.HEADERS, block[:9], stream=1))
     more = http2.frame(Kind.CONTINUATION, block[9:20], stream=1)
     last = http2.frame(Kind.CONTINUATION, block[20:], flags=http2.END_HEADERS, stream=1)
-    one = screen.Screen()
+    one = screen.Screen(streams.Streams())
     assert list(one.pieces(first)) == [(http2.opening(), False)]
     assert not list(one.pieces(more))
     assert list(one.pieces(last)) == [(first[len(http2.opening()) :] + more + last, True)]
@@ -75,7 +78,7 @@ def test_each_piece_has_one_header_block_at_most() -> None:
     """And what belongs to its call: the next is not even looked through before it was taken."""
     calls = [http2.call(1), http2.call(3, b"a" * 300), http2.frame(Kind.PING, bytes(8))]
     bad = http2.frame(Kind.HEADERS, b"\xff", flags=http2.END_HEADERS, stream=5)
-    pieces = screen.Screen().pieces(http2.opening(*calls, bad))
+    pieces = screen.Screen(streams.Streams()).pieces(http2.opening(*calls, bad))
     assert next(pieces) == (http2.opening(), False)
     assert next(pieces) == (calls[0], True)
     assert next(pieces) == (calls[1] + calls[2], True)

@@ -27,6 +27,7 @@ from convertd_daemon.broker import (
     loop,
     metrics,
     notify,
+    pages,
     positions,
     status,
     watchdog,
@@ -403,8 +404,8 @@ class Broker:
         match message:
             case channel.Convert(request=request) | channel.Inspect(request=request):
                 self.enqueue(call, connection, self.may(peer, request))
-            case channel.ListJobs():
-                self.list_jobs(call, peer)
+            case channel.ListJobs(page_size=size, page_token=token):
+                self.list_jobs(call, peer, size, token)
             case channel.CancelJob(job_id=job_id):
                 self.cancel(call, peer, job_id)
             case channel.GetAccess():
@@ -493,13 +494,18 @@ class Broker:
         """End a call with a condition."""
         self.send(channel.Refused(call=call, failure=failure))
 
-    def list_jobs(self, call: int, peer: model.Peer) -> None:
-        """Send the jobs that a peer may see: its own, or all to an operator."""
+    def list_jobs(self, call: int, peer: model.Peer, size: int, token: str) -> None:
+        """Send a page of the jobs that a peer may see: its own, or all to an operator.
+
+        Raises:
+            errors.BadOption: there is no such page.
+        """
         everybody = policy.is_operator(self.rules, peer)
-        for job in self.jobs:
-            if everybody or job.uid == peer.uid:
-                self.send(job.entry(call))
-        self.send(channel.Done(call=call))
+        seen = (job for job in self.jobs if everybody or job.uid == peer.uid)
+        page, following = pages.page_of(seen, size, token)
+        for job in page:
+            self.send(job.entry(call))
+        self.send(channel.Done(call=call, next_page_token=following))
 
     def cancel(self, call: int, peer: model.Peer, job_id: str) -> None:
         """Cancel a job for its owner or an operator; the answer shows the job.

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 NO_CALL: Final = 0
 """The call of a job whose front is gone: a front's calls begin with 1."""
 
+ENTRY_BYTES: Final = 128
+"""About what an entry of the job list has beside its caller's own texts."""
+
 
 class State(enum.Enum):
     """How far a job is, for the broker."""
@@ -46,6 +49,7 @@ class Job:
     connection: int
     grant: model.Grant | model.InspectGrant
     lane: queue.Lane[Job]
+    order: int = 0
     queued: float = field(default_factory=time.time)
     state: State = State.WAITING
     position: int = 0
@@ -134,6 +138,12 @@ class Job:
         """Its processes that are our children."""
         return frozenset(self.left or ({self.pid} if self.pid else ()))
 
+    @property
+    def text_bytes(self) -> int:
+        """About how much of a list it takes."""
+        entry = self.entry(NO_CALL)
+        return len(f"{entry.source}{entry.dest}{entry.label}".encode()) + ENTRY_BYTES
+
     def entry(self, call: int) -> channel.JobEntry:
         """The job as ListJobs tells of it."""
         request = self.grant.request
@@ -166,6 +176,7 @@ class Jobs:
         self.conversions: queue.Lane[Job] = queue.Lane(**_conversion_bounds(limits))
         self.looks: queue.Lane[Job] = queue.Lane(**_look_bounds(limits))
         self._by_id: dict[str, Job] = {}
+        self._last_order = 0
 
     def bound(self, limits: model.Limits) -> None:
         """Take the bounds of a policy that was reloaded."""
@@ -204,6 +215,8 @@ class Jobs:
         ):
             raise errors.DestBusy(path=job.writes)
         lane.join(job)
+        # Of the clock, not counted: a token of the job list tells nobody how many others came.
+        job.order = self._last_order = max(time.monotonic_ns(), self._last_order + 1)
         self._by_id[job.job_id] = job
         return job
 

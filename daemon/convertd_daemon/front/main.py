@@ -20,7 +20,7 @@ import zoneinfo
 from typing import Final
 
 from convertd_daemon import channel
-from convertd_daemon.front import link, prober, relay, screen, server, service
+from convertd_daemon.front import calls, link, prober, relay, screen, server, service
 from convertd_daemon.kernel import prctl
 from convertd_daemon.sandbox import confine, seccomp
 
@@ -66,11 +66,14 @@ def _remember_sources() -> None:
 
 async def _serve(line: channel.Channel, private: str) -> None:
     path = f"{private}/grpc.sock"
-    carrier = relay.Relay(path, lambda: screen.Screen().pieces)
+    carrier = relay.Relay(path, lambda calls: screen.Screen(calls).pieces)
     watcher = prober.Prober(f"{private}/probe.sock", service.SERVICE)
     broker = link.Link(line, carrier, watcher)
-    serving = await server.start(path, broker, carrier)
+    counter = calls.Calls(carrier)
+    serving = await server.start(path, broker, carrier, counter)
+    watching = asyncio.get_running_loop().create_task(counter.watch())
     broker.send(channel.Ready())
     await broker.ended.wait()
+    watching.cancel()
     await serving.stop(GRACE_S)
     await carrier.drain(GRACE_S)

@@ -16,9 +16,10 @@ import logging
 import select
 import socket
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
 from typing import Final
 
-from convertd_daemon.front import screen, turns
+from convertd_daemon.front import screen, streams, turns
 from convertd_daemon.kernel import getrandom, scm_rights
 
 log = logging.getLogger(__name__)
@@ -37,14 +38,41 @@ ANSWERED_BYTES: Final = 64 * 1024
 """The same of what gRPC answers."""
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
+class Carried:
+    """A connection that is being carried: the broker's number for it, whose it is, and its calls.
+
+    `conversions` of these go on; `seen` are the calls that had ended when it last was looked at,
+    and `since` when it was first seen that no more had, in seconds of the loop's clock.
+    """
+
+    number: int
+    uid: int
+    downstream: socket.socket
+    streams: streams.Streams
+    conversions: int = 0
+    seen: int = -1
+    since: float = 0.0
+
+    def is_idle(self, now: float, limit_s: float) -> bool:
+        """Whether it has replies that are not taken, or calls without a request, for so long."""
+        if len(self.streams) <= self.streams.running:
+            self.seen = -1
+        elif self.seen != self.streams.ended:
+            self.seen, self.since = self.streams.ended, now
+        else:
+            return now - self.since > limit_s
+        return False
+
+
 class Relay:
     """The connections that are being carried, by the name that gRPC knows them under."""
 
-    def __init__(self, upstream_path: str, screened: Callable[[], Passed]) -> None:
+    def __init__(self, upstream_path: str, screened: Callable[[streams.Streams], Passed]) -> None:
         """Carry to the gRPC server at this path, through a screen for each connection."""
         self.upstream_path = upstream_path
         self._screened = screened
-        self._numbers: dict[str, int] = {}
+        self._carried: dict[str, Carried] = {}
         self.turns = turns.Turns()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -53,7 +81,28 @@ class Relay:
 
     def connection_of(self, grpc_peer: str) -> int | None:
         """The broker's number for what gRPC calls a peer; None for one that is not ours."""
-        return self._numbers.get(grpc_peer)
+        carried = self._carried.get(grpc_peer)
+        return None if carried is None else carried.number
+
+    def carried(self, grpc_peer: str) -> Carried | None:
+        """The connection that gRPC calls so; None for one that is not ours."""
+        return self._carried.get(grpc_peer)
+
+    def open_calls(self, uid: int) -> int:
+        """How many calls a user has on all connections, but for conversions that go on."""
+        return sum(
+            len(carried.streams) - carried.conversions
+            for carried in self._carried.values()
+            if carried.uid == uid
+        )
+
+    def end_idle(self, now: float, limit_s: float) -> None:
+        """End connections, with all their calls, that have taken nothing for so long."""
+        for carried in self._carried.values():
+            if carried.is_idle(now, limit_s):
+                log.info("ended a connection that takes no replies uid=%d", carried.uid)
+                with contextlib.suppress(OSError):
+                    carried.downstream.shutdown(socket.SHUT_RDWR)
 
     def carry(
         self, number: int, descriptor: int, uid: int, on_released: Callable[[], None]
@@ -96,15 +145,18 @@ class Relay:
                 socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             )
             upstream.bind(f"\0{name}")
-            self._numbers[peer] = number
+            calls = streams.Streams()
+            self._carried[peer] = Carried(
+                number=number, uid=uid, downstream=downstream, streams=calls
+            )
             # First forget the name, then close: nobody may find it under somebody else's number.
-            stack.callback(self._numbers.pop, peer, None)
+            stack.callback(self._carried.pop, peer, None)
             await _connect(upstream, self.upstream_path, downstream)
 
             async def turn(piece: screen.Piece) -> None:
                 await self.turns.take(uid, begins_call=piece.begins_call)
 
-            await join(downstream, upstream, self._screened(), turn)
+            await join(downstream, upstream, self._screened(calls), turn, calls.answered)
 
 
 async def _connect(sock: socket.socket, path: str, caller: socket.socket) -> None:
@@ -143,15 +195,17 @@ async def join(
     upstream: socket.socket,
     passed: Passed = whole,
     turn: Turn = at_once,
+    answered: Callable[[bytes], object] = len,
 ) -> None:
     """Carry both ways until one side ends; then the connection is over, both ways.
 
-    What is asked, downstream, goes through `passed`, and each piece of it waits for a `turn`.
+    What is asked, downstream, goes through `passed`, and each piece of it waits for a `turn`. What
+    is answered is shown to `answered`.
     """
     loop, answering = asyncio.get_running_loop(), asyncio.Lock()
     ways = {
         loop.create_task(_ask(downstream, upstream, answering, passed, turn)),
-        loop.create_task(_answer(upstream, downstream, answering)),
+        loop.create_task(_answer(upstream, downstream, answering, answered)),
     }
     try:
         await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
@@ -205,13 +259,19 @@ async def _readable(sock: socket.socket) -> None:
         loop.remove_reader(sock)
 
 
-async def _answer(source: socket.socket, sink: socket.socket, answering: asyncio.Lock) -> None:
+async def _answer(
+    source: socket.socket,
+    sink: socket.socket,
+    answering: asyncio.Lock,
+    answered: Callable[[bytes], object],
+) -> None:
     """Carry down. What one side sends before the other listens waits in the kernel.
 
     No buffer is kept while there is nothing to carry: for 1,000 connections that would be 64 MiB.
     """
     loop = asyncio.get_running_loop()
     while data := await loop.sock_recv(source, ANSWERED_BYTES):
+        answered(data)
         async with answering:
             await loop.sock_sendall(sink, data)
 

@@ -15,6 +15,8 @@ from __future__ import annotations
 import string
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from convertd_daemon.front import streams
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -73,8 +75,9 @@ class Piece(NamedTuple):
 class Screen:
     """Looks through what one peer sends, in pieces as they come."""
 
-    def __init__(self) -> None:
-        """Begin with the preface."""
+    def __init__(self, calls: streams.Streams) -> None:
+        """Begin with the preface. The calls that the peer begins and ends are told."""
+        self._calls = calls
         self._rest = bytearray()
         self._unseen = PREFACE_BYTES
         self._held = bytearray()
@@ -118,6 +121,9 @@ class Screen:
         kind, flags = self._rest[3:5]
         if bool(self._held) is not (kind == CONTINUATION):
             raise Refused("a header block that is not continued, or a continuation of none")
+        stream = int.from_bytes(self._rest[5:9]) & 0x7FFFFFFF
+        if kind == streams.RST_STREAM:
+            self._calls.end(stream)
         if kind not in FLAGS:
             self._unseen = whole
             return True
@@ -130,6 +136,7 @@ class Screen:
         self._hold(self._taken(whole), flags)
         if flags & END_HEADERS:
             check(bytes(self._block))
+            self._calls.begin(stream)
             ready += self._held
             self._held.clear()
             self._block.clear()

@@ -10,7 +10,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from convertd_daemon.front import service
+from convertd_daemon.front import calls, service
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,12 +61,12 @@ class Doorkeeper(grpc.GenericRpcHandler):
         self._taken_up()
 
 
-async def start(path: str, broker: Link, relay: Relay) -> grpc.aio.Server:
+async def start(path: str, broker: Link, relay: Relay, counter: calls.Calls) -> grpc.aio.Server:
     """Make the server and listen at the internal path."""
     logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
-    server = grpc.aio.server(options=OPTIONS)
-    calls = service.ConvertService(broker, relay).handler()
-    server.add_generic_rpc_handlers((Doorkeeper(relay.turns.taken_up), calls))
+    server = grpc.aio.server(options=OPTIONS, interceptors=(counter,))
+    handlers = service.ConvertService(broker, relay).handler()
+    server.add_generic_rpc_handlers((Doorkeeper(relay.turns.taken_up), handlers))
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     names = (service.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)

@@ -139,10 +139,16 @@ class ConvertService:
                     call.over = True
                     return translate.inspected(request.source.path, said)
 
-    async def list_jobs(self, _request: pb.ListJobsRequest, connection: int) -> pb.ListJobsResponse:
-        """ListJobs: the caller's own, or all to an operator."""
-        with self.broker.call(functools.partial(_list_message, connection)) as call:
-            return pb.ListJobsResponse(jobs=[job async for job in self._jobs(call)])
+    async def list_jobs(self, request: pb.ListJobsRequest, connection: int) -> pb.ListJobsResponse:
+        """ListJobs: a page of the caller's own, or of all to an operator."""
+        message = functools.partial(_list_message, connection, request)
+        with self.broker.call(message) as call:
+            answer = pb.ListJobsResponse()
+            while isinstance(said := await _next(call), channel.JobEntry):
+                answer.jobs.append(translate.job(said, self.progress.get(said.job_id)))
+            if isinstance(said, channel.Done):
+                answer.next_page_token = said.next_page_token
+            return answer
 
     async def cancel_job(
         self, request: pb.CancelJobRequest, connection: int
@@ -323,8 +329,13 @@ def _inspect_message(connection: int, request: model.InspectRequest, call: int) 
     return channel.Inspect(call=call, connection=connection, request=request)
 
 
-def _list_message(connection: int, call: int) -> object:
-    return channel.ListJobs(call=call, connection=connection)
+def _list_message(connection: int, request: pb.ListJobsRequest, call: int) -> object:
+    return channel.ListJobs(
+        call=call,
+        connection=connection,
+        page_size=request.page_size,
+        page_token=request.page_token,
+    )
 
 
 def _cancel_message(connection: int, job_id: str, call: int) -> object:

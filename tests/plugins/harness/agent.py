@@ -163,7 +163,13 @@ class Agent:
 
     def jobs(self) -> list[pb.Job]:
         """The jobs that this user sees."""
-        return list(self.ask("ListJobs", pb.ListJobsRequest(), pb.ListJobsResponse).jobs)
+        request, listed = pb.ListJobsRequest(), list[pb.Job]()
+        while True:
+            page = self.ask("ListJobs", request, pb.ListJobsResponse)
+            listed += page.jobs
+            if not page.next_page_token:
+                return listed
+            request.page_token = page.next_page_token
 
     def access(self) -> pb.GetAccessResponse:
         """Who the daemon takes this user for."""

@@ -1,0 +1,137 @@
+"""One user asks for much and takes nothing: the front keeps little, and others are answered."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+from harness import processes, waiting
+from harness.agent import conversion
+from harness.callers import ALICE, BOB
+from harness.daemon import FRONT, Daemon
+from hostile import http2, untaken
+from hostile.http2 import Kind
+
+from convertd.v1 import convert_pb2 as pb
+
+POLICY: Final = """
+[limits]
+jobs = 2
+jobs_per_user = 2
+[roots.library]
+path = "{library}"
+access = "daemon"
+[roots.images]
+path = "{scratch}/images"
+access = "daemon"
+[[grants]]
+users = [1234, 1235]
+read = ["library", "images"]
+write = ["images"]
+"""
+
+MIB: Final = 1024
+"""In KiB, as memory is measured here."""
+
+MOST_KIB: Final = 150 * MIB
+
+JOBS: Final = 30
+LONG: Final = "/".join(["d" * 200] * 18)
+
+ENDED: Final = "ended a connection that takes no replies uid=1234"
+
+
+def call_to(service: str, stream: int, message: bytes, times: int = 1) -> bytes:
+    """A call to another service, of so many messages, left open."""
+    headers = tuple(
+        (name, service.encode() if name == b":path" else value) for name, value in http2.HEADERS
+    )
+    begun = http2.frame(Kind.HEADERS, http2.block(headers), flags=4, stream=stream)
+    return begun + http2.frame(Kind.DATA, http2.message(message), stream=stream) * times
+
+
+STREAMS: Final = range(1, 64, 2)
+
+REFLECTION: Final = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+SYMBOL: Final = b"\x22\x1aconvertd.v1.ConvertService"
+
+ATTACKS: Final[dict[str, list[bytes]]] = {
+    "GetAccess": [http2.call(stream) for stream in STREAMS],
+    "calls without a request": [
+        http2.frame(Kind.HEADERS, http2.block(), flags=4, stream=stream) for stream in STREAMS
+    ],
+    "a stream of reflection": [call_to(REFLECTION, 1, SYMBOL, 500)],
+    "watching the health": [call_to("/grpc.health.v1.Health/Watch", n, b"") for n in STREAMS],
+}
+
+
+@pytest.fixture
+def queued(daemon: Daemon, library: Path, images_dir: Path) -> Iterator[None]:
+    """Alice's jobs, two of which run, with paths as long as there may be."""
+    agent, calls = daemon.agent(ALICE), []
+    for number in range(JOBS):
+        dest = images_dir / str(number) if number < 2 else images_dir / LONG / str(number)
+        call = agent.convert(
+            conversion(library / "bulky.raw", dest, rate_limit_bytes_per_second=2**20)
+        )
+        call.await_event(lambda event: bool(event.progress.job_id or event.started.job_id))
+        calls.append(call)
+    yield
+    for call in calls:
+        call.cancel()
+    for call in calls:
+        call.end()
+    daemon.await_calm()
+
+
+def suffer(daemon: Daemon, over: Callable[[float], bool]) -> list[float]:
+    """Have Bob ask who he is, until it is over, and see that the front stays small.
+
+    Returns:
+        How long he waited each time, in seconds, the longest last.
+    """
+    front, bob, begun, waits = daemon.await_one(FRONT), daemon.agent(BOB), time.monotonic(), []
+    while not over(time.monotonic() - begun):
+        asked = time.monotonic()
+        assert bob.access().uid == BOB.uid
+        waits.append(time.monotonic() - asked)
+        assert processes.anonymous_kib(front) < MOST_KIB
+    return sorted(waits)
+
+
+@pytest.mark.usefixtures("queued")
+def test_replies_that_are_not_taken_fill_no_memory_and_hold_up_nobody(daemon: Daemon) -> None:
+    """Lists of jobs, by a window of 0, on sockets that are read: it was 1.7 GB, and 24 s."""
+    calls = (http2.call(stream, path="ListJobs") for stream in STREAMS)
+    with untaken.untaken(ALICE, daemon.socket, *calls) as done:
+        waits = suffer(daemon, lambda seconds: seconds > 10 and ENDED in daemon.log)
+    assert done.connections > untaken.CONNECTIONS
+    # On a machine that other tests keep busy one of a thousand may take longer.
+    assert waits[len(waits) * 99 // 100] < 1.0
+    assert waits[-1] < 5.0
+
+
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=tuple(ATTACKS))
+def test_nor_does_whatever_else_is_asked_and_not_taken(daemon: Daemon, attack: list[bytes]) -> None:
+    """Small replies, requests that never come, streams of the services beside ours."""
+    with untaken.untaken(ALICE, daemon.socket, *attack):
+        waits = suffer(daemon, lambda seconds: seconds > 5)
+    assert waits[len(waits) * 9 // 10] < 1.0
+
+
+def test_who_has_too_many_calls_is_told_so_and_nobody_else(daemon: Daemon) -> None:
+    """On whichever connection, until those are over."""
+    calls = (http2.call(stream) for stream in STREAMS)
+    alice = daemon.agent(ALICE)
+
+    def refusal() -> str:
+        ended = alice.call("GetAccess", pb.GetAccessRequest()).end()
+        return "" if ended.status == "OK" else ended.refusal().reason
+
+    with untaken.untaken(ALICE, daemon.socket, *calls, connections=16):
+        waiting.until(lambda: refusal() == "TOO_MANY_CALLS", "too many")
+        assert daemon.agent(BOB).access().uid == BOB.uid
+    waiting.until(lambda: refusal() == "", "room again")

@@ -1,0 +1,87 @@
+"""Which calls go on, by what passes: cut anywhere, and whoever ends them."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+
+import pytest
+from hostile import http2
+from hostile.http2 import Kind
+from hypothesis import given
+from hypothesis import strategies as st
+
+from convertd_daemon.front import relay, screen, streams
+
+ANSWER = b"".join(
+    (
+        http2.frame(Kind.SETTINGS, bytes(6)),
+        http2.frame(Kind.HEADERS, b"begun", flags=4, stream=1),
+        http2.frame(Kind.DATA, b"x" * 70_000, stream=1),
+        http2.frame(Kind.DATA, stream=1),
+        http2.frame(Kind.HEADERS, b"over", flags=5, stream=1),
+        http2.frame(Kind.RST_STREAM, bytes(4), stream=3),
+        http2.frame(Kind.DATA, b"over", flags=1, stream=5),
+        http2.frame(Kind.PING, bytes(8), flags=1),
+    )
+)
+
+
+def begun(*numbers: int) -> streams.Streams:
+    """A connection with these calls."""
+    calls = streams.Streams()
+    for number in numbers:
+        calls.begin(number)
+    return calls
+
+
+@given(st.lists(st.integers(0, len(ANSWER)), max_size=8))
+def test_an_answer_ends_its_call_wherever_it_is_cut(cuts: list[int]) -> None:
+    """By its last frame, whichever that is, and not before."""
+    calls = begun(1, 3, 5, 7)
+    for a, b in itertools.pairwise(sorted({0, *cuts, len(ANSWER)})):
+        calls.answered(ANSWER[a:b])
+    assert (len(calls), calls.ended) == (1, 3)
+
+
+def test_a_call_goes_on_while_its_answer_does() -> None:
+    """Headers and data are not its end."""
+    calls = begun(1)
+    calls.answered(http2.frame(Kind.HEADERS, b"begun", flags=4, stream=1))
+    calls.answered(http2.frame(Kind.DATA, b"1", stream=1))
+    assert len(calls) == 1
+    calls.end(9)
+    assert (len(calls), calls.ended) == (1, 0)
+
+
+def test_what_a_peer_begins_and_takes_back_is_seen() -> None:
+    """By the screen that its bytes pass."""
+    calls = streams.Streams()
+    asked = http2.opening(http2.call(1), http2.call(3))
+    tuple(screen.Screen(calls).pieces(asked + http2.frame(Kind.RST_STREAM, bytes(4), stream=1)))
+    assert (len(calls), calls.ended) == (1, 1)
+
+
+@pytest.fixture
+def carried() -> relay.Carried:
+    """A connection with two calls."""
+    return relay.Carried(number=1, uid=2, downstream=socket.socket(), streams=begun(1, 3))
+
+
+def test_a_connection_is_idle_when_nothing_was_taken_for_long(carried: relay.Carried) -> None:
+    """However much is read; one call that ends is enough to go on."""
+    with carried.downstream:
+        assert not carried.is_idle(0.0, 20.0)
+        assert not carried.is_idle(20.0, 20.0)
+        assert carried.is_idle(20.1, 20.0)
+        carried.streams.end(1)
+        assert not carried.is_idle(20.2, 20.0)
+        assert carried.is_idle(40.3, 20.0)
+
+
+def test_a_connection_is_not_idle_while_replies_are_made(carried: relay.Carried) -> None:
+    """A conversion lasts as long as it lasts."""
+    with carried.downstream:
+        carried.streams.running = 2
+        assert not carried.is_idle(0.0, 20.0)
+        assert not carried.is_idle(1000.0, 20.0)
