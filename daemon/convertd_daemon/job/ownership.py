@@ -81,7 +81,7 @@ def open_to(
 
     Raises:
         errors.OwnerNotKept: the file system does not give it to them, and the root requires that.
-        errors.AccessRefused: nor could the worker write it.
+        errors.Unsupported: nor could the worker write it.
         OSError: the kernel refuses.
     """
     # A list that it inherited would let others read what is being written.
@@ -95,7 +95,8 @@ def open_to(
         return ()
     _refuse_unless_allowed(target, found, final)
     if not rights.can_write(worker, fd):
-        raise errors.AccessRefused(path=target.place.path, rights=f"qemu-img's uid {worker.uid}")
+        why = f"its file system does not let qemu-img's uid {worker.uid} write it"
+        raise errors.Unsupported(what=target.place.path, why=why)
     return (_warning(found, final),)
 
 
