@@ -16,6 +16,7 @@ import pytest
 from harness import images
 from harness.callers import ALICE, PYTHON
 from harness.daemon import Daemon
+from hostile import containers
 
 POLICY: Final = """
 [roots.images]
@@ -25,7 +26,7 @@ access = "daemon"
 users = [1234]
 read = ["images"]
 write = ["images"]
-formats = ["raw", "qcow2", "vmdk", "luks"]
+formats = ["raw", "qcow2", "vmdk", "luks", "vpc"]
 overwrite = "any"
 """
 
@@ -252,3 +253,30 @@ def test_where_eventlet_has_taken_the_threads_the_daemon_is_asked_by_a_child(
     assert json.loads(info)["format"] == "qcow2"
     assert refusal == "PermissionDenied PERMISSION_DENIED"
     assert images.identical(home / "a.raw", home / "b")
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize(
+    ("in_format", "data", "reason"),
+    [
+        ("vpc", containers.Vhd(disk_type=containers.DIFFERENCING).sparse({}), "IMAGE_REFUSED"),
+        (None, containers.Vhd(disk_type=containers.DIFFERENCING).sparse({}), "IMAGE_REFUSED"),
+        (None, containers.packed(bytes(4096))["gzip"], "AMBIGUOUS_FORMAT"),
+        (None, containers.with_header(containers.cd()), "AMBIGUOUS_FORMAT"),
+    ],
+    ids=["differencing-stated", "differencing", "gzip", "two-in-one"],
+)
+def test_an_image_that_would_lose_data_is_refused(  # noqa: PLR0913, PLR0917 - what is tried, and where
+    home: Path,
+    call: Callable[..., object],
+    function: str,
+    in_format: str | None,
+    data: bytes,
+    reason: str,
+) -> None:
+    """With a daemon and without. Nova's own function says nothing, and writes zeroes or rubbish."""
+    (home / "image").write_bytes(data)
+    os.chown(home / "image", ALICE.uid, ALICE.gid)
+    told = call(function, home / "image", home / "out", in_format, "raw", home, False)
+    assert told == ["ImageRefused", reason]
+    assert not (home / "out").exists()

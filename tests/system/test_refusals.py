@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gzip
 import os
 import signal
 import socket
@@ -682,6 +683,36 @@ def test_an_image_of_another_format_than_stated_is_refused(
         "FORMAT_MISMATCH",
         path=str(source),
         format="qcow2",
+    )
+
+
+def test_an_image_that_looks_like_two_things_is_refused(alice: Agent, images_dir: Path) -> None:
+    """With what it looks like, and what to do."""
+    source = images_dir / "source"
+    source.write_bytes(gzip.compress(bytes(8192)))
+    check(
+        alice.convert(conversion(source, images_dir / "dest.qcow2", source_format="")).refusal(),
+        "FAILED_PRECONDITION",
+        "AMBIGUOUS_FORMAT",
+        path=str(source),
+        found="gzip data",
+        remedy="unpack it (gzip -dc IMAGE > DISK), or, if it is a disk as it is, "
+        "state its format: raw",
+    )
+
+
+def test_an_image_of_a_driver_that_is_not_allowed_is_not_opened(
+    alice: Agent, images_dir: Path
+) -> None:
+    """That it could not be opened is not told, for nobody tried."""
+    source = images_dir / "source"
+    source.write_bytes(b"QED\0".ljust(512, b"\xff"))
+    check(
+        alice.convert(conversion(source, images_dir / "dest.qcow2", source_format="")).refusal(),
+        "PERMISSION_DENIED",
+        "FORMAT_NOT_ALLOWED",
+        path=str(source),
+        format="qed",
     )
 
 
