@@ -55,6 +55,9 @@ class ConvertOptions(TypedDict, total=False):
     """The passphrase of an encrypted source. None: it is not encrypted."""
     dest_secret: bytes | None
     """The passphrase to encrypt the result with. None: it is not encrypted."""
+    accept_damaged: bool
+    """Take a qcow2 that is marked as corrupt, or whose reference counts are wrong, if all its data
+    is there. False. The policy must allow it."""
     is_zero: bool
     """The destination is a device that reads as zeroes throughout. False. The policy must allow
     the claim."""
@@ -108,6 +111,7 @@ class Conversion:
     label: str
     validate_only: bool
     is_zero: bool
+    accept_damaged: bool
     created: tuple[tuple[str, creation.Value], ...]
     """The options of the result's format, by qemu's names."""
     source_secret: bytes | None = field(repr=False)
@@ -142,6 +146,7 @@ def asked(source: Path, dest: Path, dest_format: str, options: ConvertOptions) -
         label=_text("label", options.get("label", "")),
         validate_only=options.get("validate_only", False),
         is_zero=options.get("is_zero", False),
+        accept_damaged=options.get("accept_damaged", False),
         created=_created(dest_format, options),
         source_secret=options.get("source_secret"),
         dest_secret=options.get("dest_secret"),

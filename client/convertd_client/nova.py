@@ -115,6 +115,8 @@ def _options(
         compression="zlib" if compress and out_format not in NOT_COMPRESSED else None,
         cache_mode=_cache_mode(instances_path),
         overwrite=True,
+        # As Nova's own helper does; the policy's root has to allow it.
+        accept_damaged=True,
     )
 
 

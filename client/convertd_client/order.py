@@ -44,7 +44,10 @@ def convert(asked: Conversion, qemu_img: str) -> bytes:
     }
     request = {
         "source": _source(
-            asked.source, asked.source_format, encrypted=asked.source_secret is not None
+            asked.source,
+            asked.source_format,
+            encrypted=asked.source_secret is not None,
+            accept_damaged=asked.accept_damaged,
         ),
         "dest": dest,
         "cache_mode": asked.cache_mode,
@@ -168,8 +171,15 @@ def failure(fields: Fields) -> errors.ConvertError:
     return errors.of_reason(told["reason"], told["message"], dict(told["values"]))
 
 
-def _source(path: str, image_format: str, *, encrypted: bool) -> Fields:
-    return {"path": path, "format": image_format, "encrypted": encrypted}
+def _source(
+    path: str, image_format: str, *, encrypted: bool, accept_damaged: bool = False
+) -> Fields:
+    return {
+        "path": path,
+        "format": image_format,
+        "encrypted": encrypted,
+        "accept_damaged": accept_damaged,
+    }
 
 
 def _order(fields: Fields) -> bytes:

@@ -50,7 +50,9 @@ def convert_request(asked: Conversion) -> pb.ConvertRequest:
     _create(dest, asked)
     if asked.dest_secret is not None:
         dest.encryption.passphrase = asked.dest_secret
-    source = pb.Source(path=asked.source, format=asked.source_format)
+    source = pb.Source(
+        path=asked.source, format=asked.source_format, accept_damaged=asked.accept_damaged
+    )
     if asked.source_secret is not None:
         source.encryption.passphrase = asked.source_secret
     return pb.ConvertRequest(

@@ -377,6 +377,17 @@ class BackingRefused(FailedPrecondition):
     problem: str
 
 
+class ImageDamaged(FailedPrecondition):
+    """An image that is damaged, with all its data in place: it can be converted if that is asked.
+
+    What has to be asked is `accept_damaged` of the source.
+    """
+
+    sentence = "{path}: is damaged, though its data is there: {problem}; ask to accept that"
+    path: str
+    problem: str
+
+
 class WrongSecret(FailedPrecondition):
     """The passphrase does not open the image."""
 
@@ -407,6 +418,14 @@ class ClaimNotAllowed(Denied):
 
     sentence = "{path}: the policy does not let you claim that it is zero already"
     path: str
+
+
+class DamageNotAllowed(Denied):
+    """A damaged image was to be accepted, and the policy's root does not allow that."""
+
+    sentence = "{path}: is damaged, and the policy does not let you accept that: {problem}"
+    path: str
+    problem: str
 
 
 class DeviceNotWritable(FailedPrecondition):

@@ -102,11 +102,13 @@ class Source:
     """The image to read, as the caller named it. An empty format means: find out, safely.
 
     `encrypted` says that there is a passphrase: it goes from the front to the job, in no message.
+    `accept_damaged` takes an image whose reference counts are wrong, or that is marked as corrupt.
     """
 
     path: str
     format: str = ""
     encrypted: bool = False
+    accept_damaged: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,6 +223,7 @@ class Root:
     mounts: bool = False
     allow_ownerless: bool = False
     allow_is_zero: bool = False
+    accept_damaged: bool = False
     parent_uids: frozenset[int] = frozenset()
     parent_gids: frozenset[int] = frozenset()
     identity: DirectoryIdentity | None = None

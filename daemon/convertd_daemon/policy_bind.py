@@ -148,6 +148,7 @@ def _root(
         parent_gids=_parents(table, ids, Kind.GROUP),
         identity=directory.identity if directory else None,
         aliases=directory.aliases if directory else frozenset(),
+        accept_damaged=table.accept_damaged,
     )
 
 

@@ -116,6 +116,7 @@ class RootTable(_Table, frozen=True):
     allow_ownerless: bool | None = None
     allow_is_zero: bool | None = None
     parents_writable_by: tuple[values.Writer, ...] | None = None
+    accept_damaged: bool = False
 
     @property
     def owner_accounts(self) -> tuple[values.Account, values.Account] | None:

@@ -18,6 +18,7 @@ POLICY: Final = """
 [roots.images]
 path = "{scratch}/images"
 access = "daemon"
+accept_damaged = true
 [roots.callers]
 path = "{scratch}/callers"
 access = "caller"
@@ -142,6 +143,26 @@ def test_what_convertctl_hints_at_works(daemon: Daemon, images_dir: Path, *, loc
     command = re.match("`convertctl (.*)` without -f", hint)
     assert command
     assert ALICE.convertctl(daemon.socket, *command[1].split(), str(image)).status == 0
+
+
+@pytest.mark.parametrize("local", [False, True], ids=["daemon", "local"])
+def test_the_option_for_a_damaged_image_converts_it(
+    daemon: Daemon, images_dir: Path, *, local: bool
+) -> None:
+    """One that qemu has marked as corrupt, where its root allows that."""
+    os.chown(images_dir, ALICE.uid, ALICE.gid)
+    image, out = images_dir / "in", images_dir / "out"
+    qemu_img("create", "-q", "-f", "qcow2", str(image), "1M")
+    with image.open("r+b") as file:
+        file.seek(79)
+        file.write(b"\2")
+    here = ("--local",) if local else ()
+    argv = (str(image), str(out), "-O", "raw", *here)
+    hint = hint_of(converted(daemon, *argv))
+    assert hint == "--accept-damaged converts it as it is"
+    ran = converted(daemon, *argv, hint.split()[0])
+    assert ran.status == 0
+    assert "SOURCE_DAMAGED" in ran.err
 
 
 def test_a_hint_looks_at_whose_rights_were_used(

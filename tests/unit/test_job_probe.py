@@ -208,10 +208,11 @@ class TestAnswers:
         assert reason is not None
         assert reason.message == f"{PATH}: the image is refused: its data is in another file"
 
-    def test_a_corrupt_image_is_refused(self) -> None:
-        """By its own mark."""
+    def test_a_corrupt_image_is_told_as_such(self) -> None:
+        """By its own mark. Whether it may be read all the same is judged elsewhere: see damage."""
         corrupt: dict[str, object] = {"format-specific": {"data": {"corrupt": True}}}
-        assert refusals.reason_of(lambda: described(corrupt)) == "IMAGE_REFUSED"
+        assert described(corrupt).corrupt
+        assert not described({}).corrupt
 
     def test_any_encryption_but_luks_is_unsupported(self) -> None:
         """The old one of qcow2 is broken."""

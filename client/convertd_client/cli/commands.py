@@ -166,6 +166,11 @@ class Given(conversion.ConvertOptions):
     help="Holds DEST's passphrase.",
 )
 @creating.options
+@click.option(
+    "--accept-damaged",
+    is_flag=True,
+    help="Take a qcow2 with wrong reference counts, if all its data is there.",
+)
 @click.option("--verify", is_flag=True, help="Compare DEST with SOURCE before it gets its name.")
 @click.option("--dry-run", "validate_only", is_flag=True, help="Check and plan, but do nothing.")
 @click.option("--label", default="", help="Your own name for the job.")

@@ -16,6 +16,7 @@ HINTS: Final = {
     "FORMAT_MISMATCH": "`convertctl info` without -f finds the format out",
     "AMBIGUOUS_FORMAT": "-f FORMAT states it",
     "SECRET_MISSING": "--source-secret-file gives it",
+    "IMAGE_DAMAGED": "--accept-damaged converts it as it is",
     "JOB_NOT_FOUND": "`convertctl jobs` lists yours",
     "QUEUE_FULL": "`convertctl jobs` shows what runs and waits; try again later",
     "DEST_BUSY": "`convertctl jobs` shows the job that writes it",
@@ -32,6 +33,7 @@ LOCAL_HINTS: Final = {
     "DEST_EXISTS": HINTS["DEST_EXISTS"],
     "FORMAT_MISMATCH": "`convertctl info --local` without -f finds the format out",
     "SECRET_MISSING": HINTS["SECRET_MISSING"],
+    "IMAGE_DAMAGED": HINTS["IMAGE_DAMAGED"],
     "TIMEOUT": HINTS["TIMEOUT"],
     "PUBLISHED_BUT_NOT_DURABLE": HINTS["PUBLISHED_BUT_NOT_DURABLE"],
 }

@@ -47,6 +47,8 @@ def _root(root: model.Root) -> list[str]:
     else:
         lines.append("They are opened with the daemon's rights, whosever they are.")
         lines += _parents(root)
+    if root.accept_damaged:
+        lines.append("Damaged images are read if whoever asks accepts that.")
     if root.kind is model.RootKind.BLOCK:
         claim = "are taken at their word" if root.allow_is_zero else "are not believed"
         return [

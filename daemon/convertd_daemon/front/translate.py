@@ -148,7 +148,12 @@ def _source(message: pb.Source) -> model.Source:
     encrypted = message.HasField("encryption")
     if encrypted:
         _known(ENCRYPTIONS, message.encryption.format, "source.encryption.format")
-    return model.Source(path=message.path, format=message.format, encrypted=encrypted)
+    return model.Source(
+        path=message.path,
+        format=message.format,
+        encrypted=encrypted,
+        accept_damaged=message.accept_damaged,
+    )
 
 
 def _dest(message: pb.Destination) -> model.Dest:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from convertd_daemon import channel, errors, model, validation
-from convertd_daemon.job import paths, probe
+from convertd_daemon.job import damage, paths, probe
 
 if TYPE_CHECKING:
     from convertd_daemon.job.qemu_img import Runner
@@ -59,12 +59,15 @@ def follow(
     Raises:
         errors.FormatNotAllowed, errors.AmbiguousFormat, errors.FormatMismatch, errors.ImageRefused,
             errors.ImageInUse: of the source, or of a member.
+        errors.ImageDamaged, errors.DamageNotAllowed: one says that it is corrupt; see damage.
         errors.BackingRefused: a member may not be read through this image, or can't be.
     """
     stated = grant.request.source.format
     links = [Link(source=top, info=probe.identify(top, stated, grant.read_formats, runner))]
+    damage.check_mark(grant.request.source, links[-1])
     while links[-1].info.backing_name:
         links.append(below(grant, links, runner, stack))
+        damage.check_mark(grant.request.source, links[-1])
     return tuple(links)
 
 

@@ -15,6 +15,9 @@ conversion runs, and nothing is published before the answer is in.
 
 A compressed cluster that is cut off fails to decompress in the conversion itself, as a rule: raw
 deflate, the qcow2 kind of zlib, has no checksum, and of the last cluster alone may give garbage.
+
+Reference counts that are wrong, in a way that leaves the data where it is, are accepted where that
+is asked and allowed: see damage. Then a `map` must tell, too, that no data lies beyond the end.
 A qcow2 whose dirty flag is set has reference counts that are wrong as a matter of course: it is
 asked for a `map` alone.
 """
@@ -30,8 +33,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Self
 
 from convertd_daemon import errors, model
+from convertd_daemon.job import damage, probe, qemu_img, run, secrets
 from convertd_daemon.job import plan as plans
-from convertd_daemon.job import probe, qemu_img, run, secrets
 from convertd_daemon.sandbox import limits
 
 if TYPE_CHECKING:
@@ -84,6 +87,12 @@ class Examination:
     def __init__(
         self, grant: model.Grant, ends: Ends, kept: secrets.Secrets, runner: qemu_img.Runner
     ) -> None:
+        self.warnings = [
+            damage.warning(link.source.place.path, damage.MARKED)
+            for link in ends.chain
+            if link.info.corrupt
+        ]
+        self._asked_source = grant.request.source
         self._limits = grant.limits
         self._result = ends.dest.fd
         self._runner = runner
@@ -148,6 +157,7 @@ class Examination:
 
         Raises:
             errors.ImageRefused: data is missing, or tables contradict each other.
+            errors.ImageDamaged, errors.DamageNotAllowed: only reference counts are wrong.
             errors.ReadFailed, errors.WrongSecret, errors.ImageInUse: it could not be examined.
             errors.Stalled: nothing moved for the policy's `stall`.
             errors.DurationExceeded: the policy's `duration` is over.
@@ -178,7 +188,12 @@ class Examination:
         outcome = conversation.hold()
         self._asked = None
         self._running.close()
-        if not answer.settles(outcome):
+        if isinstance(answer, _Check) and answer.damaged(outcome):
+            damage.accept(self._asked_source, answer.question.source, damage.COUNTS)
+            path = answer.question.source.place.path
+            self.warnings.append(damage.warning(path, damage.COUNTS))
+            self._left.appendleft(replace(answer.question, mapped=True))
+        elif not answer.settles(outcome):
             self._left.appendleft(replace(answer.question, mapped=True))
 
 
@@ -241,6 +256,12 @@ class _Answer(run.Observer, abc.ABC):
 
 class _Check(_Answer):
     """The answer of `check`: errors in the tables, and where the image should end."""
+
+    def damaged(self, outcome: qemu_img.Outcome) -> bool:
+        """Whether all that is wrong leaves the data where it is. Then a map is needed as well."""
+        return outcome.status == CORRUPT and damage.is_harmless(
+            outcome.stderr, qemu_img.MAX_OUTPUT_BYTES
+        )
 
     def settles(self, outcome: qemu_img.Outcome) -> bool:
         if outcome.status not in {*SOUND, CORRUPT}:

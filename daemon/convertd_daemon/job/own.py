@@ -11,7 +11,9 @@ from typing import Final
 
 from convertd_daemon import channel, errors, model, validation
 
-EVERYTHING: Final = model.Root(name="own", path="/", access=model.Access.OWN, allow_ownerless=True)
+EVERYTHING: Final = model.Root(
+    name="own", path="/", access=model.Access.OWN, allow_ownerless=True, accept_damaged=True
+)
 """Whoever converts with its own rights chose the file system itself, and is warned."""
 
 RULE: Final = "own rights"

@@ -54,7 +54,7 @@ def convert(grant: model.Grant, kept: secrets.Secrets, runner: qemu_img.Runner) 
             # A device is not begun with what can't be ended.
             whole.finish()
         if request.validate_only:
-            line.tell(channel.Succeeded(published=_validated(planned, dest, line)))
+            line.tell(channel.Succeeded(published=_validated(planned, dest, whole, line)))
             return
         compare = functools.partial(check.compare, grant, planned, both, kept, runner)
         with ends.undefined_on_failure(dest, line):
@@ -83,7 +83,7 @@ def convert(grant: model.Grant, kept: secrets.Secrets, runner: qemu_img.Runner) 
                 replaced=replaced,
                 allocated_size_bytes=os.fstat(dest.fd).st_blocks * 512,
                 seconds=line.seconds,
-                warnings=(*planned.warnings, *warnings),
+                warnings=(*planned.warnings, *whole.warnings, *warnings),
             )
             line.tell(channel.Succeeded(published=published))
 
@@ -96,7 +96,9 @@ def inspect(grant: model.InspectGrant, runner: qemu_img.Runner) -> None:
         runner.leash.tell(chain.describe(grant, source, runner, stack))
 
 
-def _validated(planned: model.Plan, dest: ends.Dest, line: leash.Leash) -> model.Published:
+def _validated(
+    planned: model.Plan, dest: ends.Dest, whole: integrity.Examination, line: leash.Leash
+) -> model.Published:
     """The outcome of a request that was only to be checked."""
     return model.Published(
         plan=planned,
@@ -105,5 +107,5 @@ def _validated(planned: model.Plan, dest: ends.Dest, line: leash.Leash) -> model
         replaced=False,
         allocated_size_bytes=0,
         seconds=line.seconds,
-        warnings=(*planned.warnings, *ends.expected_warnings(dest)),
+        warnings=(*planned.warnings, *whole.warnings, *ends.expected_warnings(dest)),
     )

@@ -197,8 +197,6 @@ def _judge(path: str, info: model.ImageInfo, *, is_elsewhere: bool) -> None:
         raise errors.ImageRefused(path=path, problem="its data is in another file")
     if info.encrypted and dict(info.details).get("encrypt.format", "luks") != "luks":
         raise errors.Unsupported(what=f"{path}: its encryption", why="only LUKS is safe")
-    if info.corrupt:
-        raise errors.ImageRefused(path=path, problem="it is marked as corrupt")
 
 
 def _parse(said: dict[str, Any], source: Source) -> model.ImageInfo:

@@ -1,0 +1,78 @@
+"""Damage to an image that leaves what a guest wrote where it is, and who may accept it.
+
+Fails closed. A host that crashed leaves a qcow2 with wrong reference counts, or marked as corrupt:
+whoever would write to it could destroy data, and reading it gives all of it. That is said of it
+only where every complaint of `qemu-img check` is one of a count that is too high, or 0, or of a
+flag that says the same. What is missing in the file, and what two tables claim, is never accepted.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final
+
+from convertd_daemon import errors, model
+
+if TYPE_CHECKING:
+    from convertd_daemon.job.chain import Link
+    from convertd_daemon.job.paths import Source
+
+MARKED: Final = "it is marked as corrupt"
+COUNTS: Final = "its reference counts are wrong, as qemu-img check tells"
+
+_HARMLESS: Final = re.compile(
+    # A cluster that is used once, or not at all, whatever its count says. One that is used twice
+    # may hold the data of one of the two.
+    r"(ERROR|Leaked) cluster \d+ refcount=\d+ reference=[01]"
+    r"|ERROR OFLAG_COPIED (data|L2) cluster: l[12](_index=\d+ l1)?_entry=[0-9a-f]+ refcount=\d+"
+)
+"""All that a line may say. Source: qemu block/qcow2-refcount.c."""
+
+_SUMMARY: Final = re.compile(
+    r"|No errors were found on the image\."
+    r"|\d+ errors were found on the image\."
+    r"|Data may be corrupted, or further writes to the image may corrupt it\."
+    r"|\d+ leaked clusters were found on the image\."
+    r"|This means waste of disk space, but no harm to data\."
+)
+
+
+def is_harmless(said: str, most_bytes: int) -> bool:
+    """Whether all that `check` complained of leaves the data where it is.
+
+    `most_bytes` is how much is kept of what it says: where that is reached, there may be more.
+    """
+    if len(said.encode()) >= most_bytes - 1:
+        return False
+    lines = [line.strip() for line in said.splitlines()]
+    found = [line for line in lines if not _SUMMARY.fullmatch(line)]
+    return bool(found) and all(_HARMLESS.fullmatch(line) for line in found)
+
+
+def check_mark(asked: model.Source, link: Link) -> None:
+    """Judge an image that says of itself that it is corrupt.
+
+    Raises:
+        errors.ImageDamaged, errors.DamageNotAllowed: as `accept` says.
+    """
+    if link.info.corrupt:
+        accept(asked, link.source, MARKED)
+
+
+def accept(asked: model.Source, source: Source, problem: str) -> None:
+    """Go on with a damaged image, if that was asked for and its root allows it.
+
+    Raises:
+        errors.ImageDamaged: it was not asked for.
+        errors.DamageNotAllowed: it was, and the policy does not allow it.
+    """
+    path = source.place.path
+    if not asked.accept_damaged:
+        raise errors.ImageDamaged(path=path, problem=problem)
+    if not source.place.root.accept_damaged:
+        raise errors.DamageNotAllowed(path=path, problem=problem)
+
+
+def warning(path: str, problem: str) -> model.Warned:
+    """What a result says of such a source."""
+    return model.Warned(reason="SOURCE_DAMAGED", message=f"{path}: {problem}; it was read as it is")

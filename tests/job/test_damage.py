@@ -1,0 +1,193 @@
+"""Images that a crash has damaged, while what is in them is all there."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import struct
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import grants
+import pytest
+import whole_job
+
+from convertd_daemon.job import damage
+
+MIB: Final = 1024 * 1024
+CLUSTER: Final = 65536
+COPIED: Final = 1 << 63
+BEYOND: Final = 1 << 40
+
+
+class Tables:
+    """The tables of a small qcow2, to be damaged. Everything in it is found by its header."""
+
+    def __init__(self, path: Path) -> None:
+        """Open it."""
+        self.fd = os.open(path, os.O_RDWR)
+        self.l1 = self.number(40)
+        self.l2 = self.number(self.l1) & ~COPIED
+        self.refcounts = self.number(self.number(48))
+
+    def number(self, offset: int) -> int:
+        """Eight bytes."""
+        (value,) = struct.unpack(">Q", os.pread(self.fd, 8, offset))
+        return int(value)
+
+    def put(self, offset: int, value: int) -> None:
+        """Eight bytes."""
+        os.pwrite(self.fd, struct.pack(">Q", value), offset)
+
+    def count(self, entry: int, value: int) -> None:
+        """The reference count of the cluster that an entry of the second table leads to."""
+        cluster = (self.number(self.l2 + 8 * entry) & ~COPIED) // CLUSTER
+        os.pwrite(self.fd, struct.pack(">H", value), self.refcounts + 2 * cluster)
+
+    def mark(self) -> Tables:
+        """Mark the image as corrupt."""
+        self.put(72, 2)
+        return self
+
+    def count_all(self, value: int) -> None:
+        """Every reference count."""
+        os.pwrite(self.fd, struct.pack(">H", value) * (CLUSTER // 2), self.refcounts)
+
+
+READABLE: Final[dict[str, Callable[[Tables], None]]] = {
+    "marked as corrupt": lambda image: image.put(72, 2),
+    "flag of a cluster": lambda image: image.put(
+        image.l2 + 8, image.number(image.l2 + 8) & ~COPIED
+    ),
+    "flag of a table": lambda image: image.put(image.l1, image.l2),
+    "count too high": lambda image: image.count(2, 5),
+    "count of 0": lambda image: image.count(2, 0),
+    "all counts of 0": lambda image: image.count_all(0),
+    "marked, and a count of 0": lambda image: image.mark().count(2, 0),
+}
+"""What bare qemu-img converts right."""
+
+MISSING: Final[dict[str, Callable[[Tables], None]]] = {
+    "cluster beyond the end": lambda image: image.put(image.l2 + 8, COPIED | BEYOND),
+    "table beyond the end": lambda image: image.put(image.l1, COPIED | BEYOND),
+    "cluster on a table": lambda image: image.put(image.l2 + 8, COPIED | image.l2),
+    "cluster of two": lambda image: image.put(image.l2 + 8, image.number(image.l2)),
+    "marked, and a table beyond the end": lambda image: image.mark().put(image.l1, COPIED | BEYOND),
+}
+"""What bare qemu-img makes something else of, with status 0."""
+
+
+@pytest.fixture
+def data() -> bytes:
+    """What a guest wrote."""
+    return os.urandom(2 * MIB)
+
+
+def damaged(path: Path, data: bytes, how: Callable[[Tables], None]) -> Path:
+    """A qcow2 with that, and damaged."""
+    raw = path.with_suffix(".raw")
+    raw.write_bytes(data)
+    argv = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(path)]
+    subprocess.run(argv, check=True)
+    image = Tables(path)
+    how(image)
+    os.close(image.fd)
+    return path
+
+
+def converted(source: Path, *, accept: bool, allow: bool = True, **asked: object) -> whole_job.Said:
+    """Convert it to `out`."""
+    request = grants.request(source, source.parent / "out", "qcow2")
+    accepting = dataclasses.replace(request.source, accept_damaged=accept)
+    request = dataclasses.replace(request, source=accepting, **asked)  # type: ignore[arg-type]
+    root = grants.files(source.parent, accept_damaged=allow)
+    return whole_job.run(grants.Rules(roots=(root,)).convert(request))
+
+
+def bare(source: Path) -> bytes:
+    """What bare qemu-img makes of it, and says 0 of."""
+    out = source.with_suffix(".bare")
+    argv = ["qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(source), str(out)]
+    subprocess.run(argv, check=True, stderr=subprocess.DEVNULL)
+    return out.read_bytes()
+
+
+@pytest.mark.parametrize("kind", READABLE)
+def test_a_damaged_image_is_converted_where_that_is_accepted(
+    area: Path, data: bytes, kind: str
+) -> None:
+    """All of it, with a warning; and the source stays as it is."""
+    source = damaged(area / "in", data, READABLE[kind])
+    before = source.read_bytes()
+    assert bare(source) == data
+    said = converted(source, accept=True)
+    assert said.failure is None
+    assert "SOURCE_DAMAGED" in {warning.reason for warning in said.published.warnings}
+    assert (area / "out").read_bytes() == data
+    assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", READABLE)
+@pytest.mark.parametrize("dry", [False, True], ids=["convert", "dry run"])
+def test_a_damaged_image_is_refused_as_such_where_nothing_was_said(
+    area: Path, data: bytes, kind: str, *, dry: bool
+) -> None:
+    """With what there is to say."""
+    source = damaged(area / "in", data, READABLE[kind])
+    said = converted(source, accept=False, validate_only=dry)
+    assert said.reason == "IMAGE_DAMAGED"
+    assert not (area / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["marked as corrupt", "count of 0"])
+def test_a_root_that_does_not_allow_it_decides(area: Path, data: bytes, kind: str) -> None:
+    """Whatever is asked; and a sound image is converted whatever is asked."""
+    source = damaged(area / "in", data, READABLE[kind])
+    said = converted(source, accept=True, allow=False)
+    assert said.reason == "DAMAGE_NOT_ALLOWED"
+    assert said.failure is not None
+    assert str(said.failure.status) == "PERMISSION_DENIED"
+    sound = damaged(area / "sound", data, lambda _: None)
+    assert converted(sound, accept=True, allow=False).failure is None
+
+
+@pytest.mark.parametrize("kind", MISSING)
+def test_what_is_missing_is_refused_whatever_is_accepted(
+    area: Path, data: bytes, kind: str
+) -> None:
+    """Zeroes, or another's data, in place of a guest's are no conversion."""
+    source = damaged(area / "in", data, MISSING[kind])
+    assert bare(source) != data
+    said = converted(source, accept=True)
+    assert said.reason == "IMAGE_REFUSED"
+    assert not (area / "out").exists()
+
+
+def test_a_damaged_backing_file_is_judged_too(area: Path, data: bytes) -> None:
+    """It is half of what is converted."""
+    damaged(area / "base", data, READABLE["marked as corrupt"])
+    argv = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b", "base"]
+    subprocess.run([*argv, str(area / "in"), str(len(data))], check=True)
+    assert converted(area / "in", accept=False).reason == "IMAGE_DAMAGED"
+    assert converted(area / "in", accept=True).failure is None
+    assert (area / "out").read_bytes() == data
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "",
+        "ERROR cluster 4 refcount=1 reference=2",
+        "ERROR cluster 7 refcount=0 reference=1\nWarning: something else",
+        "ERROR: counting reference for region exceeding the end of the file",
+    ],
+    ids=["nothing", "a cluster of two", "an unknown line", "beyond the end"],
+)
+def test_what_is_not_known_to_be_harmless_is_not(said: str) -> None:
+    """Of a list that is longer than what is kept, the end is not known."""
+    assert not damage.is_harmless(said, 1000)
+    harmless = "ERROR cluster 7 refcount=0 reference=1"
+    assert damage.is_harmless(harmless, 1000)
+    assert not damage.is_harmless(harmless, len(harmless))
