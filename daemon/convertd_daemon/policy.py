@@ -92,6 +92,11 @@ class Policy:
             others=tuple(other for other in self.roots if other is not root),
         )
 
+    @property
+    def gids(self) -> frozenset[int]:
+        """The groups that anything depends on."""
+        return self.operators.gids.union(*(rule.subjects.gids for rule in self.rules))
+
     def rules_for(self, peer: model.Peer) -> tuple[Rule, ...]:
         """The rules that are for this caller, in the file's order."""
         return tuple(rule for rule in self.rules if rule.subjects.include(peer))

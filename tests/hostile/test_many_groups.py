@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 from typing import Final
@@ -10,6 +11,8 @@ from harness import images, processes, waiting
 from harness.agent import conversion
 from harness.callers import PYTHON, Caller
 from harness.daemon import Daemon
+
+from convertd.v1 import convert_pb2 as pb
 
 POLICY: Final = """
 [limits]
@@ -39,6 +42,9 @@ CONNECTIONS: Final = 120
 MOST_KIB: Final = 24 * 1024
 """Of which most is for one set of groups at a time. Kept for each connection they took 527 MB."""
 
+ASKING_S: Final = 0.003
+"""Processor time in which all groups can't be taken in. A call takes a tenth of it."""
+
 _CROWD: Final = """
 import socket, sys
 kept = [socket.socket(socket.AF_UNIX) for _ in range(int(sys.argv[2]))]
@@ -47,6 +53,12 @@ for sock in kept:
 print(flush=True)
 sys.stdin.read()
 """
+
+
+def ticks_of(pid: int) -> int:
+    """Processor time that a process has taken. Source: proc_pid_stat(5)."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
 
 
 def test_groups_cost_nothing_while_nothing_is_decided(daemon: Daemon) -> None:
@@ -62,6 +74,19 @@ def test_groups_cost_nothing_while_nothing_is_decided(daemon: Daemon) -> None:
         )
         assert processes.anonymous_kib(daemon.pid) < before + MOST_KIB
         process.kill()
+
+
+def test_groups_are_asked_for_once_however_often_somebody_calls(daemon: Daemon) -> None:
+    """Each time takes milliseconds, in which nobody else is heard."""
+    agent = daemon.agent(CROWDED)
+    assert agent.jobs() == []
+    before = ticks_of(daemon.pid)
+    for _ in range(200):
+        agent.jobs()
+        refused = agent.call("GetAccess", pb.GetAccessRequest()).refusal()
+        assert refused.reason == "UNSUPPORTED"
+    spent_s = (ticks_of(daemon.pid) - before) / os.sysconf("SC_CLK_TCK")
+    assert spent_s < 400 * ASKING_S
 
 
 def test_groups_decide_and_cost_nothing_in_the_queue(

@@ -161,15 +161,17 @@ class TestPeer:
         """Python's own getsockopt() ends at 256."""
         groups = tuple(range(10_000, 10_000 + count))
 
-        def connect() -> tuple[peercred.Credentials, frozenset[int]]:
+        def connect() -> tuple[peercred.Credentials, frozenset[int], int]:
             os.setgroups(groups)
             os.setresgid(1234, 1234, 1234)
             os.setresuid(1234, 1234, 1234)
             one, other = socket.socketpair()  # who made a pair is each end's peer
             with one, other:
-                return peercred.peer_credentials(one), peercred.peer_groups(one)
+                told = peercred.peer_credentials(one)
+                return told, peercred.peer_groups(one), peercred.group_count(one)
 
-        peer, found = in_child(connect)
+        peer, found, number = in_child(connect)
+        assert number == count
         assert (peer.uid, peer.gid, found) == (1234, 1234, frozenset(groups))
         assert peer.pid > 0
 

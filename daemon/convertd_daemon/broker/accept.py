@@ -62,6 +62,8 @@ class Connections:
         self._leaving: dict[int, Connection] = {}
         """Those that are over, have descriptors attached, and are open in the front. They count."""
         self._per_user: Counter[int] = Counter()
+        self._in: dict[int, tuple[frozenset[int], frozenset[int]]] = {}
+        """Which groups were asked about, and in which of them who connected is."""
         self._numbers = itertools.count(1)
 
     def __iter__(self) -> Iterator[Connection]:
@@ -81,6 +83,21 @@ class Connections:
     def kept(self, number: int) -> Connection | None:
         """The connection of that number, our own probe's too, if it lives."""
         return self._by_number.get(number)
+
+    def peer_among(self, connection: Connection, gids: frozenset[int]) -> model.Peer:
+        """Who that is, with those of these groups that it is in.
+
+        The kernel is asked once for each policy: to take in 65,536 groups takes milliseconds, and
+        whoever has them may call without end.
+
+        Raises:
+            OSError: it can't say.
+        """
+        asked, found = self._in.get(connection.number, (None, frozenset[int]()))
+        if asked != gids:
+            found = gids and gids & connection.peer().groups
+            self._in[connection.number] = gids, found
+        return model.Peer(uid=connection.uid, gid=connection.gid, groups=found, pid=connection.pid)
 
     def peer_on(self, number: int) -> model.Peer:
         """Who called connect(2) for a connection, groups included.
@@ -132,6 +149,7 @@ class Connections:
     def drop(self, connection: Connection) -> None:
         """End a connection, and close our descriptor as soon as nobody would wait for that."""
         del self._by_number[connection.number]
+        self._in.pop(connection.number, None)
         if closer.close_if_free(connection.sock):
             self._uncount(connection)
         else:

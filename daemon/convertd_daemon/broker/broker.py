@@ -33,7 +33,7 @@ from convertd_daemon.broker import (
     watchdog,
     workers,
 )
-from convertd_daemon.kernel import children, getrandom, scm_rights
+from convertd_daemon.kernel import children, getrandom, peercred, scm_rights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,6 +64,7 @@ CLOSING_S: Final = 0.2
 """In which room is made for connections that are to be closed by another process."""
 STOP_MARGIN_S: Final = 5.0
 TOO_LONG: Final = errors.Unsupported(what="so long an answer", why="it does not fit into a message")
+MOST_GROUPS_TOLD: Final = 16_384
 OUT_OF_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
@@ -400,7 +401,7 @@ class Broker:
         Raises:
             errors.ConvertError: the request is refused, and why.
         """
-        peer = connection.peer()
+        peer = self.connections.peer_among(connection, self.rules.gids)
         match message:
             case channel.Convert(request=request) | channel.Inspect(request=request):
                 self.enqueue(call, connection, self.may(peer, request))
@@ -409,7 +410,7 @@ class Broker:
             case channel.CancelJob(job_id=job_id):
                 self.cancel(call, peer, job_id)
             case channel.GetAccess():
-                self.tell_access(call, peer)
+                self.tell_access(call, connection)
             case channel.GetStats():
                 self.tell_stats(call, peer)
 
@@ -523,8 +524,15 @@ class Broker:
         self.send(entry)
         self.send(channel.Done(call=call))
 
-    def tell_access(self, call: int, peer: model.Peer) -> None:
-        """Say who we take the peer for, and what it may do."""
+    def tell_access(self, call: int, connection: Connection) -> None:
+        """Say who we take the peer for, and what it may do.
+
+        Raises:
+            errors.Unsupported: it is in more groups than a message is made for.
+        """
+        if peercred.group_count(connection.sock) > MOST_GROUPS_TOLD:
+            raise TOO_LONG
+        peer = connection.peer()
         self.send(
             channel.AccessReport(
                 call=call,

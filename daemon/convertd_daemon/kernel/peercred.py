@@ -45,6 +45,21 @@ def peer_credentials(connection: socket.socket) -> Credentials:
     return Credentials(pid=pid, uid=uid, gid=gid)
 
 
+def group_count(connection: socket.socket) -> int:
+    """Ask the kernel in how many supplementary groups who connected is.
+
+    Raises:
+        OSError: not a connected AF_UNIX socket.
+    """
+    length = ctypes.c_uint32(0)
+    arguments = (socket.SOL_SOCKET, _SO_PEERGROUPS, None, ctypes.byref(length))
+    if _getsockopt(connection.fileno(), *arguments):
+        error = ctypes.get_errno()
+        if error != errno.ERANGE:
+            raise OSError(error, f"SO_PEERGROUPS: {os.strerror(error)}")
+    return length.value // _GID_BYTES
+
+
 def peer_groups(connection: socket.socket) -> frozenset[int]:
     """Ask the kernel for the supplementary groups of who connected, however many there are.
 
