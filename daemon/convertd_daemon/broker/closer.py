@@ -69,6 +69,9 @@ class Closer:
 
         Nobody else has a copy, or they die with it: who closes last would be the one that waits.
         """
+        # Whoever has the other end hears of it now; and nothing more comes.
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
         self._held.append(sock.detach())
         if len(self._held) >= AT_ONCE:
             self._hand_on()
