@@ -20,7 +20,7 @@ ENV := .venv
 TOOLS := build/tools
 
 SOURCES := pyproject.toml hatch_build.py LICENSE \
-  $(shell find proto daemon client -type f -not -name '*.pyc')
+  $(shell find proto core daemon client -type f -not -name '*.pyc')
 
 # What the tests run: qemu-img, file systems of several kinds, and ways to watch and to hinder;
 # fio and nbdcopy (libnbd-bin) for the benchmarks. systemd-python is built against libsystemd;
@@ -60,7 +60,7 @@ check: $(ENV)/.installed docs
 	$(ENV)/bin/buf lint
 	$(ENV)/bin/buf format --diff --exit-code
 	$(ENV)/bin/buf breaking --against proto/convertd-v1.binpb
-	$(ENV)/bin/deptry daemon client
+	$(ENV)/bin/deptry core daemon client
 	$(ENV)/bin/codespell
 	$(ENV)/bin/pytest --quiet tests/house/test_documentation.py tests/house/test_documented_commands.py
 

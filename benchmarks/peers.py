@@ -19,7 +19,7 @@ from harness.daemon import Daemon
 
 from benchmarks import contestants, usage
 from benchmarks.cases import Case
-from convertd_daemon.sandbox import entrant
+from convertd_daemon.sandbox import preforked
 
 ROOT: Final = Path(__file__).parents[1]
 NOVA: Final = ROOT / "build/nova/bin/python"
@@ -117,7 +117,7 @@ def run(commands: Sequence[Sequence[str]]) -> Took:
             argv,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            env=entrant.ENVIRONMENT,
+            env=preforked.ENVIRONMENT,
         )
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -264,7 +264,7 @@ def nova_caller() -> Iterator[Line]:
         [NOVA, "-W", "ignore", NOVA_CALLER, str(ALICE.uid)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env=entrant.ENVIRONMENT,
+        env=preforked.ENVIRONMENT,
         start_new_session=True,
     )
     line = Line(process, "caller of Nova")

@@ -13,7 +13,15 @@ import grpc.aio
 
 from convertd.v1 import convert_pb2 as pb
 from convertd.v1 import convert_pb2_grpc as pb_grpc
-from convertd_client import answers, conversion, ending, errors, results, sockets, wire
+from convertd_client import (
+    call_errors,
+    conversion,
+    errors,
+    from_proto,
+    results,
+    sockets,
+    to_proto,
+)
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -64,8 +72,8 @@ class AsyncClient:
         Raises:
             errors.ConvertError: see `errors`.
         """
-        request = wire.convert_request(conversion.asked(source, dest, dest_format, options))
-        reading = wire.Reading(on_progress)
+        request = to_proto.convert_request(conversion.asked(source, dest, dest_format, options))
+        reading = to_proto.Reading(on_progress)
         waiting = self._waiting(wait_for_ready)
         call = self._stub.Convert(request, timeout=timeout, wait_for_ready=waiting.allowed)
         async with waiting.watch(call, converting=True):
@@ -87,9 +95,9 @@ class AsyncClient:
         Raises:
             errors.ConvertError: see `errors`.
         """
-        request = wire.inspect_request(conversion.path_text("source.path", path), format or "")
+        request = to_proto.inspect_request(conversion.path_text("source.path", path), format or "")
         answer = await self._answer(self._stub.Inspect, request, timeout, wait_for_ready)
-        return answers.image(answer)
+        return from_proto.image(answer)
 
     async def jobs(
         self,
@@ -105,7 +113,7 @@ class AsyncClient:
         request, listed = pb.ListJobsRequest(), list[results.Job]()
         while True:
             answer = await self._answer(self._stub.ListJobs, request, timeout, wait_for_ready)
-            listed += map(answers.job, answer.jobs)
+            listed += map(from_proto.job, answer.jobs)
             if not answer.next_page_token:
                 return tuple(listed)
             request.page_token = answer.next_page_token
@@ -125,7 +133,7 @@ class AsyncClient:
         """
         request = pb.CancelJobRequest(job_id=job_id)
         answer = await self._answer(self._stub.CancelJob, request, timeout, wait_for_ready)
-        return answers.job(answer.job)
+        return from_proto.job(answer.job)
 
     async def access(
         self,
@@ -140,13 +148,15 @@ class AsyncClient:
         """
         request = pb.GetAccessRequest()
         answer = await self._answer(self._stub.GetAccess, request, timeout, wait_for_ready)
-        return answers.access(answer)
+        return from_proto.access(answer)
 
     @property
     def _channel(self) -> grpc.aio.Channel:
         # Not before the first call: gRPC ties a channel to the event loop that runs then.
         if self._opened is None:
-            self._opened = grpc.aio.insecure_channel(wire.target(self.socket), wire.CHANNEL_OPTIONS)
+            self._opened = grpc.aio.insecure_channel(
+                to_proto.target(self.socket), to_proto.CHANNEL_OPTIONS
+            )
         return self._opened
 
     @property
@@ -219,7 +229,7 @@ class _Waiting:
             call.cancel()
 
     async def _error(self, call: grpc.aio.Call, *, converting: bool) -> errors.ConvertError:
-        ended = ending.Ending(
+        ended = call_errors.Ending(
             socket=self._path,
             code=await call.code(),
             text=await call.details() or "",
@@ -229,4 +239,4 @@ class _Waiting:
             called_off=self._called_off,
         )
         # In a thread, for it may have to wait for a daemon that does not accept.
-        return await asyncio.to_thread(ending.error, ended)
+        return await asyncio.to_thread(call_errors.error, ended)

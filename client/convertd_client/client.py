@@ -12,7 +12,16 @@ import grpc
 
 from convertd.v1 import convert_pb2 as pb
 from convertd.v1 import convert_pb2_grpc as pb_grpc
-from convertd_client import answers, beginning, conversion, ending, errors, results, sockets, wire
+from convertd_client import (
+    call_errors,
+    conversion,
+    errors,
+    from_proto,
+    results,
+    signal_safe_call,
+    sockets,
+    to_proto,
+)
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -40,7 +49,9 @@ class Client:
     ) -> None:
         self.socket = sockets.path_of(socket)
         self._wait_s = wait_for_ready
-        self._channel = grpc.insecure_channel(wire.target(self.socket), wire.CHANNEL_OPTIONS)
+        self._channel = grpc.insecure_channel(
+            to_proto.target(self.socket), to_proto.CHANNEL_OPTIONS
+        )
         self._stub = pb_grpc.ConvertServiceStub(self._channel)
 
     def __enter__(self) -> Self:
@@ -74,8 +85,8 @@ class Client:
         Raises:
             errors.ConvertError: see `errors`.
         """
-        request = wire.convert_request(conversion.asked(source, dest, dest_format, options))
-        reading = wire.Reading(on_progress)
+        request = to_proto.convert_request(conversion.asked(source, dest, dest_format, options))
+        reading = to_proto.Reading(on_progress)
         waiting = self._waiting(wait_for_ready)
         with waiting.watch(
             lambda: self._stub.Convert(request, timeout=timeout, wait_for_ready=waiting.allowed),
@@ -99,9 +110,9 @@ class Client:
         Raises:
             errors.ConvertError: see `errors`.
         """
-        request = wire.inspect_request(conversion.path_text("source.path", path), format or "")
+        request = to_proto.inspect_request(conversion.path_text("source.path", path), format or "")
         answer = self._answer(self._stub.Inspect, request, timeout, wait_for_ready)
-        return answers.image(answer)
+        return from_proto.image(answer)
 
     def jobs(
         self,
@@ -117,7 +128,7 @@ class Client:
         request, listed = pb.ListJobsRequest(), list[results.Job]()
         while True:
             answer = self._answer(self._stub.ListJobs, request, timeout, wait_for_ready)
-            listed += map(answers.job, answer.jobs)
+            listed += map(from_proto.job, answer.jobs)
             if not answer.next_page_token:
                 return tuple(listed)
             request.page_token = answer.next_page_token
@@ -137,7 +148,7 @@ class Client:
         """
         request = pb.CancelJobRequest(job_id=job_id)
         answer = self._answer(self._stub.CancelJob, request, timeout, wait_for_ready)
-        return answers.job(answer.job)
+        return from_proto.job(answer.job)
 
     def access(
         self,
@@ -152,7 +163,7 @@ class Client:
         """
         request = pb.GetAccessRequest()
         answer = self._answer(self._stub.GetAccess, request, timeout, wait_for_ready)
-        return answers.access(answer)
+        return from_proto.access(answer)
 
     def _answer(
         self,
@@ -206,10 +217,10 @@ class _Waiting:
     @contextlib.contextmanager
     def watch(self, make: Callable[[], Call], *, converting: bool) -> Iterator[Call]:
         """Begin a call, turn how it failed into our errors, and leave no call behind."""
-        with beginning.begun(make) as call, contextlib.ExitStack() as stack:
+        with signal_safe_call.begun(make) as call, contextlib.ExitStack() as stack:
             stack.callback(self._over.put, None)
             if self.allowed:
-                beginning.thread(self._call_off, call)
+                signal_safe_call.thread(self._call_off, call)
             try:
                 yield call
             except (grpc.RpcError, grpc.FutureCancelledError) as error:
@@ -233,8 +244,8 @@ class _Waiting:
             self._channel.unsubscribe(hear)
 
     def _error(self, call: grpc.Call, *, converting: bool) -> errors.ConvertError:
-        return ending.error(
-            ending.Ending(
+        return call_errors.error(
+            call_errors.Ending(
                 socket=self._path,
                 code=call.code(),
                 text=call.details() or "",

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, TypedDict, TypeVar, cast
 
-from convertd_client import creation, errors, results
+from convertd_client import creation_options, errors, results
 
 Path = str | os.PathLike[str]
 
@@ -112,7 +112,7 @@ class Conversion:
     validate_only: bool
     is_zero: bool
     accept_damaged: bool
-    created: tuple[tuple[str, creation.Value], ...]
+    created: tuple[tuple[str, creation_options.Value], ...]
     """The options of the result's format, by qemu's names."""
     source_secret: bytes | None = field(repr=False)
     dest_secret: bytes | None = field(repr=False)
@@ -204,22 +204,24 @@ def _compression(options: ConvertOptions) -> results.Compression:
     return results.Compression.DEFAULT if options.get("compress") else results.Compression.NONE
 
 
-def _created(dest_format: str, options: ConvertOptions) -> tuple[tuple[str, creation.Value], ...]:
+def _created(
+    dest_format: str, options: ConvertOptions
+) -> tuple[tuple[str, creation_options.Value], ...]:
     """The options of the result's format that are asked for, checked as far as need be."""
     given: Mapping[str, object] = options
-    found: dict[str, creation.Value] = {}
-    for name in sorted(creation.NAMES & given.keys()):
+    found: dict[str, creation_options.Value] = {}
+    for name in sorted(creation_options.NAMES & given.keys()):
         value = given[name]
         if value is None or value == 0:
             continue
-        kind = creation.OPTIONS.get(dest_format, {}).get(name)
+        kind = creation_options.OPTIONS.get(dest_format, {}).get(name)
         field_name = f"dest.{dest_format}.{name}"
         if kind is None:
             raise bad_option(field_name, "the format has no such option")
         problem = kind.problem_of(value)
         if problem:
             raise bad_option(field_name, problem)
-        found[name] = cast("creation.Value", value)
+        found[name] = cast("creation_options.Value", value)
     return tuple(found.items())
 
 

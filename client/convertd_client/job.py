@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Final, Self
 
-from convertd_client import errors, order, results
+from convertd_client import errors, job_protocol, results
 
 MAX_MESSAGE_BYTES: Final = 1024 * 1024
 
@@ -90,7 +90,7 @@ class Job:
         """Tell the job to end. What it still says is to be read. For any thread."""
         self._process.terminate()
 
-    def events(self) -> Iterator[tuple[str, order.Fields]]:
+    def events(self) -> Iterator[tuple[str, job_protocol.Fields]]:
         """What the job says, until it says no more.
 
         When the time is over the job is stopped, and `timed_out` set.
@@ -99,7 +99,7 @@ class Job:
             errors.OutcomeUnknown: it was stopped, and does not end.
         """
         while data := self._receive():
-            yield order.event(data)
+            yield job_protocol.event(data)
 
     def _receive(self) -> bytes:
         try:
@@ -153,14 +153,14 @@ class Conversion:
                 self._job.stop()
             for name, fields in self._job.events():
                 if name == "Succeeded":
-                    return order.result(fields)
+                    return job_protocol.result(fields)
                 if name == "Failed":
-                    raise order.failure(fields)
+                    raise job_protocol.failure(fields)
                 if name == "Planned":
-                    self._plan = order.plan(fields)
+                    self._plan = job_protocol.plan(fields)
                 elif name == "Progressed" and on_progress is not None:
                     size = self._plan.virtual_size_bytes if self._plan else 0
-                    on_progress(order.progress(fields, size, time.monotonic() - started))
+                    on_progress(job_protocol.progress(fields, size, time.monotonic() - started))
             raise self._silence(self._job)
 
     def _silence(self, job: Job) -> errors.ConvertError:
@@ -186,9 +186,9 @@ def inspect(path: str, told: bytes, timeout_s: float | None) -> results.ImageInf
     with Job(told, timeout_s) as job:
         for name, fields in job.events():
             if name == "Inspected":
-                return order.image(path, fields)
+                return job_protocol.image(path, fields)
             if name == "Failed":
-                raise order.failure(fields)
+                raise job_protocol.failure(fields)
         if job.timed_out:
             raise errors.DeadlineExceeded("it took longer than its timeout", reason="TIMEOUT")
         raise _died(job)
@@ -208,7 +208,7 @@ def qemu_img() -> str:
     directories = [directory for directory in (*listed, "/usr/bin") if os.path.isabs(directory)]
     found = shutil.which("qemu-img", path=os.pathsep.join(directories))
     if found is None:
-        raise order.unsupported("converting without a daemon", "there is no qemu-img here")
+        raise job_protocol.unsupported("converting without a daemon", "there is no qemu-img here")
     return found
 
 
@@ -219,7 +219,7 @@ def interpreter() -> str:
         errors.Unimplemented: a program that embeds Python may not tell. Source: sys.executable.
     """
     if not os.path.isabs(sys.executable or ""):
-        raise order.unsupported(
+        raise job_protocol.unsupported(
             "starting a process of its own", "this Python does not tell where its interpreter is"
         )
     return sys.executable
@@ -241,5 +241,7 @@ def _program() -> str:
     beside = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     program = os.path.join(beside, "convertd_daemon", "__init__.py")
     if not os.path.isfile(program):
-        raise order.unsupported("converting without a daemon", "convertd_daemon is not installed")
+        raise job_protocol.unsupported(
+            "converting without a daemon", "convertd_daemon is not installed"
+        )
     return program

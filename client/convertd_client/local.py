@@ -10,7 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Unpack
 
-from convertd_client import conversion, job, order, results
+from convertd_client import (
+    conversion,
+    job,
+    job_protocol,
+    results,
+)
 
 
 def convert(
@@ -46,7 +51,7 @@ def conversion_of(
     """
     paths = conversion.absolute(source), conversion.absolute(dest)
     asked = conversion.asked(*paths, dest_format, options)
-    return job.Conversion(order.convert(asked, job.qemu_img()), order.secrets(asked))
+    return job.Conversion(job_protocol.convert(asked, job.qemu_img()), job_protocol.secrets(asked))
 
 
 def inspect(
@@ -61,4 +66,4 @@ def inspect(
         errors.ConvertError: see `errors`.
     """
     text = conversion.path_text("source.path", conversion.absolute(path))
-    return job.inspect(text, order.inspect(text, format or "", job.qemu_img()), timeout)
+    return job.inspect(text, job_protocol.inspect(text, format or "", job.qemu_img()), timeout)

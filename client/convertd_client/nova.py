@@ -16,7 +16,14 @@ import os
 from collections.abc import Mapping
 from typing import Final, cast
 
-from convertd_client import child, client, conversion, local, order, results
+from convertd_client import (
+    client,
+    conversion,
+    eventlet_subprocess,
+    job_protocol,
+    local,
+    results,
+)
 
 Encryption = Mapping[str, str]
 
@@ -53,8 +60,8 @@ def convert_image(  # noqa: PLR0913, PLR0917 - the arguments are Nova's
     options = _options(in_format, out_format, instances_path, compress=compress)
     options.update(_secrets(src_encryption, dest_encryption))
     paths = conversion.absolute(source), conversion.absolute(dest)
-    if child.is_needed():
-        done = child.call("convert", *paths, dest_format=out_format, **options)
+    if eventlet_subprocess.is_needed():
+        done = eventlet_subprocess.call("convert", *paths, dest_format=out_format, **options)
         return cast("results.ConvertResult", done)
     with client.Client() as daemon:
         return daemon.convert(*paths, dest_format=out_format, **options)
@@ -91,8 +98,10 @@ def privileged_qemu_img_info(path: str, format: str | None = None) -> str:  # no
         errors.ConvertError: the image can't be read.
     """
     image = conversion.absolute(_image(path))
-    if child.is_needed():
-        return cast("results.ImageInfo", child.call("inspect", image, format)).qemu_img_json
+    if eventlet_subprocess.is_needed():
+        return cast(
+            "results.ImageInfo", eventlet_subprocess.call("inspect", image, format)
+        ).qemu_img_json
     with client.Client() as daemon:
         return daemon.inspect(image, format).qemu_img_json
 
@@ -146,7 +155,9 @@ def _secrets(source: Encryption | None, dest: Encryption | None) -> conversion.C
     """The passphrases. How a result is encrypted is Nova's way, which is the contract's default."""
     for asked in (source, dest):
         if asked and asked["format"] != "luks":
-            raise order.unsupported(f"encryption format {asked['format']!r}", "only LUKS is safe")
+            raise job_protocol.unsupported(
+                f"encryption format {asked['format']!r}", "only LUKS is safe"
+            )
     options = conversion.ConvertOptions()
     if source:
         options["source_secret"] = source["secret"].encode()

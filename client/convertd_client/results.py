@@ -98,7 +98,7 @@ class CacheChoice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Notice:
+class Warning:  # noqa: A001 - the contract's name
     """What a caller should know though the call succeeded: for programs, and for people."""
 
     reason: str
@@ -169,7 +169,7 @@ class ConvertResult:
     allocated_size_bytes: int
     dest_cache: CacheChoice
     source_cache: CacheChoice
-    warnings: tuple[Notice, ...]
+    warnings: tuple[Warning, ...]
     elapsed_seconds: float
     queued_seconds: float
     bytes_per_second: float
@@ -222,7 +222,7 @@ class ImageInfo:
     bitmaps: tuple[Bitmap, ...]
     format_specific: Mapping[str, str]
     qemu_img_json: str
-    warnings: tuple[Notice, ...]
+    warnings: tuple[Warning, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,13 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from convertd.v1 import convert_pb2 as pb
-from convertd_client import answers, conversion, creation, results, wire
+from convertd_client import (
+    conversion,
+    creation_options,
+    from_proto,
+    results,
+    to_proto,
+)
 
 SAME = {
     pb.CacheChoice: results.CacheChoice,
@@ -27,7 +33,7 @@ SAME = {
     pb.Snapshot: results.Snapshot,
     pb.Bitmap: results.Bitmap,
     pb.Versions: results.Versions,
-    pb.Warning: results.Notice,
+    pb.Warning: results.Warning,
 }
 
 
@@ -61,10 +67,11 @@ def test_an_enum_has_the_values_of_the_contract(kind: type[enum.StrEnum]) -> Non
 def test_the_options_of_formats_are_those_of_the_contract() -> None:
     """By their fields, and each with the values that its field can hold."""
     oneof = pb.Destination.DESCRIPTOR.oneofs_by_name["options"]
-    assert {field.name for field in oneof.fields} == set(creation.OPTIONS)
+    assert {field.name for field in oneof.fields} == set(creation_options.OPTIONS)
     for member in oneof.fields:
         own = {
-            creation.field_of(name): kind for name, kind in creation.OPTIONS[member.name].items()
+            creation_options.field_of(name): kind
+            for name, kind in creation_options.OPTIONS[member.name].items()
         }
         assert member.message_type is not None
         fields = member.message_type.fields_by_name
@@ -73,16 +80,18 @@ def test_the_options_of_formats_are_those_of_the_contract() -> None:
             assert kind == kind_of(fields[name], kind.choices), name
 
 
-def kind_of(field: FieldDescriptor, choices: tuple[str, ...]) -> creation.Kind:
+def kind_of(field: FieldDescriptor, choices: tuple[str, ...]) -> creation_options.Kind:
     """What an option takes, by its field; a choice keeps qemu's name."""
     if field.enum_type is not None:
         values = [value.name for value in field.enum_type.values]
         prefix = values[0].removesuffix("UNSPECIFIED")
-        assert {prefix + creation.contract_value(choice) for choice in choices} == set(values[1:])
-        return creation.Kind(choices=choices)
+        assert {prefix + creation_options.contract_value(choice) for choice in choices} == set(
+            values[1:]
+        )
+        return creation_options.Kind(choices=choices)
     if field.type == FieldDescriptor.TYPE_BOOL:
-        return creation.Kind()
-    return creation.Kind(
+        return creation_options.Kind()
+    return creation_options.Kind(
         largest=2**64 - 1 if field.type == FieldDescriptor.TYPE_UINT64 else 2**32 - 1
     )
 
@@ -106,7 +115,7 @@ def test_every_field_of_an_answer_is_read() -> None:
         replaced=True,
     )
     assert len(told.ListFields()) == len(told.DESCRIPTOR.fields)
-    assert answers.result(told, None) == results.ConvertResult(
+    assert from_proto.result(told, None) == results.ConvertResult(
         job_id="1",
         published=True,
         source_format="raw",
@@ -115,7 +124,7 @@ def test_every_field_of_an_answer_is_read() -> None:
         allocated_size_bytes=3,
         dest_cache=results.CacheChoice(mode=results.CacheMode.NONE, reason="why"),
         source_cache=results.CacheChoice(mode=results.CacheMode.WRITEBACK, reason="else"),
-        warnings=(results.Notice(reason="W", message="w"),),
+        warnings=(results.Warning(reason="W", message="w"),),
         elapsed_seconds=4,
         queued_seconds=5,
         bytes_per_second=6,
@@ -142,7 +151,7 @@ def test_a_request_has_what_was_asked_for() -> None:
         dest_secret=b"two",
     )
     asked = conversion.asked("/a", "/b", "qcow2", options)
-    assert wire.convert_request(asked) == pb.ConvertRequest(
+    assert to_proto.convert_request(asked) == pb.ConvertRequest(
         source=pb.Source(
             path="/a", format="raw", encryption=pb.SourceEncryption(passphrase=b"one")
         ),
@@ -166,8 +175,8 @@ def test_a_request_has_what_was_asked_for() -> None:
 
 def test_a_mode_that_was_not_asked_for_is_not_said() -> None:
     """For 0 is a mode."""
-    left_out = wire.convert_request(conversion.asked("/a", "/b", "raw", {}))
-    nothing = wire.convert_request(conversion.asked("/a", "/b", "raw", {"mode": 0}))
+    left_out = to_proto.convert_request(conversion.asked("/a", "/b", "raw", {}))
+    nothing = to_proto.convert_request(conversion.asked("/a", "/b", "raw", {"mode": 0}))
     assert not left_out.dest.HasField("mode")
     assert nothing.dest.HasField("mode")
 
@@ -175,5 +184,5 @@ def test_a_mode_that_was_not_asked_for_is_not_said() -> None:
 @pytest.mark.parametrize("path", ["/run/a b.sock", "/run/50%41.sock", "/run/ä?#.sock"])
 def test_a_sockets_path_is_quoted_for_grpc(path: str) -> None:
     """Which reads it as a URI."""
-    assert "%" in wire.target(path)
-    assert not set(" ?#") & set(wire.target(path))
+    assert "%" in to_proto.target(path)
+    assert not set(" ?#") & set(to_proto.target(path))

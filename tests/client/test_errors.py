@@ -7,20 +7,22 @@ import pickle
 
 import pytest
 
-import convertd_daemon.errors
+import convertd_core.conditions
 from convertd_client import errors
 
 
 def test_the_reasons_are_those_of_the_daemon_with_the_same_statuses() -> None:
     """A reason that only one of them knows is a mistake of whoever added it."""
     ours = {reason: kind.status for reason, kind in errors.BY_REASON.items()}
-    theirs = {reason: str(kind.status) for reason, kind in convertd_daemon.errors.BY_REASON.items()}
+    theirs = {
+        reason: str(kind.status) for reason, kind in convertd_core.conditions.BY_REASON.items()
+    }
     assert ours == theirs
 
 
 def test_every_status_of_the_daemon_has_a_class() -> None:
     """Which is what a reason goes by that is not known here."""
-    assert set(errors.BY_STATUS) == set(convertd_daemon.errors.Status)
+    assert set(errors.BY_STATUS) == set(convertd_core.conditions.Status)
     assert all(kind.status == status for status, kind in errors.BY_STATUS.items())
 
 

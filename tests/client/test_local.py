@@ -20,7 +20,8 @@ import pytest
 from harness import images, waiting
 from harness.callers import ALICE, CONVERTCTL, Ran, let_everybody_reach, owner_of
 
-from convertd_client import errors, job, order
+from convertd_client import errors, job, job_protocol
+from convertd_core import messages
 
 SCRIPT: Final = """
 import dataclasses, json, sys
@@ -362,12 +363,14 @@ def test_an_interpreter_that_is_not_known_is_not_looked_for(
 def test_an_order_is_what_the_job_reads(home: Path) -> None:
     """Every field of its own types, and none besides: the job takes no other."""
     from convertd_client import conversion  # noqa: PLC0415 - beside the daemon's modules
-    from convertd_daemon import channel, codec, model  # noqa: PLC0415 - as above
+    from convertd_core import codec, values  # noqa: PLC0415 - as above
 
     asked = conversion.asked(home / "a", "/b", "qcow2", {"mode": 0o600, "dest_secret": b"x"})
-    read = codec.decode(order.convert(asked, "/usr/bin/qemu-img"), channel.Order)
+    read = codec.decode(job_protocol.convert(asked, "/usr/bin/qemu-img"), messages.LocalRequest)
     assert read.convert is not None
-    assert read.convert.dest.encryption == model.Encryption()
+    assert read.convert.dest.encryption == values.DestinationEncryption()
     assert dataclasses.asdict(read.convert.dest)["mode"] == 0o600
-    inspected = codec.decode(order.inspect("/a", "raw", "/usr/bin/qemu-img"), channel.Order)
-    assert inspected.inspect == model.InspectRequest(source=model.Source(path="/a", format="raw"))
+    inspected = codec.decode(
+        job_protocol.inspect("/a", "raw", "/usr/bin/qemu-img"), messages.LocalRequest
+    )
+    assert inspected.inspect == values.InspectRequest(source=values.Source(path="/a", format="raw"))

@@ -372,7 +372,7 @@ def control(
     convert: Callable[[Attempt, Path], None],
     chance: random.Random,
 ) -> collections.Counter[Found]:
-    """Cut at random instants while something else than convertd overwrites a file."""
+    """Cancelled at random instants while something else than convertd overwrites a file."""
     dest = disk.point / attempt.name
     tally: collections.Counter[Found] = collections.Counter()
     while tally.total() < max(CUTS // 4, 5) or (

@@ -23,8 +23,8 @@ from harness.daemon import FRONT, SPARE, Daemon
 from harness.fixtures import MakeDaemon
 from hostile import false_front, lingering
 
-from convertd_daemon import channel, codec
-from convertd_daemon.kernel import scm_rights
+from convertd_core import codec, messages
+from convertd_daemon.linux import scm_rights
 
 POLICY: Final = """
 [roots.library]
@@ -199,7 +199,7 @@ def test_what_a_taken_over_front_passes_is_never_the_brokers(
     daemon = make_daemon(POLICY)
     home = daemon.home / "front"
     home.mkdir()
-    message = codec.encode(channel.ListJobs(call=1, connection=2**40))
+    message = codec.encode(messages.ListJobs(call=1, connection=2**40))
     with false_front.started(daemon, home, *wrapper(kernel)) as front:
         before = false_front.descriptors_of(daemon.pid)
         sock, others = lingering.lingering()
@@ -237,14 +237,14 @@ def test_one_that_brings_descriptors_counts_until_it_is_closed(
             assert attack.outcomes == ["sent"] * 5
             numbers = []
             for _ in range(3):
-                message, held = front.await_message(channel.Connected)
+                message, held = front.await_message(messages.Connected)
                 scm_rights.close_all(held)
                 numbers.append(message.connection)
             daemon.await_logged(f"too many connections uid={MALLORY.uid} own=3")
             for number in numbers:
-                front.line.send(channel.Released(connection=number))
+                front.line.send(messages.Released(connection=number))
             assert front.quiet()
         with false_front.connected(daemon, MALLORY):
-            message, held = front.await_message(channel.Connected)
+            message, held = front.await_message(messages.Connected)
             scm_rights.close_all(held)
             assert message.uid == MALLORY.uid

@@ -83,21 +83,21 @@ def files_below(*directories: Path) -> Iterator[Path]:
 
 def seen(daemon: Daemon, directory: Path, passphrase: bytes) -> list[str]:
     """Where the passphrase can be read, of all places where somebody could look."""
-    places = [
+    slots = [
         "a process's arguments or environment"
         for text in arguments_and_environments()
         if passphrase in text
     ]
-    places += [
+    slots += [
         str(path) for path in files_below(daemon.home, directory) if passphrase in path.read_bytes()
     ]
     for caller in (ALICE, ROOT):
         listed = daemon.agent(caller).call("ListJobs", pb.ListJobsRequest())
         if passphrase in asking.answer_of(listed).said:
-            places.append("the list of jobs")
+            slots.append("the list of jobs")
     if passphrase in asking.answer_of(daemon.agent(ROOT).call("GetStats", b"")).said:
-        places.append("the statistics")
-    return places
+        slots.append("the statistics")
+    return slots
 
 
 def finish(call: Call, passphrase: bytes) -> str:

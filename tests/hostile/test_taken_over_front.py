@@ -24,8 +24,9 @@ from hostile import asking, false_front
 from hostile.false_front import Asking, FalseFront
 from hostile.secret import Secret
 
-from convertd_daemon import channel, codec, model
-from convertd_daemon.kernel import scm_rights
+from convertd_core import codec, messages, values
+from convertd_daemon import channel
+from convertd_daemon.linux import scm_rights
 
 POLICY: Final = """
 [limits]
@@ -96,21 +97,21 @@ def front(broker: Daemon, front_of_all: FalseFront) -> Iterator[FalseFront]:
 def image(images_dir: Path) -> Path:
     """An image of Alice's, large enough to take a while at the least rate."""
     os.chown(images_dir, ALICE.uid, ALICE.gid)
-    return asking.given_to(ALICE, images_dir / "image.raw", os.urandom(16 * model.MIB))
+    return asking.given_to(ALICE, images_dir / "image.raw", os.urandom(16 * values.MIB))
 
 
-def conversion(source: Path, dest: Path) -> model.ConvertRequest:
+def conversion(source: Path, dest: Path) -> values.ConvertRequest:
     """A request that goes as slowly as can be."""
-    return model.ConvertRequest(
-        source=model.Source(path=str(source), format="raw"),
-        dest=model.Dest(path=str(dest), format="raw"),
-        rate_limit_bytes_per_second=model.MIB,
+    return values.ConvertRequest(
+        source=values.Source(path=str(source), format="raw"),
+        dest=values.Destination(path=str(dest), format="raw"),
+        rate_limit_bytes_per_second=values.MIB,
     )
 
 
 def connection_of(front: FalseFront) -> int:
     """The number of whoever connected last."""
-    message, descriptors = front.await_message(channel.Connected)
+    message, descriptors = front.await_message(messages.Connected)
     scm_rights.close_all(descriptors)
     return message.connection
 
@@ -128,7 +129,7 @@ def await_descriptors(broker: Daemon, front: FalseFront, most: int) -> None:
 
 def reason(answer: object) -> str:
     """Why a call was refused."""
-    assert isinstance(answer, channel.Refused), answer
+    assert isinstance(answer, messages.Refused), answer
     return answer.failure.reason
 
 
@@ -138,18 +139,18 @@ def reason(answer: object) -> str:
 @pytest.mark.parametrize(
     "ask",
     [
-        lambda call, number, path: channel.Convert(
+        lambda call, number, path: messages.Convert(
             call=call, connection=number, request=conversion(path, path.with_suffix(".out"))
         ),
-        lambda call, number, path: channel.Inspect(
+        lambda call, number, path: messages.Inspect(
             call=call,
             connection=number,
-            request=model.InspectRequest(source=model.Source(path=str(path))),
+            request=values.InspectRequest(source=values.Source(path=str(path))),
         ),
-        lambda call, number, _: channel.ListJobs(call=call, connection=number),
-        lambda call, number, _: channel.CancelJob(call=call, connection=number, job_id="1"),
-        lambda call, number, _: channel.GetAccess(call=call, connection=number),
-        lambda call, number, _: channel.GetStats(call=call, connection=number),
+        lambda call, number, _: messages.ListJobs(call=call, connection=number),
+        lambda call, number, _: messages.CancelJob(call=call, connection=number, job_id="1"),
+        lambda call, number, _: messages.GetAccess(call=call, connection=number),
+        lambda call, number, _: messages.GetStats(call=call, connection=number),
     ],
     ids=["Convert", "Inspect", "ListJobs", "CancelJob", "GetAccess", "GetStats"],
 )
@@ -169,8 +170,8 @@ def test_it_can_act_for_nobody_who_is_not_connected(
 
 def reason_of_access(front: FalseFront, number: int) -> str:
     """Why GetAccess is refused over a connection, if it is."""
-    answer = front.asks(channel.GetAccess(call=front.call(), connection=number))
-    return answer.failure.reason if isinstance(answer, channel.Refused) else ""
+    answer = front.asks(messages.GetAccess(call=front.call(), connection=number))
+    return answer.failure.reason if isinstance(answer, messages.Refused) else ""
 
 
 def test_it_can_ask_for_nothing_over_the_probe_that_is_roots(
@@ -181,13 +182,13 @@ def test_it_can_ask_for_nothing_over_the_probe_that_is_roots(
     home = daemon.home / "front"
     home.mkdir()
     with false_front.started(daemon, home, "WATCHDOG_USEC=600000") as front:
-        probe, sockets = front.await_message(channel.Probe)
+        probe, sockets = front.await_message(messages.Probe)
         number = connection_of(front)
         assert reason_of_access(front, number) == "UNKNOWN_CONNECTION"
         request = conversion(image, image.with_suffix(".out"))
-        message = channel.Convert(call=front.call(), connection=number, request=request)
+        message = messages.Convert(call=front.call(), connection=number, request=request)
         assert reason(front.asks(message)) == "UNKNOWN_CONNECTION"
-        front.line.send(channel.Probed(probe=probe.probe))
+        front.line.send(messages.ProbeAnswered(probe=probe.probe))
         scm_rights.close_all(sockets)
 
 
@@ -204,12 +205,12 @@ def test_it_can_use_no_more_than_the_grants_of_who_is_connected(
             for source, dest in ((image, out), (secret.raw, out), (image, secret.raw))
         ]
         for number, source, dest in tries:
-            message = channel.Convert(
+            message = messages.Convert(
                 call=front.call(), connection=number, request=conversion(source, dest)
             )
             assert reason(front.asks(message)) == "PERMISSION_DENIED"
-            request = model.InspectRequest(source=model.Source(path=str(source)))
-            look = channel.Inspect(call=front.call(), connection=number, request=request)
+            request = values.InspectRequest(source=values.Source(path=str(source)))
+            look = messages.Inspect(call=front.call(), connection=number, request=request)
             assert reason(front.asks(look)) == "PERMISSION_DENIED"
     assert not out.exists()
 
@@ -221,10 +222,10 @@ def test_it_can_keep_no_job_of_a_caller_who_is_gone(
     with false_front.connected(broker, ALICE):
         number, call = connection_of(front), front.call()
         request = conversion(image, image.with_suffix(".out"))
-        front.line.send(channel.Convert(call=call, connection=number, request=request))
-        _, job = front.await_message(channel.Started, call)
+        front.line.send(messages.Convert(call=call, connection=number, request=request))
+        _, job = front.await_message(messages.Started, call)
         broker.await_one(QEMU_IMG)
-    ended, _ = front.await_message(channel.Ended)
+    ended, _ = front.await_message(messages.Ended)
     assert ended.failure.reason == "CANCELLED_BY_CALLER"
     broker.await_none(QEMU_IMG)
     scm_rights.close_all(job)
@@ -238,11 +239,11 @@ def test_it_can_see_and_end_no_job_of_another(
     with false_front.connected(broker, ALICE), false_front.connected(broker, BOB):
         alice, bob, call = connection_of(front), connection_of(front), front.call()
         request = conversion(image, image.with_suffix(".out"))
-        front.line.send(channel.Convert(call=call, connection=alice, request=request))
-        started, job = front.await_message(channel.Started, call)
-        listed = front.asks(channel.ListJobs(call=front.call(), connection=bob))
-        assert isinstance(listed, channel.Done)
-        cancel = channel.CancelJob(call=front.call(), connection=bob, job_id=started.job_id)
+        front.line.send(messages.Convert(call=call, connection=alice, request=request))
+        started, job = front.await_message(messages.Started, call)
+        listed = front.asks(messages.ListJobs(call=front.call(), connection=bob))
+        assert isinstance(listed, messages.ReplyComplete)
+        cancel = messages.CancelJob(call=front.call(), connection=bob, job_id=started.job_id)
         assert reason(front.asks(cancel)) == "JOB_NOT_FOUND"
         waiting.until(lambda: broker.processes(JOB), "the job works")
         scm_rights.close_all(job)
@@ -260,17 +261,17 @@ def test_it_can_have_no_more_jobs_than_the_policy_allows(
         calls = [front.call() for _ in range(20)]
         for call in calls:
             request = conversion(image, image.with_name(f"out-{call}"))
-            front.line.send(channel.Convert(call=call, connection=number, request=request))
+            front.line.send(messages.Convert(call=call, connection=number, request=request))
         refused: set[int] = set()
         jobs: list[int] = []
         while len(refused) < len(calls) - 6 or len(jobs) < 2:
             message, descriptors = front.hears()
             jobs += descriptors
-            if isinstance(message, channel.Refused):
+            if isinstance(message, messages.Refused):
                 assert message.failure.reason == "QUEUE_FULL"
                 refused.add(message.call)
         for call in calls:
-            front.line.send(channel.Finished(call=call))
+            front.line.send(messages.JobFinished(call=call))
         assert front.quiet()
         waiting.until(lambda: len(jobs_of_its_own(broker)) == 2, "two jobs work")
         scm_rights.close_all(jobs)
@@ -286,9 +287,9 @@ def test_it_can_have_one_call_do_one_thing(broker: Daemon, front: FalseFront, im
     with false_front.connected(broker, ALICE):
         number, call = connection_of(front), front.call()
         request = conversion(image, image.with_suffix(".out"))
-        message = channel.Convert(call=call, connection=number, request=request)
+        message = messages.Convert(call=call, connection=number, request=request)
         front.line.send(message)
-        _, job = front.await_message(channel.Started, call)
+        _, job = front.await_message(messages.Started, call)
         assert reason(front.asks(message)) == "BAD_MESSAGE"
         scm_rights.close_all(job)
 
@@ -311,39 +312,42 @@ def test_it_can_hand_qemu_img_no_option_that_names_a_file(
     broker: Daemon, front: FalseFront, image: Path, name: str, value: str
 ) -> None:
     """What a caller can't say by gRPC, it can: the broker looks itself."""
-    dest = model.Dest(
+    dest = values.Destination(
         path=str(image.with_suffix(".out")),
         format="qcow2",
-        options=(model.Option(name=name, value=value),),
+        options=(values.CreationOption(name=name, value=value),),
     )
     with false_front.connected(broker, ALICE):
         request = dataclasses.replace(conversion(image, image), dest=dest)
         number = connection_of(front)
-        message = channel.Convert(call=front.call(), connection=number, request=request)
+        message = messages.Convert(call=front.call(), connection=number, request=request)
         assert reason(front.asks(message)) == "BAD_OPTION"
 
 
 MAD: Final[dict[str, tuple[dict[str, Any], str]]] = {
-    "climbing": ({"source": model.Source(path="/etc/../etc/shadow")}, "BAD_PATH"),
-    "json:": ({"source": model.Source(path="json:{}")}, "BAD_PATH"),
-    "a NUL": ({"source": model.Source(path="/a\0b")}, "BAD_PATH"),
-    "a long path": ({"source": model.Source(path="/" + "a" * 100_000)}, "BAD_PATH"),
-    "a protocol": ({"source": model.Source(path="/a", format="nbd")}, "BAD_FORMAT"),
+    "climbing": ({"source": values.Source(path="/etc/../etc/shadow")}, "BAD_PATH"),
+    "json:": ({"source": values.Source(path="json:{}")}, "BAD_PATH"),
+    "a NUL": ({"source": values.Source(path="/a\0b")}, "BAD_PATH"),
+    "a long path": ({"source": values.Source(path="/" + "a" * 100_000)}, "BAD_PATH"),
+    "a protocol": ({"source": values.Source(path="/a", format="nbd")}, "BAD_FORMAT"),
     "a passphrase for raw": (
-        {"source": model.Source(path="/a", format="raw", encrypted=True)},
+        {"source": values.Source(path="/a", format="raw", encrypted=True)},
         "BAD_OPTION",
     ),
     "a negative rate": ({"rate_limit_bytes_per_second": -1}, "BAD_OPTION"),
     "a rate without end": ({"rate_limit_bytes_per_second": 10**4000}, "BAD_OPTION"),
     "a label that clears": ({"label": "\x1b[2J"}, "BAD_OPTION"),
     "a label that is long": ({"label": "a" * 300}, "BAD_OPTION"),
-    "setuid": ({"dest": model.Dest(path="/a", format="raw", mode=0o4755)}, "BAD_OPTION"),
-    "a negative mode": ({"dest": model.Dest(path="/a", format="raw", mode=-1)}, "BAD_OPTION"),
-    "a group and more": (
-        {"dest": model.Dest(path="/a", format="raw", group="root\n")},
+    "setuid": ({"dest": values.Destination(path="/a", format="raw", mode=0o4755)}, "BAD_OPTION"),
+    "a negative mode": (
+        {"dest": values.Destination(path="/a", format="raw", mode=-1)},
         "BAD_OPTION",
     ),
-    "a place outside": ({"dest": model.Dest(path="/a", format="raw")}, "PERMISSION_DENIED"),
+    "a group and more": (
+        {"dest": values.Destination(path="/a", format="raw", group="root\n")},
+        "BAD_OPTION",
+    ),
+    "a place outside": ({"dest": values.Destination(path="/a", format="raw")}, "PERMISSION_DENIED"),
 }
 
 
@@ -355,7 +359,7 @@ def test_it_can_ask_for_nothing_that_a_caller_could_not(
     with false_front.connected(broker, ALICE):
         request = dataclasses.replace(conversion(image, image.with_suffix(".out")), **changes)
         number = connection_of(front)
-        message = channel.Convert(call=front.call(), connection=number, request=request)
+        message = messages.Convert(call=front.call(), connection=number, request=request)
         assert reason(front.asks(message)) == expected
 
 
@@ -368,22 +372,24 @@ def test_it_can_send_nothing_for_a_passphrase_that_holds_a_job_up(
     broker: Daemon, front: FalseFront, image: Path, sent: tuple[bytes, ...]
 ) -> None:
     """The call ends at once, or after a few seconds; the broker does not know of any of it."""
-    dest = model.Dest(
-        path=str(image.with_suffix(".out")), format="luks", encryption=model.Encryption()
+    dest = values.Destination(
+        path=str(image.with_suffix(".out")),
+        format="luks",
+        encryption=values.DestinationEncryption(),
     )
     before = false_front.descriptors_of(broker.pid)
     policy_allows = dataclasses.replace(conversion(image, image), dest=dest)
     with false_front.connected(broker, DORA):
         number, call = connection_of(front), front.call()
-        front.line.send(channel.Convert(call=call, connection=number, request=policy_allows))
-        _, (descriptor,) = front.await_message(channel.Started, call)
+        front.line.send(messages.Convert(call=call, connection=number, request=policy_allows))
+        _, (descriptor,) = front.await_message(messages.Started, call)
         with channel.Channel(socket.socket(fileno=descriptor)) as line:
             for data in sent:
                 line.send_bytes(data)
-            failed, _ = line.receive(*channel.FROM_JOB)
-            assert isinstance(failed, channel.Failed), failed
+            failed, _ = line.receive(*messages.FROM_JOB)
+            assert isinstance(failed, messages.Failed), failed
             assert failed.failure.reason in {"BAD_MESSAGE", "BAD_OPTION"}
-        front.await_message(channel.Ended)
+        front.await_message(messages.Ended)
     await_descriptors(broker, front, before)
 
 
@@ -393,7 +399,7 @@ def test_it_can_send_nothing_for_a_passphrase_that_holds_a_job_up(
 def hello_of(front: FalseFront) -> dict[str, Any]:
     """A valid request as JSON has it, to be spoilt."""
     request = conversion(Path("/a/b"), Path("/a/c"))
-    message = channel.Convert(call=front.call(), connection=1, request=request)
+    message = messages.Convert(call=front.call(), connection=1, request=request)
     loaded: dict[str, Any] = json.loads(codec.encode(message))[1]
     return loaded
 
@@ -448,7 +454,7 @@ def test_a_front_that_reads_nothing_is_replaced(broker: Daemon, front: FalseFron
     """Until then it is not heard either: what it has not read does not fill the broker's memory."""
     first = broker.await_one("convertd-front")
     before = processes.anonymous_kib(broker.pid)
-    message = codec.encode(channel.ListJobs(call=1, connection=2**40))
+    message = codec.encode(messages.ListJobs(call=1, connection=2**40))
     with contextlib.suppress(channel.Closed):
         while front.line.send_bytes(message):
             pass
@@ -480,13 +486,13 @@ def test_a_front_that_was_slow_gets_all_its_answers(broker: Daemon, front: False
 
         def is_full() -> bool:
             """The broker sleeps though there is as much for it as the channel holds."""
-            while front.line.send(channel.GetAccess(call=0, connection=number), wait=False):
+            while front.line.send(messages.GetAccess(call=0, connection=number), wait=False):
                 next(asked)
             return processes.state(broker.pid) == "S"
 
         waiting.until(is_full, "the broker does not listen any more")
         for _ in range(next(asked)):
-            front.await_message(channel.AccessReport)
+            front.await_message(messages.AccessReport)
         assert front.quiet()
     assert broker.await_one("convertd-front") == first
 
@@ -506,7 +512,7 @@ def test_nobody_is_let_in_while_it_does_not_read(broker: Daemon, front: FalseFro
         sock.setblocking(False)
         while sock.connect_ex(str(broker.socket)):
             message, descriptors = front.hears()
-            assert isinstance(message, channel.Connected)
+            assert isinstance(message, messages.Connected)
             scm_rights.close_all(descriptors)
         assert front.quiet()
     assert broker.await_one("convertd-front") == first
@@ -537,66 +543,68 @@ class Spoiler:
         """A message of valid types."""
         pick, number = self.random, self.random.choice(self.numbers)
         kinds: tuple[Callable[[], object], ...] = (
-            lambda: channel.Convert(call=call, connection=number, request=self.conversion()),
-            lambda: channel.Inspect(
+            lambda: messages.Convert(call=call, connection=number, request=self.conversion()),
+            lambda: messages.Inspect(
                 call=call,
                 connection=number,
-                request=model.InspectRequest(source=self.source()),
+                request=values.InspectRequest(source=self.source()),
             ),
-            lambda: channel.ListJobs(call=call, connection=number),
-            lambda: channel.CancelJob(call=call, connection=number, job_id=self.text()),
-            lambda: channel.GetAccess(call=call, connection=number),
-            lambda: channel.Abandon(call=pick.randrange(-1, call + 2)),
-            lambda: channel.Finished(call=pick.randrange(-1, call + 2)),
-            lambda: channel.GetStats(call=call, connection=number),
-            lambda: channel.Probed(probe=pick.choice(self.numbers)),
-            lambda: channel.Released(connection=self.random.choice(self.numbers[-6:])),
-            lambda: channel.Rejected(
+            lambda: messages.ListJobs(call=call, connection=number),
+            lambda: messages.CancelJob(call=call, connection=number, job_id=self.text()),
+            lambda: messages.GetAccess(call=call, connection=number),
+            lambda: messages.CallAbandoned(call=pick.randrange(-1, call + 2)),
+            lambda: messages.JobFinished(call=pick.randrange(-1, call + 2)),
+            lambda: messages.GetStats(call=call, connection=number),
+            lambda: messages.ProbeAnswered(probe=pick.choice(self.numbers)),
+            lambda: messages.Released(connection=self.random.choice(self.numbers[-6:])),
+            lambda: messages.RequestRejected(
                 connection=number,
-                operation=pick.choice(tuple(channel.Operation)),
+                operation=pick.choice(tuple(messages.Operation)),
                 reason=pick.choice(("BAD_PATH", self.text())),
             ),
-            channel.Ready,
+            messages.Ready,
         )
         return pick.choice(kinds)()
 
-    def conversion(self) -> model.ConvertRequest:
+    def conversion(self) -> values.ConvertRequest:
         """A request of valid types."""
         pick = self.random
-        return model.ConvertRequest(
+        return values.ConvertRequest(
             source=self.source(),
             dest=self.dest(),
-            cache_mode=pick.choice(tuple(model.CacheMode)),
+            cache_mode=pick.choice(tuple(values.CacheMode)),
             verify=pick.random() < 0.2,
-            rate_limit_bytes_per_second=pick.choice((0, 0, 0, 1, -1, model.MIB, 2**70)),
+            rate_limit_bytes_per_second=pick.choice((0, 0, 0, 1, -1, values.MIB, 2**70)),
             validate_only=pick.random() < 0.5,
             label=self.text(),
         )
 
-    def source(self) -> model.Source:
+    def source(self) -> values.Source:
         """A source of valid types."""
         pick = self.random
         formats = ("raw", "raw", "qcow2", "", "luks", "vmdk", self.text())
         encrypted = pick.random() < 0.1
-        return model.Source(path=self.path(), format=pick.choice(formats), encrypted=encrypted)
+        return values.Source(path=self.path(), format=pick.choice(formats), encrypted=encrypted)
 
-    def dest(self) -> model.Dest:
+    def dest(self) -> values.Destination:
         """A destination of valid types."""
         pick = self.random
         names = ("cluster_size", "compat", "lazy_refcounts", "backing_file", self.text())
-        values = ("on", "65536", "1.1", self.text(), self.path())
-        return model.Dest(
+        option_values = ("on", "65536", "1.1", self.text(), self.path())
+        return values.Destination(
             path=self.path(),
             format=pick.choice(("raw", "raw", "qcow2", "qcow2", "luks", "dmg", self.text())),
-            compression=pick.choice(tuple(model.Compression)),
-            preallocation=pick.choice((model.Preallocation.OFF, *model.Preallocation)),
+            compression=pick.choice(tuple(values.Compression)),
+            preallocation=pick.choice((values.Preallocation.OFF, *values.Preallocation)),
             mode=pick.choice((None, None, 0o600, 0o666, 0o7777, -1, 2**40)),
             group=pick.choice(("", "", "root", "0", str(ALICE.gid), self.text())),
             overwrite=pick.random() < 0.3,
             is_zero=pick.random() < 0.05,
-            encryption=None if pick.random() < 0.9 else model.Encryption(iter_time_ms=1),
+            encryption=None
+            if pick.random() < 0.9
+            else values.DestinationEncryption(iter_time_ms=1),
             options=tuple(
-                model.Option(name=pick.choice(names), value=pick.choice(values))
+                values.CreationOption(name=pick.choice(names), value=pick.choice(option_values))
                 for _ in range(pick.choice((0, 0, 0, 1, 3)))
             ),
         )
@@ -644,14 +652,14 @@ def test_random_requests_are_of_every_kind() -> None:
     """One that is added later is tried as well, or this fails."""
     spoiler = Spoiler(SEED, ("/a",), (1,))
     made = {type(spoiler.message(call)) for call in range(1000)}
-    assert made == set(channel.FROM_FRONT)
+    assert made == set(messages.FROM_FRONT)
 
 
 def _drop_what_came(front: FalseFront) -> None:
     try:
         while True:
             _, descriptors = front.line.receive(
-                *channel.FROM_BROKER, wait=False, most_descriptors=channel.ONE_DESCRIPTOR
+                *messages.FROM_BROKER, wait=False, most_descriptors=channel.ONE_DESCRIPTOR
             )
             scm_rights.close_all(descriptors)
     except BlockingIOError:
@@ -688,7 +696,7 @@ def test_spoilt_messages_never_end_the_broker(broker: Daemon, front: FalseFront)
 def is_a_message(data: bytes) -> bool:
     """Whether it is one that a front may send."""
     try:
-        codec.decode(data, *channel.FROM_FRONT)
+        codec.decode(data, *messages.FROM_FRONT)
     except codec.CodecError:
         return False
     return True
@@ -697,4 +705,4 @@ def is_a_message(data: bytes) -> bool:
 def await_the_end_of(front: FalseFront) -> None:
     """Wait until the broker has had enough of it."""
     with pytest.raises(channel.Closed):
-        front.await_message(channel.Order)
+        front.await_message(messages.LocalRequest)

@@ -28,14 +28,14 @@ TRESPASSES = {
         "convertd_daemon/broker/__init__.py",
         "import convertd_daemon.front",
     ),
-    "the policy opens files": ("convertd_daemon/policy.py", "import os"),
-    "the plan starts programs": ("convertd_daemon/job/plan.py", "import subprocess"),
+    "the policy opens files": ("convertd_daemon/policy/decide.py", "import os"),
+    "the plan starts programs": ("convertd_daemon/job/qemu/plan.py", "import subprocess"),
     "the client knows the front": (
         "convertd_client/__init__.py",
         "import convertd_daemon.front",
     ),
     "a system call knows the sandbox": (
-        "convertd_daemon/kernel/__init__.py",
+        "convertd_daemon/linux/__init__.py",
         "import convertd_daemon.sandbox",
     ),
 }
@@ -87,17 +87,17 @@ def test_a_trespass_is_noticed(copy: Path, module: str, statement: str) -> None:
 def test_job_sandbox_and_kernel_import_the_standard_library_and_ours_alone() -> None:
     """A job runs with the caller's own rights and nothing installed (`convertd_client.local`)."""
     graph = grimp.build_graph("convertd_daemon", include_external_packages=True, cache_dir=None)
-    parts = ("convertd_daemon.job", "convertd_daemon.sandbox", "convertd_daemon.kernel")
+    parts = ("convertd_daemon.job", "convertd_daemon.sandbox", "convertd_daemon.linux")
     imported = {
         target.partition(".")[0]
         for module in graph.modules
         if module.startswith(parts)
         for target in graph.find_modules_directly_imported_by(module)
     }
-    assert imported - sys.stdlib_module_names == {"convertd_daemon"}
+    assert imported - sys.stdlib_module_names == {"convertd_core", "convertd_daemon"}
 
 
-@pytest.mark.parametrize("module", ["convertd_daemon.job.main", "convertd_daemon.broker.serving"])
+@pytest.mark.parametrize("module", ["convertd_daemon.job.main", "convertd_daemon.serve"])
 def test_what_runs_as_root_has_no_grpc_in_memory(module: str) -> None:
     """Whatever an import brings along counts too, so this asks the interpreter."""
     loaded = {name.partition(".")[0] for name in loaded_by(module)}
@@ -111,9 +111,9 @@ def test_the_front_hashes_nothing() -> None:
 
 def test_the_front_is_started_before_the_broker_has_loaded_much() -> None:
     """It takes longest to start: what the command loads for its first steps delays the daemon."""
-    heavy = {"convertd_daemon.channel", "convertd_daemon.model", "msgspec"}
-    assert not heavy & loaded_by("convertd_daemon.broker.main")
-    assert heavy <= loaded_by("convertd_daemon.broker.serving")
+    heavy = {"convertd_daemon.channel", "convertd_core.values", "msgspec"}
+    assert not heavy & loaded_by("convertd_daemon.main")
+    assert heavy <= loaded_by("convertd_daemon.serve")
 
 
 def loaded_by(module: str) -> set[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from harness.mounts import Mounts
 
-from convertd_daemon.kernel import prctl
+from convertd_daemon.linux import prctl
 
 
 @pytest.fixture

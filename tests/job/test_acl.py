@@ -14,8 +14,14 @@ import pytest
 import whole_job
 from harness.mounts import Mounts
 
-from convertd_daemon import model
-from convertd_daemon.job import acl, own, ownership, paths, result
+from convertd_core import values
+from convertd_daemon.job import local_grant
+from convertd_daemon.job.files import (
+    acl,
+    file_dest,
+    ownership,
+    paths,
+)
 
 SETUP = whole_job.setup()
 
@@ -64,18 +70,18 @@ def opened(directory: Path, mode: int) -> list[str]:
 
 
 @contextlib.contextmanager
-def created(directory: Path, mode: int, **changes: object) -> Iterator[result.FileDest]:
+def created(directory: Path, mode: int, **changes: object) -> Iterator[file_dest.FileDest]:
     """A result that is being written."""
     rules = grants.Rules(roots=(grants.files(directory, **changes),))
     asked = grants.to(grants.request(directory / "x", directory / "new"), mode=mode)
     with (
         paths.open_target(rules.convert(asked)) as target,
-        result.create(rules.convert(asked), target, SETUP) as dest,
+        file_dest.create(rules.convert(asked), target, SETUP) as dest,
     ):
         yield dest
 
 
-def linked(dest: result.FileDest, path: Path) -> Path:
+def linked(dest: file_dest.FileDest, path: Path) -> Path:
     """Settle whose a result is, and give it a name."""
     assert ownership.settle(dest.fd, dest.ownership, dest.target) == ()
     os.link(f"/proc/self/fd/{dest.fd}", path.name, dst_dir_fd=dest.target.directory)
@@ -129,22 +135,22 @@ def can_read(path: Path, uid: int, gid: int = 9999) -> bool:
 def test_without_a_daemon_it_is_inherited_too(area: Path) -> None:
     """The job has its caller's own rights then."""
     set_default(area, "u:1666:rw")
-    rules = grants.Rules(roots=(own.EVERYTHING,))
-    peer = model.Peer(uid=0, gid=0, groups=frozenset(), pid=1)
+    rules = grants.Rules(roots=(local_grant.EVERYTHING,))
+    peer = values.Peer(uid=0, gid=0, groups=frozenset(), pid=1)
     asked = grants.to(grants.request(area / "x", area / "new"), mode=0o640)
-    grant = model.Grant(
+    grant = values.ConvertGrant(
         rule="",
         peer=peer,
         request=asked,
-        source=model.Place(root=own.EVERYTHING, below="x"),
-        dest=model.Place(root=own.EVERYTHING, below=f"{area}/new"[1:]),
+        source=values.Place(root=local_grant.EVERYTHING, below="x"),
+        dest=values.Place(root=local_grant.EVERYTHING, below=f"{area}/new"[1:]),
         readable=rules.roots,
-        read_formats=model.FORMATS,
-        overwrite=model.Overwrite.ANY,
-        limits=model.Limits(),
+        read_formats=values.FORMATS,
+        overwrite=values.OverwriteScope.ANY,
+        limits=values.Limits(),
     )
     alone = dataclasses.replace(SETUP, identity=None)
-    with paths.open_target(grant) as target, result.create(grant, target, alone) as dest:
+    with paths.open_target(grant) as target, file_dest.create(grant, target, alone) as dest:
         path = linked(dest, area / "new")
     assert list_of(path) == opened(area, 0o640)
 

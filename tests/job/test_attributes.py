@@ -14,8 +14,8 @@ import refusals
 import whole_job
 from harness.mounts import Mounts
 
-from convertd_daemon import errors, model
-from convertd_daemon.job import paths, publish, result
+from convertd_core import conditions, values
+from convertd_daemon.job.files import file_dest, paths, publish
 
 SETUP = whole_job.setup()
 
@@ -33,7 +33,7 @@ def having(path: Path, attribute: str) -> Iterator[None]:
 def job(directory: Path, *, overwrite: bool) -> whole_job.Said:
     """Convert `in` to `out`."""
     (directory / "in").write_bytes(os.urandom(65536))
-    rules = grants.Rules(roots=(grants.files(directory),), overwrite=model.Overwrite.ANY)
+    rules = grants.Rules(roots=(grants.files(directory),), overwrite=values.OverwriteScope.ANY)
     request = grants.request(directory / "in", directory / "out")
     return whole_job.run(rules.convert(grants.to(request, overwrite=overwrite)))
 
@@ -84,14 +84,14 @@ def test_a_new_name_in_an_append_only_directory_is_made(disk: Path) -> None:
 def test_a_directory_that_becomes_append_only_meanwhile_gets_no_temporary(area: Path) -> None:
     """It could not be taken away again."""
     (area / "new").write_bytes(b"old")
-    rules = grants.Rules(roots=(grants.files(area),), overwrite=model.Overwrite.ANY)
+    rules = grants.Rules(roots=(grants.files(area),), overwrite=values.OverwriteScope.ANY)
     grant = rules.convert(grants.to(grants.request(area / "x", area / "new"), overwrite=True))
     with (
         paths.open_target(grant) as target,
-        result.create(grant, target, SETUP) as dest,
+        file_dest.create(grant, target, SETUP) as dest,
         having(area, "a"),
     ):
-        reason = refusals.reason_of(lambda: publish.name(grant, dest))
+        reason = refusals.reason_of(lambda: publish.assign_name(grant, dest))
         assert os.listdir(area) == ["new"]
     assert reason == "PROTECTED_BY_ATTRIBUTE"
 
@@ -103,6 +103,6 @@ def test_where_results_have_names_from_the_start_an_append_only_directory_is_ref
     rules = grants.Rules(roots=(grants.files(area),))
     grant = rules.convert(grants.request(area / "x", area / "new"))
     with having(area, "a"), paths.open_target(grant) as target:
-        with pytest.raises(errors.ProtectedByAttribute):
-            result._open_named(target)  # noqa: SLF001 - so it is called
+        with pytest.raises(conditions.ProtectedByAttribute):
+            file_dest._open_named(target)  # noqa: SLF001 - so it is called
         assert os.listdir(area) == []

@@ -16,9 +16,12 @@ import pytest
 import whole_job
 from children import in_child
 
-from convertd_daemon import channel, errors, model
-from convertd_daemon.job import chain, leash, own, paths, qemu_img
-from convertd_daemon.sandbox.gate import Gate
+from convertd_core import conditions, messages, values
+from convertd_daemon import channel
+from convertd_daemon.job import context, local_grant
+from convertd_daemon.job.files import paths
+from convertd_daemon.job.qemu import backing_chain, execution
+from convertd_daemon.sandbox.prefork_slot import PreforkSlot
 
 MIB = 1024 * 1024
 
@@ -28,7 +31,7 @@ class Found:
     """What became of looking for a chain."""
 
     members: tuple[tuple[str, str], ...] = ()
-    failure: errors.Failure | None = None
+    failure: conditions.Failure | None = None
 
     @property
     def names(self) -> list[str]:
@@ -44,12 +47,12 @@ class Found:
 
 
 @contextlib.contextmanager
-def runner() -> Iterator[qemu_img.Runner]:
+def runner() -> Iterator[execution.Runner]:
     """What runs qemu-img in its sandbox."""
     ours, theirs = channel.Channel.pair()
     setup = whole_job.setup()
-    with ours, theirs, qemu_img.opened(setup, Gate(setup.seccomp)) as worker:
-        yield qemu_img.Runner(worker, leash.Leash(ours, 60.0))
+    with ours, theirs, execution.opened(setup, PreforkSlot(setup.seccomp)) as worker:
+        yield execution.Runner(worker, context.JobContext(ours, 60.0))
 
 
 def followed(rules: grants.Rules, path: Path, stated: str = "qcow2") -> Found:
@@ -58,16 +61,16 @@ def followed(rules: grants.Rules, path: Path, stated: str = "qcow2") -> Found:
     return in_child(lambda: follow(grant))
 
 
-def follow(grant: model.Grant) -> Found:
+def follow(grant: values.ConvertGrant) -> Found:
     """As above, in a child that may start programs."""
     before = descriptors.held()
     try:
         with runner() as run, contextlib.ExitStack() as stack:
             top = stack.enter_context(paths.open_source(grant.source, grant.peer))
-            links = chain.follow(grant, top, run, stack)
+            links = backing_chain.follow(grant, top, run, stack)
             members = tuple((link.member.path, link.member.info.format) for link in links)
             assert all(os.fstat(link.source.fd) for link in links)
-    except errors.ConvertError as error:
+    except conditions.ConvertError as error:
         assert descriptors.held() - before == set()
         return Found(failure=error.failure())
     assert descriptors.held() - before == set()
@@ -157,7 +160,7 @@ class TestChains:
 
     def test_members_are_read_with_the_callers_rights_where_those_count(self, images: Path) -> None:
         """One that it could not read itself is refused."""
-        rules = grants.Rules(roots=(grants.files(images, access=model.Access.CALLER),))
+        rules = grants.Rules(roots=(grants.files(images, access=values.RootAccess.CALLER),))
         os.chown(overlay(images / "a", "base"), 1234, 1234)
         os.chown(image(images / "base"), 1234, 1234)
         assert followed(rules, images / "a").names == ["a", "base"]
@@ -168,7 +171,7 @@ class TestChains:
         """Its own rights, its own kind."""
         for name in ("images", "library"):
             (area / name).mkdir()
-        library = grants.files(area / "library", name="library", access=model.Access.CALLER)
+        library = grants.files(area / "library", name="library", access=values.RootAccess.CALLER)
         rules = grants.Rules(roots=(grants.files(area / "images"), library))
         os.chown(image(area / "library" / "base"), 1234, 1234)
         overlay(area / "images" / "a", "../library/base")
@@ -180,8 +183,8 @@ class TestChains:
         overlay(images / "a", area / "link")
         (area / "link").symlink_to("base")
         request = grants.request(images / "a", images / "b", "qcow2")
-        grant = own.grant(channel.Order(qemu_img="", convert=request, inspect=None))
-        assert isinstance(grant, model.Grant)
+        grant = local_grant.grant(messages.LocalRequest(qemu_img="", convert=request, inspect=None))
+        assert isinstance(grant, values.ConvertGrant)
         assert in_child(lambda: follow(grant)).names == ["a", "link"]
 
 
@@ -284,7 +287,7 @@ class TestRefusals:
         path.write_bytes(path.read_bytes().replace(b"some-name-of-bytes", b"\xff" * 18))
         failure = followed(rules, path).failure
         assert failure is not None
-        assert failure.status is errors.Status.FAILED_PRECONDITION
+        assert failure.status is conditions.Status.FAILED_PRECONDITION
 
     @pytest.mark.parametrize("length", [1, 2, 3])
     def test_a_loop_is_noticed(self, rules: grants.Rules, images: Path, length: int) -> None:
@@ -303,7 +306,7 @@ class TestRefusals:
         self, rules: grants.Rules, images: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Each member takes a descriptor, and a run of qemu-img."""
-        monkeypatch.setattr(chain, "MAX_MEMBERS", 3)
+        monkeypatch.setattr(backing_chain, "MAX_MEMBERS", 3)
         image(images / "0")
         for number in (1, 2, 3):
             overlay(images / str(number), str(number - 1), "qcow2" if number > 1 else "raw")
@@ -368,9 +371,9 @@ class TestWithoutAFormat:
 class TestInspecting:
     """To look at an image shows as much of its chain as the caller may read."""
 
-    def inspected(self, rules: grants.Rules, path: Path) -> channel.Inspected:
+    def inspected(self, rules: grants.Rules, path: Path) -> messages.Inspected:
         """What a whole job says."""
-        source = model.Source(path=str(path), format="qcow2")
+        source = values.Source(path=str(path), format="qcow2")
         return whole_job.run(rules.inspect(source)).inspected
 
     def test_a_chain_is_shown_to_its_base(self, rules: grants.Rules, images: Path) -> None:
@@ -403,7 +406,7 @@ class TestInspecting:
     ) -> None:
         """Found out or stated."""
         few = dataclasses.replace(rules, read_formats=("raw",))
-        source = model.Source(path=str(image(images / "a", "qcow2")))
+        source = values.Source(path=str(image(images / "a", "qcow2")))
         assert whole_job.run(few.inspect(source)).reason == "FORMAT_NOT_ALLOWED"
 
 
@@ -415,26 +418,26 @@ class TestPassphrases:
         [
             (True, True, None),
             (False, False, None),
-            (True, False, errors.SecretMissing),
-            (False, True, errors.BadOption),
+            (True, False, conditions.SecretMissing),
+            (False, True, conditions.BadOption),
         ],
     )
     def test_it_goes_with_an_encrypted_image_alone(
         self,
         is_encrypted: bool,  # noqa: FBT001
         has_one: bool,  # noqa: FBT001
-        expected: type[errors.ConvertError] | None,
+        expected: type[conditions.ConvertError] | None,
     ) -> None:
         """Neither is a passphrase dropped, nor an image read without one."""
-        info = model.ImageInfo(
+        info = values.ImageInfo(
             format="qcow2", virtual_size_bytes=1, actual_size_bytes=1, encrypted=is_encrypted
         )
         place = grants.Rules(roots=(grants.files("/images"),)).place("/images/a")
         source = paths.Source(place=place, fd=-1, size_bytes=1, allocated_bytes=1)
-        asked = model.Source(path="/images/a", encrypted=has_one)
-        link = chain.Link(source=source, info=info)
+        asked = values.Source(path="/images/a", encrypted=has_one)
+        link = backing_chain.ChainLink(source=source, info=info)
         if expected is None:
-            chain.check_encryption(asked, link)
+            backing_chain.check_encryption(asked, link)
         else:
             with pytest.raises(expected):
-                chain.check_encryption(asked, link)
+                backing_chain.check_encryption(asked, link)

@@ -17,22 +17,23 @@ import whole_job
 from children import in_child
 from harness.mounts import Mounts
 
-from convertd_daemon import channel, errors, model
+from convertd_core import conditions, messages, values
+from convertd_daemon import channel
 from convertd_daemon.job import (
-    chain,
-    check,
-    clone,
-    ends,
-    leash,
-    own,
-    paths,
-    plan,
-    publish,
-    qemu_img,
-    run,
+    context,
+    endpoints,
+    local_grant,
     secrets,
 )
-from convertd_daemon.sandbox.gate import Gate
+from convertd_daemon.job.files import clone, paths, publish
+from convertd_daemon.job.qemu import (
+    backing_chain,
+    conversion,
+    execution,
+    plan,
+    verification,
+)
+from convertd_daemon.sandbox.prefork_slot import PreforkSlot
 
 MIB = 1024 * 1024
 NO_SECRETS = secrets.Secrets()
@@ -42,41 +43,43 @@ NO_SECRETS = secrets.Secrets()
 class Steps:
     """A job that stands still between two of its steps, and is not confined."""
 
-    grant: model.Grant
-    plan: model.Plan
-    ends: ends.Ends
-    runner: qemu_img.Runner
+    grant: values.ConvertGrant
+    plan: values.Plan
+    ends: endpoints.Endpoints
+    runner: execution.Runner
 
-    def convert(self) -> tuple[model.Warned, ...]:
+    def convert(self) -> tuple[values.Warning, ...]:
         """Run qemu-img."""
-        return run.convert(self.grant, self.plan, self.ends, NO_SECRETS, self.runner)
+        return conversion.convert(self.grant, self.plan, self.ends, NO_SECRETS, self.runner)
 
     def check(self) -> None:
         """Look at size or header."""
-        check.check(self.grant, self.plan, self.ends, self.runner)
+        verification.check(self.grant, self.plan, self.ends, self.runner)
 
     def compare(self) -> None:
         """Compare with the source."""
-        check.compare(self.grant, self.plan, self.ends, NO_SECRETS, self.runner)
+        verification.compare(self.grant, self.plan, self.ends, NO_SECRETS, self.runner)
 
 
 @contextlib.contextmanager
-def planned(grant: model.Grant) -> Iterator[Steps]:
+def planned(grant: values.ConvertGrant) -> Iterator[Steps]:
     """Open, probe and plan."""
     ours, theirs = channel.Channel.pair()
     setup = whole_job.setup()
     with contextlib.ExitStack() as stack, ours, theirs:
-        worker = stack.enter_context(qemu_img.opened(setup, Gate(setup.seccomp)))
-        runner = qemu_img.Runner(worker, leash.Leash(ours, 60.0))
+        worker = stack.enter_context(execution.opened(setup, PreforkSlot(setup.seccomp)))
+        runner = execution.Runner(worker, context.JobContext(ours, 60.0))
         source = stack.enter_context(paths.open_source(grant.source, grant.peer))
-        dest = stack.enter_context(ends.open_dest(grant, setup))
-        both = ends.Ends(chain=chain.follow(grant, source, runner, stack), dest=dest)
+        dest = stack.enter_context(endpoints.open_dest(grant, setup))
+        both = endpoints.Endpoints(
+            chain=backing_chain.follow(grant, source, runner, stack), dest=dest
+        )
         made = plan.make(grant, both.members, both.try_out(grant.request.dest.format))
-        ends.check_room(both, made)
+        endpoints.check_room(both, made)
         yield Steps(grant, made, both, runner)
 
 
-def grant_in(area: Path, *, verify: bool = False, **asked: object) -> model.Grant:
+def grant_in(area: Path, *, verify: bool = False, **asked: object) -> values.ConvertGrant:
     """Leave to convert `in`, which is raw, to `out`, so."""
     rules = grants.Rules(roots=(grants.files(area),))
     request = grants.to(grants.request(area / "in", area / "out"), **asked)
@@ -90,10 +93,12 @@ def area(area: Path) -> Path:
     return area
 
 
-def outcome_of(grant: model.Grant, act: Callable[[Steps], object]) -> errors.Failure | None:
+def outcome_of(
+    grant: values.ConvertGrant, act: Callable[[Steps], object]
+) -> conditions.Failure | None:
     """What a plan's steps are refused with, in a child that may start programs."""
 
-    def steps() -> errors.Failure | None:
+    def steps() -> conditions.Failure | None:
         with planned(grant) as standing:
             return refusals.refusal_of(lambda: act(standing))
 
@@ -151,7 +156,7 @@ class TestSizeAndHeader:
 
         def act(steps: Steps) -> None:
             os.write(steps.ends.dest.fd, b"no header" * 100)
-            steps.runner.leash.started -= check.LONG_S + 1
+            steps.runner.context.started -= verification.LONG_S + 1
             steps.check()
 
         assert outcome_of(grant_in(area, format="qcow2"), act) is not None
@@ -236,7 +241,7 @@ class TestClones:
             steps.check()
             steps.compare()
             publish.flush(steps.grant, steps.plan, steps.ends.dest)
-            publish.name(steps.grant, steps.ends.dest)
+            publish.assign_name(steps.grant, steps.ends.dest)
 
         assert outcome_of(grant_in(sharing), act) is None
         expected = (sharing / "in").read_bytes().ljust(MIB + 512, b"\0")
@@ -249,7 +254,7 @@ class TestClones:
         "asked",
         [
             pytest.param({"format": "qcow2"}, id="another-format"),
-            pytest.param({"preallocation": model.Preallocation.FULL}, id="room-of-its-own"),
+            pytest.param({"preallocation": values.Preallocation.FULL}, id="room-of-its-own"),
         ],
     )
     def test_are_not_made_where_something_else_is_asked_for(
@@ -263,7 +268,7 @@ class TestClones:
     @pytest.mark.parametrize(
         "changes",
         [
-            {"cache_mode": model.CacheMode.WRITEBACK},
+            {"cache_mode": values.CacheMode.WRITEBACK},
             {"rate_limit_bytes_per_second": 1024 * MIB},
         ],
         ids=["a-cache-mode", "a-rate"],
@@ -301,43 +306,43 @@ class TestOwnRights:
     def test_is_to_everything_that_the_kernel_allows(self) -> None:
         """With the ids of this process, and every format."""
         asked = grants.request("/a/b", "/c/d")
-        grant = own.grant(channel.Order(qemu_img="", convert=asked, inspect=None))
-        assert isinstance(grant, model.Grant)
+        grant = local_grant.grant(messages.LocalRequest(qemu_img="", convert=asked, inspect=None))
+        assert isinstance(grant, values.ConvertGrant)
         assert (grant.source.path, grant.dest.path) == ("/a/b", "/c/d")
         assert (grant.peer.uid, grant.peer.gid) == (os.geteuid(), os.getegid())
-        assert grant.read_formats == model.FORMATS
-        assert grant.overwrite is model.Overwrite.ANY
+        assert grant.read_formats == values.FORMATS
+        assert grant.overwrite is values.OverwriteScope.ANY
 
     def test_to_look_is_the_same(self) -> None:
         """At one image."""
-        asked = model.InspectRequest(source=model.Source(path="/a/b"))
-        grant = own.grant(channel.Order(qemu_img="", convert=None, inspect=asked))
-        assert isinstance(grant, model.InspectGrant)
+        asked = values.InspectRequest(source=values.Source(path="/a/b"))
+        grant = local_grant.grant(messages.LocalRequest(qemu_img="", convert=None, inspect=asked))
+        assert isinstance(grant, values.InspectGrant)
         assert grant.source.path == "/a/b"
 
     @pytest.mark.parametrize(
         ("order", "expected"),
         [
-            (channel.Order(qemu_img="", convert=None, inspect=None), "BAD_MESSAGE"),
+            (messages.LocalRequest(qemu_img="", convert=None, inspect=None), "BAD_MESSAGE"),
             (
-                channel.Order(qemu_img="", convert=grants.request("a", "/b"), inspect=None),
+                messages.LocalRequest(qemu_img="", convert=grants.request("a", "/b"), inspect=None),
                 "BAD_PATH",
             ),
         ],
         ids=["without-a-request", "with-a-bad-one"],
     )
-    def test_is_not_given_for_an_order(self, order: channel.Order, expected: str) -> None:
+    def test_is_not_given_for_an_order(self, order: messages.LocalRequest, expected: str) -> None:
         """What can't be meant is refused as by a daemon."""
-        assert refusals.reason_of(lambda: own.grant(order)) == expected
+        assert refusals.reason_of(lambda: local_grant.grant(order)) == expected
 
 
 def test_without_a_qemu_img_there_is_no_conversion(area: Path) -> None:
     """And that is said, with the reason."""
     missing = dataclasses.replace(whole_job.setup(), path=str(area / "missing"))
 
-    def act() -> errors.Failure | None:
-        gate = Gate(missing.seccomp)
-        return refusals.refusal_of(lambda: qemu_img.opened(missing, gate).__enter__())
+    def act() -> conditions.Failure | None:
+        gate = PreforkSlot(missing.seccomp)
+        return refusals.refusal_of(lambda: execution.opened(missing, gate).__enter__())
 
     failure = in_child(act)
     assert failure is not None

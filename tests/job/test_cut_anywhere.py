@@ -25,7 +25,7 @@ import grants
 import pytest
 import whole_job
 
-from convertd_daemon import model
+from convertd_core import values
 
 CUTS: Final = os.environ.get("CONVERTD_TEST_CUTS", "20")
 SEED: Final = int(os.environ.get("CONVERTD_TEST_SEED", "1"))
@@ -111,7 +111,7 @@ def test_a_job_that_is_cut_short_anywhere_ends_in_silence(
     subprocess.run(argv, check=True, cwd=area)
     before.write_bytes(b"the old one")
     there = set(os.listdir(area))
-    rules = grants.Rules(roots=(grants.files(area),), overwrite=model.Overwrite.ANY)
+    rules = grants.Rules(roots=(grants.files(area),), overwrite=values.OverwriteScope.ANY)
     asked = grants.to(grants.request(source, dest, "qcow2", "raw"), overwrite=overwrite)
 
     def outcome(instant: int) -> tuple[Instants, str]:

@@ -19,8 +19,10 @@ import whole_job
 from harness.mounts import Mounts
 from loop_devices import DISK_GROUP, Devices
 
-from convertd_daemon import channel, errors, model
-from convertd_daemon.job import devices, ends, leash, paths
+from convertd_core import conditions, values
+from convertd_daemon import channel
+from convertd_daemon.job import context, endpoints
+from convertd_daemon.job.files import device_dest, paths
 
 MIB = 1024 * 1024
 SIZE = 8 * MIB
@@ -161,7 +163,7 @@ class TestWriting:
         source.write_bytes(os.urandom(4 * MIB))
         said = converted(volumes, source, device)
         assert said.failure is not None
-        assert said.failure.status is errors.Status.DATA_LOSS
+        assert said.failure.status is conditions.Status.DATA_LOSS
         assert said.failure.message.endswith(f"; the content of {device} is undefined now")
         assert dict(said.failure.values)["device_content"] == "undefined"
 
@@ -258,7 +260,7 @@ class TestRefusals:
     ) -> None:
         """Access = caller, on a device as on a file."""
         device = volumes.add("lv", SIZE)
-        rules = rules_of(volumes, access=model.Access.CALLER)
+        rules = rules_of(volumes, access=values.RootAccess.CALLER)
         request = grants.request(image(volumes, MIB), device)
         grant = rules.convert(request)
         assert whole_job.run(grant).reason == "ACCESS_REFUSED"
@@ -334,10 +336,10 @@ class TestReading:
 
 
 @contextlib.contextmanager
-def failing(dest: ends.Dest) -> Iterator[None]:
+def failing(dest: endpoints.Dest) -> Iterator[None]:
     """What a job does while a failure would leave a device undefined."""
     ours, theirs = channel.Channel.pair()
-    with ours, theirs, ends.undefined_on_failure(dest, leash.Leash(ours, 60.0)):
+    with ours, theirs, endpoints.undefined_on_failure(dest, context.JobContext(ours, 60.0)):
         yield
 
 
@@ -345,10 +347,10 @@ class TestOpening:
     """What is held while a device is written."""
 
     @contextlib.contextmanager
-    def opened(self, volumes: Devices, device: Path) -> Iterator[devices.DeviceDest]:
+    def opened(self, volumes: Devices, device: Path) -> Iterator[device_dest.DeviceDest]:
         """Open a device as a destination."""
         grant = rules_of(volumes).convert(grants.request(image(volumes, MIB), device))
-        with devices.open_dest(grant, WORKER) as dest:
+        with device_dest.open_dest(grant, WORKER) as dest:
             yield dest
 
     def test_it_is_held_for_as_long_as_it_is_open(self, volumes: Devices) -> None:
@@ -367,7 +369,7 @@ class TestOpening:
         device = volumes.add("lv", SIZE)
         os.chmod(device, 0o600)
         grant = rules_of(volumes).convert(grants.request(image(volumes, MIB), device))
-        with devices.open_dest(grant, None) as dest:
+        with device_dest.open_dest(grant, None) as dest:
             assert dest.group is None
 
     def test_what_can_not_be_flushed_is_told(self, volumes: Devices) -> None:
@@ -376,7 +378,7 @@ class TestOpening:
         with self.opened(volumes, device) as dest:
             lying = dataclasses.replace(dest, size_bytes=2 * SIZE)
             planned = plan_of(MIB)
-            failure = refusals.refusal_of(lambda: devices.finish(lying, planned, is_zero=False))
+            failure = refusals.refusal_of(lambda: device_dest.finish(lying, planned, is_zero=False))
         assert failure is not None
         assert failure.reason == "WRITE_FAILED"
 
@@ -385,11 +387,11 @@ class TestOpening:
         rules = grants.Rules(roots=(grants.files(area),))
         grant = rules.convert(grants.request(area / "a", area / "b"))
         with (
-            ends.open_dest(grant, whole_job.setup()) as dest,
-            pytest.raises(errors.Stalled) as stalled,
+            endpoints.open_dest(grant, whole_job.setup()) as dest,
+            pytest.raises(conditions.Stalled) as stalled,
             failing(dest),
         ):
-            raise errors.Stalled(stall_s=1.0)
+            raise conditions.Stalled(stall_s=1.0)
         assert stalled.value.undefined_device == ""
 
     def test_a_device_that_fails_is_undefined(self, volumes: Devices) -> None:
@@ -397,10 +399,10 @@ class TestOpening:
         device = volumes.add("lv", SIZE)
         with (
             self.opened(volumes, device) as dest,
-            pytest.raises(errors.Stalled) as stalled,
+            pytest.raises(conditions.Stalled) as stalled,
             failing(dest),
         ):
-            raise errors.Stalled(stall_s=1.0)
+            raise conditions.Stalled(stall_s=1.0)
         assert stalled.value.undefined_device == str(device)
 
     def test_where_there_are_no_devices_there_is_none(self) -> None:
@@ -411,14 +413,14 @@ class TestOpening:
         assert reason == "SOURCE_NOT_FOUND"
 
 
-def plan_of(size_bytes: int) -> model.Plan:
+def plan_of(size_bytes: int) -> values.Plan:
     """A plan for an image of that size."""
-    info = model.ImageInfo(format="raw", virtual_size_bytes=size_bytes, actual_size_bytes=0)
-    cache = model.ChosenCache(mode=model.CacheMode.NONE, reason="")
-    return model.Plan(
-        chain=(model.Member(path="/a", info=info),),
+    info = values.ImageInfo(format="raw", virtual_size_bytes=size_bytes, actual_size_bytes=0)
+    cache = values.CacheChoice(mode=values.CacheMode.NONE, reason="")
+    return values.Plan(
+        chain=(values.ChainMember(path="/a", info=info),),
         dest_format="raw",
-        compression=model.Compression.NONE,
+        compression=values.Compression.NONE,
         source_cache=cache,
         dest_cache=cache,
         argv=(),

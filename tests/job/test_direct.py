@@ -10,8 +10,8 @@ import pytest
 from descriptors import none_left_open
 from harness.mounts import Mounts
 
-from convertd_daemon.job import direct
-from convertd_daemon.kernel import statx
+from convertd_daemon.job.files import direct_io
+from convertd_daemon.linux import statx
 
 
 @pytest.fixture
@@ -40,13 +40,13 @@ def test_what_can_be_read_directly_can_be_whatever_its_size(unnamed: int, size: 
     """And its content is not changed by asking."""
     data = os.urandom(size)
     os.write(unnamed, data)
-    assert direct.read_refusal(unnamed) is None
+    assert direct_io.read_refusal(unnamed) is None
     assert os.pread(unnamed, size + 1, 0) == data
 
 
 def test_what_can_be_written_directly_is_left_empty(unnamed: int) -> None:
     """A leftover block would end up in the result."""
-    assert direct.write_refusal(unnamed) is None
+    assert direct_io.write_refusal(unnamed) is None
     assert os.fstat(unnamed).st_size == 0
 
 
@@ -54,7 +54,7 @@ def test_what_the_kernel_promises_is_not_tried(mounts: Mounts) -> None:
     """It would take the disk milliseconds."""
     descriptor = os.open(mounts.on_a_loop("xfs", "xfs"), os.O_TMPFILE | os.O_RDWR, 0o600)
     before = os.fstat(descriptor)
-    assert direct.write_refusal(descriptor) is None
+    assert direct_io.write_refusal(descriptor) is None
     assert os.fstat(descriptor) == before
     os.close(descriptor)
 
@@ -66,14 +66,14 @@ def test_a_promise_that_is_none_for_us_is_tried(
     """Blocks of 4096 bytes are what qemu transfers at least."""
     told = statx.DirectAlignment(memory=memory, offset=offset)
     monkeypatch.setattr(statx, "direct_alignment", lambda _: told)
-    assert direct.read_refusal(on_ramfs) == "Invalid argument"
-    assert direct.write_refusal(on_ramfs) == "Invalid argument"
+    assert direct_io.read_refusal(on_ramfs) == "Invalid argument"
+    assert direct_io.write_refusal(on_ramfs) == "Invalid argument"
 
 
 def test_where_it_can_not_be_the_kernels_words_say_so(on_ramfs: int) -> None:
     """Ramfs refuses O_DIRECT when it is opened."""
-    assert direct.read_refusal(on_ramfs) == "Invalid argument"
-    assert direct.write_refusal(on_ramfs) == "Invalid argument"
+    assert direct_io.read_refusal(on_ramfs) == "Invalid argument"
+    assert direct_io.write_refusal(on_ramfs) == "Invalid argument"
 
 
 def test_a_write_that_fails_after_the_opening_is_a_refusal_too(mounts: Mounts) -> None:
@@ -82,7 +82,7 @@ def test_a_write_that_fails_after_the_opening_is_a_refusal_too(mounts: Mounts) -
     with (point / "filler").open("wb", buffering=0) as filler:
         filler.write(bytes(65536))
     descriptor = os.open(point / "file", os.O_CREAT | os.O_RDWR, 0o600)
-    assert direct.write_refusal(descriptor) == "No space left on device"
+    assert direct_io.write_refusal(descriptor) == "No space left on device"
     assert os.fstat(descriptor).st_size == 0
     os.close(descriptor)
 
@@ -91,7 +91,7 @@ def test_an_inode_that_holds_data_is_not_written_to(unnamed: int) -> None:
     """It would lose what it holds; to ask is a mistake of ours."""
     os.write(unnamed, b"data")
     with pytest.raises(ValueError, match="holds data"):
-        direct.write_refusal(unnamed)
+        direct_io.write_refusal(unnamed)
     assert os.pread(unnamed, 9, 0) == b"data"
 
 
@@ -99,5 +99,5 @@ def test_no_descriptor_is_left_open(unnamed: int, on_ramfs: int) -> None:
     """Whatever the answer was."""
     with none_left_open():
         for descriptor in (unnamed, on_ramfs):
-            direct.write_refusal(descriptor)
-            direct.read_refusal(descriptor)
+            direct_io.write_refusal(descriptor)
+            direct_io.read_refusal(descriptor)

@@ -11,7 +11,7 @@ import grants
 import pytest
 import whole_job
 
-from convertd_daemon import model
+from convertd_core import values
 
 SECTOR: Final = 512
 GIB: Final = 1024**3
@@ -54,9 +54,9 @@ def converted(
     """Convert such a source to `out`."""
     request = grants.request(source(area / "in", size_bytes), area / "out", "qcow2", image_format)
     pairs = (option.split("=") for option in options.split(",") if option)
-    chosen = tuple(model.Option(name=name, value=value) for name, value in pairs)
+    chosen = tuple(values.CreationOption(name=name, value=value) for name, value in pairs)
     request = dataclasses.replace(grants.to(request, options=chosen), **asked)  # type: ignore[arg-type]
-    limits = model.Limits(virtual_size_bytes=2**62)
+    limits = values.Limits(virtual_size_bytes=2**62)
     return whole_job.run(grants.Rules(roots=(grants.files(area),), limits=limits).convert(request))
 
 

@@ -16,7 +16,7 @@ import pytest
 import whole_job
 from hostile import forged
 
-from convertd_daemon import model
+from convertd_core import values
 
 MIB: Final = 1024 * 1024
 SECTOR: Final = 512
@@ -247,7 +247,7 @@ class TestLargeParallels:
 
     def asked(self, source: Path) -> whole_job.Said:
         """Have all its checks done. To write 3 TiB, even of nothing, takes longer."""
-        limits = model.Limits(virtual_size_bytes=2**63 - 1)
+        limits = values.Limits(virtual_size_bytes=2**63 - 1)
         rules = grants.Rules(roots=(grants.files(source.parent),), limits=limits)
         request = grants.request(source, source.parent / "out", "parallels", "qcow2")
         return whole_job.run(rules.convert(dataclasses.replace(request, validate_only=True)))
@@ -288,7 +288,7 @@ class TestHostileImages:
     def test_what_takes_for_ever_ends_in_time(self, area: Path) -> None:
         """Snapshots that nobody converts, each with tables to follow."""
         source = _with_snapshots(area / "in", 4000)
-        limits = model.Limits(duration_s=3.0)
+        limits = values.Limits(duration_s=3.0)
         rules = grants.Rules(roots=(grants.files(area),), limits=limits)
         said = whole_job.run(rules.convert(grants.request(source, area / "out", "qcow2")))
         assert said.reason == "DURATION_EXCEEDED"

@@ -14,8 +14,9 @@ import refusals
 import whole_job
 from harness.mounts import Mounts
 
-from convertd_daemon import model
-from convertd_daemon.job import own, ownership, paths, result
+from convertd_core import values
+from convertd_daemon.job import local_grant
+from convertd_daemon.job.files import file_dest, ownership, paths
 
 CALLER = grants.CALLER
 SETUP = whole_job.setup()
@@ -31,16 +32,16 @@ UNKEPT = {
 """File systems, as bindfs(1) can be each of them."""
 
 
-def grant_to(directory: Path, **changes: object) -> model.Grant:
+def grant_to(directory: Path, **changes: object) -> values.ConvertGrant:
     """Leave to write the file `new` there."""
     rules = grants.Rules(roots=(grants.files(directory, **changes),))
     return rules.convert(grants.request(directory / "x", directory / "new"))
 
 
 @contextlib.contextmanager
-def created(grant: model.Grant) -> Iterator[result.FileDest]:
+def created(grant: values.ConvertGrant) -> Iterator[file_dest.FileDest]:
     """A result that is being written."""
-    with paths.open_target(grant) as target, result.create(grant, target, SETUP) as dest:
+    with paths.open_target(grant) as target, file_dest.create(grant, target, SETUP) as dest:
         yield dest
 
 
@@ -116,11 +117,11 @@ def test_without_a_daemon_a_warning_says_so(everybodys: Path) -> None:
     """Whoever converts with its own rights chose the file system."""
     grant = dataclasses.replace(
         grant_to(everybodys),
-        dest=model.Place(root=own.EVERYTHING, below=f"{everybodys}/new"[1:]),
+        dest=values.Place(root=local_grant.EVERYTHING, below=f"{everybodys}/new"[1:]),
         peer=dataclasses.replace(CALLER, uid=0, gid=0),
     )
     alone = dataclasses.replace(SETUP, identity=None)
-    with paths.open_target(grant) as target, result.create(grant, target, alone) as dest:
+    with paths.open_target(grant) as target, file_dest.create(grant, target, alone) as dest:
         (warning,) = ownership.settle(dest.fd, dest.ownership, dest.target)
     assert warning.reason == "OWNER_NOT_KEPT"
 

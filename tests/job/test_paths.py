@@ -22,8 +22,9 @@ import refusals
 from descriptors import none_left_open
 from harness.mounts import Mounts
 
-from convertd_daemon import errors, model
-from convertd_daemon.job import own, paths, rights
+from convertd_core import conditions, values
+from convertd_daemon.job import local_grant
+from convertd_daemon.job.files import credentials, paths
 
 CALLER = grants.CALLER
 DATA = b"the image" * 1000
@@ -86,7 +87,7 @@ class TestSource:
         assert_closed(source.fd)
         return data
 
-    def refusal(self, rules: grants.Rules, path: Path) -> errors.Failure:
+    def refusal(self, rules: grants.Rules, path: Path) -> conditions.Failure:
         """What a source is refused with; nothing is left open."""
         with none_left_open():
             failure = refusals.refusal_of(lambda: self.opened(rules, path))
@@ -200,13 +201,13 @@ class TestSource:
         """By uid, gid and every group that the kernel told at connect; the kernel decides."""
         os.chown(images / "disk", owner, group)
         (images / "disk").chmod(mode)
-        rules = rules_of(images, access=model.Access.CALLER)
+        rules = rules_of(images, access=values.RootAccess.CALLER)
         reason = refusals.reason_of(lambda: self.opened(rules, images / "disk"))
         assert reason == expected
 
     def test_whose_rights_did_not_suffice_is_said(self, images: Path) -> None:
         """The caller's, by number."""
-        rules = rules_of(images, access=model.Access.CALLER)
+        rules = rules_of(images, access=values.RootAccess.CALLER)
         failure = self.refusal(rules, images / "disk")
         refused = "the kernel refused access with the rights of uid 1234"
         assert failure.message == f"{images}/disk: {refused}"
@@ -216,7 +217,7 @@ class TestSource:
     ) -> None:
         """What is there and what is not have one answer."""
         (images / "sub").chmod(0o700)
-        rules = rules_of(images, access=model.Access.CALLER)
+        rules = rules_of(images, access=values.RootAccess.CALLER)
         for name in ("disk", "absent"):
             assert self.refusal(rules, images / "sub" / name).reason == "ACCESS_REFUSED"
 
@@ -225,10 +226,12 @@ class TestSource:
     ) -> None:
         """Without a daemon nobody else's rights could be led astray; magic links stay refused."""
         (area / "link").symlink_to(images)
-        place = model.Place(root=own.EVERYTHING, below=f"{area}/link/disk".removeprefix("/"))
+        place = values.Place(
+            root=local_grant.EVERYTHING, below=f"{area}/link/disk".removeprefix("/")
+        )
         with paths.open_source(place, CALLER) as source:
             assert os.pread(source.fd, 2 * len(DATA), 0) == DATA
-        magic = model.Place(root=own.EVERYTHING, below="proc/self/fd/0")
+        magic = values.Place(root=local_grant.EVERYTHING, below="proc/self/fd/0")
         failure = refusals.refusal_of(lambda: paths.open_source(magic, CALLER).__enter__())
         assert failure is not None
         assert failure.reason == "SYMLINK_IN_PATH"
@@ -236,7 +239,7 @@ class TestSource:
     def test_with_ones_own_rights_too_what_is_no_file_is_not_opened(self, images: Path) -> None:
         """A FIFO without a writer would hold whoever opens it."""
         os.mkfifo(images / "odd")
-        place = model.Place(root=own.EVERYTHING, below=f"{images}/odd".removeprefix("/"))
+        place = values.Place(root=local_grant.EVERYTHING, below=f"{images}/odd".removeprefix("/"))
         reason = refusals.reason_of(lambda: paths.open_source(place, CALLER).__enter__())
         assert reason == "NOT_AN_IMAGE"
 
@@ -265,7 +268,7 @@ class TestTarget:
         assert_closed(target.mount_table)
         return target
 
-    def refusal(self, rules: grants.Rules, path: Path, **asked: object) -> errors.Failure:
+    def refusal(self, rules: grants.Rules, path: Path, **asked: object) -> conditions.Failure:
         """What a target is refused with; nothing is left open."""
         with none_left_open():
             failure = refusals.refusal_of(lambda: self.opened(rules, path, **asked))
@@ -307,13 +310,13 @@ class TestTarget:
     @pytest.mark.parametrize(
         ("overwrite", "owner", "expected"),
         [
-            (model.Overwrite.OWN, CALLER.uid, "done"),
-            (model.Overwrite.OWN, 0, "NOT_YOURS"),
-            (model.Overwrite.ANY, 0, "done"),
+            (values.OverwriteScope.OWN, CALLER.uid, "done"),
+            (values.OverwriteScope.OWN, 0, "NOT_YOURS"),
+            (values.OverwriteScope.ANY, 0, "done"),
         ],
     )
     def test_whose_file_may_be_replaced_is_the_policys(
-        self, images: Path, overwrite: model.Overwrite, owner: int, expected: str
+        self, images: Path, overwrite: values.OverwriteScope, owner: int, expected: str
     ) -> None:
         """One's own, or anybody's."""
         os.chown(images / "disk", owner, 0)
@@ -325,20 +328,20 @@ class TestTarget:
     def test_what_is_no_file_is_never_replaced(self, images: Path, make: Make, found: str) -> None:
         """Nor is it opened."""
         make(images / "odd")
-        rules = dataclasses.replace(rules_of(images), overwrite=model.Overwrite.ANY)
+        rules = dataclasses.replace(rules_of(images), overwrite=values.OverwriteScope.ANY)
         failure = self.refusal(rules, images / "odd", overwrite=True)
         assert failure.message == f"{images}/odd: is {found}, not a regular file"
 
     def test_a_link_with_that_name_is_never_replaced_nor_followed(self, images: Path) -> None:
         """Nor is what it leads to."""
         (images / "link").symlink_to("disk")
-        rules = dataclasses.replace(rules_of(images), overwrite=model.Overwrite.ANY)
+        rules = dataclasses.replace(rules_of(images), overwrite=values.OverwriteScope.ANY)
         failure = self.refusal(rules, images / "link", overwrite=True)
         assert failure.reason == "SYMLINK_IN_PATH"
 
     def test_a_mount_with_that_name_is_not_entered(self, images: Path) -> None:
         """A file can be one, too; who so much as asks for its size may wait for ever."""
-        rules = dataclasses.replace(rules_of(images), overwrite=model.Overwrite.ANY)
+        rules = dataclasses.replace(rules_of(images), overwrite=values.OverwriteScope.ANY)
         (images / "point").touch()
         with bound(images / "disk", images / "point"):
             failure = self.refusal(rules, images / "point", overwrite=True)
@@ -346,7 +349,7 @@ class TestTarget:
 
     def test_a_file_that_somebody_holds_a_lease_on_is_not_waited_for(self, images: Path) -> None:
         """As for a source."""
-        rules = dataclasses.replace(rules_of(images), overwrite=model.Overwrite.ANY)
+        rules = dataclasses.replace(rules_of(images), overwrite=values.OverwriteScope.ANY)
         with leased(images / "disk"):
             failure = self.refusal(rules, images / "disk", overwrite=True)
         assert failure.reason == "IMAGE_IN_USE"
@@ -354,7 +357,7 @@ class TestTarget:
     @pytest.mark.parametrize("byte", [paths.QEMU_LOCKS[0], 150, paths.QEMU_LOCKS[1]])
     def test_the_disk_of_a_running_qemu_is_not_replaced(self, images: Path, byte: int) -> None:
         """Its locks are on these bytes; it would go on writing into the void."""
-        rules = dataclasses.replace(rules_of(images), overwrite=model.Overwrite.ANY)
+        rules = dataclasses.replace(rules_of(images), overwrite=values.OverwriteScope.ANY)
         with (images / "disk").open("r+b") as theirs:
             flock = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0)
             fcntl.fcntl(theirs, fcntl.F_OFD_SETLK, flock)
@@ -364,7 +367,7 @@ class TestTarget:
 
     def test_other_locks_on_it_are_nobodys_business(self, images: Path) -> None:
         """flock(2), or on other bytes."""
-        rules = dataclasses.replace(rules_of(images), overwrite=model.Overwrite.ANY)
+        rules = dataclasses.replace(rules_of(images), overwrite=values.OverwriteScope.ANY)
         with (images / "disk").open("r+b") as theirs:
             fcntl.flock(theirs, fcntl.LOCK_EX)
             fcntl.lockf(theirs, fcntl.LOCK_EX, 1, paths.QEMU_LOCKS[1] + 1)
@@ -382,7 +385,7 @@ class TestTarget:
     ) -> None:
         """Whether there is such a file is not to be learnt by asking to write it."""
         (images / "sub").chmod(0o744)
-        rules = rules_of(images, access=model.Access.CALLER)
+        rules = rules_of(images, access=values.RootAccess.CALLER)
         for name in ("disk", "absent"):
             assert self.refusal(rules, images / "sub" / name).reason == "ACCESS_REFUSED"
 
@@ -393,7 +396,7 @@ class TestTarget:
         (images / "sub" / "deep").mkdir()
         (images / "sub" / "deep").chmod(0o777)
         (images / "sub").chmod(0o700)
-        rules = rules_of(images, access=model.Access.CALLER)
+        rules = rules_of(images, access=values.RootAccess.CALLER)
         for name in ("deep", "absent"):
             failure = self.refusal(rules, images / "sub" / name / "new")
             assert failure.reason == "ACCESS_REFUSED"
@@ -403,7 +406,9 @@ class TestTarget:
     ) -> None:
         """As every other program would."""
         (area / "link").symlink_to("images")
-        place = model.Place(root=own.EVERYTHING, below=f"{area}/link/new".removeprefix("/"))
+        place = values.Place(
+            root=local_grant.EVERYTHING, below=f"{area}/link/new".removeprefix("/")
+        )
         grant = rules_of(images).convert(grants.request(images / "a", images / "b"))
         with paths.open_target(dataclasses.replace(grant, dest=place)) as target:
             assert os.path.samestat(os.fstat(target.directory), images.stat())
@@ -429,7 +434,7 @@ class TestTarget:
 def test_whatever_the_kernel_says_becomes_a_condition(number: int, expected: str) -> None:
     """With its own words where there is no better one."""
     place = grants.Rules(roots=(grants.files("/images"),)).place("/images/a")
-    absent = errors.SourceNotFound(path=place.path)
+    absent = conditions.SourceNotFound(path=place.path)
     error = OSError(number, os.strerror(number))
     failure = refusals.refusal_of(lambda: paths.raise_for(error, place, CALLER, absent))
     assert failure is not None
@@ -449,14 +454,14 @@ def test_an_odd_kind_of_file_has_a_name_too() -> None:
 @pytest.mark.parametrize(
     ("access", "expected"),
     [
-        (model.Access.DAEMON, "the daemon"),
-        (model.Access.CALLER, "uid 1234"),
-        (model.Access.OWN, "uid 0"),
+        (values.RootAccess.DAEMON, "the daemon"),
+        (values.RootAccess.CALLER, "uid 1234"),
+        (values.RootAccess.OWN, "uid 0"),
     ],
 )
-def test_whose_rights_are_in_force_can_be_said(access: model.Access, expected: str) -> None:
+def test_whose_rights_are_in_force_can_be_said(access: values.RootAccess, expected: str) -> None:
     """For a message."""
-    assert rights.name_of(grants.files("/images", access=access), CALLER) == expected
+    assert credentials.describe_rights(grants.files("/images", access=access), CALLER) == expected
 
 
 def assert_closed(descriptor: int) -> None:

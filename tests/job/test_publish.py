@@ -16,8 +16,14 @@ import refusals
 import whole_job
 from harness.mounts import Mounts
 
-from convertd_daemon import errors, model
-from convertd_daemon.job import devices, own, paths, publish, result
+from convertd_core import conditions, values
+from convertd_daemon.job import local_grant
+from convertd_daemon.job.files import (
+    device_dest,
+    file_dest,
+    paths,
+    publish,
+)
 
 CALLER = grants.CALLER
 STRANGER = grants.STRANGER
@@ -29,35 +35,35 @@ NEW, OLD, THEIRS = b"the result", b"the old file", b"somebody else's"
 def grant_to(
     directory: Path,
     *,
-    overwrite: model.Overwrite | None = None,
-    root: model.Root | None = None,
+    overwrite: values.OverwriteScope | None = None,
+    root: values.Root | None = None,
     **asked: object,
-) -> model.Grant:
+) -> values.ConvertGrant:
     """Leave to write the file `new` there, and to overwrite whose it may."""
     rules = grants.Rules(
-        roots=(root or grants.files(directory),), overwrite=overwrite or model.Overwrite.OWN
+        roots=(root or grants.files(directory),), overwrite=overwrite or values.OverwriteScope.OWN
     )
     request = grants.request(directory / "never-read", directory / "new")
     return rules.convert(grants.to(request, overwrite=overwrite is not None, **asked))
 
 
 @contextlib.contextmanager
-def written(grant: model.Grant) -> Iterator[result.FileDest]:
+def written(grant: values.ConvertGrant) -> Iterator[file_dest.FileDest]:
     """A result that is written, and flushed, but has no name."""
-    with paths.open_target(grant) as target, result.create(grant, target, SETUP) as dest:
+    with paths.open_target(grant) as target, file_dest.create(grant, target, SETUP) as dest:
         os.write(dest.fd, NEW)
         publish.flush(grant, plan_of(grant), dest)
         yield dest
 
 
-def plan_of(grant: model.Grant) -> model.Plan:
+def plan_of(grant: values.ConvertGrant) -> values.Plan:
     """A plan; of it only the size counts here, and that for devices alone."""
-    info = model.ImageInfo(format="raw", virtual_size_bytes=len(NEW), actual_size_bytes=0)
-    cache = model.ChosenCache(mode=model.CacheMode.NONE, reason="")
-    return model.Plan(
-        chain=(model.Member(path=grant.source.path, info=info),),
+    info = values.ImageInfo(format="raw", virtual_size_bytes=len(NEW), actual_size_bytes=0)
+    cache = values.CacheChoice(mode=values.CacheMode.NONE, reason="")
+    return values.Plan(
+        chain=(values.ChainMember(path=grant.source.path, info=info),),
         dest_format="raw",
-        compression=model.Compression.NONE,
+        compression=values.Compression.NONE,
         source_cache=cache,
         dest_cache=cache,
         argv=(),
@@ -74,11 +80,11 @@ def put(path: Path, data: bytes, owner: int = CALLER.uid) -> Path:
     return path
 
 
-def published(grant: model.Grant, meanwhile: Callable[[], object] = lambda: None) -> str:
+def published(grant: values.ConvertGrant, meanwhile: Callable[[], object] = lambda: None) -> str:
     """What becomes of a result if something happens between its flushing and its naming."""
     with written(grant) as dest:
         meanwhile()
-        return refusals.reason_of(lambda: publish.name(grant, dest))
+        return refusals.reason_of(lambda: publish.assign_name(grant, dest))
 
 
 def names_in(directory: Path) -> set[str]:
@@ -110,7 +116,7 @@ class TestNewName:
         """And to nothing before; nothing else is left."""
         with written(grant_to(place)) as dest:
             assert "new" not in names_in(place)
-            assert publish.name(grant_to(place), dest) is False
+            assert publish.assign_name(grant_to(place), dest) is False
             assert names_in(place) == {"new"}
         assert (place / "new").read_bytes() == NEW
         assert os.listdir(place) == ["new"]
@@ -162,23 +168,25 @@ class TestNewName:
 class TestOverwriting:
     """A name that leads to an old file."""
 
-    @pytest.mark.parametrize("overwrite", model.Overwrite)
-    def test_leads_to_the_new_one_at_once(self, place: Path, overwrite: model.Overwrite) -> None:
+    @pytest.mark.parametrize("overwrite", values.OverwriteScope)
+    def test_leads_to_the_new_one_at_once(
+        self, place: Path, overwrite: values.OverwriteScope
+    ) -> None:
         """Whoever has the old one open keeps it whole."""
         put(place / "new", OLD)
         grant = grant_to(place, overwrite=overwrite)
         with (place / "new").open("rb") as reader, written(grant) as dest:
             assert (place / "new").read_bytes() == OLD
-            assert publish.name(grant, dest) is True
+            assert publish.assign_name(grant, dest) is True
             assert reader.read() == OLD
         assert (place / "new").read_bytes() == NEW
         assert names_in(place) == {"new"}
 
     def test_where_there_is_no_old_one_is_a_new_name(self, place: Path) -> None:
         """To ask for it is no duty."""
-        grant = grant_to(place, overwrite=model.Overwrite.OWN)
+        grant = grant_to(place, overwrite=values.OverwriteScope.OWN)
         with written(grant) as dest:
-            assert publish.name(grant, dest) is False
+            assert publish.assign_name(grant, dest) is False
 
     @pytest.mark.parametrize("uid", [STRANGER.uid, 0])
     def test_of_a_file_that_another_user_put_there_meanwhile_is_refused(
@@ -186,7 +194,7 @@ class TestOverwriting:
     ) -> None:
         """It was the caller's own when it was allowed."""
         put(place / "new", OLD)
-        grant = grant_to(place, overwrite=model.Overwrite.OWN)
+        grant = grant_to(place, overwrite=values.OverwriteScope.OWN)
         reason = published(grant, lambda: put(place / "theirs", THEIRS, uid).rename(place / "new"))
         assert reason == "NOT_YOURS"
         assert (place / "new").read_bytes() == THEIRS
@@ -194,7 +202,7 @@ class TestOverwriting:
 
     def test_of_anybodys_file_is_done_if_the_policy_says_so(self, place: Path) -> None:
         """Also of one that came meanwhile."""
-        grant = grant_to(place, overwrite=model.Overwrite.ANY)
+        grant = grant_to(place, overwrite=values.OverwriteScope.ANY)
         assert published(grant, lambda: put(place / "new", THEIRS, STRANGER.uid)) == "done"
         assert (place / "new").read_bytes() == NEW
 
@@ -210,7 +218,7 @@ class TestOverwriting:
         self, place: Path, make: Callable[[Path], object]
     ) -> None:
         """Whatever it was when it was looked at first."""
-        grant = grant_to(place, overwrite=model.Overwrite.ANY)
+        grant = grant_to(place, overwrite=values.OverwriteScope.ANY)
         before = names_in(place)
         assert published(grant, lambda: make(place / "new")) == "DEST_EXISTS"
         assert names_in(place) == before | {"new"}
@@ -220,11 +228,11 @@ class TestOverwriting:
         put(area / "new", OLD)
         put(area / "other", THEIRS)
         mount = ["mount", "--bind", str(area / "other"), str(area / "new")]
-        grant = grant_to(area, overwrite=model.Overwrite.ANY)
+        grant = grant_to(area, overwrite=values.OverwriteScope.ANY)
         try:
             with written(grant) as dest:
                 subprocess.run(mount, check=True)
-                reason = refusals.reason_of(lambda: publish.name(grant, dest))
+                reason = refusals.reason_of(lambda: publish.assign_name(grant, dest))
         finally:
             subprocess.run(["umount", str(area / "new")], check=True)
         assert reason == "WRITE_FAILED"
@@ -238,8 +246,8 @@ class TestOverwriting:
         area.chmod(0o1777)
         put(area / "new", THEIRS, STRANGER.uid)
         (area / "new").chmod(0o644)
-        root = grants.files(area, access=model.Access.CALLER)
-        grant = grant_to(area, root=root, overwrite=model.Overwrite.ANY)
+        root = grants.files(area, access=values.RootAccess.CALLER)
+        grant = grant_to(area, root=root, overwrite=values.OverwriteScope.ANY)
         assert published(grant) == "ACCESS_REFUSED"
         assert (area / "new").read_bytes() == THEIRS
         assert names_in(area) == {"new"}
@@ -248,7 +256,7 @@ class TestOverwriting:
         """A kill between link and rename leaves a complete temporary."""
         put(area / "new", OLD)
         put(area / ".convertd-0123456789abcdef.tmp", NEW)
-        assert published(grant_to(area, overwrite=model.Overwrite.OWN)) == "done"
+        assert published(grant_to(area, overwrite=values.OverwriteScope.OWN)) == "done"
         assert names_in(area) == {"new"}
 
 
@@ -275,7 +283,7 @@ class TestAfterwards:
         """What is mounted there is not entered."""
         put(area / "other", THEIRS)
         with written(grant_to(area)) as dest:
-            publish.name(grant_to(area), dest)
+            publish.assign_name(grant_to(area), dest)
             point = str(area / "new")
             subprocess.run(["mount", "--bind", str(area / "other"), point], check=True)
             try:
@@ -293,7 +301,7 @@ class TestAfterwards:
         with written(grant_to(fuse)) as dest:
             put(fuse / dest.temporary, THEIRS).rename(fuse / "aside")
             put(fuse / dest.temporary, THEIRS)
-            reason = refusals.reason_of(lambda: publish.name(grant_to(fuse), dest))
+            reason = refusals.reason_of(lambda: publish.assign_name(grant_to(fuse), dest))
         assert reason == "NAME_REPLACED"
 
     def test_a_name_that_is_not_on_disk_is_said_to_be_there_but_not_durable(
@@ -305,7 +313,7 @@ class TestAfterwards:
             path = os.open(area, os.O_PATH | os.O_DIRECTORY)
             weak = dataclasses.replace(dest.target, directory=path)
             failure = refusals.refusal_of(
-                lambda: publish.name(grant, dataclasses.replace(dest, target=weak))
+                lambda: publish.assign_name(grant, dataclasses.replace(dest, target=weak))
             )
             os.close(path)
         assert failure is not None
@@ -338,7 +346,7 @@ class TestFailing:
         """In the kernel's words; here a pipe, which can't be."""
         grant = grant_to(area)
         reader, writer = os.pipe()
-        with paths.open_target(grant) as target, result.create(grant, target, SETUP) as dest:
+        with paths.open_target(grant) as target, file_dest.create(grant, target, SETUP) as dest:
             broken = dataclasses.replace(dest, fd=writer)
             failure = refusals.refusal_of(lambda: publish.flush(grant, plan_of(grant), broken))
         os.close(reader)
@@ -357,7 +365,7 @@ class TestFailing:
             directory = os.open(other, os.O_RDONLY | os.O_DIRECTORY)
             moved = dataclasses.replace(dest.target, directory=directory)
             failure = refusals.refusal_of(
-                lambda: publish.name(grant, dataclasses.replace(dest, target=moved))
+                lambda: publish.assign_name(grant, dataclasses.replace(dest, target=moved))
             )
             os.close(directory)
         assert failure is not None
@@ -373,15 +381,15 @@ class TestOwnRights:
     def test_the_group_is_left_as_the_directory_gave_it(self, area: Path) -> None:
         """Nobody may chown who is not root; nothing is asked of the kernel that need not be."""
         grant = dataclasses.replace(
-            grant_to(area), dest=model.Place(root=own.EVERYTHING, below=f"{area}/new"[1:])
+            grant_to(area), dest=values.Place(root=local_grant.EVERYTHING, below=f"{area}/new"[1:])
         )
         peer = dataclasses.replace(CALLER, uid=0, gid=0)
         grant = dataclasses.replace(grant, peer=peer)
         setup = dataclasses.replace(SETUP, identity=None)
-        with paths.open_target(grant) as target, result.create(grant, target, setup) as dest:
+        with paths.open_target(grant) as target, file_dest.create(grant, target, setup) as dest:
             os.fchown(dest.fd, -1, 1400)
             publish.flush(grant, plan_of(grant), dest)
-            publish.name(grant, dest)
+            publish.assign_name(grant, dest)
         assert (area / "new").stat().st_gid == 1400
 
     @pytest.mark.parametrize("asked", [{}, {"group": "0"}], ids=["no-group", "the-same-group"])
@@ -393,21 +401,21 @@ class TestOwnRights:
         point = mounts.by_fuse(area / "below", "fuse", "--chown-deny")
         grant = dataclasses.replace(
             grant_to(area, **asked),
-            dest=model.Place(root=own.EVERYTHING, below=f"{point}/new"[1:]),
+            dest=values.Place(root=local_grant.EVERYTHING, below=f"{point}/new"[1:]),
             peer=dataclasses.replace(CALLER, uid=0, gid=0),
         )
         setup = dataclasses.replace(SETUP, identity=None)
-        with paths.open_target(grant) as target, result.create(grant, target, setup) as dest:
+        with paths.open_target(grant) as target, file_dest.create(grant, target, setup) as dest:
             publish.flush(grant, plan_of(grant), dest)
-            publish.name(grant, dest)
+            publish.assign_name(grant, dest)
         assert os.listdir(point) == ["new"]
 
 
 def test_a_device_has_its_name(area: Path) -> None:
     """There is nothing to be given; and something was there before, as there always is."""
-    place = model.Place(root=grants.devices("/dev/vg"), below="lv")
-    device = devices.DeviceDest(place=place, fd=-1, size_bytes=0, group=None)
-    assert publish.name(grant_to(area), device) is True
+    place = values.Place(root=grants.devices("/dev/vg"), below="lv")
+    device = device_dest.DeviceDest(place=place, fd=-1, size_bytes=0, group=None)
+    assert publish.assign_name(grant_to(area), device) is True
     assert names_in(area) == set()
 
 
@@ -416,5 +424,5 @@ def test_what_is_refused_has_the_callers_path(area: Path) -> None:
     grant = grant_to(area)
     with written(grant) as dest:
         put(area / "new", THEIRS)
-        with pytest.raises(errors.DestExists, match=f"^{area}/new: exists"):
-            publish.name(grant, dest)
+        with pytest.raises(conditions.DestExists, match=f"^{area}/new: exists"):
+            publish.assign_name(grant, dest)

@@ -11,8 +11,8 @@ import grants
 import pytest
 import whole_job
 
-from convertd_daemon import model
-from convertd_daemon.job import reasons
+from convertd_core import values
+from convertd_daemon.job.qemu import reasons
 
 PATH: Final = "/proc/self/fd/7"
 
@@ -86,11 +86,11 @@ def test_a_feature_s_name_is_not_passed_on() -> None:
 
 def test_only_who_has_its_own_rights_is_told_what_qemu_img_said() -> None:
     """To all others it would tell which files there are."""
-    own = model.Place(
-        root=model.Root(name="own", path="/", access=model.Access.OWN), below="images/in"
+    own = values.Place(
+        root=values.Root(name="own", path="/", access=values.RootAccess.OWN), below="images/in"
     )
     root = grants.files("/images")
-    other = model.Place(root=root, below="in")
+    other = values.Place(root=root, below="in")
     assert reasons.unknown("first\nqemu-img: strange", own) == "it said 'qemu-img: strange'"
     assert reasons.unknown("qemu-img: strange", other) == reasons.IN_THE_LOG
 

@@ -17,7 +17,7 @@ import whole_job
 from hostile import containers, forged
 from hostile.containers import MIB, SECTOR, Vhd
 
-from convertd_daemon import errors, model
+from convertd_core import conditions, values
 
 FEW: Final = ("raw", "qcow2")
 """What a policy allows unless it says more."""
@@ -26,7 +26,7 @@ DISK: Final = random.Random(1).randbytes(MIB)  # noqa: S311 - the same in each r
 
 
 def converted(
-    source: Path, stated: str = "", formats: tuple[str, ...] = tuple(model.FORMATS)
+    source: Path, stated: str = "", formats: tuple[str, ...] = tuple(values.FORMATS)
 ) -> whole_job.Said:
     """Convert an image to `out` beside it, by a whole job."""
     rules = grants.Rules(roots=(grants.files(source.parent),), read_formats=formats)
@@ -34,14 +34,14 @@ def converted(
 
 
 def inspected(
-    source: Path, stated: str = "", formats: tuple[str, ...] = tuple(model.FORMATS)
+    source: Path, stated: str = "", formats: tuple[str, ...] = tuple(values.FORMATS)
 ) -> whole_job.Said:
     """Look at an image, by a whole job."""
     rules = grants.Rules(roots=(grants.files(source.parent),), read_formats=formats)
-    return whole_job.run(rules.inspect(model.Source(path=str(source), format=stated)))
+    return whole_job.run(rules.inspect(values.Source(path=str(source), format=stated)))
 
 
-def failure_of(said: whole_job.Said) -> errors.Failure:
+def failure_of(said: whole_job.Said) -> conditions.Failure:
     """What it failed of."""
     assert said.failure is not None
     return said.failure
@@ -326,7 +326,7 @@ class TestSizesOfVhds:
         """Of a size that no geometry has."""
         disk = DISK + os.urandom(3 * SECTOR)
         (area / "in").write_bytes(disk)
-        options = (model.Option(name="subformat", value=subformat),)
+        options = (values.CreationOption(name="subformat", value=subformat),)
         rules = grants.Rules(roots=(grants.files(area),))
         request = grants.to(
             grants.request(area / "in", area / "mid", "raw", "vpc"), options=options
@@ -400,7 +400,7 @@ class TestContainers:
     def test_a_fixed_vhd_that_convertd_wrote_is_known(self, area: Path) -> None:
         """As anybody's."""
         (area / "in").write_bytes(DISK)
-        options = (model.Option(name="subformat", value="fixed"),)
+        options = (values.CreationOption(name="subformat", value="fixed"),)
         request = grants.to(
             grants.request(area / "in", area / "mid", "raw", "vpc"), options=options
         )

@@ -19,9 +19,16 @@ import refusals
 import whole_job
 from harness.mounts import Mounts
 
-from convertd_daemon import model
-from convertd_daemon.job import ownership, paths, publish, replace, result, temporaries
-from convertd_daemon.kernel.renameat2 import Flag, renameat2
+from convertd_core import values
+from convertd_daemon.job.files import (
+    file_dest,
+    ownership,
+    paths,
+    publish,
+    replace,
+    temporaries,
+)
+from convertd_daemon.linux.renameat2 import Flag, renameat2
 
 CALLER = grants.CALLER
 STRANGER = grants.STRANGER
@@ -33,9 +40,9 @@ NEW, OLD, THEIRS = b"the result", b"the old file", b"somebody else's"
 def grant_to(
     directory: Path,
     *,
-    overwrite: model.Overwrite = model.Overwrite.OWN,
-    access: model.Access = model.Access.DAEMON,
-) -> model.Grant:
+    overwrite: values.OverwriteScope = values.OverwriteScope.OWN,
+    access: values.RootAccess = values.RootAccess.DAEMON,
+) -> values.ConvertGrant:
     """Leave to write the file `new` there, over what may be replaced."""
     rules = grants.Rules(roots=(grants.files(directory, access=access),), overwrite=overwrite)
     request = grants.request(directory / "never-read", directory / "new")
@@ -43,9 +50,9 @@ def grant_to(
 
 
 @contextlib.contextmanager
-def written(grant: model.Grant) -> Iterator[result.FileDest]:
+def written(grant: values.ConvertGrant) -> Iterator[file_dest.FileDest]:
     """A result that is written, with its owner, and that has no name."""
-    with paths.open_target(grant) as target, result.create(grant, target, SETUP) as dest:
+    with paths.open_target(grant) as target, file_dest.create(grant, target, SETUP) as dest:
         os.write(dest.fd, NEW)
         ownership.settle(dest.fd, dest.ownership, target)
         yield dest
@@ -68,7 +75,7 @@ def sticky(area: Path) -> Path:
 
 
 @contextlib.contextmanager
-def judged(grant: model.Grant) -> Iterator[Callable[[], str]]:
+def judged(grant: values.ConvertGrant) -> Iterator[Callable[[], str]]:
     """A result just after what has the name was judged to be replaceable.
 
     Gives what is done next, and says what becomes of it.
@@ -96,7 +103,7 @@ class TestExchange:
         assert (sticky / "new").read_bytes() == THEIRS
         assert os.listdir(sticky) == ["new"]
 
-    @pytest.mark.parametrize("overwrite", model.Overwrite)
+    @pytest.mark.parametrize("overwrite", values.OverwriteScope)
     @pytest.mark.parametrize(
         "make",
         [
@@ -106,7 +113,7 @@ class TestExchange:
         ],
     )
     def test_what_is_no_file_keeps_its_name(
-        self, sticky: Path, overwrite: model.Overwrite, make: Callable[[Path], object]
+        self, sticky: Path, overwrite: values.OverwriteScope, make: Callable[[Path], object]
     ) -> None:
         """It came at the last moment, too."""
         grant = grant_to(sticky, overwrite=overwrite)
@@ -167,7 +174,7 @@ class TestExchange:
             grant = grant_to(place)
             for _ in range(100):
                 with written(grant) as dest:
-                    name = functools.partial(publish.name, grant, dest)
+                    name = functools.partial(publish.assign_name, grant, dest)
                     assert refusals.reason_of(name) in {"done", "NAME_REPLACED"}
         finally:
             os.kill(other, signal.SIGKILL)
@@ -178,7 +185,9 @@ class TestExchange:
     def test_with_the_callers_rights_the_kernel_judges_before_us(self, sticky: Path) -> None:
         """In a sticky directory another's file is not even touched."""
         put(sticky / "theirs", THEIRS, STRANGER.uid)
-        grant = grant_to(sticky, access=model.Access.CALLER, overwrite=model.Overwrite.ANY)
+        grant = grant_to(
+            sticky, access=values.RootAccess.CALLER, overwrite=values.OverwriteScope.ANY
+        )
         with judged(grant) as put_over:
             (sticky / "theirs").rename(sticky / "new")
             with pytest.raises(PermissionError):
@@ -191,7 +200,7 @@ class TestGivingBack:
     """The moment after an exchange that has to be undone."""
 
     @contextlib.contextmanager
-    def held(self, directory: Path) -> Iterator[tuple[result.FileDest, str]]:
+    def held(self, directory: Path) -> Iterator[tuple[file_dest.FileDest, str]]:
         """A result that has the name, and another user's file that had it."""
         put(directory / "new", THEIRS, STRANGER.uid)
         with written(grant_to_any(directory)) as dest:
@@ -248,9 +257,9 @@ class TestGivingBack:
             assert (area / name).read_bytes() == THEIRS
 
 
-def grant_to_any(directory: Path) -> model.Grant:
+def grant_to_any(directory: Path) -> values.ConvertGrant:
     """Leave to write over anybody's file."""
-    return grant_to(directory, overwrite=model.Overwrite.ANY)
+    return grant_to(directory, overwrite=values.OverwriteScope.ANY)
 
 
 class TestWithoutExchange:
@@ -269,7 +278,7 @@ class TestWithoutExchange:
             os.chown(fuse, owner, owner)
             grant = grant_to(fuse)
             with written(grant) as dest:
-                assert publish.name(grant, dest) is True
+                assert publish.assign_name(grant, dest) is True
             assert (fuse / "new").read_bytes() == NEW
 
     @pytest.mark.parametrize(
@@ -305,7 +314,7 @@ class TestWithoutExchange:
         grant = grant_to(fuse)
         with written(grant) as dest:
             fuse.chmod(0o1777)
-            assert refusals.reason_of(lambda: publish.name(grant, dest)) == "UNSUPPORTED"
+            assert refusals.reason_of(lambda: publish.assign_name(grant, dest)) == "UNSUPPORTED"
         assert (fuse / "new").read_bytes() == OLD
         assert os.listdir(fuse) == ["new"]
 
@@ -315,6 +324,6 @@ class TestWithoutExchange:
         grant = grant_to_any(fuse)
         with written(grant) as dest:
             put(fuse / "theirs", THEIRS, STRANGER.uid).rename(fuse / "new")
-            assert publish.name(grant, dest) is True
+            assert publish.assign_name(grant, dest) is True
         assert (fuse / "new").read_bytes() == NEW
         assert os.listdir(fuse) == ["new"]

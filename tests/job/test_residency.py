@@ -10,7 +10,7 @@ from typing import Final
 import children
 import pytest
 
-from convertd_daemon.job import residency
+from convertd_daemon.job.files import page_cache
 
 MIB: Final = 1024 * 1024
 
@@ -33,22 +33,22 @@ def forget(descriptor: int, offset: int = 0, length: int = 0) -> None:
 
 def test_what_was_just_written_is_in_memory(image: int) -> None:
     """Holes are passed over: reading them takes nothing."""
-    assert residency.is_in_memory(image)
+    assert page_cache.is_in_memory(image)
 
 
 def test_what_was_dropped_is_not(image: int) -> None:
     """Until somebody reads it."""
     forget(image)
-    assert not residency.is_in_memory(image)
+    assert not page_cache.is_in_memory(image)
     assert len(os.pread(image, 32 * MIB, 32 * MIB)) == 32 * MIB
-    assert residency.is_in_memory(image)
+    assert page_cache.is_in_memory(image)
 
 
 @pytest.mark.parametrize("begin_mib", [32, 40, 48, 56])
 def test_a_quarter_that_is_missing_is_noticed(image: int, begin_mib: int) -> None:
     """Wherever it is: it would be read into memory that belongs to others."""
     forget(image, begin_mib * MIB, 8 * MIB)
-    assert not residency.is_in_memory(image)
+    assert not page_cache.is_in_memory(image)
 
 
 @pytest.mark.parametrize("size", [1, 4095, 4097, 3 * MIB])
@@ -57,7 +57,7 @@ def test_any_size_can_be_asked(area: Path, size: int) -> None:
     path = area / "small"
     path.write_bytes(os.urandom(size))
     with path.open("rb") as file:
-        assert residency.is_in_memory(file.fileno())
+        assert page_cache.is_in_memory(file.fileno())
 
 
 def test_holes_between_data_are_not_missed(area: Path) -> None:
@@ -68,9 +68,9 @@ def test_holes_between_data_are_not_missed(area: Path) -> None:
             file.write(b"x" * 8192)
         file.flush()
         os.fsync(file.fileno())
-        assert residency.is_in_memory(file.fileno())
+        assert page_cache.is_in_memory(file.fileno())
         forget(file.fileno())
-        assert not residency.is_in_memory(file.fileno())
+        assert not page_cache.is_in_memory(file.fileno())
 
 
 def test_nothing_is_in_no_memory(area: Path) -> None:
@@ -80,7 +80,7 @@ def test_nothing_is_in_no_memory(area: Path) -> None:
         file.truncate(MIB)
     for path in (area / "empty", area / "hole", Path("/dev/null")):
         with path.open("rb") as file:
-            assert not residency.is_in_memory(file.fileno())
+            assert not page_cache.is_in_memory(file.fileno())
 
 
 def test_of_anothers_file_nobody_but_root_is_told(image: int) -> None:
@@ -88,8 +88,8 @@ def test_of_anothers_file_nobody_but_root_is_told(image: int) -> None:
     forget(image)
 
     def ask() -> list[bool]:
-        as_root = residency.is_in_memory(image)
+        as_root = page_cache.is_in_memory(image)
         os.setresuid(1234, 1234, 1234)
-        return [as_root, residency.is_in_memory(image)]
+        return [as_root, page_cache.is_in_memory(image)]
 
     assert children.in_child(ask) == [False, False]

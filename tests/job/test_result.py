@@ -22,8 +22,14 @@ import whole_job
 from descriptors import none_left_open
 from harness.mounts import Mounts
 
-from convertd_daemon import errors, model
-from convertd_daemon.job import own, paths, result, rights, temporaries
+from convertd_core import conditions, values
+from convertd_daemon.job import local_grant
+from convertd_daemon.job.files import (
+    credentials,
+    file_dest,
+    paths,
+    temporaries,
+)
 from convertd_daemon.sandbox.setup import Setup
 
 CALLER = grants.CALLER
@@ -33,7 +39,9 @@ WITHOUT_WORKER = dataclasses.replace(SETUP, identity=None)
 """As without a daemon."""
 
 
-def grant_to(directory: Path, *, root: model.Root | None = None, **asked: object) -> model.Grant:
+def grant_to(
+    directory: Path, *, root: values.Root | None = None, **asked: object
+) -> values.ConvertGrant:
     """Leave to write the file `new` there."""
     rules = grants.Rules(roots=(root or grants.files(directory),))
     request = grants.request(directory / "never-read", directory / "new")
@@ -41,13 +49,13 @@ def grant_to(directory: Path, *, root: model.Root | None = None, **asked: object
 
 
 @contextlib.contextmanager
-def created(grant: model.Grant, setup: Setup = SETUP) -> Iterator[result.FileDest]:
+def created(grant: values.ConvertGrant, setup: Setup = SETUP) -> Iterator[file_dest.FileDest]:
     """Make the file for a grant."""
-    with paths.open_target(grant) as target, result.create(grant, target, setup) as dest:
+    with paths.open_target(grant) as target, file_dest.create(grant, target, setup) as dest:
         yield dest
 
 
-def refusal_of(grant: model.Grant) -> errors.Failure:
+def refusal_of(grant: values.ConvertGrant) -> conditions.Failure:
     """What the making is refused with; nothing is left open, nor in the directory."""
     directory = os.path.dirname(grant.dest.path)
     before = os.listdir(directory)
@@ -206,21 +214,21 @@ class TestNamed:
         """In a sticky directory others' files stay, whatever they are called."""
         area.chmod(0o1777)
         (area / LEFT).touch(0o600)
-        root = grants.files(area, access=model.Access.CALLER)
+        root = grants.files(area, access=values.RootAccess.CALLER)
         grant = grant_to(area, root=root)
-        with paths.open_target(grant) as target, rights.of(root, CALLER):
+        with paths.open_target(grant) as target, credentials.acting_for(root, CALLER):
             temporaries.sweep(target.directory, 0)
         assert os.listdir(area) == [LEFT]
 
     @pytest.mark.parametrize("uid", [0, grants.STRANGER.uid], ids=["root's", "another-user's"])
-    @pytest.mark.parametrize("access", [model.Access.DAEMON, model.Access.CALLER])
-    def test_those_of_others_stay(self, area: Path, uid: int, access: model.Access) -> None:
+    @pytest.mark.parametrize("access", [values.RootAccess.DAEMON, values.RootAccess.CALLER])
+    def test_those_of_others_stay(self, area: Path, uid: int, access: values.RootAccess) -> None:
         """Whatever they are called: they may be anything."""
         area.chmod(0o777)
         (area / LEFT).write_bytes(b"precious")
         os.chown(area / LEFT, uid, uid)
         grant = grant_to(area, root=grants.files(area, access=access))
-        with paths.open_target(grant) as target, rights.of(grant.dest.root, CALLER):
+        with paths.open_target(grant) as target, credentials.acting_for(grant.dest.root, CALLER):
             temporaries.sweep(target.directory, CALLER.uid)
         assert (area / LEFT).read_bytes() == b"precious"
 
@@ -295,7 +303,9 @@ class TestNamed:
 class TestOwnership:
     """Whose the result is in the end."""
 
-    def owned(self, area: Path, root: model.Root | None = None, **asked: object) -> tuple[int, ...]:
+    def owned(
+        self, area: Path, root: values.Root | None = None, **asked: object
+    ) -> tuple[int, ...]:
         """Uid, gid and mode that a result will have."""
         with created(grant_to(area, root=root, **asked)) as dest:
             return dataclasses.astuple(dest.ownership)[:3]
@@ -312,7 +322,7 @@ class TestOwnership:
 
     def test_the_roots_owner(self, area: Path) -> None:
         """If the policy names one."""
-        root = grants.files(area, owner=model.Owner(uid=7, gid=8))
+        root = grants.files(area, owner=values.Owner(uid=7, gid=8))
         assert self.owned(area, root) == (7, 8, 0o600)
 
     def test_a_setgid_directorys_group(self, area: Path) -> None:
@@ -320,7 +330,7 @@ class TestOwnership:
         os.chown(area, 0, 1500)
         area.chmod(0o2755)
         assert self.owned(area) == (CALLER.uid, 1500, 0o600)
-        root = grants.files(area, owner=model.Owner(uid=7, gid=8))
+        root = grants.files(area, owner=values.Owner(uid=7, gid=8))
         assert self.owned(area, root) == (7, 1500, 0o600)
 
     @pytest.mark.parametrize("group", ["1234", "1300", "1400"])
@@ -348,7 +358,7 @@ class TestOwnership:
     def test_ones_own_without_a_daemon(self, area: Path) -> None:
         """And the group is left as the directory gives it."""
         grant = dataclasses.replace(
-            grant_to(area), dest=model.Place(root=own.EVERYTHING, below=f"{area}/new"[1:])
+            grant_to(area), dest=values.Place(root=local_grant.EVERYTHING, below=f"{area}/new"[1:])
         )
         with created(grant, WITHOUT_WORKER) as dest:
             assert dest.ownership.gid == -1
@@ -359,7 +369,7 @@ class TestRefusals:
 
     def test_in_a_directory_that_the_caller_may_not_write(self, area: Path) -> None:
         """With its own rights; the daemon's would do."""
-        root = grants.files(area, access=model.Access.CALLER)
+        root = grants.files(area, access=values.RootAccess.CALLER)
         failure = refusal_of(grant_to(area, root=root))
         assert failure.reason == "ACCESS_REFUSED"
         assert "uid 1234" in failure.message
@@ -370,7 +380,9 @@ class TestRefusals:
         """Also by one of its groups; the result is the caller's as everywhere."""
         os.chown(area, 0, 1400)
         area.chmod(0o775)
-        with created(grant_to(area, root=grants.files(area, access=model.Access.CALLER))) as dest:
+        with created(
+            grant_to(area, root=grants.files(area, access=values.RootAccess.CALLER))
+        ) as dest:
             assert look_of(dest.fd) == (CALLER.uid, WORKER.gid, 0o060)
 
     def test_on_a_read_only_file_system(self, area: Path, mounts: Mounts) -> None:
@@ -404,6 +416,6 @@ class TestRefusals:
         error = OSError(number, os.strerror(number))
         with paths.open_target(grant) as target:
             reason = refusals.reason_of(
-                lambda: result._raise_for(error, grant, target)  # noqa: SLF001 - see above
+                lambda: file_dest._raise_for(error, grant, target)  # noqa: SLF001 - see above
             )
         assert reason == expected

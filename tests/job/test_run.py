@@ -20,10 +20,18 @@ from harness import waiting
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convertd_daemon import channel, errors, model
-from convertd_daemon.job import chain, devices, ends, leash, paths, plan, qemu_img, result, run
-from convertd_daemon.kernel import clock_getcpuclockid
-from convertd_daemon.sandbox.child import Child
+from convertd_core import conditions, messages, values
+from convertd_daemon import channel
+from convertd_daemon.job import context, endpoints
+from convertd_daemon.job.files import device_dest, file_dest, paths
+from convertd_daemon.job.qemu import (
+    backing_chain,
+    conversion,
+    execution,
+    plan,
+)
+from convertd_daemon.linux import clock_getcpuclockid
+from convertd_daemon.sandbox.program import ConfinedProgram
 
 MIB = 1024 * 1024
 
@@ -32,22 +40,22 @@ class Front:
     """A front that notes the progress it is told."""
 
     def __init__(self) -> None:
-        ours, self.line = channel.Channel.pair()
-        self.leash = leash.Leash(ours, 60.0)
+        ours, self.channel = channel.Channel.pair()
+        self.context = context.JobContext(ours, 60.0)
 
-    def heard(self) -> list[tuple[str, float]]:
+    def outputs(self) -> list[tuple[str, float]]:
         """Phase and per cent of each message so far."""
         found = []
         with contextlib.suppress(BlockingIOError):
             while True:
-                message, _ = self.line.receive(channel.Progressed, wait=False)
+                message, _ = self.channel.receive(messages.Progressed, wait=False)
                 found.append((message.progress.phase.value, message.progress.percent))
         return found
 
     def close(self) -> None:
         """Close both ends."""
-        self.leash.line.close()
-        self.line.close()
+        self.context.channel.close()
+        self.channel.close()
 
 
 @pytest.fixture
@@ -77,38 +85,38 @@ class TestProgress:
     @pytest.fixture(autouse=True)
     def at_any_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Tell it as soon as there is more to tell, but where a test says otherwise."""
-        monkeypatch.setattr(run, "TELL_S", 0.0)
+        monkeypatch.setattr(conversion, "TELL_S", 0.0)
 
     def test_is_not_told_again_at_once(
         self, front: Front, written: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Nobody sees a hundred steps of a second; the end of the writing is told in any case."""
-        monkeypatch.setattr(run, "TELL_S", 60.0)
-        observer = run.Observer(front.leash, written, 1.0)
-        observer.hear(printed(0.0, 10.0, 20.0))
-        observer.hear(printed(99.0, 100.0))
-        assert front.heard() == [("converting", 0.0), ("flushing", 100.0)]
+        monkeypatch.setattr(conversion, "TELL_S", 60.0)
+        observer = conversion.Observer(front.context, written, 1.0)
+        observer.on_output(printed(0.0, 10.0, 20.0))
+        observer.on_output(printed(99.0, 100.0))
+        assert front.outputs() == [("converting", 0.0), ("flushing", 100.0)]
 
     def test_is_told_when_some_time_has_passed(
         self, front: Front, written: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """What was held back is not made up for: the newest counts."""
         now = 5.0
-        monkeypatch.setattr(run, "TELL_S", 0.1)
+        monkeypatch.setattr(conversion, "TELL_S", 0.1)
         monkeypatch.setattr(time, "monotonic", lambda: now)
-        observer = run.Observer(front.leash, written, 1.0)
-        observer.hear(printed(1.0, 2.0))
+        observer = conversion.Observer(front.context, written, 1.0)
+        observer.on_output(printed(1.0, 2.0))
         now = 5.05
-        observer.hear(printed(3.0))
+        observer.on_output(printed(3.0))
         now = 5.11
-        observer.hear(printed(4.0, 5.0))
-        assert front.heard() == [("converting", 1.0), ("converting", 4.0)]
+        observer.on_output(printed(4.0, 5.0))
+        assert front.outputs() == [("converting", 1.0), ("converting", 4.0)]
 
     def test_is_told_in_steps_of_one_per_cent(self, front: Front, written: int) -> None:
         """And never backwards; 100 comes before the flushing, which is a phase of its own."""
-        observer = run.Observer(front.leash, written, 1.0)
-        observer.hear(printed(0.0, 0.5, 1.01, 1.99, 1.2, 50.0, 49.0, 99.99, 100.0, 100.0))
-        assert front.heard() == [
+        observer = conversion.Observer(front.context, written, 1.0)
+        observer.on_output(printed(0.0, 0.5, 1.01, 1.99, 1.2, 50.0, 49.0, 99.99, 100.0, 100.0))
+        assert front.outputs() == [
             ("converting", 0.0),
             ("converting", 1.01),
             ("converting", 50.0),
@@ -120,11 +128,11 @@ class TestProgress:
     def test_is_the_same_however_the_output_is_cut(self, pieces: list[int]) -> None:
         """A pipe knows no lines."""
         front, text = Front(), printed(*range(0, 101, 7), 100.0)
-        observer = run.Observer(front.leash, 0, 1.0)
+        observer = conversion.Observer(front.context, 0, 1.0)
         for size in [*pieces, len(text)]:
-            observer.hear(text[:size])
+            observer.on_output(text[:size])
             text = text[size:]
-        heard = [percent for _, percent in front.heard()]
+        heard = [percent for _, percent in front.outputs()]
         front.close()
         assert heard == [float(percent) for percent in [*range(0, 101, 7), 100]]
 
@@ -132,25 +140,25 @@ class TestProgress:
     def test_no_output_breaks_anything_or_is_kept(self, pieces: list[bytes]) -> None:
         """A qemu-img that an image has taken over may print what it likes."""
         front = Front()
-        observer = run.Observer(front.leash, 0, 1.0)
+        observer = conversion.Observer(front.context, 0, 1.0)
         for piece in [*pieces, b"(999.9/100%)\r", b"x" * 10_000]:
-            observer.hear(piece)
-        assert all(0 <= percent <= 100 for _, percent in front.heard())
-        assert len(observer._tail) <= run.LONGEST_LINE  # noqa: SLF001 - the memory is the point
+            observer.on_output(piece)
+        assert all(0 <= percent <= 100 for _, percent in front.outputs())
+        assert len(observer._tail) <= conversion.LONGEST_LINE  # noqa: SLF001 - the memory is the point
         front.close()
 
     def test_that_nobody_reads_is_dropped(self, front: Front, written: int) -> None:
         """A job never waits for its front."""
         for _ in range(100):
-            observer = run.Observer(front.leash, written, 1.0)
-            observer.hear(printed(*range(101)))
-        assert 0 < len(front.heard()) < 100 * 101
+            observer = conversion.Observer(front.context, written, 1.0)
+            observer.on_output(printed(*range(101)))
+        assert 0 < len(front.outputs()) < 100 * 101
 
     def test_that_nobody_can_hear_ends_the_job(self, front: Front, written: int) -> None:
         """The front is gone, and so is the caller."""
-        front.line.close()
-        with pytest.raises(leash.Cut):
-            run.Observer(front.leash, written, 1.0).hear(printed(1.0))
+        front.channel.close()
+        with pytest.raises(context.Cancelled):
+            conversion.Observer(front.context, written, 1.0).on_output(printed(1.0))
 
 
 class Clock:
@@ -160,9 +168,9 @@ class Clock:
         self.process = subprocess.Popen(command)
 
     @property
-    def child(self) -> Child:
+    def child(self) -> ConfinedProgram:
         """As the sandbox gives one; of it the pid alone counts."""
-        return cast("Child", self.process)
+        return cast("ConfinedProgram", self.process)
 
     def close(self) -> None:
         """End it."""
@@ -181,52 +189,56 @@ class TestStall:
         made.close()
 
     @pytest.fixture
-    def observer(self, front: Front, written: int, idle: Clock) -> run.Observer:
+    def observer(self, front: Front, written: int, idle: Clock) -> conversion.Observer:
         """One that has seen the program come to rest, and has no patience."""
-        made = run.Observer(front.leash, written, 0.0)
+        made = conversion.Observer(front.context, written, 0.0)
 
         def rests() -> bool:
             try:
-                made.look(idle.child)
-            except errors.Stalled:
+                made.on_tick(idle.child)
+            except conditions.Stalled:
                 return True
             return False
 
         waiting.until(rests, "the program comes to rest")
         return made
 
-    def test_is_noticed(self, observer: run.Observer, idle: Clock) -> None:
+    def test_is_noticed(self, observer: conversion.Observer, idle: Clock) -> None:
         """With the limit that was passed."""
-        with pytest.raises(errors.Stalled, match=r"nothing moved for 0\.0 seconds"):
-            observer.look(idle.child)
+        with pytest.raises(conditions.Stalled, match=r"nothing moved for 0\.0 seconds"):
+            observer.on_tick(idle.child)
 
-    def test_is_not_where_the_percentage_moves(self, observer: run.Observer, idle: Clock) -> None:
+    def test_is_not_where_the_percentage_moves(
+        self, observer: conversion.Observer, idle: Clock
+    ) -> None:
         """However slowly."""
-        observer.hear(printed(3.0))
-        observer.look(idle.child)
-        with pytest.raises(errors.Stalled):
-            observer.look(idle.child)
+        observer.on_output(printed(3.0))
+        observer.on_tick(idle.child)
+        with pytest.raises(conditions.Stalled):
+            observer.on_tick(idle.child)
 
-    def test_is_not_where_there_is_more_to_hear(self, observer: run.Observer, idle: Clock) -> None:
+    def test_is_not_where_there_is_more_to_hear(
+        self, observer: conversion.Observer, idle: Clock
+    ) -> None:
         """A program that says more than a pipe holds waits for us, and may compute little."""
-        observer.hear(b"[\n")
-        observer.look(idle.child)
-        with pytest.raises(errors.Stalled):
-            observer.look(idle.child)
+        observer.on_output(b"[\n")
+        observer.on_tick(idle.child)
+        with pytest.raises(conditions.Stalled):
+            observer.on_tick(idle.child)
 
     def test_is_not_where_blocks_are_written(
-        self, observer: run.Observer, idle: Clock, written: int
+        self, observer: conversion.Observer, idle: Clock, written: int
     ) -> None:
         """To the result, through our own descriptor."""
         os.posix_fallocate(written, 0, MIB)
-        observer.look(idle.child)
-        with pytest.raises(errors.Stalled):
-            observer.look(idle.child)
+        observer.on_tick(idle.child)
+        with pytest.raises(conditions.Stalled):
+            observer.on_tick(idle.child)
 
     def test_is_not_where_it_computes(self, front: Front, written: int) -> None:
         """Compressing, or reading zeroes."""
         busy = Clock("sh", "-c", "while :; do :; done")
-        observer = run.Observer(front.leash, written, 0.2)
+        observer = conversion.Observer(front.context, written, 0.2)
         with contextlib.closing(busy):
             for _ in range(3):
                 before = clock_getcpuclockid.cpu_time_s(busy.process.pid)
@@ -236,23 +248,23 @@ class TestStall:
                     ),
                     "it computes",
                 )
-                observer.look(busy.child)
+                observer.on_tick(busy.child)
 
-    def test_is_not_while_it_flushes(self, observer: run.Observer, idle: Clock) -> None:
+    def test_is_not_while_it_flushes(self, observer: conversion.Observer, idle: Clock) -> None:
         """That is the disk's work, and bounded by the job's duration alone."""
-        observer.hear(printed(100.0))
+        observer.on_output(printed(100.0))
         for _ in range(3):
-            observer.look(idle.child)
+            observer.on_tick(idle.child)
 
     def test_is_not_of_a_program_that_has_ended(self, front: Front, written: int) -> None:
         """Which is about to be noticed anyway."""
         gone = Clock("true")
         gone.process.wait()
-        run.Observer(front.leash, written, 60.0).look(gone.child)
+        conversion.Observer(front.context, written, 60.0).on_tick(gone.child)
 
 
 @pytest.fixture
-def both(area: Path) -> Iterator[ends.Ends]:
+def both(area: Path) -> Iterator[endpoints.Endpoints]:
     """Two open ends of a conversion."""
     (area / "in").touch()
     rules = grants.Rules(roots=(grants.files(area),))
@@ -260,17 +272,17 @@ def both(area: Path) -> Iterator[ends.Ends]:
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(paths.open_source(grant.source, grant.peer))
         target = stack.enter_context(paths.open_target(grant))
-        dest = stack.enter_context(result.create(grant, target, whole_job.setup()))
-        link = chain.Link(source=source, info=plan.raw_info(0, 0))
-        yield ends.Ends(chain=(link,), dest=dest)
+        dest = stack.enter_context(file_dest.create(grant, target, whole_job.setup()))
+        link = backing_chain.ChainLink(source=source, info=plan.raw_info(0, 0))
+        yield endpoints.Endpoints(chain=(link,), dest=dest)
 
 
-def failed(both: ends.Ends, said: str, status: int = 1) -> errors.Failure:
+def failed(both: endpoints.Endpoints, said: str, status: int = 1) -> conditions.Failure:
     """What a run of qemu-img that ended so failed of."""
-    planned = model.Plan(
+    planned = values.Plan(
         chain=both.members,
         dest_format="raw",
-        compression=model.Compression.NONE,
+        compression=values.Compression.NONE,
         source_cache=CACHE,
         dest_cache=CACHE,
         argv=(),
@@ -278,12 +290,12 @@ def failed(both: ends.Ends, said: str, status: int = 1) -> errors.Failure:
         needed_bytes=5,
         available_bytes=0,
     )
-    outcome = qemu_img.Outcome(status=status, stdout=b"", stderr=said)
-    return run._failure(outcome, planned, both).failure()  # noqa: SLF001 - words that no disk
+    outcome = execution.Outcome(status=status, stdout=b"", stderr=said)
+    return conversion._failure(outcome, planned, both).failure()  # noqa: SLF001 - words that no disk
     # here makes qemu-img say
 
 
-CACHE = model.ChosenCache(mode=model.CacheMode.NONE, reason="")
+CACHE = values.CacheChoice(mode=values.CacheMode.NONE, reason="")
 FD = "qemu-img: Could not open '/proc/self/fd/8'"
 
 
@@ -310,12 +322,12 @@ class TestFailures:
         ],
     )
     def test_its_words_are_told_from_each_other(
-        self, both: ends.Ends, said: str, expected: str
+        self, both: endpoints.Endpoints, said: str, expected: str
     ) -> None:
         """The result is discarded anyway; they decide only what the caller reads."""
         assert failed(both, said).reason == expected
 
-    def test_only_the_systems_own_words_are_passed_on(self, both: ends.Ends) -> None:
+    def test_only_the_systems_own_words_are_passed_on(self, both: endpoints.Endpoints) -> None:
         """Never a name: it could be that of a file on this host."""
         known = failed(both, "qemu-img: error while reading at byte 0: Input/output error")
         assert known.message.endswith("could not be read in full: Input/output error")
@@ -325,20 +337,20 @@ class TestFailures:
 
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT, signal.SIGTRAP])
     def test_one_that_got_no_memory_ends_by_a_signal(
-        self, both: ends.Ends, number: signal.Signals
+        self, both: endpoints.Endpoints, number: signal.Signals
     ) -> None:
         """The kernel's, or its own."""
         assert failed(both, "", -number).reason == "OUT_OF_MEMORY"
 
-    def test_one_that_crashed_is_named_by_its_signal(self, both: ends.Ends) -> None:
+    def test_one_that_crashed_is_named_by_its_signal(self, both: endpoints.Endpoints) -> None:
         """An image may have done it."""
         failure = failed(both, "", -signal.SIGSEGV)
         assert failure.message.endswith("qemu-img failed: ended by SIGSEGV")
 
-    def test_a_full_device_is_no_full_file_system(self, both: ends.Ends) -> None:
+    def test_a_full_device_is_no_full_file_system(self, both: endpoints.Endpoints) -> None:
         """There is no mount point at which to make room."""
         place = grants.Rules(roots=(grants.devices("/dev/vg"),)).place("/dev/vg/lv")
-        device = devices.DeviceDest(place=place, fd=both.dest.fd, size_bytes=0, group=None)
+        device = device_dest.DeviceDest(place=place, fd=both.dest.fd, size_bytes=0, group=None)
         thin = dataclasses.replace(both, dest=device)
         failure = failed(thin, "qemu-img: error while writing: No space left on device")
         assert failure.reason == "WRITE_FAILED"
@@ -351,8 +363,8 @@ class TestWhole:
     def converted(self, area: Path, *passphrases: bytes, **asked: object) -> whole_job.Said:
         """Convert `in` to `out`, by a whole job."""
         rules = grants.Rules(roots=(grants.files(area),))
-        source = asked.pop("source", None) or model.Source(path=str(area / "in"), format="raw")
-        assert isinstance(source, model.Source)
+        source = asked.pop("source", None) or values.Source(path=str(area / "in"), format="raw")
+        assert isinstance(source, values.Source)
         request = dataclasses.replace(grants.request(area / "in", area / "out"), source=source)
         return whole_job.run(rules.convert(grants.to(request, **asked)), *passphrases)
 
@@ -360,13 +372,13 @@ class TestWhole:
         """Each of them, and the percentage never falls."""
         (area / "in").write_bytes(os.urandom(4 * MIB))
         said = self.converted(area, format="qcow2")
-        told = [item.progress for item in said.events if isinstance(item, channel.Progressed)]
+        told = [item.progress for item in said.events if isinstance(item, messages.Progressed)]
         phases = list(dict.fromkeys(item.phase for item in told))
         assert phases == [
-            model.Phase.PREPARING,
-            model.Phase.CONVERTING,
-            model.Phase.FLUSHING,
-            model.Phase.PUBLISHING,
+            values.Phase.PREPARING,
+            values.Phase.CONVERTING,
+            values.Phase.FLUSHING,
+            values.Phase.PUBLISHING,
         ]
         percents = [item.percent for item in told]
         assert percents == sorted(percents)
@@ -377,14 +389,14 @@ class TestWhole:
         argv = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2"]
         subprocess.run([*argv, str(area / "raw"), str(area / "in")], check=True)
         os.truncate(area / "in", MIB)
-        source = model.Source(path=str(area / "in"), format="qcow2")
+        source = values.Source(path=str(area / "in"), format="qcow2")
         assert self.converted(area, source=source).reason == "IMAGE_REFUSED"
 
     def test_encrypted_at_both_ends_it_takes_both_passphrases(self, area: Path, luks: Path) -> None:
         """Each at its own end; a wrong one has its own condition."""
         (area / "in").write_bytes(luks.read_bytes())
-        source = model.Source(path=str(area / "in"), format="luks", encrypted=True)
-        fast = model.Encryption(iter_time_ms=1)
+        source = values.Source(path=str(area / "in"), format="luks", encrypted=True)
+        fast = values.DestinationEncryption(iter_time_ms=1)
         wrong = self.converted(
             area, b"wrong", b"new", source=source, format="luks", encryption=fast
         )
@@ -398,7 +410,7 @@ class TestWhole:
     ) -> None:
         """Found out by its header."""
         (area / "in").write_bytes(luks.read_bytes())
-        source = model.Source(path=str(area / "in"))
+        source = values.Source(path=str(area / "in"))
         assert self.converted(area, source=source).reason == "SECRET_MISSING"
 
     def test_a_caller_that_goes_ends_it_and_leaves_nothing(self, area: Path) -> None:
@@ -409,7 +421,7 @@ class TestWhole:
             grants.request(area / "in", area / "out"), rate_limit_bytes_per_second=MIB
         )
         with whole_job.started(rules.convert(slow)) as (_, line):
-            while not isinstance(line.receive(*channel.FROM_JOB)[0], channel.Planned):
+            while not isinstance(line.receive(*messages.FROM_JOB)[0], messages.Planned):
                 pass
         assert os.listdir(area) == ["in"]
 
@@ -421,18 +433,18 @@ class TestWhole:
             grants.request(area / "in", area / "out"), rate_limit_bytes_per_second=MIB
         )
         with whole_job.started(rules.convert(slow)) as (job, line):
-            while not isinstance(line.receive(*channel.FROM_JOB)[0], channel.Planned):
+            while not isinstance(line.receive(*messages.FROM_JOB)[0], messages.Planned):
                 pass
             job.signal(signal.SIGTERM)
             with contextlib.suppress(channel.Closed):
                 while True:
-                    assert not isinstance(line.receive(*channel.FROM_JOB)[0], channel.Failed)
+                    assert not isinstance(line.receive(*messages.FROM_JOB)[0], messages.Failed)
         assert os.listdir(area) == ["in"]
 
     def test_one_that_takes_too_long_is_ended(self, area: Path) -> None:
         """By the policy's `duration`."""
         (area / "in").write_bytes(os.urandom(16 * MIB))
-        limits = model.Limits(duration_s=0.3)
+        limits = values.Limits(duration_s=0.3)
         rules = grants.Rules(roots=(grants.files(area),), limits=limits)
         slow = dataclasses.replace(
             grants.request(area / "in", area / "out"), rate_limit_bytes_per_second=MIB
@@ -470,29 +482,29 @@ class TestLeash:
 
     def test_a_front_that_listens_lets_it_go_on(self, front: Front) -> None:
         """And time that is left."""
-        front.leash.check()
-        assert 0 <= front.leash.seconds < 60
+        front.context.check()
+        assert 0 <= front.context.seconds < 60
 
     def test_a_front_that_is_gone_cuts_it(self, front: Front) -> None:
         """Wherever it looks, and whatever it says."""
-        front.line.close()
+        front.channel.close()
         for act in (
-            front.leash.check,
-            lambda: front.leash.tell(channel.Done(call=1)),
-            lambda: front.leash.progress(model.Phase.CONVERTING),
+            front.context.check,
+            lambda: front.context.send(messages.ReplyComplete(call=1)),
+            lambda: front.context.progress(values.Phase.CONVERTING),
         ):
-            with pytest.raises(leash.Cut):
+            with pytest.raises(context.Cancelled):
                 act()
 
     def test_what_is_too_long_to_be_told_is_said_to_be(self, front: Front) -> None:
         """An image may have thousands of snapshots."""
-        with pytest.raises(errors.Unsupported, match="does not fit into a message"):
-            front.leash.tell(
-                channel.Inspected(
+        with pytest.raises(conditions.Unsupported, match="does not fit into a message"):
+            front.context.send(
+                messages.Inspected(
                     chain=(),
                     complete=True,
                     raw_json="x" * 200_000,
-                    contents=model.Contents(),
+                    contents=values.Contents(),
                     warnings=(),
                 )
             )
@@ -501,13 +513,13 @@ class TestLeash:
         """What is published is reported first."""
 
         def act() -> list[str]:
-            leash.end_on_sigterm()
+            context.cancel_on_sigterm()
             seen = []
             try:
-                with leash.no_way_back():
+                with context.defer_sigterm():
                     os.kill(os.getpid(), signal.SIGTERM)
                     seen.append("published")
-            except leash.Cut:
+            except context.Cancelled:
                 seen.append("cut")
             return seen
 

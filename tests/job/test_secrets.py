@@ -112,23 +112,23 @@ class TestOffering:
     def test_each_is_on_a_fresh_pipe_that_is_read_once(self) -> None:
         """By the id of its `secret` object; nothing is offered where there is none."""
         kept = secrets.Secrets(source=b"s" * secrets.MAX_BYTES)
-        with secrets.offered(kept, WORKER) as pipes:
+        with secrets.as_pipes(kept, WORKER) as pipes:
             assert list(pipes) == ["source"]
             assert len(os.read(pipes["source"], 9999)) == secrets.MAX_BYTES
             assert os.read(pipes["source"], 9999) == b""
-        with secrets.offered(secrets.Secrets(), WORKER) as pipes:
+        with secrets.as_pipes(secrets.Secrets(), WORKER) as pipes:
             assert pipes == {}
 
     def test_they_can_be_offered_again(self) -> None:
         """To convert, and to compare."""
         kept = secrets.Secrets(source=b"s", dest=b"d")
         for _ in range(2):
-            with secrets.offered(kept, None) as pipes:
+            with secrets.as_pipes(kept, None) as pipes:
                 assert [os.read(pipes[name], 9) for name in ("source", "dest")] == [b"s", b"d"]
 
     def test_only_the_worker_can_open_them(self) -> None:
         """Through /proc/self/fd, which asks for the inode's permissions."""
-        with secrets.offered(secrets.Secrets(dest=b"d"), WORKER) as pipes:
+        with secrets.as_pipes(secrets.Secrets(dest=b"d"), WORKER) as pipes:
             path = f"/proc/self/fd/{pipes['dest']}"
 
             def opened_as(uid: int) -> str:
@@ -145,7 +145,7 @@ class TestOffering:
 
     def test_one_that_nobody_read_is_gone_with_its_pipe(self) -> None:
         """A qemu-img that fails before it reads leaves nothing."""
-        with secrets.offered(secrets.Secrets(source=b"s"), WORKER) as pipes:
+        with secrets.as_pipes(secrets.Secrets(source=b"s"), WORKER) as pipes:
             descriptor = pipes["source"]
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(descriptor)

@@ -18,8 +18,9 @@ import whole_job
 from harness.callers import ALICE, PYTHON
 from harness.mounts import Mounts
 
-from convertd_daemon import channel, errors, model
-from convertd_daemon.job import paths, unchanged
+from convertd_core import conditions, messages, values
+from convertd_daemon import channel
+from convertd_daemon.job.files import paths, source_change
 
 MIB: Final = 1024 * 1024
 SIZE: Final = 4 * MIB
@@ -102,20 +103,20 @@ def converted_while(
 
 
 def run_while(
-    what: str, changed: Path, request: model.ConvertRequest, *roots: model.Root
+    what: str, changed: Path, request: values.ConvertRequest, *roots: values.Root
 ) -> whole_job.Said:
     """Do what is asked, slowly, and have a file changed as soon as it is being read."""
     request = dataclasses.replace(request, rate_limit_bytes_per_second=MIB)
     grant = grants.Rules(roots=roots).convert(request)
     events: list[object] = []
-    phases: list[model.Phase] = []
+    phases: list[values.Phase] = []
     with whole_job.started(grant) as (_, line), contextlib.suppress(channel.Closed):
         while True:
-            event, _ = line.receive(*channel.FROM_JOB)
+            event, _ = line.receive(*messages.FROM_JOB)
             events.append(event)
-            if isinstance(event, channel.Progressed):
+            if isinstance(event, messages.Progressed):
                 phase = event.progress.phase
-                if phase is model.Phase.CONVERTING and phase not in phases:
+                if phase is values.Phase.CONVERTING and phase not in phases:
                     by_alice(what, changed)
                 phases.append(phase)
     return whole_job.Said(events=tuple(events))
@@ -227,9 +228,12 @@ class TestTouchedBackingFiles:
         """What is there now is not what was converted."""
 
         def compare() -> None:
-            raise errors.VerifyFailed(path="out", problem="the contents are not the same")
+            raise conditions.VerifyFailed(path="out", problem="the contents are not the same")
 
-        with pytest.raises(errors.SourceChanged, match="base"), unchanged.watched(chain, compare):
+        with (
+            pytest.raises(conditions.SourceChanged, match="base"),
+            source_change.watched(chain, compare),
+        ):
             (area / "base").write_bytes(b"after!")
 
     def test_a_change_during_the_comparison_is_a_change(
@@ -240,7 +244,10 @@ class TestTouchedBackingFiles:
         def compare() -> None:
             (area / "base").write_bytes(b"again.")
 
-        with pytest.raises(errors.SourceChanged, match="base"), unchanged.watched(chain, compare):
+        with (
+            pytest.raises(conditions.SourceChanged, match="base"),
+            source_change.watched(chain, compare),
+        ):
             (area / "base").write_bytes(b"after!")
 
     def test_another_size_is_a_change_whatever_is_in_it(
@@ -248,8 +255,8 @@ class TestTouchedBackingFiles:
     ) -> None:
         """No comparison is made."""
         with (
-            pytest.raises(errors.SourceChanged, match="had 6 bytes and has 7"),
-            unchanged.watched(chain, lambda: None),
+            pytest.raises(conditions.SourceChanged, match="had 6 bytes and has 7"),
+            source_change.watched(chain, lambda: None),
         ):
             (area / "base").write_bytes(b"longer.")
 
@@ -258,8 +265,8 @@ class TestTouchedBackingFiles:
     ) -> None:
         """Nobody has a reason to touch it."""
         with (
-            pytest.raises(errors.SourceChanged, match="overlay"),
-            unchanged.watched(chain, lambda: None),
+            pytest.raises(conditions.SourceChanged, match="overlay"),
+            source_change.watched(chain, lambda: None),
         ):
             os.utime(area / "overlay")
 
@@ -282,8 +289,8 @@ class TestTimes:
             path.write_bytes(b"before")
             with opened(path) as source, path.open("r+b", buffering=0) as file:
                 file.write(b"after!")
-                with pytest.raises(errors.SourceChanged, match="it was written to"):
-                    unchanged.check([source])
+                with pytest.raises(conditions.SourceChanged, match="it was written to"):
+                    source_change.check([source])
 
     def test_an_old_file_is_opened_without_waiting(self, area: Path) -> None:
         """And one whose time lies far in the future."""
@@ -293,16 +300,19 @@ class TestTimes:
             began = time.monotonic()
             with opened(area / "in") as source:
                 assert time.monotonic() - began < 1
-                unchanged.check([source])
+                source_change.check([source])
 
     def test_a_clone_is_of_one_instant_whatever_is_written_afterwards(self, area: Path) -> None:
         """What was checked when it was taken is not checked again."""
         (area / "in").write_bytes(b"before")
         with opened(area / "in") as source:
-            with unchanged.watched([source], lambda: None) as watch:
+            with source_change.watched([source], lambda: None) as watch:
                 watch.end()
                 (area / "in").write_bytes(b"afterwards")
-            with pytest.raises(errors.SourceChanged), unchanged.watched([source], lambda: None):
+            with (
+                pytest.raises(conditions.SourceChanged),
+                source_change.watched([source], lambda: None),
+            ):
                 pass
 
     def test_a_clone_of_what_has_changed_is_refused(self, area: Path) -> None:
@@ -310,6 +320,6 @@ class TestTimes:
         (area / "in").write_bytes(b"before")
         with opened(area / "in") as source:
             (area / "in").write_bytes(b"afterwards")
-            watching = unchanged.watched([source], lambda: None)
-            with pytest.raises(errors.SourceChanged), watching as watch:
+            watching = source_change.watched([source], lambda: None)
+            with pytest.raises(conditions.SourceChanged), watching as watch:
                 watch.end()

@@ -13,7 +13,7 @@ import pytest
 import refusals
 from harness.mounts import Mounts
 
-from convertd_daemon.job import paths, space
+from convertd_daemon.job.files import paths, space
 
 MIB = 1024 * 1024
 

@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING
 import pytest
 from intruder import WORKER, Intruder
 
-from convertd_daemon.sandbox import enter, landlock, limits, seccomp
+from convertd_daemon.sandbox import (
+    landlock,
+    limits,
+    seccomp,
+    spawn,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +44,7 @@ def intruder(compiled: bytes) -> Iterator[Intruder]:
     rules = (landlock.Rule(where=library, access=landlock.READ_BENEATH),)
     yield Intruder(
         program=program,
-        confinement=enter.Confinement(
+        confinement=spawn.Confinement(
             identity=WORKER,
             filter=compiled,
             extra=rules,

@@ -13,12 +13,19 @@ from pathlib import Path
 import pytest
 from children import errno_of, in_child
 
-from convertd_daemon.kernel import capabilities, prctl
-from convertd_daemon.kernel import landlock as kernel_landlock
-from convertd_daemon.kernel.capabilities import Capability
-from convertd_daemon.sandbox import confine, errors, identity, landlock, narrow, seccomp
-from convertd_daemon.sandbox.gate import Gate
+from convertd_daemon.linux import capabilities, prctl
+from convertd_daemon.linux import landlock as kernel_landlock
+from convertd_daemon.linux.capabilities import Capability
+from convertd_daemon.sandbox import (
+    confine,
+    confine_broker,
+    errors,
+    identity,
+    landlock,
+    seccomp,
+)
 from convertd_daemon.sandbox.identity import Identity
+from convertd_daemon.sandbox.prefork_slot import PreforkSlot
 
 FRONT = Identity(uid=1501, gid=1501)
 
@@ -43,11 +50,11 @@ class TestBroker:
                 capabilities.Sets(effective=every, permitted=every, inheritable=every)
             )
             prctl.cap_ambient_raise(Capability.SYS_ADMIN)
-            narrow.narrow_broker()
+            confine_broker.narrow_broker()
             return status_of_threads()[0]
 
         status = in_child(act)
-        seven = sum(1 << capability for capability in narrow.BROKER)
+        seven = sum(1 << capability for capability in confine_broker.BROKER)
         assert seven.bit_count() == 7
         assert [int(status[name], 16) for name in ("CapPrm", "CapEff", "CapBnd")] == [seven] * 3
         assert [int(status[name], 16) for name in ("CapInh", "CapAmb")] == [0, 0]
@@ -57,9 +64,9 @@ class TestBroker:
         """As under a unit that has narrowed already, without CAP_SETPCAP."""
 
         def act() -> bool:
-            narrow.narrow_broker()
+            confine_broker.narrow_broker()
             once = capabilities.capget()
-            narrow.narrow_broker()
+            confine_broker.narrow_broker()
             return capabilities.capget() == once
 
         assert in_child(act)
@@ -68,10 +75,10 @@ class TestBroker:
         """All that are missing are named."""
 
         def act() -> str:
-            few = narrow.BROKER - {Capability.KILL, Capability.CHOWN}
+            few = confine_broker.BROKER - {Capability.KILL, Capability.CHOWN}
             capabilities.capset(capabilities.Sets(effective=few, permitted=few))
             with pytest.raises(errors.CapabilityMissing) as refused:
-                narrow.narrow_broker()
+                confine_broker.narrow_broker()
             return str(refused.value)
 
         assert in_child(act) == "this process lacks CAP_CHOWN, CAP_KILL"
@@ -80,9 +87,11 @@ class TestBroker:
         """Not silently left wide."""
 
         def act() -> str:
-            capabilities.capset(capabilities.Sets(effective=narrow.BROKER, permitted=narrow.BROKER))
+            capabilities.capset(
+                capabilities.Sets(effective=confine_broker.BROKER, permitted=confine_broker.BROKER)
+            )
             with pytest.raises(errors.CapabilityMissing) as refused:
-                narrow.narrow_broker()
+                confine_broker.narrow_broker()
             return str(refused.value)
 
         assert in_child(act) == "this process lacks CAP_SETPCAP"
@@ -93,7 +102,7 @@ class TestBroker:
         os.chown(tmp_path / "file", 4321, 4321)
 
         def act() -> tuple[list[str], int]:
-            narrow.narrow_broker()
+            confine_broker.narrow_broker()
             victim = os.fork()
             if victim == 0:
                 identity.assume(FRONT)
@@ -241,11 +250,11 @@ def test_a_job_with_threads_is_not_half_confined(qemu_img: int) -> None:
     """Neither at its gate, nor by later layers."""
 
     def act() -> str:
-        gate = Gate(b"")
+        gate = PreforkSlot(b"")
         in_the_midst_of_threads(lambda: confine.confine_job(gate, qemu_img, ()))
         return errno_of(lambda: os.close(os.open("/etc/passwd", os.O_RDONLY)))
 
-    assert in_child(lambda: in_the_midst_of_threads(lambda: Gate(b"")))
+    assert in_child(lambda: in_the_midst_of_threads(lambda: PreforkSlot(b"")))
     assert in_child(act) == "done"
 
 
@@ -254,7 +263,7 @@ def test_a_job_with_threads_is_refused_a_gate_by_any_kernel() -> None:
 
     def act() -> bool:
         pytest.MonkeyPatch().setattr(kernel_landlock, "abi", lambda: 5)
-        return in_the_midst_of_threads(lambda: Gate(b""))
+        return in_the_midst_of_threads(lambda: PreforkSlot(b""))
 
     assert in_child(act)
 
@@ -267,12 +276,12 @@ def test_a_job_reaches_its_own_places_only(qemu_img: int, tmp_path: Path) -> Non
     parent = os.getpid()
 
     def act() -> dict[str, str]:
-        narrow.narrow_broker()
+        confine_broker.narrow_broker()
         rules = [
             landlock.Rule(where=str(tmp_path / "read"), access=landlock.READ_BENEATH),
             landlock.Rule(where=str(tmp_path / "write"), access=landlock.PUBLISH_IN),
         ]
-        confine.confine_job(Gate(b""), qemu_img, rules)
+        confine.confine_job(PreforkSlot(b""), qemu_img, rules)
         create = os.O_CREAT | os.O_WRONLY
         return {
             "read": errno_of(lambda: os.open(tmp_path / "read" / "file", os.O_RDONLY)),

@@ -12,9 +12,16 @@ from children import errno_of, in_child
 from harness import processes, waiting
 from intruder import Intruder, output_of
 
-from convertd_daemon.sandbox import confine, enter, entrant, landlock, narrow, runtime
-from convertd_daemon.sandbox.enter import Confinement, Identity
-from convertd_daemon.sandbox.gate import Gate
+from convertd_daemon.sandbox import (
+    confine,
+    confine_broker,
+    landlock,
+    preforked,
+    runtime,
+    spawn,
+)
+from convertd_daemon.sandbox.prefork_slot import PreforkSlot
+from convertd_daemon.sandbox.spawn import Confinement, Identity
 
 VERSION = ["qemu-img", "--version"]
 OTHER = Identity(uid=1500, gid=1500)
@@ -31,10 +38,10 @@ def comm(pid: int) -> str:
     return Path(f"/proc/{pid}/comm").read_text().strip()
 
 
-def version(qemu_img: int, confinement: Confinement, gate: Gate) -> tuple[bool, str]:
+def version(qemu_img: int, confinement: Confinement, gate: PreforkSlot) -> tuple[bool, str]:
     """Run a program; say whether it is in the process that waited, and what it said."""
     waited = who_waits()
-    with enter.spawn(qemu_img, VERSION, confinement=confinement, waiting=gate.take()) as child:
+    with spawn.spawn(qemu_img, VERSION, confinement=confinement, waiting=gate.take()) as child:
         return child.pid == waited, output_of(child)
 
 
@@ -48,7 +55,7 @@ def test_who_waits_becomes_the_program(qemu_img: int, confinement: Confinement) 
     """No other process is forked, and nobody waits afterwards."""
 
     def act() -> tuple[tuple[bool, str], bool]:
-        gate = Gate(confinement.filter)
+        gate = PreforkSlot(confinement.filter)
         gate.fork()
         return version(qemu_img, confinement, gate), gate.take() is None
 
@@ -63,10 +70,10 @@ def test_who_waits_holds_nothing(compiled: bytes) -> None:
 
     def act() -> dict[int, str]:
         kept = os.open("/etc/passwd", os.O_RDONLY)
-        gate = Gate(compiled)
+        gate = PreforkSlot(compiled)
         gate.fork()
         pid = who_waits()
-        waiting.until(lambda: comm(pid) == "convertd-gate", "it is at the gate")
+        waiting.until(lambda: comm(pid) == "convertd-child", "it is at the gate")
         held = processes.descriptors(pid)
         gate.close()
         os.close(kept)
@@ -86,15 +93,15 @@ def test_a_job_ends_who_waits_and_what_it_becomes(
     outside = os.getpid()
 
     def act() -> tuple[str, int]:
-        narrow.narrow_broker()
-        gate = Gate(confinement.filter)
+        confine_broker.narrow_broker()
+        gate = PreforkSlot(confinement.filter)
         if order == "bound first":
             confine.confine_job(gate, qemu_img, ())
         gate.fork()
         for _ in range(2):
             confine.confine_job(gate, qemu_img, ())
         argv = ["qemu-img", "--help"]
-        with enter.spawn(qemu_img, argv, confinement=confinement, waiting=gate.take()) as child:
+        with spawn.spawn(qemu_img, argv, confinement=confinement, waiting=gate.take()) as child:
             child.kill()
             status = child.wait()
         return errno_of(lambda: os.kill(outside, 0)), status
@@ -111,16 +118,16 @@ def test_a_layer_of_the_jobs_binds_who_waits_too(intruder: Intruder, tmp_path: P
         image = os.open(tmp_path / "file", os.O_RDONLY)
         own = intruder.but(identity=None).confinement
         own = dataclasses.replace(own, read=(image,))
-        gate = Gate(own.filter)
+        gate = PreforkSlot(own.filter)
         gate.fork()
         waiting_now = gate.take()
         assert waiting_now is not None
         if is_narrowed:
             # As a job of which only who waits is left to be bound.
             made = landlock.ruleset((*runtime.rules(intruder.program), *own.extra))
-            waiting_now.narrow(made)
+            waiting_now.add_landlock_layer(made)
         argv = ["python", "-I", "-S", "-B", "-c", script]
-        with enter.spawn(intruder.program, argv, confinement=own, waiting=waiting_now) as child:
+        with spawn.spawn(intruder.program, argv, confinement=own, waiting=waiting_now) as child:
             return child.wait()
 
     assert in_child(lambda: reads(is_narrowed=False)) == 0
@@ -131,7 +138,7 @@ def test_one_that_was_killed_is_not_missed(qemu_img: int, confinement: Confineme
     """Another is forked, and nothing of the first is left."""
 
     def act() -> tuple[bool, str]:
-        gate = Gate(confinement.filter)
+        gate = PreforkSlot(confinement.filter)
         gate.fork()
         dead = who_waits()
         os.kill(dead, signal.SIGKILL)
@@ -150,10 +157,10 @@ def test_it_does_not_outlive_its_job(compiled: bytes, how: str) -> None:
     """Whichever way that ends."""
 
     def act() -> int:
-        gate = Gate(compiled)
+        gate = PreforkSlot(compiled)
         gate.fork()
         pid = who_waits()
-        waiting.until(lambda: comm(pid) == "convertd-gate", "it is at the gate")
+        waiting.until(lambda: comm(pid) == "convertd-child", "it is at the gate")
         if how == "closed":
             gate.close()
             assert not Path(f"/proc/{pid}").exists()
@@ -180,7 +187,7 @@ def test_nobody_waits_where_a_standard_descriptor_is_closed(compiled: bytes, sta
 
     def act() -> tuple[str, str]:
         os.close(standard)
-        return errno_of(Gate(compiled).fork), Path(
+        return errno_of(PreforkSlot(compiled).fork), Path(
             f"/proc/self/task/{os.getpid()}/children"
         ).read_text()
 
@@ -191,9 +198,9 @@ def test_one_for_another_filter_is_not_taken(qemu_img: int, confinement: Confine
     """What is to be loaded was settled when it was forked; it is put down."""
 
     def act() -> list[str]:
-        waits = entrant.fork(b"another")
+        waits = preforked.fork(b"another")
         with pytest.raises(ValueError, match="another filter"):
-            enter.spawn(qemu_img, VERSION, confinement=confinement, waiting=waits)
+            spawn.spawn(qemu_img, VERSION, confinement=confinement, waiting=waits)
         return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
 
     assert in_child(act) == []
@@ -219,7 +226,7 @@ def test_many_descriptors_keep_their_numbers(intruder: Intruder) -> None:
             os.dup2(os.open(f"/proc/self/fd/{memory}", os.O_RDONLY), number)
         argv = ["python", "-I", "-S", "-B", "-c", script]
         own = intruder.confinement
-        with enter.spawn(program, argv, confinement=own, inherit=numbers) as child:
+        with spawn.spawn(program, argv, confinement=own, inherit=numbers) as child:
             return output_of(child)
 
     assert in_child(act).split() == ["3", "4", "5", "200", "699"]

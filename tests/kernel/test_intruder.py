@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import pytest
 from children import in_child
 
-from convertd_daemon.kernel import capabilities
-from convertd_daemon.sandbox import enter, narrow
+from convertd_daemon.linux import capabilities
+from convertd_daemon.sandbox import confine_broker, spawn
 
 if TYPE_CHECKING:
     from intruder import Intruder
@@ -380,13 +380,13 @@ def test_the_kernel_shows_it_confined(intruder: Intruder, whose: str, *, read_se
     """/proc/PID/status and limits: uid, capabilities, no_new_privs, seccomp, signals, limits."""
     groups = (1600, 1700)
     whom = {
-        "worker": enter.Identity(uid=1500, gid=1500, groups=groups),
+        "worker": spawn.Identity(uid=1500, gid=1500, groups=groups),
         "root without a right": None,
-        "caller": enter.Identity(uid=1234, gid=1234),
+        "caller": spawn.Identity(uid=1234, gid=1234),
     }[whose]
 
     def act() -> tuple[dict[str, str], dict[str, list[str]], int]:
-        narrow.narrow_broker()
+        confine_broker.narrow_broker()
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda *_: None)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})

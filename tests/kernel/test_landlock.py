@@ -15,9 +15,9 @@ import pytest
 from children import errno_of, in_child
 from descriptors import none_left_open
 
-from convertd_daemon.kernel import landlock as kernel_landlock
-from convertd_daemon.kernel import prctl, syscall
-from convertd_daemon.kernel.landlock import AccessFs, AccessNet, Scope
+from convertd_daemon.linux import landlock as kernel_landlock
+from convertd_daemon.linux import prctl, syscall
+from convertd_daemon.linux.landlock import AccessFs, AccessNet, Scope
 from convertd_daemon.sandbox import errors, landlock
 
 BLKGETSIZE64 = 0x80081272

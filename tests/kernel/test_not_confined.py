@@ -16,20 +16,20 @@ import descriptors
 import pytest
 from children import in_child
 
-from convertd_daemon.kernel import landlock as kernel_landlock
-from convertd_daemon.kernel import prctl
+from convertd_daemon.linux import landlock as kernel_landlock
+from convertd_daemon.linux import prctl
 from convertd_daemon.sandbox import (
-    enter,
-    entrant,
     errors,
     identity,
     landlock,
     limits,
+    preforked,
     runtime,
     seccomp,
+    spawn,
 )
-from convertd_daemon.sandbox.enter import Confinement, Identity
 from convertd_daemon.sandbox.errors import Stage
+from convertd_daemon.sandbox.spawn import Confinement, Identity
 
 Failed = tuple[str, str, list[str]]
 
@@ -74,7 +74,7 @@ def start_now(
     inherit: tuple[int, ...] = (),
 ) -> Callable[[], object]:
     """Give a call of spawn(), which forks."""
-    return lambda: enter.spawn(program, argv, confinement=confinement, inherit=inherit)
+    return lambda: spawn.spawn(program, argv, confinement=confinement, inherit=inherit)
 
 
 @pytest.fixture(params=["forked now", "who waited"])
@@ -88,12 +88,12 @@ def start(request: pytest.FixtureRequest) -> Start:
         argv: Sequence[str] = VERSION,
         inherit: tuple[int, ...] = (),
     ) -> Callable[[], object]:
-        return lambda: enter.spawn(
+        return lambda: spawn.spawn(
             program,
             argv,
             confinement=confinement,
             inherit=inherit,
-            waiting=entrant.fork(confinement.filter),
+            waiting=preforked.fork(confinement.filter),
         )
 
     return make if request.param == "who waited" else start_now
@@ -204,7 +204,7 @@ def test_descriptors_that_can_not_be_inherited(
 
     def act() -> str:
         with pytest.raises(ValueError, match="can't inherit") as refused:
-            enter.spawn(qemu_img, VERSION, confinement=confinement, inherit=(number,))
+            spawn.spawn(qemu_img, VERSION, confinement=confinement, inherit=(number,))
         return str(refused.value)
 
     assert str(number) in in_child(act)
@@ -216,7 +216,7 @@ def test_from_a_process_with_threads(qemu_img: int, confinement: Confinement) ->
     def act() -> str:
         threading.Thread(target=threading.Event().wait, daemon=True).start()
         with pytest.raises(ValueError, match="several threads") as refused:
-            enter.spawn(qemu_img, VERSION, confinement=confinement)
+            spawn.spawn(qemu_img, VERSION, confinement=confinement)
         return str(refused.value)
 
     assert in_child(act)

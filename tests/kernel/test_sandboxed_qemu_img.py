@@ -17,10 +17,17 @@ import descriptors
 import pytest
 from children import in_child
 
-from convertd_daemon.kernel import prctl
-from convertd_daemon.sandbox import confine, enter, identity, landlock, limits, narrow
-from convertd_daemon.sandbox.enter import Confinement, Identity
-from convertd_daemon.sandbox.gate import Gate
+from convertd_daemon.linux import prctl
+from convertd_daemon.sandbox import (
+    confine,
+    confine_broker,
+    identity,
+    landlock,
+    limits,
+    spawn,
+)
+from convertd_daemon.sandbox.prefork_slot import PreforkSlot
+from convertd_daemon.sandbox.spawn import Confinement, Identity
 
 WORKER = Identity(uid=1500, gid=1500)
 CALLER = Identity(uid=1234, gid=1234)
@@ -44,7 +51,7 @@ class Images:
         ends = [f"/proc/self/fd/{number}" for number in (self.source, self.dest)]
         argv = ["qemu-img", "convert", "-f", "raw", "-m", "16", "-W", *options, *ends]
         inherit = (self.source, self.dest)
-        with enter.spawn(program, argv, confinement=confinement, inherit=inherit) as child:
+        with spawn.spawn(program, argv, confinement=confinement, inherit=inherit) as child:
             return finish(child)
 
     def same(self, dest_format: str = "qcow2") -> bool:
@@ -54,7 +61,7 @@ class Images:
         return subprocess.run(compare, check=False, capture_output=True).returncode == 0
 
 
-def finish(child: enter.Child) -> tuple[int, str]:
+def finish(child: spawn.ConfinedProgram) -> tuple[int, str]:
     """Read stderr to its end, then reap."""
     text = b""
     while select.select([child.stderr], [], [])[0]:
@@ -187,12 +194,12 @@ def test_inside_a_job_of_a_narrowed_broker_it_works_too(
     """Layers intersect, and the job may publish afterwards."""
 
     def act() -> tuple[tuple[int, str], list[str]]:
-        narrow.narrow_broker()
+        confine_broker.narrow_broker()
         rules = (
             landlock.Rule(where=images.source, access=landlock.READ),
             landlock.Rule(where=images.dest_directory, access=landlock.PUBLISH_IN),
         )
-        confine.confine_job(Gate(confinement.filter), qemu_img, rules)
+        confine.confine_job(PreforkSlot(confinement.filter), qemu_img, rules)
         outcome = images.convert(qemu_img, confinement)
         name = f"/proc/self/fd/{images.dest}"
         os.link(name, "result", dst_dir_fd=images.dest_directory, follow_symlinks=True)
@@ -217,7 +224,7 @@ def test_info_tells_the_format(images: Images, qemu_img: int, compiled: bytes) -
 
     def act() -> str:
         argv = ["qemu-img", "info", "--output=json", f"/proc/self/fd/{image}"]
-        with enter.spawn(qemu_img, argv, confinement=only, inherit=(image,)) as child:
+        with spawn.spawn(qemu_img, argv, confinement=only, inherit=(image,)) as child:
             status, complaint = finish(child)
             assert (status, complaint) == (0, "")
             return os.read(child.stdout, 65536).decode()
@@ -239,7 +246,7 @@ def test_a_backing_file_that_an_image_names_is_not_opened(
         ends = [f"/proc/self/fd/{number}" for number in (image, images.dest)]
         argv = ["qemu-img", "convert", "-f", "qcow2", "-O", "raw", *ends]
         inherit = (image, images.dest)
-        with enter.spawn(qemu_img, argv, confinement=both, inherit=inherit) as child:
+        with spawn.spawn(qemu_img, argv, confinement=both, inherit=inherit) as child:
             return finish(child)
 
     status, complaint = in_child(act)
@@ -284,7 +291,7 @@ def test_a_block_device_is_written(
         cache = ["-t", "none"] if direct else ["-t", "writeback"]
         argv = ["qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", *cache, *ends]
         inherit = (images.source, device)
-        with enter.spawn(qemu_img, argv, confinement=with_device, inherit=inherit) as child:
+        with spawn.spawn(qemu_img, argv, confinement=with_device, inherit=inherit) as child:
             return finish(child)
 
     assert in_child(act) == (0, "")
@@ -299,12 +306,12 @@ def test_leaving_the_block_kills_and_reaps(
     """And closes what it gave."""
 
     def act() -> tuple[int, list[str], set[tuple[int, str]]]:
-        narrow.narrow_broker()
+        confine_broker.narrow_broker()
         before = descriptors.held()
         argv = ["qemu-img", "bench", "-f", "raw", "-c", "1000000000"]
         argv.append(f"/proc/self/fd/{images.source}")
         inherit = (images.source,)
-        with enter.spawn(qemu_img, argv, confinement=confinement, inherit=inherit) as child:
+        with spawn.spawn(qemu_img, argv, confinement=confinement, inherit=inherit) as child:
             assert not select.select([child.pidfd], [], [], 0)[0]
         try:
             os.waitpid(-1, os.WNOHANG)
@@ -323,7 +330,7 @@ def test_a_child_that_ended_can_be_killed_and_waited_for_again(
     """Nobody else is hit."""
 
     def act() -> list[int]:
-        with enter.spawn(qemu_img, ["qemu-img", "--version"], confinement=confinement) as child:
+        with spawn.spawn(qemu_img, ["qemu-img", "--version"], confinement=confinement) as child:
             select.select([child.pidfd], [], [])
             child.kill()
             first = child.wait()
@@ -342,14 +349,14 @@ def test_it_dies_with_the_process_that_started_it(
     os.fchmod(images.source, 0o644)
 
     def act() -> int:
-        narrow.narrow_broker()
+        confine_broker.narrow_broker()
         prctl.set_child_subreaper()
         read_end, write_end = os.pipe()
         job = os.fork()
         if job == 0:
             argv = ["qemu-img", "bench", "-f", "raw", "-c", "1000000000"]
             argv.append(f"/proc/self/fd/{images.source}")
-            child = enter.spawn(qemu_img, argv, confinement=changed, inherit=(images.source,))
+            child = spawn.spawn(qemu_img, argv, confinement=changed, inherit=(images.source,))
             os.write(write_end, str(child.pid).encode())
             signal.pause()
         pid = int(os.read(read_end, 99))

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from descriptors import none_left_open
 
-from convertd_daemon.kernel import scm_rights
+from convertd_daemon.linux import scm_rights
 
 Pair = tuple[socket.socket, socket.socket]
 

@@ -18,8 +18,8 @@ from collections.abc import Callable
 import pytest
 from children import in_child
 
-from convertd_daemon.kernel import libseccomp, prctl
-from convertd_daemon.kernel import seccomp as kernel_seccomp
+from convertd_daemon.linux import libseccomp, prctl
+from convertd_daemon.linux import seccomp as kernel_seccomp
 from convertd_daemon.sandbox import errors, seccomp
 
 X86_64 = pytest.mark.skipif(

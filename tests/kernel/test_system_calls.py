@@ -20,7 +20,7 @@ import pytest
 from children import in_child
 from harness.mounts import Mounts
 
-from convertd_daemon.kernel import (
+from convertd_daemon.linux import (
     capabilities,
     clock_getcpuclockid,
     close_range,
@@ -37,8 +37,8 @@ from convertd_daemon.kernel import (
     syscall,
     unshare,
 )
-from convertd_daemon.kernel.capabilities import Capability
-from convertd_daemon.kernel.openat2 import Resolve
+from convertd_daemon.linux.capabilities import Capability
+from convertd_daemon.linux.openat2 import Resolve
 
 
 def is_open(descriptor: int) -> bool:

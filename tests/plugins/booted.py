@@ -221,15 +221,15 @@ def _cgroups(stack: contextlib.ExitStack, name: str) -> list[str]:
     Gives the files that a process moves itself there by. systemd uses the second version's
     hierarchy, or a named one of the first, or both.
     """
-    places = []
+    slots = []
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         mount, _, kind = line.partition(" - ")
         if kind.startswith("cgroup2 ") or "name=systemd" in kind:
             place = Path(mount.split()[4], name)
             place.mkdir()
             stack.callback(_remove_cgroup, place)
-            places.append(str(place / "cgroup.procs"))
-    return places
+            slots.append(str(place / "cgroup.procs"))
+    return slots
 
 
 def _remove_cgroup(place: Path) -> None:

@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Final
 
-from convertd_daemon import model, policy
+from convertd_core import values
+from convertd_daemon.policy import decide
 
-CALLER: Final = model.Peer(uid=1234, gid=1234, groups=frozenset({1300, 1400}), pid=1)
-STRANGER: Final = model.Peer(uid=1666, gid=1666, groups=frozenset(), pid=1)
+CALLER: Final = values.Peer(uid=1234, gid=1234, groups=frozenset({1300, 1400}), pid=1)
+STRANGER: Final = values.Peer(uid=1666, gid=1666, groups=frozenset(), pid=1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,70 +20,70 @@ class Rules:
     `hidden` are further roots, which it opens to nobody.
     """
 
-    roots: tuple[model.Root, ...]
-    hidden: tuple[model.Root, ...] = ()
-    peer: model.Peer = CALLER
-    overwrite: model.Overwrite = model.Overwrite.OWN
-    read_formats: Iterable[str] = model.FORMATS
-    limits: model.Limits = dataclasses.field(default_factory=model.Limits)
+    roots: tuple[values.Root, ...]
+    hidden: tuple[values.Root, ...] = ()
+    peer: values.Peer = CALLER
+    overwrite: values.OverwriteScope = values.OverwriteScope.OWN
+    read_formats: Iterable[str] = values.FORMATS
+    limits: values.Limits = dataclasses.field(default_factory=values.Limits)
 
     @property
-    def policy(self) -> policy.Policy:
+    def policy(self) -> decide.Policy:
         """The policy."""
-        rule = policy.Rule(
+        rule = decide.Rule(
             name="grants[0]",
-            subjects=policy.Subjects(uids=frozenset({self.peer.uid})),
+            subjects=decide.Subjects(uids=frozenset({self.peer.uid})),
             read=self.roots,
             write=self.roots,
             read_formats=frozenset(self.read_formats),
-            write_formats=model.WRITABLE_FORMATS,
+            write_formats=values.WRITABLE_FORMATS,
             overwrite=self.overwrite,
         )
-        return policy.Policy(
+        return decide.Policy(
             limits=self.limits,
-            operators=policy.Subjects(),
+            operators=decide.Subjects(),
             roots=(*self.roots, *self.hidden),
             rules=(rule,),
             qemu_img="/usr/bin/qemu-img",
         )
 
-    def convert(self, request: model.ConvertRequest) -> model.Grant:
+    def convert(self, request: values.ConvertRequest) -> values.ConvertGrant:
         """Leave to convert, or the policy's refusal."""
-        return policy.decide(self.policy, self.peer, request)
+        return decide.decide(self.policy, self.peer, request)
 
-    def inspect(self, source: model.Source) -> model.InspectGrant:
+    def inspect(self, source: values.Source) -> values.InspectGrant:
         """Leave to look, or the policy's refusal."""
-        asked = model.InspectRequest(source=source)
-        return policy.decide_inspect(self.policy, self.peer, asked)
+        asked = values.InspectRequest(source=source)
+        return decide.decide_inspect(self.policy, self.peer, asked)
 
-    def place(self, path: str) -> model.Place:
+    def place(self, path: str) -> values.Place:
         """Where a path leads."""
         place = self.policy.place(path)
         assert place is not None
         return place
 
 
-def files(path: object, **changes: object) -> model.Root:
+def files(path: object, **changes: object) -> values.Root:
     """A root of files, opened with the daemon's rights."""
-    root = model.Root(name="images", path=str(path), access=model.Access.DAEMON)
+    root = values.Root(name="images", path=str(path), access=values.RootAccess.DAEMON)
     return dataclasses.replace(root, **changes)  # type: ignore[arg-type]
 
 
-def devices(path: object, **changes: object) -> model.Root:
+def devices(path: object, **changes: object) -> values.Root:
     """A root of block devices."""
-    return files(path, name="volumes", kind=model.RootKind.BLOCK, **changes)
+    return files(path, name="volumes", kind=values.RootKind.BLOCK, **changes)
 
 
 def request(
     source: object, dest: object, source_format: str = "raw", dest_format: str = "raw"
-) -> model.ConvertRequest:
+) -> values.ConvertRequest:
     """A request with nothing but the two ends."""
-    return model.ConvertRequest(
-        source=model.Source(path=str(source), format=source_format),
-        dest=model.Dest(path=str(dest), format=dest_format),
+    return values.ConvertRequest(
+        source=values.Source(path=str(source), format=source_format),
+        dest=values.Destination(path=str(dest), format=dest_format),
     )
 
 
-def to(asked: model.ConvertRequest, **changes: object) -> model.ConvertRequest:
+def to(asked: values.ConvertRequest, **changes: object) -> values.ConvertRequest:
     """The same request, with another destination."""
     return dataclasses.replace(asked, dest=dataclasses.replace(asked.dest, **changes))  # type: ignore[arg-type]

@@ -9,12 +9,12 @@ import sys
 
 from children import in_child
 
-from convertd_daemon.sandbox import enter
+from convertd_daemon.sandbox import spawn
 
-WORKER = enter.Identity(uid=1500, gid=1500)
+WORKER = spawn.Identity(uid=1500, gid=1500)
 
 
-def output_of(child: enter.Child) -> str:
+def output_of(child: spawn.ConfinedProgram) -> str:
     """Read stdout to its end, and say on failure what stderr said."""
     os.set_blocking(child.stdout, True)
     os.set_blocking(child.stderr, True)
@@ -30,13 +30,13 @@ class Intruder:
     """A Python that runs where qemu-img would, confined as qemu-img is."""
 
     program: int
-    confinement: enter.Confinement
+    confinement: spawn.Confinement
 
     def but(
         self,
         *,
         abi: int | None = None,
-        identity: enter.Identity | None = WORKER,
+        identity: spawn.Identity | None = WORKER,
         keep_read_search: bool = False,
         write: tuple[int, ...] = (),
     ) -> Intruder:
@@ -50,10 +50,10 @@ class Intruder:
         )
         return Intruder(program=self.program, confinement=changed)
 
-    def start(self, script: str, *, inherit: tuple[int, ...] = ()) -> enter.Child:
+    def start(self, script: str, *, inherit: tuple[int, ...] = ()) -> spawn.ConfinedProgram:
         """Execute a script in the sandbox."""
         argv = [sys.executable, "-I", "-S", "-B", "-c", script]
-        return enter.spawn(self.program, argv, confinement=self.confinement, inherit=inherit)
+        return spawn.spawn(self.program, argv, confinement=self.confinement, inherit=inherit)
 
     def tries(self, script: str, *, inherit: tuple[int, ...] = ()) -> dict[str, str]:
         """Give what became of each `attempt(name, function)` of a script: an errno, or "done"."""

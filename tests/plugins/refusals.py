@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from convertd_daemon import codec, errors
+from convertd_core import codec, conditions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def refusal_of(act: Callable[[], object]) -> errors.Failure | None:
+def refusal_of(act: Callable[[], object]) -> conditions.Failure | None:
     """Give the condition that a call ends with, as its receiver gets it; None if it succeeds."""
     try:
         act()
-    except errors.ConvertError as error:
+    except conditions.ConvertError as error:
         failure = error.failure()
     else:
         return None
-    return codec.decode(codec.encode(failure), errors.Failure)
+    return codec.decode(codec.encode(failure), conditions.Failure)
 
 
 def reason_of(act: Callable[[], object]) -> str:

@@ -8,9 +8,15 @@ import functools
 import os
 from typing import TYPE_CHECKING, Final
 
-from convertd_daemon import channel, errors, model
-from convertd_daemon.broker import jobs, loop, queue, workers
-from convertd_daemon.front import pipes
+from convertd_core import conditions, messages, values
+from convertd_daemon import channel
+from convertd_daemon.broker import (
+    jobs,
+    loop,
+    queue,
+    workers,
+)
+from convertd_daemon.front import secret_pipes
 from convertd_daemon.sandbox import seccomp
 from convertd_daemon.sandbox.identity import Identity
 from convertd_daemon.sandbox.setup import Setup
@@ -35,9 +41,9 @@ class Said:
     events: tuple[object, ...]
 
     @property
-    def failure(self) -> errors.Failure | None:
+    def failure(self) -> conditions.Failure | None:
         """What it failed of."""
-        found = [event.failure for event in self.events if isinstance(event, channel.Failed)]
+        found = [event.failure for event in self.events if isinstance(event, messages.Failed)]
         return found[0] if found else None
 
     @property
@@ -46,30 +52,32 @@ class Said:
         return self.failure.reason if self.failure else "done"
 
     @property
-    def published(self) -> model.Published:
+    def published(self) -> values.Published:
         """What it published."""
         assert self.failure is None, self.failure
-        (found,) = (item.published for item in self.events if isinstance(item, channel.Succeeded))
+        (found,) = (item.published for item in self.events if isinstance(item, messages.Succeeded))
         return found
 
     @property
-    def inspected(self) -> channel.Inspected:
+    def inspected(self) -> messages.Inspected:
         """What it found an image to be."""
         assert self.failure is None, self.failure
-        (found,) = (item for item in self.events if isinstance(item, channel.Inspected))
+        (found,) = (item for item in self.events if isinstance(item, messages.Inspected))
         return found
 
 
 @contextlib.contextmanager
 def started(
-    grant: model.Grant | model.InspectGrant, *passphrases: bytes
+    grant: values.ConvertGrant | values.InspectGrant, *passphrases: bytes
 ) -> Iterator[tuple[jobs.Job, channel.Channel]]:
     """Fork a job; gives it, and the front's end of its channel. Afterwards it is gone."""
-    lane: queue.Lane[jobs.Job] = queue.Lane(places=1, places_per_user=1, waiting=1, per_user=1)
-    with pipes.holding(list(passphrases)) as held:
-        job = jobs.Job(job_id="job-1", call=1, connection=1, grant=grant, lane=lane)
-        line = job.start(workers.Spare(loop.Loop(), setup(), lambda: False), grant.peer)
-        pipes.hand_on(held, line)
+    lane: queue.JobQueue[jobs.Job] = queue.JobQueue(
+        slots=1, slots_per_user=1, waiting=1, per_user=1
+    )
+    with secret_pipes.holding(list(passphrases)) as held:
+        job = jobs.Job(job_id="job-1", call=1, connection=1, grant=grant, queue=lane)
+        line = job.start(workers.PreforkedJob(loop.Loop(), setup(), lambda: False), grant.peer)
+        secret_pipes.hand_on(held, line)
     with line:
         try:
             yield job, line
@@ -79,11 +87,11 @@ def started(
             job.close()
 
 
-def run(grant: model.Grant | model.InspectGrant, *passphrases: bytes) -> Said:
+def run(grant: values.ConvertGrant | values.InspectGrant, *passphrases: bytes) -> Said:
     """Run a job to its end, and give all that it said."""
     events: list[object] = []
     with started(grant, *passphrases) as (_, line), contextlib.suppress(channel.Closed):
         while True:
-            event, _ = line.receive(*channel.FROM_JOB)
+            event, _ = line.receive(*messages.FROM_JOB)
             events.append(event)
     return Said(events=tuple(events))

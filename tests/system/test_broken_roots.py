@@ -19,7 +19,7 @@ from harness.tracing import Tracer
 from hostile import asking, silent_fuse
 
 from convertd.v1 import convert_pb2 as pb
-from convertd_daemon.broker import check
+from convertd_daemon.admin import check
 
 POLICY: Final = """
 [roots.whole]

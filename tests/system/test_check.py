@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from convertd_daemon.broker import check
+from convertd_daemon.admin import check
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,7 +11,7 @@ from harness.callers import ALICE
 from harness.daemon import Daemon, DidNotStart
 from harness.fixtures import MakeDaemon
 
-from convertd_daemon import model
+from convertd_core import values
 
 POLICY: Final = 'qemu_img = "{scratch}/qemu-img"'
 QEMU_IMG: Final = Path("/usr/bin/qemu-img")
@@ -37,8 +37,8 @@ def test_all_formats_that_qemu_img_lists_are_told(make_daemon: MakeDaemon) -> No
     helped = subprocess.run([QEMU_IMG, "--help"], check=True, capture_output=True, text=True)
     (line,) = (line for line in helped.stdout.splitlines() if line.startswith("Supported formats:"))
     told = daemon.agent(ALICE).access()
-    assert set(told.source_formats) == model.FORMATS & set(line.split())
-    assert set(told.dest_formats) == model.WRITABLE_FORMATS & set(line.split())
+    assert set(told.source_formats) == values.FORMATS & set(line.split())
+    assert set(told.dest_formats) == values.WRITABLE_FORMATS & set(line.split())
     assert told.versions.qemu_img in helped.stdout.splitlines()[0]
 
 
@@ -46,8 +46,8 @@ def test_a_format_that_qemu_img_lacks_is_not_told(make_daemon: MakeDaemon, scrat
     """A distribution may leave some out: here its driver has a name that we don't know."""
     daemon = started(make_daemon, scratch, b"\0parallels\0", b"\0parallelx\0")
     told = daemon.agent(ALICE).access()
-    assert set(told.source_formats) == model.FORMATS - {"parallels"}
-    assert set(told.dest_formats) == model.WRITABLE_FORMATS - {"parallels"}
+    assert set(told.source_formats) == values.FORMATS - {"parallels"}
+    assert set(told.dest_formats) == values.WRITABLE_FORMATS - {"parallels"}
 
 
 def test_a_qemu_img_that_lists_no_formats_fails_the_self_test(

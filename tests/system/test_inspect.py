@@ -17,8 +17,8 @@ from harness.callers import ALICE
 from harness.daemon import Daemon
 
 from convertd.v1 import convert_pb2 as pb
-from convertd_daemon.job import paths
-from convertd_daemon.kernel import locks
+from convertd_daemon.job.files import paths
+from convertd_daemon.linux import locks
 
 POLICY: Final = """
 [roots.images]

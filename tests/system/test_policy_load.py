@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 from descriptors import none_left_open
 
-from convertd_daemon import policy_bind
-from convertd_daemon.broker import load, names
+from convertd_daemon.policy import bind, load, lookup
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -169,9 +168,9 @@ def test_the_largest_file_is_read(file: Path) -> None:
 
 def test_a_name_that_breaks_the_lookup_is_no_answer() -> None:
     """An answer that is not whole is none: it would grant less, or more, than it should."""
-    wanted = policy_bind.Wanted(users=frozenset({"root", "a\0b"}))
-    with pytest.raises(names.LookupFailed, match="broke off"):
-        names.resolve(wanted)
+    wanted = bind.NeededNames(users=frozenset({"root", "a\0b"}))
+    with pytest.raises(lookup.LookupFailed, match="broke off"):
+        lookup.resolve(wanted)
 
 
 HANGING = """

@@ -14,7 +14,8 @@ from harness.daemon import Daemon, DidNotStart
 from harness.fixtures import MakeDaemon
 from hostile import asking, forged
 
-from convertd_daemon.broker import check, load
+from convertd_daemon.admin import check
+from convertd_daemon.policy import load
 
 POLICY: Final = """
 [roots.images]

@@ -10,7 +10,7 @@ import pytest
 from google.protobuf import json_format, message_factory
 
 from convertd.v1 import convert_pb2 as pb
-from convertd_daemon import errors, model
+from convertd_core import conditions, values
 from convertd_daemon.front import server
 
 PAGE: Final = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
@@ -37,13 +37,13 @@ def rows_after(words: str) -> set[str]:
 def test_the_page_lists_every_refusal_with_its_status_and_values() -> None:
     """Each once, and none that there is not."""
     listed = [
-        (status, reason, set(re.findall(r"`(\w+)`", values))) for status, reason, values in REFUSALS
+        (status, reason, set(re.findall(r"`(\w+)`", named))) for status, reason, named in REFUSALS
     ]
-    conditions = [
+    listed = [
         (kind.status.value, reason, set(getattr(kind, "__dataclass_fields__", ())))
-        for reason, kind in errors.BY_REASON.items()
+        for reason, kind in conditions.BY_REASON.items()
     ]
-    assert sorted(listed, key=str) == sorted(conditions, key=str)
+    assert sorted(listed, key=str) == sorted(listed, key=str)
 
 
 def test_the_page_lists_every_call() -> None:
@@ -83,7 +83,7 @@ def test_every_call_that_asks_for_something_has_its_example() -> None:
 def test_the_page_has_the_servers_limits() -> None:
     """In units for people."""
     options = dict(server.OPTIONS)
-    limits = model.Limits()
+    limits = values.Limits()
     for words in (
         f"| a request | {options['grpc.max_receive_message_length'] // KIB} KiB |",
         f"| a reply | {options['grpc.max_send_message_length'] // KIB // KIB} MiB |",

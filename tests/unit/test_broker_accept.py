@@ -10,13 +10,13 @@ import pytest
 from children import in_child
 from descriptors import none_left_open
 
-from convertd_daemon import model
-from convertd_daemon.broker import accept, closer, loop
+from convertd_core import values
+from convertd_daemon.broker import closer, connections, loop
 
 
-def none(limits: model.Limits) -> accept.Connections:
+def none(limits: values.Limits) -> connections.Connections:
     """No connections yet."""
-    return accept.Connections(limits, closer.Closer(loop.Loop()))
+    return connections.Connections(limits, closer.Closer(loop.Loop()))
 
 
 def ends() -> tuple[socket.socket, socket.socket]:
@@ -27,13 +27,13 @@ def ends() -> tuple[socket.socket, socket.socket]:
 def test_a_peer_is_who_the_kernel_says() -> None:
     """With all groups; a caller can't say otherwise."""
 
-    def act() -> model.Peer:
+    def act() -> values.Peer:
         os.setgroups([1300, 1400])
         os.setresgid(1235, 1235, 1235)
         os.setresuid(1234, 1234, 1234)
         ours, theirs = ends()
         with ours, theirs:
-            connection = none(model.Limits()).admit(ours)
+            connection = none(values.Limits()).admit(ours)
             assert connection is not None
             assert connection.pid == os.getpid()
             return connection.peer()
@@ -44,44 +44,44 @@ def test_a_peer_is_who_the_kernel_says() -> None:
 
 def test_a_number_is_never_used_twice() -> None:
     """A front that speaks of a connection that ended speaks of nobody."""
-    connections = none(model.Limits())
+    table = none(values.Limits())
     numbers = []
     for _ in range(3):
         ours, theirs = ends()
-        connection = connections.admit(ours)
+        connection = table.admit(ours)
         assert connection is not None
-        assert connections.find(connection.number) is connection
-        assert list(connections) == [connection]
+        assert table.find(connection.number) is connection
+        assert list(table) == [connection]
         numbers.append(connection.number)
-        connections.drop(connection)
+        table.drop(connection)
         theirs.close()
-        assert connections.find(connection.number) is None
+        assert table.find(connection.number) is None
         assert ours.fileno() == -1
     assert len(set(numbers)) == 3
-    assert len(connections) == 0
+    assert len(table) == 0
 
 
 @pytest.mark.parametrize(
     "limits",
     [
-        pytest.param(model.Limits(connections=2), id="in-all"),
-        pytest.param(model.Limits(connections_per_user=2), id="of-a-user"),
+        pytest.param(values.Limits(connections=2), id="in-all"),
+        pytest.param(values.Limits(connections_per_user=2), id="of-a-user"),
     ],
 )
 def test_one_connection_too_many_is_closed(
-    limits: model.Limits, caplog: pytest.LogCaptureFixture
+    limits: values.Limits, caplog: pytest.LogCaptureFixture
 ) -> None:
     """At once, with a word in the journal; when one of the others ends, there is room again."""
-    connections = none(limits)
+    table = none(limits)
     pairs = [ends() for _ in range(4)]
-    admitted = [connections.admit(ours) for ours, _ in pairs[:2]]
+    admitted = [table.admit(ours) for ours, _ in pairs[:2]]
     with caplog.at_level(logging.WARNING):
-        assert connections.admit(pairs[2][0]) is None
+        assert table.admit(pairs[2][0]) is None
     assert "too many connections uid=0 own=2 total=2" in caplog.text
     assert pairs[2][1].recv(1) == b""
     assert admitted[0] is not None
-    connections.drop(admitted[0])
-    assert connections.admit(pairs[3][0]) is not None
+    table.drop(admitted[0])
+    assert table.admit(pairs[3][0]) is not None
     for pair in pairs:
         for end in pair:
             end.close()
@@ -89,7 +89,7 @@ def test_one_connection_too_many_is_closed(
 
 def test_a_connection_whose_peer_is_not_known_is_closed() -> None:
     """It is nobody's, and takes nobody's place."""
-    connections = none(model.Limits())
+    table = none(values.Limits())
     with none_left_open(), pytest.raises(OSError, match="not connected"):
-        connections.admit(socket.socket(socket.AF_UNIX))
-    assert len(connections) == 0
+        table.admit(socket.socket(socket.AF_UNIX))
+    assert len(table) == 0

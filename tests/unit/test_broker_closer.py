@@ -12,7 +12,7 @@ from descriptors import none_left_open
 from hostile import lingering
 
 from convertd_daemon.broker import closer, emptied, loop
-from convertd_daemon.kernel import close_range
+from convertd_daemon.linux import close_range
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from convertd_daemon import policy, policy_bind, policy_toml
-from convertd_daemon.broker import dropin
+from convertd_daemon.admin import dropin
+from convertd_daemon.policy import bind, decide, document
 
 EXAMPLE = Path(__file__).parents[2] / "packaging" / "systemd" / "drop-in.example"
 
@@ -39,9 +39,9 @@ SHIPPED = {
 }
 
 
-def made(text: str) -> policy.Policy:
+def made(text: str) -> decide.Policy:
     """A policy without names."""
-    return policy_bind.bind(policy_toml.parse(text), policy_bind.Ids(users={}, groups={}))
+    return bind.bind(document.parse(text), bind.Ids(users={}, groups={}))
 
 
 def grants(path: str, key: str = "write") -> str:

@@ -10,19 +10,24 @@ import grants
 import pytest
 import refusals
 
-from convertd_daemon import channel, model
-from convertd_daemon.broker import accept, closer, jobs, loop
+from convertd_core import messages, values
+from convertd_daemon.broker import (
+    closer,
+    connections,
+    jobs,
+    loop,
+)
 
 RULES = grants.Rules(roots=(grants.files("/images"), grants.devices("/dev/vg")))
-LIMITS = model.Limits(jobs=1, queue=3, inspections=2)
+LIMITS = values.Limits(jobs=1, queue=3, inspections=2)
 
 
 @pytest.fixture
-def connection() -> Iterator[accept.Connection]:
+def connection() -> Iterator[connections.Connection]:
     """Somebody connected."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        admitted = accept.Connections(model.Limits(), closer.Closer(loop.Loop())).admit(ours)
+        admitted = connections.Connections(values.Limits(), closer.Closer(loop.Loop())).admit(ours)
         assert admitted is not None
         yield admitted
 
@@ -33,28 +38,28 @@ def table() -> jobs.Jobs:
     return jobs.Jobs(LIMITS)
 
 
-def to(dest: str, **changes: object) -> model.Grant:
+def to(dest: str, **changes: object) -> values.ConvertGrant:
     """Leave to convert to a file of that name."""
     request = grants.request("/images/a", dest)
     return RULES.convert(dataclasses.replace(request, **changes))  # type: ignore[arg-type]
 
 
-LOOK = RULES.inspect(model.Source(path="/images/a"))
+LOOK = RULES.inspect(values.Source(path="/images/a"))
 
 
 def test_a_look_never_waits_behind_a_conversion(
-    table: jobs.Jobs, connection: accept.Connection
+    table: jobs.Jobs, connection: connections.Connection
 ) -> None:
     """Inspect, and what is only to be checked."""
     table.add(1, connection, to("/images/b"))
     look = table.add(2, connection, LOOK)
     check = table.add(3, connection, to("/images/b", validate_only=True))
-    assert (len(table.conversions), len(table.looks)) == (1, 2)
-    assert [table.looks.next(), table.looks.next()] == [look, check]
+    assert (len(table.conversions), len(table.inspections)) == (1, 2)
+    assert [table.inspections.next(), table.inspections.next()] == [look, check]
 
 
 def test_one_destination_is_one_jobs_at_a_time(
-    table: jobs.Jobs, connection: accept.Connection
+    table: jobs.Jobs, connection: connections.Connection
 ) -> None:
     """Until it has published, or is gone; a look at the same path does not count."""
     first = table.add(1, connection, to("/images/b"))
@@ -69,33 +74,33 @@ def test_one_destination_is_one_jobs_at_a_time(
 
 
 def test_one_that_has_no_room_to_wait_is_in_no_list(
-    table: jobs.Jobs, connection: accept.Connection
+    table: jobs.Jobs, connection: connections.Connection
 ) -> None:
     """It is refused, and nothing of it stays."""
     for number in range(3):
         table.add(number, connection, to(f"/images/{number}"))
     full = refusals.reason_of(lambda: table.add(9, connection, to("/images/9")))
     assert full == "QUEUE_FULL"
-    assert table.of_call(9) is None
+    assert table.by_call(9) is None
     assert len(table) == 3
 
 
 def test_a_job_is_found_by_whatever_names_it(
-    table: jobs.Jobs, connection: accept.Connection
+    table: jobs.Jobs, connection: connections.Connection
 ) -> None:
     """Its id, its call, its process, its connection."""
     job = table.add(7, connection, to("/images/b"))
     job.pid = 4711
     assert table.find(job.job_id) is job
-    assert table.of_call(7) is job
-    assert table.of_process(4711) is job
-    assert table.of_connection(connection.number) == [job]
-    for found in (table.find("x"), table.of_call(8), table.of_process(1)):
+    assert table.by_call(7) is job
+    assert table.by_pid(4711) is job
+    assert table.by_connection(connection.number) == [job]
+    for found in (table.find("x"), table.by_call(8), table.by_pid(1)):
         assert found is None
-    assert table.of_connection(connection.number + 1) == []
+    assert table.by_connection(connection.number + 1) == []
 
 
-def test_ids_are_not_to_be_guessed(table: jobs.Jobs, connection: accept.Connection) -> None:
+def test_ids_are_not_to_be_guessed(table: jobs.Jobs, connection: connections.Connection) -> None:
     """Whoever knows one could ask to cancel it; that it is refused is another thing."""
     ids = {table.add(number, connection, LOOK).job_id for number in range(3)}
     assert len(ids) == 3
@@ -103,7 +108,7 @@ def test_ids_are_not_to_be_guessed(table: jobs.Jobs, connection: accept.Connecti
 
 
 def test_who_waits_is_told_when_the_place_in_the_queue_changes(
-    table: jobs.Jobs, connection: accept.Connection
+    table: jobs.Jobs, connection: connections.Connection
 ) -> None:
     """And only then; it counts from one, in each of the two queues."""
     first, second = (table.add(number, connection, to(f"/images/{number}")) for number in (1, 2))
@@ -111,7 +116,7 @@ def test_who_waits_is_told_when_the_place_in_the_queue_changes(
     assert table.moved() == [first, second, look]
     for job, position in ((first, 1), (second, 2), (look, 1)):
         assert job.position == position
-        job.told = position
+        job.told_position = position
     assert table.moved() == []
     assert table.conversions.next() is first
     assert table.moved() == [second]
@@ -119,7 +124,7 @@ def test_who_waits_is_told_when_the_place_in_the_queue_changes(
 
 
 def test_a_job_that_is_removed_gives_its_place_back(
-    table: jobs.Jobs, connection: accept.Connection
+    table: jobs.Jobs, connection: connections.Connection
 ) -> None:
     """Whether it waited or ran."""
     running = table.add(1, connection, to("/images/b"))
@@ -131,23 +136,23 @@ def test_a_job_that_is_removed_gives_its_place_back(
     assert (len(table), table.conversions.running, len(table.conversions)) == (0, 0, 0)
 
 
-def test_new_limits_hold_at_once(table: jobs.Jobs, connection: accept.Connection) -> None:
+def test_new_limits_hold_at_once(table: jobs.Jobs, connection: connections.Connection) -> None:
     """As the policy was reloaded."""
     for number in (1, 2):
         table.add(number, connection, to(f"/images/{number}"))
     assert table.conversions.next() is not None
     assert table.conversions.next() is None
-    table.bound(dataclasses.replace(LIMITS, jobs=2))
+    table.set_limits(dataclasses.replace(LIMITS, jobs=2))
     assert table.conversions.next() is not None
 
 
 def test_a_list_shows_what_was_asked_and_nothing_secret(
-    table: jobs.Jobs, connection: accept.Connection
+    table: jobs.Jobs, connection: connections.Connection
 ) -> None:
     """Paths and formats in the caller's own words."""
     job = table.add(1, connection, to("/images/b", label="nightly"))
     job.position = 2
-    assert job.entry(9) == channel.JobEntry(
+    assert job.entry(9) == messages.JobEntry(
         call=9,
         job_id=job.job_id,
         uid=grants.CALLER.uid,
@@ -156,7 +161,7 @@ def test_a_list_shows_what_was_asked_and_nothing_secret(
         dest="/images/b",
         dest_format="raw",
         label="nightly",
-        state=channel.JobState.QUEUED,
+        state=messages.JobState.QUEUED,
         position=2,
         queued=job.queued,
         started=None,
@@ -176,7 +181,7 @@ def test_a_list_shows_what_was_asked_and_nothing_secret(
 )
 def test_a_device_may_be_half_written_once_its_job_runs(
     table: jobs.Jobs,
-    connection: accept.Connection,
+    connection: connections.Connection,
     dest: str,
     state: jobs.State,
     expected: bool,  # noqa: FBT001

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from children import in_child
 
-from convertd_daemon.broker import listen
-from convertd_daemon.broker.startup import CantStart
+from convertd_daemon.service import listen
+from convertd_daemon.service.preflight import StartError
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def listening(path: Path, kind: int = socket.SOCK_STREAM) -> Iterator[socket.soc
 
 def complaint_of(path: Path) -> str:
     """Why nobody can listen there."""
-    with pytest.raises(CantStart) as refused:
+    with pytest.raises(StartError) as refused:
         listen.listen(str(path))
     return str(refused.value)
 
@@ -183,7 +183,7 @@ class TestOwnSocket:
     def test_a_directory_that_is_missing_is_a_clear_error(self, path: Path) -> None:
         """Not a traceback."""
         missing = path.parent / "missing" / "convertd.sock"
-        with pytest.raises((CantStart, FileNotFoundError), match="missing"):
+        with pytest.raises((StartError, FileNotFoundError), match="missing"):
             listen.listen(str(missing))
 
 
@@ -205,7 +205,7 @@ def passed(*sockets: socket.socket, **changes: str) -> tuple[str, str]:
         os.environ.update(told)
         try:
             listener = listen.listen("/run/never-made/convertd.sock")
-        except (CantStart, FileNotFoundError) as error:
+        except (StartError, FileNotFoundError) as error:
             outcome = str(error)
         else:
             assert not os.get_inheritable(listener.sock.fileno())

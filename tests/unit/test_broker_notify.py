@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from convertd_daemon.broker import notify
+from convertd_daemon.service import notify
 
 
 @pytest.fixture(params=["a path", "an abstract name"])

@@ -8,8 +8,14 @@ from collections.abc import Iterator
 import grants
 import pytest
 
-from convertd_daemon import model
-from convertd_daemon.broker import accept, closer, jobs, loop, positions
+from convertd_core import values
+from convertd_daemon.broker import (
+    closer,
+    connections,
+    jobs,
+    loop,
+    positions,
+)
 
 RULES = grants.Rules(roots=(grants.files("/images"),))
 
@@ -17,11 +23,11 @@ RULES = grants.Rules(roots=(grants.files("/images"),))
 class Waiting:
     """A queue, and what its callers were told. Nobody listens while `deaf`."""
 
-    def __init__(self, connection: accept.Connection) -> None:
+    def __init__(self, connection: connections.Connection) -> None:
         self.loop = loop.Loop()
-        self.jobs = jobs.Jobs(model.Limits(jobs=9, jobs_per_user=9, queue=100, queue_per_user=100))
+        self.jobs = jobs.Jobs(values.Limits(jobs=9, jobs_per_user=9, queue=100, queue_per_user=100))
         self.positions = positions.Positions(self.loop, self.jobs, self._send)
-        self.told: list[tuple[int, int]] = []
+        self.told_position: list[tuple[int, int]] = []
         self.deaf = False
         self._is_awaited = False
         self._connection = connection
@@ -30,13 +36,13 @@ class Waiting:
         """Queue one more."""
         request = grants.request("/images/a", f"/images/{number}")
         self.jobs.add(number, self._connection, RULES.convert(request))
-        self.positions.tell()
+        self.positions.notify()
 
     def start(self, count: int) -> None:
         """Start the first ones, one after the other: everybody moves up."""
         for _ in range(count):
             assert self.jobs.conversions.next() is not None
-            self.positions.tell()
+            self.positions.notify()
 
     def await_telling(self) -> None:
         """Serve until somebody is told."""
@@ -46,7 +52,7 @@ class Waiting:
     def _send(self, job: jobs.Job) -> bool:
         if self.deaf:
             return False
-        self.told.append((job.call, job.position))
+        self.told_position.append((job.call, job.position))
         if self._is_awaited:
             self.loop.stop()
         return True
@@ -57,7 +63,9 @@ def waiting() -> Iterator[Waiting]:
     """An empty one."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        connection = accept.Connections(model.Limits(), closer.Closer(loop.Loop())).admit(ours)
+        connection = connections.Connections(values.Limits(), closer.Closer(loop.Loop())).admit(
+            ours
+        )
         assert connection is not None
         yield Waiting(connection)
 
@@ -66,18 +74,18 @@ def test_who_comes_is_told_at_once(waiting: Waiting) -> None:
     """Also when somebody was told just before."""
     for number in (1, 2, 3):
         waiting.join(number)
-    assert waiting.told == [(1, 1), (2, 2), (3, 3)]
+    assert waiting.told_position == [(1, 1), (2, 2), (3, 3)]
 
 
 def test_who_moves_up_is_told_a_little_later_and_only_the_last(waiting: Waiting) -> None:
     """One message for two steps."""
     for number in (1, 2, 3):
         waiting.join(number)
-    waiting.told.clear()
+    waiting.told_position.clear()
     waiting.start(2)
-    assert waiting.told == []
+    assert waiting.told_position == []
     waiting.await_telling()
-    assert waiting.told == [(3, 1)]
+    assert waiting.told_position == [(3, 1)]
 
 
 def test_who_moves_up_when_it_has_been_quiet_is_told_at_once(
@@ -87,9 +95,9 @@ def test_who_moves_up_when_it_has_been_quiet_is_told_at_once(
     monkeypatch.setattr(positions, "AGAIN_S", 0.0)
     waiting.join(1)
     waiting.join(2)
-    waiting.told.clear()
+    waiting.told_position.clear()
     waiting.start(1)
-    assert waiting.told == [(2, 1)]
+    assert waiting.told_position == [(2, 1)]
 
 
 def test_whom_nobody_can_tell_is_told_when_that_is_over(waiting: Waiting) -> None:
@@ -97,20 +105,20 @@ def test_whom_nobody_can_tell_is_told_when_that_is_over(waiting: Waiting) -> Non
     waiting.deaf = True
     waiting.join(1)
     waiting.join(2)
-    assert waiting.told == []
+    assert waiting.told_position == []
     waiting.deaf = False
-    waiting.positions.tell()
-    assert waiting.told == [(1, 1), (2, 2)]
+    waiting.positions.notify()
+    assert waiting.told_position == [(1, 1), (2, 2)]
 
 
 def test_who_has_left_is_not_told(waiting: Waiting) -> None:
     """Those behind move up."""
     for number in (1, 2, 3):
         waiting.join(number)
-    waiting.told.clear()
-    job = waiting.jobs.of_call(1)
+    waiting.told_position.clear()
+    job = waiting.jobs.by_call(1)
     assert job is not None
     waiting.jobs.remove(job)
     waiting.start(1)
     waiting.await_telling()
-    assert waiting.told == [(3, 1)]
+    assert waiting.told_position == [(3, 1)]

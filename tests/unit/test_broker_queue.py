@@ -17,7 +17,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from convertd_daemon import errors
+from convertd_core import conditions
 from convertd_daemon.broker import queue
 
 WIDE = 1000
@@ -31,12 +31,12 @@ class Item:
     uid: int
 
 
-def lane(places: int = WIDE, per_user: int = WIDE, waiting: int = WIDE) -> queue.Lane[Item]:
+def lane(slots: int = WIDE, per_user: int = WIDE, waiting: int = WIDE) -> queue.JobQueue[Item]:
     """A lane with these bounds."""
-    return queue.Lane(places=places, places_per_user=per_user, waiting=waiting, per_user=waiting)
+    return queue.JobQueue(slots=slots, slots_per_user=per_user, waiting=waiting, per_user=waiting)
 
 
-def joined(a_lane: queue.Lane[Item], *uids: int) -> list[Item]:
+def joined(a_lane: queue.JobQueue[Item], *uids: int) -> list[Item]:
     """An item of each of these users, in the queue."""
     items = [Item(uid) for uid in uids]
     for item in items:
@@ -54,9 +54,9 @@ class Lane(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.lane: queue.Lane[Item] = queue.Lane(
-            places=self.PLACES,
-            places_per_user=self.PER_USER,
+        self.queue: queue.JobQueue[Item] = queue.JobQueue(
+            slots=self.PLACES,
+            slots_per_user=self.PER_USER,
             waiting=self.WAITING,
             per_user=self.WAITING_PER_USER,
         )
@@ -80,16 +80,16 @@ class Lane(RuleBasedStateMachine):
         room = len(self.waiting) < self.WAITING
         own_room = len(self.waiting_of(uid)) < self.WAITING_PER_USER
         if room and own_room:
-            self.lane.join(item)
+            self.queue.join(item)
             self.waiting.append(item)
             self.served_meanwhile.setdefault(uid, Counter())
         else:
-            assert refusals.reason_of(lambda: self.lane.join(item)) == "QUEUE_FULL"
+            assert refusals.reason_of(lambda: self.queue.join(item)) == "QUEUE_FULL"
 
     @rule()
     def serve(self) -> None:
         """A place is given: to whom it is due, if there is one and somebody for it."""
-        item = self.lane.next()
+        item = self.queue.next()
         due = [uid for uid in self.served_meanwhile if self.has_place(uid)]
         if item is None:
             assert not due or len(self.running) >= self.PLACES
@@ -117,7 +117,7 @@ class Lane(RuleBasedStateMachine):
         """A job ends, and its place is free."""
         item = data.draw(st.sampled_from(self.running))
         self.running.remove(item)
-        self.lane.done(item)
+        self.queue.done(item)
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
@@ -125,16 +125,16 @@ class Lane(RuleBasedStateMachine):
         """Somebody gives up; the others keep their turns."""
         item = data.draw(st.sampled_from(self.waiting))
         self.waiting.remove(item)
-        assert self.lane.leave(item)
-        assert not self.lane.leave(item)
+        assert self.queue.leave(item)
+        assert not self.queue.leave(item)
         if not self.waiting_of(item.uid):
             self.begin_turn(item.uid)
 
     @invariant()
     def counts_agree(self) -> None:
         """The lane knows how many wait and how many run."""
-        assert (len(self.lane), self.lane.running) == (len(self.waiting), len(self.running))
-        assert Counter(self.lane.in_order()) == Counter(self.waiting)
+        assert (len(self.queue), self.queue.running) == (len(self.waiting), len(self.running))
+        assert Counter(self.queue.in_order()) == Counter(self.waiting)
 
 
 def test_nobody_waits_for_more_than_one_job_of_each_other_user() -> None:
@@ -162,7 +162,7 @@ def test_who_asks_often_makes_nobody_wait_but_himself() -> None:
 
 def test_a_user_who_has_his_places_is_passed_over_and_keeps_his_turn() -> None:
     """The next free place is for somebody else; the one after it for him again."""
-    a_lane = lane(places=2, per_user=1)
+    a_lane = lane(slots=2, per_user=1)
     one, two, other, third = joined(a_lane, 1, 1, 2, 3)
     assert [a_lane.next(), a_lane.next(), a_lane.next()] == [one, other, None]
     a_lane.done(one)
@@ -172,12 +172,12 @@ def test_a_user_who_has_his_places_is_passed_over_and_keeps_his_turn() -> None:
 
 def test_bounds_of_a_new_policy_hold_for_who_waits_already() -> None:
     """Nobody is thrown out; nobody more gets in."""
-    a_lane = lane(places=1)
+    a_lane = lane(slots=1)
     joined(a_lane, 1, 1, 2)
     assert a_lane.next() is not None
     assert a_lane.next() is None
-    a_lane.bound(places=3, places_per_user=3, waiting=2, per_user=2)
-    with pytest.raises(errors.QueueFull, match="2 requests wait, 2 are allowed for the daemon"):
+    a_lane.set_limits(slots=3, slots_per_user=3, waiting=2, per_user=2)
+    with pytest.raises(conditions.QueueFull, match="2 requests wait, 2 are allowed for the daemon"):
         a_lane.join(Item(2))
     assert a_lane.next() is not None
     assert a_lane.next() is not None
@@ -186,9 +186,9 @@ def test_bounds_of_a_new_policy_hold_for_who_waits_already() -> None:
 
 def test_a_user_with_too_many_is_told_of_his_own_bound() -> None:
     """Not of how many others wait."""
-    a_lane: queue.Lane[Item] = queue.Lane(places=1, places_per_user=1, waiting=9, per_user=2)
+    a_lane: queue.JobQueue[Item] = queue.JobQueue(slots=1, slots_per_user=1, waiting=9, per_user=2)
     joined(a_lane, 1, 2, 2)
-    with pytest.raises(errors.QueueFull, match="2 requests wait, 2 are allowed for uid 2"):
+    with pytest.raises(conditions.QueueFull, match="2 requests wait, 2 are allowed for uid 2"):
         a_lane.join(Item(2))
 
 

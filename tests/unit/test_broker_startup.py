@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 from children import in_child
 
-from convertd_daemon import model
-from convertd_daemon.broker import startup
-from convertd_daemon.broker.startup import CantStart
-from convertd_daemon.kernel import landlock
+from convertd_core import values
+from convertd_daemon.linux import landlock
 from convertd_daemon.sandbox.identity import Identity
+from convertd_daemon.service import preflight
+from convertd_daemon.service.preflight import StartError
 
 FRONT = Identity(uid=1500, gid=1501)
 
@@ -34,7 +34,7 @@ def directory() -> Iterator[Path]:
 
 def complaint_of(act: Callable[[], object]) -> str:
     """The line with which the daemon does not start."""
-    with pytest.raises(CantStart) as refused:
+    with pytest.raises(StartError) as refused:
         act()
     assert "\n" not in str(refused.value)
     return str(refused.value)
@@ -46,17 +46,17 @@ class TestUsers:
     def test_one_that_exists_is_found(self) -> None:
         """With its own group, and no others."""
         entry = pwd.getpwnam("nobody")
-        assert startup.user("nobody") == Identity(uid=entry.pw_uid, gid=entry.pw_gid)
+        assert preflight.user("nobody") == Identity(uid=entry.pw_uid, gid=entry.pw_gid)
 
     def test_one_that_is_missing_can_be_made_as_the_line_says(self) -> None:
         """It has the command."""
-        complaint = complaint_of(lambda: startup.user("convertd-nobody"))
+        complaint = complaint_of(lambda: preflight.user("convertd-nobody"))
         assert "there is no user convertd-nobody" in complaint
         assert complaint.endswith("/usr/sbin/nologin convertd-nobody")
 
     def test_root_is_none_of_them(self) -> None:
         """An entry of uid 0 would run qemu-img as root."""
-        assert "must not be root" in complaint_of(lambda: startup.user("root"))
+        assert "must not be root" in complaint_of(lambda: preflight.user("root"))
 
 
 class TestKernel:
@@ -64,14 +64,14 @@ class TestKernel:
 
     def test_this_one_will_do(self) -> None:
         """And its Landlock is told."""
-        assert startup.check_kernel() == landlock.abi()
+        assert preflight.check_kernel() == landlock.abi()
 
     def test_a_daemon_that_is_not_root_says_so(self) -> None:
         """Before anything else goes wrong."""
 
         def act() -> str:
             os.setresuid(1234, 1234, 1234)
-            return complaint_of(startup.check_kernel)
+            return complaint_of(preflight.check_kernel)
 
         assert "must be started as root" in in_child(act)
 
@@ -81,13 +81,13 @@ class TestKernel:
         """With the command that makes it so."""
         setting = directory / "protected_hardlinks"
         setting.write_text("0\n")
-        monkeypatch.setattr(startup, "PROTECTED_HARDLINKS", str(setting))
-        assert "sysctl -w fs.protected_hardlinks=1" in complaint_of(startup.check_kernel)
+        monkeypatch.setattr(preflight, "PROTECTED_HARDLINKS", str(setting))
+        assert "sysctl -w fs.protected_hardlinks=1" in complaint_of(preflight.check_kernel)
 
     def test_without_landlock_nothing_starts(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Not with less protection either."""
         monkeypatch.setattr(landlock, "abi", lambda: 0)
-        assert "no Landlock" in complaint_of(startup.check_kernel)
+        assert "no Landlock" in complaint_of(preflight.check_kernel)
 
 
 class TestProgram:
@@ -95,11 +95,11 @@ class TestProgram:
 
     def test_the_one_that_debian_installs_will_do(self) -> None:
         """Root's, and writable by nobody else."""
-        startup.check_program("/usr/bin/qemu-img")
+        preflight.check_program("/usr/bin/qemu-img")
 
     def test_one_that_is_missing_is_named_with_its_package(self) -> None:
         """And why it can't be had."""
-        complaint = complaint_of(lambda: startup.check_program("/usr/bin/no-qemu-img"))
+        complaint = complaint_of(lambda: preflight.check_program("/usr/bin/no-qemu-img"))
         assert complaint == "/usr/bin/no-qemu-img: No such file or directory (package qemu-utils)"
 
     @pytest.mark.parametrize(
@@ -117,9 +117,9 @@ class TestProgram:
         """It would be started with what the daemon may."""
         program = directory / "qemu-img"
         program.touch(0o755)
-        startup.check_program(str(program))
+        preflight.check_program(str(program))
         spoil(program)
-        assert "only root can write" in complaint_of(lambda: startup.check_program(str(program)))
+        assert "only root can write" in complaint_of(lambda: preflight.check_program(str(program)))
 
 
 @contextlib.contextmanager
@@ -148,7 +148,7 @@ class TestPrivateDirectory:
 
     def test_is_the_fronts_alone(self, directory: Path) -> None:
         """Beside the public socket."""
-        path = startup.private_directory(str(directory / "sock"), FRONT)
+        path = preflight.private_directory(str(directory / "sock"), FRONT)
         assert path == str(directory / "sock.private")
         status = os.stat(path)
         assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (1500, 1501, 0o700)
@@ -160,7 +160,7 @@ class TestPrivateDirectory:
         left.mkdir(0o777)
         (left / "grpc.sock").touch()
         os.chown(left, owner, owner)
-        startup.private_directory(str(directory / "sock"), FRONT)
+        preflight.private_directory(str(directory / "sock"), FRONT)
         assert os.listdir(left) == []
         assert left.stat().st_mode & 0o7777 == 0o700
 
@@ -170,7 +170,9 @@ class TestPrivateDirectory:
         theirs.mkdir()
         (theirs / "file").touch()
         os.chown(theirs, 1234, 1234)
-        complaint = complaint_of(lambda: startup.private_directory(str(directory / "sock"), FRONT))
+        complaint = complaint_of(
+            lambda: preflight.private_directory(str(directory / "sock"), FRONT)
+        )
         assert complaint == f"{theirs}: belongs to somebody else"
         assert (theirs / "file").exists()
 
@@ -180,7 +182,7 @@ class TestPrivateDirectory:
         elsewhere.mkdir(0o755)
         (directory / "sock.private").symlink_to(elsewhere)
         with pytest.raises(OSError, match=r"sock\.private"):
-            startup.private_directory(str(directory / "sock"), FRONT)
+            preflight.private_directory(str(directory / "sock"), FRONT)
         assert elsewhere.stat().st_mode & 0o7777 == 0o755
 
     def test_what_a_link_leads_to_stays_however_quickly_it_is_put_there(
@@ -197,24 +199,24 @@ class TestPrivateDirectory:
             (left / "link").symlink_to(victim)
             os.chown(left, FRONT.uid, FRONT.gid)
             with _exchanging(left, b"inner", b"link"), contextlib.suppress(OSError):
-                startup.private_directory(str(directory / "sock"), FRONT)
+                preflight.private_directory(str(directory / "sock"), FRONT)
             assert (victim / "file").exists()
-            startup.remove_directory(str(left))
+            preflight.remove_directory(str(left))
 
     def test_where_it_can_not_be_made_is_said(self, directory: Path) -> None:
         """In one line."""
         complaint = complaint_of(
-            lambda: startup.private_directory(str(directory / "missing" / "sock"), FRONT)
+            lambda: preflight.private_directory(str(directory / "missing" / "sock"), FRONT)
         )
         assert complaint.startswith("can't make ")
 
     def test_goes_with_the_daemon(self, directory: Path) -> None:
         """With what is in it; and if it is gone already, all the better."""
-        path = startup.private_directory(str(directory / "sock"), FRONT)
+        path = preflight.private_directory(str(directory / "sock"), FRONT)
         Path(path, "grpc.sock").touch()
-        startup.remove_directory(path)
+        preflight.remove_directory(path)
         assert not os.path.exists(path)
-        startup.remove_directory(path)
+        preflight.remove_directory(path)
 
 
 class TestNamesDirectory:
@@ -222,7 +224,7 @@ class TestNamesDirectory:
 
     def test_can_be_passed_through_and_not_looked_into(self, directory: Path) -> None:
         """By qemu-img, which is another user."""
-        path = startup.names_directory(str(directory / "sock"))
+        path = preflight.names_directory(str(directory / "sock"))
         status = os.stat(path)
         assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (0, 0, 0o711)
 
@@ -231,7 +233,7 @@ class TestNamesDirectory:
         left = directory / "sock.names" / "1a2b"
         left.mkdir(parents=True)
         (left / "disk.vmdk").symlink_to("/etc/passwd")
-        path = startup.names_directory(str(directory / "sock"))
+        path = preflight.names_directory(str(directory / "sock"))
         assert os.listdir(path) == []
         assert os.path.exists("/etc/passwd")
 
@@ -241,15 +243,15 @@ class TestDescriptors:
 
     def test_few_connections_fit(self) -> None:
         """Into whatever this machine has."""
-        startup.check_descriptors(model.Limits(connections=1))
+        preflight.check_descriptors(values.Limits(connections=1))
 
     def test_more_than_the_hard_limit_has_are_refused(self) -> None:
         """With both numbers, and both ways out."""
 
         def act() -> str:
             resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512))
-            limits = model.Limits(connections=1024)
-            return complaint_of(lambda: startup.check_descriptors(limits))
+            limits = values.Limits(connections=1024)
+            return complaint_of(lambda: preflight.check_descriptors(limits))
 
         complaint = in_child(act)
         assert complaint.startswith("1024 connections take ")
@@ -259,4 +261,4 @@ class TestDescriptors:
         """Infinity is -1 to Python, and not compared as a number."""
         endless = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
         monkeypatch.setattr(resource, "getrlimit", lambda _: endless)
-        startup.check_descriptors(model.Limits(connections=65536))
+        preflight.check_descriptors(values.Limits(connections=65536))

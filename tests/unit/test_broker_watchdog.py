@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from children import in_child
 
-from convertd_daemon import channel
-from convertd_daemon.broker import loop, watchdog
+from convertd_core import messages
+from convertd_daemon.broker import loop
+from convertd_daemon.service import watchdog
 
 
 @pytest.fixture
@@ -60,12 +61,12 @@ def test_a_probe_that_finds_no_room_takes_the_first_there_is(
     one = watchdog.Watchdog(loop.Loop(), listener, send, lambda: False)
     with crowd(listener):
         one.tick()
-        one.accepted()  # by somebody who took another's place at once
+        one.on_accept()  # by somebody who took another's place at once
         assert not sent
         listener.accept()[0].close()
-        one.accepted()
-        assert [type(message) for message in sent] == [channel.Probe]
-        one.accepted()
+        one.on_accept()
+        assert [type(message) for message in sent] == [messages.Probe]
+        one.on_accept()
         assert len(sent) == 1
 
 
@@ -83,10 +84,10 @@ def test_a_probe_that_is_slow_counts_while_systemd_waits(
         for _ in range(watchdog.PROBES_PER_LIMIT):
             one.tick()
             listener.accept()[0].close()
-        one.hear(1)
+        one.on_answer(1)
         assert manager.recv(4096) == b"WATCHDOG=1"
         one.tick()
-        one.hear(1)
+        one.on_answer(1)
         with pytest.raises(BlockingIOError):
             manager.recv(4096)
 

@@ -21,7 +21,7 @@ class Asked:
         self.times: list[float] = []
         self.loop = loop.Loop()
         setup = Setup(path="/usr/bin/qemu-img", identity=None, seccomp=b"")
-        self.spare = workers.Spare(self.loop, setup, self.may_fork)
+        self.spare = workers.PreforkedJob(self.loop, setup, self.may_fork)
         self.began = time.monotonic()
 
     def may_fork(self) -> bool:
@@ -40,7 +40,7 @@ class Asked:
 def test_it_is_forked_once(jobs: int) -> None:
     """By how many jobs there are."""
     asked = Asked()
-    asked.spare.keep(jobs)
+    asked.spare.schedule_fork(jobs)
     (time_s,) = asked.run()
     assert time_s >= workers.FORK_AFTER_S[min(jobs, 2)]
 
@@ -50,7 +50,7 @@ def test_asked_for_twice_it_is_forked_at_the_earlier_time(jobs: tuple[int, ...])
     """The time set for a job that has ended would lie in the midst of the next one."""
     asked = Asked()
     for count in jobs:
-        asked.spare.keep(count)
+        asked.spare.schedule_fork(count)
     seen_by_then: list[int] = []
     earliest_s = min(workers.FORK_AFTER_S[count] for count in jobs)
     asked.loop.after(earliest_s, lambda: seen_by_then.append(len(asked.times)))
@@ -61,16 +61,16 @@ def test_asked_for_twice_it_is_forked_at_the_earlier_time(jobs: tuple[int, ...])
 def test_job_after_job_does_not_put_it_off() -> None:
     """A busy daemon would never have one."""
     asked = Asked()
-    asked.spare.keep(1)
+    asked.spare.schedule_fork(1)
     for part in range(1, 4):
-        asked.loop.after(LONE_S * part / 4, lambda: asked.spare.keep(1))
+        asked.loop.after(LONE_S * part / 4, lambda: asked.spare.schedule_fork(1))
     assert len(asked.run()) == 1
 
 
 def test_it_can_be_asked_for_again() -> None:
     """Forked, or not allowed to be: later it is wanted again."""
     asked = Asked()
-    asked.spare.keep(0)
-    asked.loop.after(LONE_S / 2, lambda: asked.spare.keep(0))
+    asked.spare.schedule_fork(0)
+    asked.loop.after(LONE_S / 2, lambda: asked.spare.schedule_fork(0))
     _, second_s = asked.run()
     assert second_s >= LONE_S / 2

@@ -11,8 +11,9 @@ import channels
 import pytest
 from descriptors import none_left_open
 
-from convertd_daemon import channel, codec, errors, model
-from convertd_daemon.kernel import scm_rights
+from convertd_core import codec, conditions, messages, values
+from convertd_daemon import channel
+from convertd_daemon.linux import scm_rights
 
 Pair = tuple[channel.Channel, channel.Channel]
 
@@ -29,10 +30,10 @@ def test_a_message_arrives_as_it_was_sent(pair: Pair) -> None:
     """And one at a time, however many were sent."""
     here, there = pair
     for number in (1, 2):
-        assert here.send(channel.Connected(connection=number, uid=1234))
+        assert here.send(messages.Connected(connection=number, uid=1234))
     for number in (1, 2):
-        message, descriptors = there.receive(*channel.FROM_BROKER, most_descriptors=1)
-        assert (message, descriptors) == (channel.Connected(connection=number, uid=1234), [])
+        message, descriptors = there.receive(*messages.FROM_BROKER, most_descriptors=1)
+        assert (message, descriptors) == (messages.Connected(connection=number, uid=1234), [])
 
 
 def test_the_ends_do_not_survive_an_exec(pair: Pair) -> None:
@@ -44,10 +45,10 @@ def test_descriptors_come_along_as_copies_that_do_not_survive_an_exec(pair: Pair
     """The sender's own may be closed at once."""
     here, there = pair
     reader, writer = os.pipe()
-    here.send(channel.Done(call=1), reader, writer)
+    here.send(messages.ReplyComplete(call=1), reader, writer)
     os.close(reader)
     os.close(writer)
-    _, (reader, writer) = there.receive(channel.Done, most_descriptors=2)
+    _, (reader, writer) = there.receive(messages.ReplyComplete, most_descriptors=2)
     assert not os.get_inheritable(reader)
     os.write(writer, b"x")
     assert os.read(reader, 2) == b"x"
@@ -57,19 +58,21 @@ def test_descriptors_come_along_as_copies_that_do_not_survive_an_exec(pair: Pair
 def test_nothing_to_receive_is_said_at_once_to_who_does_not_wait(pair: Pair) -> None:
     """BlockingIOError, as the socket itself says it."""
     with pytest.raises(BlockingIOError):
-        pair[0].receive(channel.Done, wait=False)
+        pair[0].receive(messages.ReplyComplete, wait=False)
 
 
 def test_a_full_channel_is_said_at_once_to_who_does_not_wait(pair: Pair) -> None:
     """False, nothing is sent, and there is room again when the other end has read."""
     here, there = pair
     sent = 0
-    while here.send(channel.Done(call=sent), wait=False):
+    while here.send(messages.ReplyComplete(call=sent), wait=False):
         sent += 1
     assert sent > 10
     for number in range(sent):
-        assert there.receive(channel.Done, wait=False)[0] == channel.Done(call=number)
-    assert here.send(channel.Done(call=0), wait=False)
+        assert there.receive(messages.ReplyComplete, wait=False)[0] == messages.ReplyComplete(
+            call=number
+        )
+    assert here.send(messages.ReplyComplete(call=0), wait=False)
 
 
 def test_the_other_ends_death_is_told_to_who_sends(pair: Pair) -> None:
@@ -77,26 +80,26 @@ def test_the_other_ends_death_is_told_to_who_sends(pair: Pair) -> None:
     here, there = pair
     there.close()
     with pytest.raises(channel.Closed):
-        here.send(channel.Done(call=1))
+        here.send(messages.ReplyComplete(call=1))
 
 
 def test_the_other_ends_death_is_told_to_who_receives_after_its_last_message(pair: Pair) -> None:
     """What was sent before it died is not lost."""
     here, there = pair
-    here.send(channel.Done(call=1))
+    here.send(messages.ReplyComplete(call=1))
     here.close()
-    assert there.receive(channel.Done)[0] == channel.Done(call=1)
+    assert there.receive(messages.ReplyComplete)[0] == messages.ReplyComplete(call=1)
     with pytest.raises(channel.Closed):
-        there.receive(channel.Done)
+        there.receive(messages.ReplyComplete)
 
 
 def test_an_end_that_dies_with_unread_messages_is_gone_too(pair: Pair) -> None:
     """The kernel says ECONNRESET then."""
     here, there = pair
-    here.send(channel.Done(call=1))
+    here.send(messages.ReplyComplete(call=1))
     there.close()
     with pytest.raises(channel.Closed):
-        here.receive(channel.Done)
+        here.receive(messages.ReplyComplete)
 
 
 def test_what_is_no_message_is_refused_and_its_descriptors_closed(pair: Pair) -> None:
@@ -104,7 +107,7 @@ def test_what_is_no_message_is_refused_and_its_descriptors_closed(pair: Pair) ->
     here, there = pair
     here.send_bytes(b"not a message", here.fileno(), here.fileno())
     with none_left_open(), pytest.raises(codec.CodecError):
-        there.receive(*channel.FROM_FRONT, most_descriptors=2)
+        there.receive(*messages.FROM_FRONT, most_descriptors=2)
 
 
 def test_a_message_that_is_too_long_is_refused_and_its_descriptors_closed(pair: Pair) -> None:
@@ -112,19 +115,19 @@ def test_a_message_that_is_too_long_is_refused_and_its_descriptors_closed(pair: 
     here, there = pair
     here.send_bytes(b" " * (channel.MAX_MESSAGE_BYTES + 1), here.fileno())
     with none_left_open(), pytest.raises(codec.CodecError, match="too long"):
-        there.receive(*channel.FROM_FRONT, most_descriptors=2)
+        there.receive(*messages.FROM_FRONT, most_descriptors=2)
 
 
 def test_where_no_descriptor_is_expected_one_is_never_taken(pair: Pair) -> None:
     """Nor the message, nor what comes after it: to close what is attached could take for ever."""
     here, there = pair
-    here.send(channel.Ready())
-    here.send(channel.Ready(), here.fileno())
-    here.send(channel.Ready())
-    assert there.receive(*channel.FROM_FRONT) == (channel.Ready(), [])
+    here.send(messages.Ready())
+    here.send(messages.Ready(), here.fileno())
+    here.send(messages.Ready())
+    assert there.receive(*messages.FROM_FRONT) == (messages.Ready(), [])
     for wait in (True, False):
         with none_left_open(), pytest.raises(codec.CodecError, match="descriptors"):
-            there.receive(*channel.FROM_FRONT, wait=wait)
+            there.receive(*messages.FROM_FRONT, wait=wait)
 
 
 def test_a_pair_takes_no_descriptor() -> None:
@@ -133,7 +136,7 @@ def test_a_pair_takes_no_descriptor() -> None:
     with here, there:
         for end in (here, there):
             with pytest.raises(PermissionError):
-                end.send(channel.Ready(), end.fileno())
+                end.send(messages.Ready(), end.fileno())
 
 
 @pytest.mark.parametrize("secret", [b"", b"one", b"x" * 4097])
@@ -157,17 +160,17 @@ def test_what_is_no_passphrase_is_refused_and_not_repeated(pair: Pair, data: byt
 def test_more_descriptors_than_any_message_has_are_refused_and_closed(pair: Pair) -> None:
     """One is the most that comes along."""
     here, there = pair
-    here.send(channel.Ready(), *[here.fileno()] * 20)
+    here.send(messages.Ready(), *[here.fileno()] * 20)
     with none_left_open(), pytest.raises(codec.CodecError):
-        there.receive(*channel.FROM_FRONT, most_descriptors=1)
+        there.receive(*messages.FROM_FRONT, most_descriptors=1)
 
 
 def test_what_comes_along_and_is_no_descriptor_is_ignored(pair: Pair) -> None:
     """Credentials, which a socket that asks for them gets with each message."""
     here, there = pair
     there.sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-    here.send(channel.Ready())
-    assert there.receive(channel.Ready, most_descriptors=4) == (channel.Ready(), [])
+    here.send(messages.Ready())
+    assert there.receive(messages.Ready, most_descriptors=4) == (messages.Ready(), [])
 
 
 def test_closing_what_is_closed_already_is_no_error() -> None:
@@ -185,24 +188,24 @@ def test_an_empty_message_is_the_other_ends_end(pair: Pair) -> None:
         [b""], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [pair[0].fileno()]))]
     )
     with none_left_open(), pytest.raises(channel.Closed):
-        pair[1].receive(channel.Done, most_descriptors=1)
+        pair[1].receive(messages.ReplyComplete, most_descriptors=1)
 
 
 def test_the_longest_request_fits_whatever_is_in_it(pair: Pair) -> None:
     """Two paths of 4 KiB, every byte of them one that JSON escapes to six."""
     here, there = pair
     path = "/" + "\x01" * 4094
-    request = model.ConvertRequest(
-        source=model.Source(path=path), dest=model.Dest(path=path + "x", format="qcow2")
+    request = values.ConvertRequest(
+        source=values.Source(path=path), dest=values.Destination(path=path + "x", format="qcow2")
     )
-    asked = channel.Convert(call=1, connection=1, request=request)
+    asked = messages.Convert(call=1, connection=1, request=request)
     assert here.send(asked, wait=False)
-    assert there.receive(*channel.FROM_FRONT)[0] == asked
+    assert there.receive(*messages.FROM_FRONT)[0] == asked
 
 
 def test_a_failure_with_the_longest_path_fits(pair: Pair) -> None:
     """In message and values."""
     here, there = pair
-    failure = errors.SourceNotFound(path="/" + "\x01" * 4094).failure()
-    assert here.send(channel.Failed(failure=failure), wait=False)
-    assert there.receive(*channel.FROM_JOB)[0].failure == failure
+    failure = conditions.SourceNotFound(path="/" + "\x01" * 4094).failure()
+    assert here.send(messages.Failed(failure=failure), wait=False)
+    assert there.receive(*messages.FROM_JOB)[0].failure == failure

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convertd_daemon import channel, codec, errors, model
+from convertd_core import codec, conditions, messages, values
 
 MESSAGES: tuple[type[Any], ...] = (
-    *channel.FROM_FRONT,
-    *channel.FROM_BROKER,
-    *channel.FROM_JOB,
-    channel.Order,
+    *messages.FROM_FRONT,
+    *messages.FROM_BROKER,
+    *messages.FROM_JOB,
+    messages.LocalRequest,
 )
 """Every message that one process sends another."""
 
@@ -129,10 +129,10 @@ def test_what_does_not_fit_exactly_is_refused(data: bytes) -> None:
 
 def test_a_message_that_is_not_expected_here_is_refused() -> None:
     """Though it is one elsewhere: a job can't say what only the broker may."""
-    data = codec.encode(channel.Connected(connection=1, uid=1234))
-    assert codec.decode(data, *channel.FROM_BROKER) == channel.Connected(connection=1, uid=1234)
+    data = codec.encode(messages.Connected(connection=1, uid=1234))
+    assert codec.decode(data, *messages.FROM_BROKER) == messages.Connected(connection=1, uid=1234)
     with pytest.raises(codec.CodecError, match="not one of the messages expected"):
-        codec.decode(data, *channel.FROM_JOB)
+        codec.decode(data, *messages.FROM_JOB)
 
 
 @settings(max_examples=200)
@@ -191,8 +191,8 @@ def is_expected_or_refused(data: bytes) -> bool:
 
 BUILT = (
     *MESSAGES,
-    *(kind for kind in vars(model).values() if isinstance(kind, type)),
-    *(channel.JobState, channel.Operation, channel.Versions, errors.Failure),
+    *(kind for kind in vars(values).values() if isinstance(kind, type)),
+    *(messages.JobState, messages.Operation, messages.Versions, conditions.Failure),
 )
 
 

@@ -11,24 +11,29 @@ import refusals
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convertd_daemon import codec, creation, errors, model
+from convertd_core import (
+    codec,
+    conditions,
+    creation_options,
+    values,
+)
 
 MIB = 1024 * 1024
 
 
-def dest(image_format: str, *options: tuple[str, str], **changes: object) -> model.Dest:
+def dest(image_format: str, *options: tuple[str, str], **changes: object) -> values.Destination:
     """A destination of that format, with these options."""
-    asked = model.Dest(
+    asked = values.Destination(
         path="/out/disk",
         format=image_format,
-        options=tuple(model.Option(name=name, value=value) for name, value in options),
+        options=tuple(values.CreationOption(name=name, value=value) for name, value in options),
     )
     return dataclasses.replace(asked, **changes)  # type: ignore[arg-type]
 
 
-def refusal_of(asked: model.Dest) -> errors.Failure | None:
+def refusal_of(asked: values.Destination) -> conditions.Failure | None:
     """The condition that speaks against a destination, as its receiver gets it."""
-    return refusals.refusal_of(lambda: creation.check(asked))
+    return refusals.refusal_of(lambda: creation_options.check(asked))
 
 
 ACCEPTED = [
@@ -73,12 +78,12 @@ def each(
     table: list[tuple[str, str, tuple[str, ...]]],
 ) -> list[tuple[str, str, str]]:
     """One case for each value."""
-    return [(kind, name, value) for kind, name, values in table for value in values]
+    return [(kind, name, value) for kind, name, choices in table for value in choices]
 
 
 def test_the_values_below_are_of_every_option_there_is() -> None:
     """Whoever adds an option says here what it may be."""
-    known = {(kind, name) for kind, names in creation.OPTIONS.items() for name in names}
+    known = {(kind, name) for kind, names in creation_options.OPTIONS.items() for name in names}
     assert {(kind, name) for kind, name, _ in ACCEPTED} == known
 
 
@@ -123,13 +128,13 @@ def test_an_option_is_not_passed_on(kind: str, name: str) -> None:
     assert len(codec.encode(refused)) < 1024
 
 
-@given(st.sampled_from(sorted(model.FORMATS)), st.text(max_size=20), st.text(max_size=20))
+@given(st.sampled_from(sorted(values.FORMATS)), st.text(max_size=20), st.text(max_size=20))
 def test_whatever_the_option_it_is_in_the_tables_or_refused(
     kind: str, name: str, value: str
 ) -> None:
     """And what is accepted can't be taken for two options by qemu."""
     if refusal_of(dest(kind, (name, value))) is None:
-        assert name in creation.OPTIONS[kind]
+        assert name in creation_options.OPTIONS[kind]
         assert re.fullmatch(r"[A-Za-z0-9.]+", value)
 
 
@@ -140,17 +145,17 @@ def test_an_option_given_twice_is_refused() -> None:
     assert refused.message == "dest.qcow2: has an option twice"
 
 
-@pytest.mark.parametrize("layout", sorted(creation.SEVERAL_FILES))
+@pytest.mark.parametrize("layout", sorted(creation_options.SEVERAL_FILES))
 def test_a_layout_of_several_files_is_unsupported(layout: str) -> None:
     """A result is one file. Not a mistake of the caller's, so not INVALID_ARGUMENT."""
     refused = refusal_of(dest("vmdk", ("subformat", layout)))
     assert refused is not None
-    assert refused.status is errors.Status.UNIMPLEMENTED
+    assert refused.status is conditions.Status.UNIMPLEMENTED
     assert layout in refused.message
 
 
 V2 = ("compat", "0.10")
-ZSTD = {"compression": model.Compression.ZSTD}
+ZSTD = {"compression": values.Compression.ZSTD}
 
 
 @pytest.mark.parametrize(
@@ -168,7 +173,7 @@ ZSTD = {"compression": model.Compression.ZSTD}
     ],
 )
 def test_options_of_qcow2_that_do_not_go_together_are_refused(
-    asked: model.Dest, field: str
+    asked: values.Destination, field: str
 ) -> None:
     """With the field that can't be had."""
     refused = refusal_of(asked)
@@ -191,14 +196,14 @@ def test_options_of_qcow2_that_do_not_go_together_are_refused(
         ),
     ],
 )
-def test_options_of_qcow2_go_together(asked: model.Dest) -> None:
+def test_options_of_qcow2_go_together(asked: values.Destination) -> None:
     """What qemu-img can make is not refused."""
     assert refusal_of(asked) is None
 
 
-def cipher(name: str, value: str) -> model.Encryption:
+def cipher(name: str, value: str) -> values.DestinationEncryption:
     """Encryption as by default, but for one value."""
-    return dataclasses.replace(model.Encryption(), **{name: value})  # type: ignore[arg-type]
+    return dataclasses.replace(values.DestinationEncryption(), **{name: value})  # type: ignore[arg-type]
 
 
 class TestEncryption:
@@ -206,14 +211,18 @@ class TestEncryption:
 
     @pytest.mark.parametrize(
         ("name", "value"),
-        [(name, value) for name, values in creation.CIPHERS.items() for value in sorted(values)],
+        [
+            (name, value)
+            for name, choices in creation_options.CIPHERS.items()
+            for value in sorted(choices)
+        ],
     )
     def test_a_cipher_of_the_table_is_accepted(self, name: str, value: str) -> None:
         """By its name in the contract."""
         asked = cipher(name, value)
         assert refusal_of(dest("luks", encryption=asked)) is None
 
-    @pytest.mark.parametrize("name", sorted(creation.CIPHERS))
+    @pytest.mark.parametrize("name", sorted(creation_options.CIPHERS))
     @pytest.mark.parametrize("value", ["", "rot13", "xts,key-secret=source", "\udc80", "x" * 9999])
     def test_any_other_is_refused(self, name: str, value: str) -> None:
         """With the field, and in a form that can be sent."""
@@ -232,28 +241,28 @@ class TestEncryption:
         expected: bool,  # noqa: FBT001
     ) -> None:
         """Longer would be a way to keep the machine busy."""
-        asked = model.Encryption(iter_time_ms=iter_time_ms)
+        asked = values.DestinationEncryption(iter_time_ms=iter_time_ms)
         assert (refusal_of(dest("luks", encryption=asked)) is None) is expected
 
     def test_the_defaults_are_novas(self) -> None:
         """And pass."""
-        assert refusal_of(dest("luks", encryption=model.Encryption())) is None
-        assert dataclasses.astuple(model.Encryption()) == (
+        assert refusal_of(dest("luks", encryption=values.DestinationEncryption())) is None
+        assert dataclasses.astuple(values.DestinationEncryption()) == (
             *("aes-256", "xts", "sha256", "plain64", "sha256"),
             2000,
         )
 
 
-@pytest.mark.parametrize("kind", sorted(creation.OPTIONS))
+@pytest.mark.parametrize("kind", sorted(creation_options.OPTIONS))
 def test_qemu_img_has_every_option_of_a_format(kind: str) -> None:
     """By the same name: it is asked itself."""
     argv = ["qemu-img", "create", "-f", kind, "-o", "help"]
     said = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
     named = set(re.findall(r"^\s+([a-z0-9_]+)=", said, flags=re.MULTILINE))
-    assert set(creation.OPTIONS[kind]) <= named
+    assert set(creation_options.OPTIONS[kind]) <= named
 
 
-@pytest.mark.parametrize("name", sorted(creation.CIPHERS))
+@pytest.mark.parametrize("name", sorted(creation_options.CIPHERS))
 def test_qemu_img_has_every_option_of_encryption(name: str) -> None:
     """By the same name, with dashes."""
     argv = ["qemu-img", "create", "-f", "luks", "-o", "help"]

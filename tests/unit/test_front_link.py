@@ -15,34 +15,40 @@ import refusals
 from descriptors import held as open_now
 from descriptors import none_left_open
 
-from convertd_daemon import channel, errors, model
-from convertd_daemon.front import link, pipes, prober, relay
+from convertd_core import conditions, messages, values
+from convertd_daemon import channel
+from convertd_daemon.front import (
+    broker_link,
+    health_probe,
+    relay,
+    secret_pipes,
+)
 
 DEADLINE_S = 60.0
 
-FAILURE = errors.InternalError(error_id="x").failure()
-REPORT = channel.Done(call=1)
+FAILURE = conditions.InternalError(error_id="x").failure()
+REPORT = messages.ReplyComplete(call=1)
 
 
-def waiting(position: int, call: int = 1) -> channel.Waiting:
+def waiting(position: int, call: int = 1) -> messages.Queued:
     """The broker says where a job stands in the queue."""
-    return channel.Waiting(call=call, job_id="job-1", position=position)
+    return messages.Queued(call=call, job_id="job-1", position=position)
 
 
-def progressed(percent: float) -> channel.Progressed:
+def progressed(percent: float) -> messages.Progressed:
     """A job says how far it is."""
-    progress = model.Progress(phase=model.Phase.CONVERTING, percent=percent)
-    return channel.Progressed(progress=progress)
+    progress = values.Progress(phase=values.Phase.CONVERTING, percent=percent)
+    return messages.Progressed(progress=progress)
 
 
-def failed(reason: str) -> channel.Failed:
+def failed(reason: str) -> messages.Failed:
     """A job says that it failed."""
-    return channel.Failed(failure=errors.Failure(reason=reason, message=""))
+    return messages.Failed(failure=conditions.Failure(reason=reason, message=""))
 
 
-def list_jobs(call: int) -> channel.ListJobs:
+def list_jobs(call: int) -> messages.ListJobs:
     """Something to ask the broker."""
-    return channel.ListJobs(call=call, connection=5)
+    return messages.ListJobs(call=call, connection=5)
 
 
 class Broker:
@@ -53,18 +59,18 @@ class Broker:
 
     def hears(self) -> object:
         """The next thing that the front says."""
-        message, _ = self.line.receive(*channel.FROM_FRONT, wait=False)
+        message, _ = self.line.receive(*messages.FROM_FRONT, wait=False)
         return message
 
     def starts_a_job(self, call: int, job_id: str = "job-1") -> channel.Channel:
         """Say that a call's job runs, and give the job's end of its channel."""
         job, fronts = channel.Channel.pair()
-        self.line.send(channel.Started(call=call, job_id=job_id), fronts.fileno())
+        self.line.send(messages.Started(call=call, job_id=job_id), fronts.fileno())
         fronts.close()
         return job
 
 
-class Prober(prober.Prober):
+class Prober(health_probe.Prober):
     """Finds every connection healthy, without looking."""
 
     def __init__(self) -> None:
@@ -76,7 +82,7 @@ class Prober(prober.Prober):
         on_health()
 
 
-Test = Callable[[link.Link, Broker], Awaitable[None]]
+Test = Callable[[broker_link.BrokerLink, Broker], Awaitable[None]]
 
 
 def run(test: Test) -> None:
@@ -85,7 +91,9 @@ def run(test: Test) -> None:
     async def bounded() -> None:
         ours, theirs = channels.passing()
         with ours, theirs:
-            broker = link.Link(ours, relay.Relay("/nowhere", lambda _: relay.whole), Prober())
+            broker = broker_link.BrokerLink(
+                ours, relay.Relay("/nowhere", lambda _: relay.whole), Prober()
+            )
             await asyncio.wait_for(test(broker, Broker(theirs)), DEADLINE_S)
             asyncio.get_running_loop().remove_reader(ours.fileno())
             asyncio.get_running_loop().remove_writer(ours.fileno())
@@ -113,14 +121,14 @@ async def turns(count: int = 3) -> None:
 def test_an_answer_reaches_the_call_that_asked() -> None:
     """Two calls at once, answered in the other order."""
 
-    async def test(a_link: link.Link, broker: Broker) -> None:
+    async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
         with a_link.call(list_jobs) as one, a_link.call(list_jobs) as two:
             assert broker.hears() == list_jobs(one.number)
             assert broker.hears() == list_jobs(two.number)
             for call in (two, one):
-                broker.line.send(channel.Done(call=call.number))
-            assert await one.next() == channel.Done(call=one.number)
-            assert await two.next() == channel.Done(call=two.number)
+                broker.line.send(messages.ReplyComplete(call=call.number))
+            assert await one.next() == messages.ReplyComplete(call=one.number)
+            assert await two.next() == messages.ReplyComplete(call=two.number)
 
     run(test)
 
@@ -128,15 +136,18 @@ def test_an_answer_reaches_the_call_that_asked() -> None:
 def test_what_a_broker_that_stops_has_still_said_is_heard() -> None:
     """All of it, though what there is to send can't be sent any more."""
 
-    async def test(a_link: link.Link, broker: Broker) -> None:
+    async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
         with contextlib.ExitStack() as stack:
-            calls = [stack.enter_context(a_link.call(list_jobs)) for _ in range(3 * link.AT_A_TIME)]
+            calls = [
+                stack.enter_context(a_link.call(list_jobs))
+                for _ in range(3 * broker_link.AT_A_TIME)
+            ]
             for call in calls:
-                broker.line.send(channel.Done(call=call.number))
+                broker.line.send(messages.ReplyComplete(call=call.number))
             broker.line.close()
-            a_link.send(channel.Ready())
+            a_link.send(messages.Ready())
             for call in calls:
-                assert await call.next() == channel.Done(call=call.number)
+                assert await call.next() == messages.ReplyComplete(call=call.number)
                 call.over = True
 
     run(test)
@@ -145,11 +156,11 @@ def test_what_a_broker_that_stops_has_still_said_is_heard() -> None:
 def test_a_call_that_is_left_is_abandoned() -> None:
     """However it is left, the broker is told, unless the call had ended anyway."""
 
-    async def test(a_link: link.Link, broker: Broker) -> None:
+    async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
         with contextlib.suppress(LookupError), a_link.call(list_jobs) as call:
             broker.hears()
             raise LookupError
-        assert broker.hears() == channel.Abandon(call=call.number)
+        assert broker.hears() == messages.CallAbandoned(call=call.number)
         with a_link.call(list_jobs) as call:
             broker.hears()
             call.over = True
@@ -162,11 +173,11 @@ def test_a_call_that_is_left_is_abandoned() -> None:
 def test_what_comes_for_a_call_that_is_over_is_dropped() -> None:
     """And a job that starts for it ends: its channel is closed."""
 
-    async def test(a_link: link.Link, broker: Broker) -> None:
+    async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
         with a_link.call(list_jobs) as call:
             pass
         broker.line.send(waiting(1, call.number))
-        broker.line.send(channel.Ended(job_id="job-1", failure=FAILURE))
+        broker.line.send(messages.Ended(job_id="job-1", failure=FAILURE))
         job = broker.starts_a_job(call.number)
         with job:
             await until_closed(job)
@@ -178,13 +189,13 @@ def test_what_comes_for_a_call_that_is_over_is_dropped() -> None:
 def test_a_question_that_is_too_long_is_not_asked() -> None:
     """The caller is told, and the next question gets through."""
 
-    async def test(a_link: link.Link, broker: Broker) -> None:
-        def long(call: int) -> channel.CancelJob:
-            return channel.CancelJob(call=call, connection=5, job_id="x" * 200_000)
+    async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
+        def long(call: int) -> messages.CancelJob:
+            return messages.CancelJob(call=call, connection=5, job_id="x" * 200_000)
 
         with pytest.raises(channel.TooLong), a_link.call(long):
             pass
-        assert isinstance(broker.hears(), channel.Abandon)
+        assert isinstance(broker.hears(), messages.CallAbandoned)
         with a_link.call(list_jobs) as call:
             assert broker.hears() == list_jobs(call.number)
 
@@ -197,7 +208,7 @@ class TestJobs:
     def test_reaches_its_call_in_order(self) -> None:
         """After what the broker said of the queue."""
 
-        async def test(a_link: link.Link, broker: Broker) -> None:
+        async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
             with a_link.call(list_jobs) as call:
                 broker.line.send(waiting(1))
                 assert await call.next() == waiting(1)
@@ -214,7 +225,7 @@ class TestJobs:
     def test_progress_that_nobody_read_is_replaced_by_newer(self) -> None:
         """A slow reader costs one message; what must arrive does."""
 
-        async def test(a_link: link.Link, broker: Broker) -> None:
+        async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
             with a_link.call(list_jobs) as call:
                 for position in (9, 8, 7):
                     broker.line.send(waiting(position))
@@ -232,34 +243,34 @@ class TestJobs:
     def test_what_it_said_last_comes_before_the_news_of_its_end(self) -> None:
         """Whichever channel is looked at first: it did succeed, and nobody hears otherwise."""
 
-        async def test(a_link: link.Link, broker: Broker) -> None:
+        async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
             with a_link.call(list_jobs) as call:
                 job = broker.starts_a_job(call.number)
                 await turns()
-                broker.line.send(channel.Ended(job_id="job-1", failure=FAILURE))
+                broker.line.send(messages.Ended(job_id="job-1", failure=FAILURE))
                 with job:
                     job.send(failed("NO_SPACE"))
                 assert await call.next() == failed("NO_SPACE")
-                assert await call.next() == channel.Ended(job_id="job-1", failure=FAILURE)
+                assert await call.next() == messages.Ended(job_id="job-1", failure=FAILURE)
 
         run(test)
 
     def test_its_silent_end_is_the_brokers_to_tell(self) -> None:
         """A channel that closes says nothing of why."""
 
-        async def test(a_link: link.Link, broker: Broker) -> None:
+        async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
             with a_link.call(list_jobs) as call:
                 broker.starts_a_job(call.number).close()
                 await turns()
-                broker.line.send(channel.Ended(job_id="job-1", failure=FAILURE))
-                assert await call.next() == channel.Ended(job_id="job-1", failure=FAILURE)
+                broker.line.send(messages.Ended(job_id="job-1", failure=FAILURE))
+                assert await call.next() == messages.Ended(job_id="job-1", failure=FAILURE)
 
         run(test)
 
     def test_nonsense_from_it_ends_it(self) -> None:
         """It was ours once."""
 
-        async def test(a_link: link.Link, broker: Broker) -> None:
+        async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
             with a_link.call(list_jobs) as call, broker.starts_a_job(call.number) as job:
                 job.send_bytes(b"nonsense")
                 await until_closed(job)
@@ -269,36 +280,39 @@ class TestJobs:
     def test_it_is_sent_its_passphrases_when_it_starts(self) -> None:
         """In their order, and nothing else is, nor to the broker."""
 
-        async def test(a_link: link.Link, broker: Broker) -> None:
-            with pipes.holding([b"one", b"x" * pipes.MAX_BYTES]) as held:
+        async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
+            with secret_pipes.holding([b"one", b"x" * secret_pipes.MAX_BYTES]) as held:
                 with a_link.call(list_jobs, held) as call, broker.starts_a_job(call.number) as job:
                     while not call.job_id:
                         await turns()
-                    assert job.receive_passphrase(pipes.MAX_BYTES) == b"one"
-                    assert job.receive_passphrase(pipes.MAX_BYTES) == b"x" * pipes.MAX_BYTES
+                    assert job.receive_passphrase(secret_pipes.MAX_BYTES) == b"one"
+                    assert (
+                        job.receive_passphrase(secret_pipes.MAX_BYTES)
+                        == b"x" * secret_pipes.MAX_BYTES
+                    )
                     with pytest.raises(BlockingIOError):
-                        job.receive(channel.Ready, wait=False)
+                        job.receive(messages.Ready, wait=False)
                 assert broker.hears() == list_jobs(call.number)
-                assert isinstance(broker.hears(), channel.Abandon)
+                assert isinstance(broker.hears(), messages.CallAbandoned)
 
         run(test)
 
     def test_one_that_is_gone_already_gets_no_passphrase(self) -> None:
         """How it ended is for the broker to tell."""
 
-        async def test(a_link: link.Link, broker: Broker) -> None:
-            with pipes.holding([b"one"]) as held, a_link.call(list_jobs, held) as call:
+        async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
+            with secret_pipes.holding([b"one"]) as held, a_link.call(list_jobs, held) as call:
                 broker.starts_a_job(call.number).close()
                 await turns()
-                broker.line.send(channel.Ended(job_id="job-1", failure=FAILURE))
-                assert await call.next() == channel.Ended(job_id="job-1", failure=FAILURE)
+                broker.line.send(messages.Ended(job_id="job-1", failure=FAILURE))
+                assert await call.next() == messages.Ended(job_id="job-1", failure=FAILURE)
 
         run(test)
 
     def test_leaving_its_call_ends_it(self) -> None:
         """Its channel is its life."""
 
-        async def test(a_link: link.Link, broker: Broker) -> None:
+        async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
             with a_link.call(list_jobs) as call:
                 job = broker.starts_a_job(call.number)
                 while not call.job_id:
@@ -311,11 +325,11 @@ class TestJobs:
     def test_that_it_said_how_it_ended_is_passed_on(self) -> None:
         """So that its destination is free before its process is gone."""
 
-        async def test(a_link: link.Link, broker: Broker) -> None:
+        async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
             with a_link.call(list_jobs) as call:
                 broker.hears()
                 call.finish()
-                assert broker.hears() == channel.Finished(call=call.number)
+                assert broker.hears() == messages.JobFinished(call=call.number)
                 call.over = True
 
         run(test)
@@ -334,16 +348,16 @@ class TestBroker:
     def test_its_end_is_told_to_all_calls(self) -> None:
         """What it had said before is heard first."""
 
-        async def test(a_link: link.Link, broker: Broker) -> None:
+        async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
             with a_link.call(list_jobs) as one, a_link.call(list_jobs) as two:
-                broker.line.send(channel.Done(call=one.number))
+                broker.line.send(messages.ReplyComplete(call=one.number))
                 waiter = asyncio.ensure_future(two.next())
                 await turns()
                 broker.line.close()
                 await a_link.ended.wait()
-                assert await one.next() == channel.Done(call=one.number)
+                assert await one.next() == messages.ReplyComplete(call=one.number)
                 for call in (one.next(), waiter):
-                    with pytest.raises(link.BrokerIsGone):
+                    with pytest.raises(broker_link.BrokerIsGone):
                         await call
             assert a_link.closed
 
@@ -352,9 +366,9 @@ class TestBroker:
     def test_its_end_is_noticed_by_who_asks(self) -> None:
         """Before anybody looked whether there is something to read."""
 
-        async def test(a_link: link.Link, broker: Broker) -> None:
+        async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
             broker.line.close()
-            with a_link.call(list_jobs) as call, pytest.raises(link.BrokerIsGone):
+            with a_link.call(list_jobs) as call, pytest.raises(broker_link.BrokerIsGone):
                 await call.next()
 
         run(test)
@@ -362,7 +376,7 @@ class TestBroker:
     def test_what_it_has_no_time_for_waits_and_arrives_in_order(self) -> None:
         """Thousands of questions, more than the channel holds."""
 
-        async def test(a_link: link.Link, broker: Broker) -> None:
+        async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
             count = 5000
             for number in range(count):
                 a_link.send(list_jobs(number))
@@ -381,11 +395,11 @@ class TestBroker:
     ) -> None:
         """The next message is heard."""
 
-        async def test(a_link: link.Link, broker: Broker) -> None:
+        async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
             with a_link.call(list_jobs) as call:
                 broker.line.send_bytes(b"nonsense")
-                broker.line.send(channel.Done(call=call.number))
-                assert await call.next() == channel.Done(call=call.number)
+                broker.line.send(messages.ReplyComplete(call=call.number))
+                assert await call.next() == messages.ReplyComplete(call=call.number)
 
         run(test)
         assert "a message from the broker was lost" in caplog.text
@@ -393,22 +407,22 @@ class TestBroker:
     def test_a_connection_to_probe_is_handed_to_the_prober(self) -> None:
         """And what it finds is told, under the broker's number."""
 
-        async def test(_: link.Link, broker: Broker) -> None:
+        async def test(_: broker_link.BrokerLink, broker: Broker) -> None:
             here, there = channel.Channel.pair()
-            broker.line.send(channel.Probe(probe=4), there.fileno())
+            broker.line.send(messages.Probe(probe=4), there.fileno())
             there.close()
             with here:
                 await until_closed(here)
-            assert broker.hears() == channel.Probed(probe=4)
+            assert broker.hears() == messages.ProbeAnswered(probe=4)
 
         run(test)
 
     def test_who_connected_is_handed_to_the_relay(self) -> None:
         """With the broker's number."""
 
-        async def test(a_link: link.Link, broker: Broker) -> None:
+        async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
             here, there = channel.Channel.pair()
-            broker.line.send(channel.Connected(connection=9, uid=1234), there.fileno())
+            broker.line.send(messages.Connected(connection=9, uid=1234), there.fileno())
             there.close()
             with here:
                 # Nobody listens upstream, so the relay ends the connection.
@@ -421,17 +435,19 @@ class TestBroker:
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
-        (channel.Refused(call=1, failure=FAILURE), FAILURE),
-        (channel.Failed(failure=FAILURE), FAILURE),
-        (channel.Ended(job_id="x", failure=FAILURE), FAILURE),
+        (messages.Refused(call=1, failure=FAILURE), FAILURE),
+        (messages.Failed(failure=FAILURE), FAILURE),
+        (messages.Ended(job_id="x", failure=FAILURE), FAILURE),
         (REPORT, None),
         (progressed(1.0), None),
     ],
     ids=["refused", "failed", "ended", "done", "progress"],
 )
-def test_a_call_ends_with_a_failure_of(message: object, expected: errors.Failure | None) -> None:
+def test_a_call_ends_with_a_failure_of(
+    message: object, expected: conditions.Failure | None
+) -> None:
     """Broker or job; nothing else is one."""
-    assert link.is_last(message) == expected
+    assert broker_link.is_last(message) == expected
 
 
 @pytest.fixture
@@ -449,27 +465,29 @@ class TestPassphrases:
         self, descriptors: Callable[[], int]
     ) -> None:
         """And nowhere else: the list is empty at once."""
-        secrets = [b"one", b"x" * pipes.MAX_BYTES]
-        with pipes.holding(secrets) as held:
+        secrets = [b"one", b"x" * secret_pipes.MAX_BYTES]
+        with secret_pipes.holding(secrets) as held:
             assert secrets == []
             assert descriptors() == 2
             assert os.read(held[0], 9999) == b"one"
-            assert len(os.read(held[1], 9999)) == pipes.MAX_BYTES
+            assert len(os.read(held[1], 9999)) == secret_pipes.MAX_BYTES
             assert os.read(held[0], 1) == b""
 
-    @pytest.mark.parametrize("wrong", [b"", b"x" * (pipes.MAX_BYTES + 1)], ids=["empty", "long"])
+    @pytest.mark.parametrize(
+        "wrong", [b"", b"x" * (secret_pipes.MAX_BYTES + 1)], ids=["empty", "long"]
+    )
     def test_one_that_is_none_is_refused_and_leaves_nothing(
         self, descriptors: Callable[[], int], wrong: bytes
     ) -> None:
         """Not even the pipe of the one before it; and it is not repeated in the refusal."""
-        refused = refusals.refusal_of(lambda: pipes.holding([b"fine", wrong]).__enter__())
+        refused = refusals.refusal_of(lambda: secret_pipes.holding([b"fine", wrong]).__enter__())
         assert refused is not None
         assert refused.message == "encryption.passphrase: must have 1 to 4096 bytes"
         assert descriptors() == 0
 
     def test_none_takes_none(self, descriptors: Callable[[], int]) -> None:
         """Most requests."""
-        with pipes.holding([]) as held:
+        with secret_pipes.holding([]) as held:
             assert (held, descriptors()) == ((), 0)
 
 
@@ -478,7 +496,7 @@ def test_a_relay_that_carries_for_a_link_finds_its_server() -> None:
     with tempfile.TemporaryDirectory(dir="/run") as directory:
         path = str(Path(directory) / "grpc.sock")
 
-        async def test(a_link: link.Link, broker: Broker) -> None:
+        async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
             a_link.relay.upstream_path = path
             greeted = asyncio.Event()
 
@@ -491,13 +509,13 @@ def test_a_relay_that_carries_for_a_link_finds_its_server() -> None:
 
             server = await asyncio.start_unix_server(greet, path)
             here, there = channel.Channel.pair()
-            broker.line.send(channel.Connected(connection=9, uid=1234), there.fileno())
+            broker.line.send(messages.Connected(connection=9, uid=1234), there.fileno())
             there.close()
             await greeted.wait()
             here.close()
             await a_link.relay.drain(DEADLINE_S)
             await turns()
-            assert broker.hears() == channel.Released(connection=9)
+            assert broker.hears() == messages.Released(connection=9)
             server.close()
             await server.wait_closed()
 

@@ -16,7 +16,7 @@ import pytest
 from children import in_child
 from descriptors import none_left_open
 
-from convertd_daemon.front import relay, screen, streams
+from convertd_daemon.front import header_filter, relay, streams
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -333,9 +333,9 @@ def test_who_does_not_read_its_answers_is_not_heard(path: Path) -> None:
     run(test)
 
 
-def letter_by_letter(data: bytes) -> Iterable[screen.Piece]:
+def letter_by_letter(data: bytes) -> Iterable[header_filter.Piece]:
     """Pieces of one byte."""
-    return (screen.Piece(bytes([byte]), begins_call=False) for byte in data)
+    return (header_filter.Piece(bytes([byte]), begins_call=False) for byte in data)
 
 
 def test_each_piece_waits_for_a_turn(path: Path) -> None:

@@ -12,7 +12,7 @@ from hostile.http2 import Kind
 from hypothesis import given
 from hypothesis import strategies as some
 
-from convertd_daemon.front import screen, streams
+from convertd_daemon.front import header_filter, streams
 
 RFC_EXAMPLE = bytes.fromhex("f1e3c2e5f23a6ba0ab90f4ff")
 """www.example.com. Source: RFC 7541, C.4.1."""
@@ -20,13 +20,13 @@ RFC_EXAMPLE = bytes.fromhex("f1e3c2e5f23a6ba0ab90f4ff")
 
 def passed(data: bytes, *cuts: int) -> bytes:
     """What passes a screen of bytes that come in pieces."""
-    one, places = (
-        screen.Screen(streams.Streams()),
+    one, slots = (
+        header_filter.HeaderFilter(streams.Streams()),
         sorted({0, *(cut % (len(data) + 1) for cut in cuts), len(data)}),
     )
     return b"".join(
         b"".join(piece.data for piece in one.pieces(data[a:b]))
-        for a, b in itertools.pairwise(places)
+        for a, b in itertools.pairwise(slots)
     )
 
 
@@ -51,15 +51,15 @@ def test_calls_pass_as_they_are_however_they_are_cut(cuts: list[int]) -> None:
 def test_nothing_is_made_up(noise: bytes, cuts: list[int]) -> None:
     """Whatever comes, what passes is a beginning of it, or the connection ends."""
     data = http2.opening(noise)
-    with contextlib.suppress(screen.Refused):
+    with contextlib.suppress(header_filter.Refused):
         assert data.startswith(passed(data, *cuts))
 
 
 @given(some.binary(max_size=60))
 def test_a_block_is_refused_or_plain_and_nothing_else(block: bytes) -> None:
     """Noise raises nothing that the relay does not expect."""
-    with contextlib.suppress(screen.Refused):
-        screen.check(block)
+    with contextlib.suppress(header_filter.Refused):
+        header_filter.check(block)
 
 
 def test_a_block_in_several_frames_passes_when_it_is_whole() -> None:
@@ -68,7 +68,7 @@ def test_a_block_in_several_frames_passes_when_it_is_whole() -> None:
     first = http2.opening(http2.frame(Kind.HEADERS, block[:9], stream=1))
     more = http2.frame(Kind.CONTINUATION, block[9:20], stream=1)
     last = http2.frame(Kind.CONTINUATION, block[20:], flags=http2.END_HEADERS, stream=1)
-    one = screen.Screen(streams.Streams())
+    one = header_filter.HeaderFilter(streams.Streams())
     assert list(one.pieces(first)) == [(http2.opening(), False)]
     assert not list(one.pieces(more))
     assert list(one.pieces(last)) == [(first[len(http2.opening()) :] + more + last, True)]
@@ -78,11 +78,11 @@ def test_each_piece_has_one_header_block_at_most() -> None:
     """And what belongs to its call: the next is not even looked through before it was taken."""
     calls = [http2.call(1), http2.call(3, b"a" * 300), http2.frame(Kind.PING, bytes(8))]
     bad = http2.frame(Kind.HEADERS, b"\xff", flags=http2.END_HEADERS, stream=5)
-    pieces = screen.Screen(streams.Streams()).pieces(http2.opening(*calls, bad))
+    pieces = header_filter.HeaderFilter(streams.Streams()).pieces(http2.opening(*calls, bad))
     assert next(pieces) == (http2.opening(), False)
     assert next(pieces) == (calls[0], True)
     assert next(pieces) == (calls[1] + calls[2], True)
-    with pytest.raises(screen.Refused):
+    with pytest.raises(header_filter.Refused):
         next(pieces)
 
 
@@ -133,7 +133,7 @@ def test_plain_text_passes(block: bytes) -> None:
 )
 def test_what_is_not_plain_is_refused(block: bytes) -> None:
     """The connection is over before gRPC sees it."""
-    with pytest.raises(screen.Refused):
+    with pytest.raises(header_filter.Refused):
         passed(headers(block))
 
 
@@ -161,5 +161,5 @@ def test_what_is_not_plain_is_refused(block: bytes) -> None:
 )
 def test_frames_that_no_client_sends_are_refused(frames: bytes) -> None:
     """Those about which gRPC might think differently than we do."""
-    with pytest.raises(screen.Refused):
+    with pytest.raises(header_filter.Refused):
         passed(http2.opening(frames))

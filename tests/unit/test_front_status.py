@@ -15,31 +15,31 @@ from google.rpc import error_details_pb2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convertd_daemon import errors
-from convertd_daemon.front import status
+from convertd_core import conditions
+from convertd_daemon.front import error_status
 
-CONDITIONS = sorted(errors.BY_REASON.values(), key=lambda kind: kind.reason)
+CONDITIONS = sorted(conditions.BY_REASON.values(), key=lambda kind: kind.reason)
 
 LONGEST_PATH = "/" + "x" * 4094
 METADATA_BYTES = 8 * 1024
 """What clients take of metadata, all in all, before they refuse the reply as a whole."""
 
 
-def failure_of(kind: type[errors.ConvertError], text: str = "x") -> errors.Failure:
+def failure_of(kind: type[conditions.ConvertError], text: str = "x") -> conditions.Failure:
     """A condition of that kind, each of its values a text."""
     return kind(**dict.fromkeys(getattr(kind, "__dataclass_fields__", {}), text)).failure()
 
 
-def details_in(failure: errors.Failure, kind: type) -> list[any_pb2.Any]:
+def details_in(failure: conditions.Failure, kind: type) -> list[any_pb2.Any]:
     """The details of one kind."""
     name = kind.DESCRIPTOR.full_name  # type: ignore[attr-defined]
-    found = status.details_of(failure).details
+    found = error_status.details_of(failure).details
     return [detail for detail in found if detail.TypeName() == name]
 
 
-def wire_bytes(failure: errors.Failure) -> int:
+def wire_bytes(failure: conditions.Failure) -> int:
     """How much metadata a condition takes. Source: gRPC over HTTP/2, Status-Message and -Bin."""
-    details = status.details_of(failure)
+    details = error_status.details_of(failure)
     message = urllib.parse.quote(details.message, safe=" !\"#$&'()*+,/:;<=>?@[\\]^`{|}~")
     return len(message) + len(base64.b64encode(details.SerializeToString()))
 
@@ -49,7 +49,7 @@ class TestEachCondition:
     """What holds for every one of them."""
 
     def test_has_exactly_one_error_info_with_every_value(
-        self, kind: type[errors.ConvertError]
+        self, kind: type[conditions.ConvertError]
     ) -> None:
         """Domain, reason, and what the sentence names."""
         failure = failure_of(kind)
@@ -59,23 +59,23 @@ class TestEachCondition:
         assert (info.domain, info.reason) == ("convertd", kind.reason)
         assert dict(info.metadata) == dict(failure.values)
 
-    def test_has_its_status_and_its_sentence(self, kind: type[errors.ConvertError]) -> None:
+    def test_has_its_status_and_its_sentence(self, kind: type[conditions.ConvertError]) -> None:
         """The same in the details as outside of them."""
-        found = status.details_of(failure_of(kind))
+        found = error_status.details_of(failure_of(kind))
         assert found.code == grpc.StatusCode[kind.status.value].value[0]
         assert found.message == failure_of(kind).message
 
     def test_has_beside_it_what_standard_tools_understand(
-        self, kind: type[errors.ConvertError]
+        self, kind: type[conditions.ConvertError]
     ) -> None:
         """The field that is wrong, or what stands in the way; of others, nothing."""
         failure = failure_of(kind)
         invalid = details_in(failure, error_details_pb2.BadRequest)
         blocked = details_in(failure, error_details_pb2.PreconditionFailure)
-        assert bool(invalid) is (kind.status is errors.Status.INVALID_ARGUMENT)
-        assert bool(blocked) is (kind.status is errors.Status.FAILED_PRECONDITION)
+        assert bool(invalid) is (kind.status is conditions.Status.INVALID_ARGUMENT)
+        assert bool(blocked) is (kind.status is conditions.Status.FAILED_PRECONDITION)
 
-    def test_ends_the_call(self, kind: type[errors.ConvertError]) -> None:
+    def test_ends_the_call(self, kind: type[conditions.ConvertError]) -> None:
         """With status, sentence and details."""
 
         class Context:
@@ -85,14 +85,14 @@ class TestEachCondition:
                 self.ended = ended
 
         context, failure = Context(), failure_of(kind)
-        ending: Coroutine[None, None, None] = status.abort(context, failure)  # type: ignore[arg-type]
+        ending: Coroutine[None, None, None] = error_status.abort(context, failure)  # type: ignore[arg-type]
         asyncio.run(ending)
         code, message, ((key, details),) = context.ended
         assert code is grpc.StatusCode[kind.status.value]
         assert message == failure.message
         assert (key, details) == (
             "grpc-status-details-bin",
-            status.details_of(failure).SerializeToString(),
+            error_status.details_of(failure).SerializeToString(),
         )
 
     @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ class TestEachCondition:
         ids=["of-one-byte-characters", "of-two", "of-three", "of-four"],
     )
     def test_fits_into_what_clients_take_with_the_longest_path(
-        self, kind: type[errors.ConvertError], text: str
+        self, kind: type[conditions.ConvertError], text: str
     ) -> None:
         """In whatever script: else the client would see no reason at all."""
         assert wire_bytes(failure_of(kind, text)) < METADATA_BYTES
@@ -109,7 +109,7 @@ class TestEachCondition:
 
 def test_a_field_that_is_wrong_is_named() -> None:
     """In a BadRequest, with the whole sentence."""
-    refused = errors.BadOption(field="dest.mode", problem="has bits outside of 0666")
+    refused = conditions.BadOption(field="dest.mode", problem="has bits outside of 0666")
     (detail,) = details_in(refused.failure(), error_details_pb2.BadRequest)
     request = error_details_pb2.BadRequest()
     detail.Unpack(request)
@@ -120,7 +120,7 @@ def test_a_field_that_is_wrong_is_named() -> None:
 
 def test_what_stands_in_the_way_is_named() -> None:
     """In a PreconditionFailure: what kind of thing, and which."""
-    refused = errors.ImageInUse(path="/images/a").failure()
+    refused = conditions.ImageInUse(path="/images/a").failure()
     (detail,) = details_in(refused, error_details_pb2.PreconditionFailure)
     failed = error_details_pb2.PreconditionFailure()
     detail.Unpack(failed)
@@ -130,8 +130,8 @@ def test_what_stands_in_the_way_is_named() -> None:
 
 def test_a_reason_that_is_not_known_here_is_internal() -> None:
     """And keeps its reason and its values."""
-    failure = errors.Failure(reason="NEW", message="new", values=(("a", "b"),))
-    assert status.details_of(failure).code == grpc.StatusCode.INTERNAL.value[0]
+    failure = conditions.Failure(reason="NEW", message="new", values=(("a", "b"),))
+    assert error_status.details_of(failure).code == grpc.StatusCode.INTERNAL.value[0]
     assert details_in(failure, error_details_pb2.ErrorInfo)
 
 
@@ -139,7 +139,7 @@ def test_a_reason_that_is_not_known_here_is_internal() -> None:
 @given(st.text(max_size=600), st.integers(1, 4))
 def test_a_text_is_cut_in_its_middle_or_left_alone(text: str, times: int) -> None:
     """Its beginning and its end are what tells it from others."""
-    cut = status.cut(text, times)
+    cut = error_status.cut(text, times)
     if cut != text:
         begin, _, end = cut.rpartition("…")
         assert text.startswith(begin)

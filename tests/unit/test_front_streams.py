@@ -11,7 +11,7 @@ from hostile.http2 import Kind
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convertd_daemon.front import relay, screen, streams
+from convertd_daemon.front import header_filter, relay, streams
 
 ANSWER = b"".join(
     (
@@ -58,7 +58,11 @@ def test_what_a_peer_begins_and_takes_back_is_seen() -> None:
     """By the screen that its bytes pass."""
     calls = streams.Streams()
     asked = http2.opening(http2.call(1), http2.call(3))
-    tuple(screen.Screen(calls).pieces(asked + http2.frame(Kind.RST_STREAM, bytes(4), stream=1)))
+    tuple(
+        header_filter.HeaderFilter(calls).pieces(
+            asked + http2.frame(Kind.RST_STREAM, bytes(4), stream=1)
+        )
+    )
     assert (len(calls), calls.ended) == (1, 1)
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convertd.v1 import convert_pb2 as pb
-from convertd_daemon import channel, creation, model
+from convertd_core import creation_options, messages, values
 from convertd_daemon.front import translate
 
 UNKNOWN: Any = 99
@@ -39,8 +39,9 @@ class TestRequests:
 
     def test_what_is_left_out_has_the_default_that_the_contract_states(self) -> None:
         """Every field of it."""
-        assert translate.convert_request(request()) == model.ConvertRequest(
-            source=model.Source(path="/in/a"), dest=model.Dest(path="/out/b", format="qcow2")
+        assert translate.convert_request(request()) == values.ConvertRequest(
+            source=values.Source(path="/in/a"),
+            dest=values.Destination(path="/out/b", format="qcow2"),
         )
 
     def test_what_is_there_is_taken_over(self) -> None:
@@ -72,18 +73,18 @@ class TestRequests:
             validate_only=True,
             label="nightly",
         )
-        assert translate.convert_request(message) == model.ConvertRequest(
-            source=model.Source(path="/in/a", format="vmdk", encrypted=True),
-            dest=model.Dest(
+        assert translate.convert_request(message) == values.ConvertRequest(
+            source=values.Source(path="/in/a", format="vmdk", encrypted=True),
+            dest=values.Destination(
                 path="/out/b",
                 format="qcow2",
-                compression=model.Compression.ZSTD,
-                preallocation=model.Preallocation.FULL,
+                compression=values.Compression.ZSTD,
+                preallocation=values.Preallocation.FULL,
                 mode=0,
                 group="images",
                 overwrite=True,
                 is_zero=True,
-                encryption=model.Encryption(
+                encryption=values.DestinationEncryption(
                     cipher_alg="serpent-128",
                     cipher_mode="cbc",
                     hash_alg="sha512",
@@ -91,9 +92,9 @@ class TestRequests:
                     ivgen_hash_alg="sha1",
                     iter_time_ms=7,
                 ),
-                options=(model.Option(name="cluster_size", value="512"),),
+                options=(values.CreationOption(name="cluster_size", value="512"),),
             ),
-            cache_mode=model.CacheMode.DIRECTSYNC,
+            cache_mode=values.CacheMode.DIRECTSYNC,
             verify=True,
             rate_limit_bytes_per_second=2**40,
             validate_only=True,
@@ -103,13 +104,13 @@ class TestRequests:
     def test_encryption_without_its_values_is_novas(self) -> None:
         """The model's defaults."""
         message = request(encryption=pb.DestinationEncryption())
-        assert translate.convert_request(message).dest.encryption == model.Encryption()
+        assert translate.convert_request(message).dest.encryption == values.DestinationEncryption()
 
     def test_a_look_is_at_one_source(self) -> None:
         """With or without a format."""
         message = pb.InspectRequest(source=pb.Source(path="/in/a", format="vdi"))
-        assert translate.inspect_request(message) == model.InspectRequest(
-            source=model.Source(path="/in/a", format="vdi")
+        assert translate.inspect_request(message) == values.InspectRequest(
+            source=values.Source(path="/in/a", format="vdi")
         )
 
     @pytest.mark.parametrize("number", numbers_of(ENUMS["CacheMode"]))
@@ -212,11 +213,13 @@ class TestOptions:
         dest = pb.Destination(format=kind)
         setattr(getattr(dest, kind), field, value)
         ((name, text),) = options_of(dest).items()
-        assert name in creation.OPTIONS[kind]
+        assert name in creation_options.OPTIONS[kind]
         if not isinstance(value, bool) and value == 64:
             assert text == "64"
         else:
-            assert creation.OPTIONS[kind][name](text) or text in creation.SEVERAL_FILES
+            assert (
+                creation_options.OPTIONS[kind][name](text) or text in creation_options.SEVERAL_FILES
+            )
 
     @pytest.mark.parametrize("kind", [field.name for field in OPTIONS])
     def test_what_is_left_out_is_left_to_qemu(self, kind: str) -> None:
@@ -271,7 +274,7 @@ class TestSecrets:
         assert repr(passphrase)[2:-1] not in repr(translate.convert_request(message))
 
 
-INFO = model.ImageInfo(
+INFO = values.ImageInfo(
     format="qcow2",
     virtual_size_bytes=1000,
     actual_size_bytes=200,
@@ -284,27 +287,30 @@ INFO = model.ImageInfo(
     bitmaps=("three",),
     details=(("compat", "1.1"), ("encrypt.format", "luks")),
 )
-BASE = model.ImageInfo(format="raw", virtual_size_bytes=900, actual_size_bytes=100)
-CHAIN = (model.Member(path="/in/a", info=INFO), model.Member(path="/in/base.raw", info=BASE))
-PLAN = model.Plan(
+BASE = values.ImageInfo(format="raw", virtual_size_bytes=900, actual_size_bytes=100)
+CHAIN = (
+    values.ChainMember(path="/in/a", info=INFO),
+    values.ChainMember(path="/in/base.raw", info=BASE),
+)
+PLAN = values.Plan(
     chain=CHAIN,
     dest_format="qcow2",
-    compression=model.Compression.ZSTD,
-    source_cache=model.ChosenCache(mode=model.CacheMode.WRITEBACK, reason="it can't"),
-    dest_cache=model.ChosenCache(mode=model.CacheMode.NONE, reason="it can"),
+    compression=values.Compression.ZSTD,
+    source_cache=values.CacheChoice(mode=values.CacheMode.WRITEBACK, reason="it can't"),
+    dest_cache=values.CacheChoice(mode=values.CacheMode.NONE, reason="it can"),
     argv=("qemu-img", "/proc/self/fd/7"),
     command=("qemu-img", "/in/a"),
     needed_bytes=300,
     available_bytes=4000,
 )
-PUBLISHED = model.Published(
+PUBLISHED = values.Published(
     plan=PLAN,
     published=True,
     verified=True,
     replaced=True,
     allocated_size_bytes=4096,
     seconds=2.0,
-    warnings=(model.Warned(reason="SNAPSHOTS_DROPPED", message="2 of them"),),
+    warnings=(values.Warning(reason="SNAPSHOTS_DROPPED", message="2 of them"),),
 )
 
 
@@ -349,9 +355,9 @@ class TestReplies:
 
     def test_an_image_is_described_with_all_it_has(self) -> None:
         """And what lies under it."""
-        contents = model.Contents(
+        contents = values.Contents(
             snapshots=(
-                model.Snapshot(
+                values.Snapshot(
                     id="1",
                     name="one",
                     vm_state_size_bytes=4096,
@@ -359,11 +365,11 @@ class TestReplies:
                     vm_clock_ns=2_500_000_000,
                 ),
             ),
-            bitmaps=(model.Bitmap(name="three", granularity_bytes=65536, flags=("auto",)),),
+            bitmaps=(values.Bitmap(name="three", granularity_bytes=65536, flags=("auto",)),),
             compressed=True,
         )
-        warned = model.Warned(reason="IMAGE_IN_USE", message="it is")
-        message = channel.Inspected(
+        warned = values.Warning(reason="IMAGE_IN_USE", message="it is")
+        message = messages.Inspected(
             chain=CHAIN, complete=True, raw_json="{}", contents=contents, warnings=(warned,)
         )
         response = translate.inspected("/in/a", message)
@@ -388,21 +394,21 @@ class TestReplies:
 
     def test_an_image_alone_has_nothing_under_it(self) -> None:
         """An empty chain that is complete is another thing than one that is not."""
-        nothing = model.Contents()
-        alone = channel.Inspected(
+        nothing = values.Contents()
+        alone = messages.Inspected(
             chain=CHAIN[1:], complete=True, raw_json="", contents=nothing, warnings=()
         )
-        hidden = channel.Inspected(
+        hidden = messages.Inspected(
             chain=CHAIN[:1], complete=False, raw_json="", contents=nothing, warnings=()
         )
         assert translate.inspected("/in/a", alone).backing_chain_complete
         assert not translate.inspected("/in/a", hidden).backing_chain_complete
         assert not translate.inspected("/in/a", hidden).backing_chain
 
-    @pytest.mark.parametrize("state", channel.JobState)
-    def test_a_job_is_listed_in_whatever_state(self, state: channel.JobState) -> None:
+    @pytest.mark.parametrize("state", messages.JobState)
+    def test_a_job_is_listed_in_whatever_state(self, state: messages.JobState) -> None:
         """With its times, the start only if it has started."""
-        entry = channel.JobEntry(
+        entry = messages.JobEntry(
             call=1,
             job_id="job-1",
             uid=1234,
@@ -436,37 +442,37 @@ class TestReplies:
     def test_every_phase_of_a_job_is_one_of_the_contract(self) -> None:
         """And every one of the contract is a phase."""
         names = {phase: pb.Phase.Name(number) for phase, number in translate.PHASES.items()}
-        assert names == {phase: f"PHASE_{phase.name}" for phase in model.Phase}
+        assert names == {phase: f"PHASE_{phase.name}" for phase in values.Phase}
         assert len(names) == len(ENUMS["Phase"].values) - 1
 
     def test_access_tells_who_one_is_and_what_one_may_do(self) -> None:
         """By rule; and what this daemon could do, whatever the policy."""
-        devices = model.Root(
+        devices = values.Root(
             name="volumes",
             path="/dev/vg",
-            kind=model.RootKind.BLOCK,
-            access=model.Access.CALLER,
+            kind=values.RootKind.BLOCK,
+            access=values.RootAccess.CALLER,
             allow_is_zero=True,
         )
-        files = model.Root(name="images", path="/images", access=model.Access.DAEMON)
-        rule = model.RuleRights(
+        files = values.Root(name="images", path="/images", access=values.RootAccess.DAEMON)
+        rule = values.RuleRights(
             rule="grants[0]",
             roots=(
-                model.RootRights(root=files, may_read=True, may_write=False),
-                model.RootRights(root=devices, may_read=False, may_write=True),
+                values.RootRights(root=files, may_read=True, may_write=False),
+                values.RootRights(root=devices, may_read=False, may_write=True),
             ),
             read_formats=frozenset({"raw", "qcow2"}),
             write_formats=frozenset({"raw"}),
-            overwrite=model.Overwrite.ANY,
+            overwrite=values.OverwriteScope.ANY,
         )
-        report = channel.AccessReport(
+        report = messages.AccessReport(
             call=1,
             uid=1234,
             gid=1235,
             groups=frozenset({20, 3}),
-            rights=model.AccessRights(is_operator=True, rules=(rule,)),
-            limits=model.Limits(jobs=7, stall_s=1.5),
-            versions=channel.Versions(
+            rights=values.AccessRights(is_operator=True, rules=(rule,)),
+            limits=values.Limits(jobs=7, stall_s=1.5),
+            versions=messages.Versions(
                 daemon="1",
                 qemu_img="7.2",
                 kernel="6.1",

@@ -7,16 +7,16 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from convertd_daemon.front import turns
+from convertd_daemon.front import fair_queue
 
 DEADLINE_S = 60.0
 
 
-def run(test: Callable[[turns.Turns], Awaitable[None]]) -> None:
+def run(test: Callable[[fair_queue.FairQueue], Awaitable[None]]) -> None:
     """Run a test in a loop of its own."""
 
     async def bounded() -> None:
-        await asyncio.wait_for(test(turns.Turns()), DEADLINE_S)
+        await asyncio.wait_for(test(fair_queue.FairQueue()), DEADLINE_S)
 
     asyncio.run(bounded())
 
@@ -25,11 +25,11 @@ def test_users_take_turns_however_many_of_one_wait() -> None:
     """Within a user's, first come, first served."""
     took: list[tuple[int, int]] = []
 
-    async def take(one: turns.Turns, uid: int, number: int) -> None:
+    async def take(one: fair_queue.FairQueue, uid: int, number: int) -> None:
         await one.take(uid, begins_call=False)
         took.append((uid, number))
 
-    async def test(one: turns.Turns) -> None:
+    async def test(one: fair_queue.FairQueue) -> None:
         async with asyncio.TaskGroup() as group:
             for uid, count in ((1, 5), (2, 1), (3, 2)):
                 for number in range(count):
@@ -44,12 +44,12 @@ def test_a_round_has_one_turn() -> None:
     rounds: list[int] = []
     now = 0
 
-    async def take(one: turns.Turns, uid: int) -> None:
+    async def take(one: fair_queue.FairQueue, uid: int) -> None:
         for _ in range(20):
             await one.take(uid, begins_call=False)
             rounds.append(now)
 
-    async def test(one: turns.Turns) -> None:
+    async def test(one: fair_queue.FairQueue) -> None:
         loop = asyncio.get_running_loop()
 
         def count() -> None:
@@ -71,7 +71,7 @@ class Caller:
     def __init__(self) -> None:
         self.began = 0
 
-    async def call(self, one: turns.Turns) -> None:
+    async def call(self, one: fair_queue.FairQueue) -> None:
         """Until it is cancelled."""
         while True:
             await one.take(1, begins_call=True)
@@ -86,17 +86,17 @@ async def rounds(count: int) -> None:
 
 def test_calls_go_on_no_faster_than_they_are_taken_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else they would wait in gRPC, where the order is that of their coming alone."""
-    monkeypatch.setattr(turns, "LOST_S", 3600.0)
+    monkeypatch.setattr(fair_queue, "LOST_S", 3600.0)
 
-    async def test(one: turns.Turns) -> None:
+    async def test(one: fair_queue.FairQueue) -> None:
         caller = Caller()
         calling = asyncio.create_task(caller.call(one))
         await rounds(100)
-        assert caller.began == turns.AHEAD
+        assert caller.began == fair_queue.AHEAD
         for number in range(1, 10):
             one.taken_up()
             await rounds(10)
-            assert caller.began == turns.AHEAD + number
+            assert caller.began == fair_queue.AHEAD + number
         calling.cancel()
         await asyncio.gather(calling, return_exceptions=True)
 
@@ -106,11 +106,11 @@ def test_calls_go_on_no_faster_than_they_are_taken_up(monkeypatch: pytest.Monkey
 def test_calls_that_are_never_taken_up_hold_up_nobody_for_long() -> None:
     """They may have been refused, or taken back."""
 
-    async def test(one: turns.Turns) -> None:
+    async def test(one: fair_queue.FairQueue) -> None:
         caller = Caller()
         calling = asyncio.create_task(caller.call(one))
-        while caller.began < 3 * turns.AHEAD:  # noqa: ASYNC110 - nobody sets an event for it
-            await asyncio.sleep(turns.LOST_S)
+        while caller.began < 3 * fair_queue.AHEAD:  # noqa: ASYNC110 - nobody sets an event for it
+            await asyncio.sleep(fair_queue.LOST_S)
         calling.cancel()
         await asyncio.gather(calling, return_exceptions=True)
 
@@ -121,11 +121,11 @@ def test_who_is_gone_has_no_turn() -> None:
     """Nor does anybody wait for it."""
     took: list[int] = []
 
-    async def take(one: turns.Turns, uid: int) -> None:
+    async def take(one: fair_queue.FairQueue, uid: int) -> None:
         await one.take(uid, begins_call=False)
         took.append(uid)
 
-    async def test(one: turns.Turns) -> None:
+    async def test(one: fair_queue.FairQueue) -> None:
         tasks = [asyncio.create_task(take(one, uid)) for uid in (1, 2, 2, 3, 4)]
         await asyncio.sleep(0)
         for gone in (tasks[1], tasks[3]):
@@ -140,7 +140,7 @@ def test_who_is_gone_has_no_turn() -> None:
 def test_nobody_waits_for_a_turn_that_nobody_has() -> None:
     """The usual case: one caller."""
 
-    async def test(one: turns.Turns) -> None:
+    async def test(one: fair_queue.FairQueue) -> None:
         taking = one.take(1, begins_call=False)
         try:
             taking.send(None)

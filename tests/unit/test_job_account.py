@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 
-from convertd_daemon import channel, errors
-from convertd_daemon.job import account
+from convertd_core import conditions, messages
+from convertd_daemon import channel
+from convertd_daemon.job import outcome
 
 
 def test_a_job_whose_broker_is_gone_still_tells_its_caller() -> None:
@@ -13,7 +14,7 @@ def test_a_job_whose_broker_is_gone_still_tells_its_caller() -> None:
     ours, theirs = channel.Channel.pair()
     read_end, write_end = os.pipe()
     os.close(read_end)
-    failed = channel.Failed(failure=errors.Stopping().failure())
-    with ours, account.Witness(theirs.sock, write_end) as job:
+    failed = messages.Failed(failure=conditions.Stopping().failure())
+    with ours, outcome.OutcomeReporter(theirs.sock, write_end) as job:
         job.send(failed)
-        assert ours.receive(channel.Failed) == (failed, [])
+        assert ours.receive(messages.Failed) == (failed, [])

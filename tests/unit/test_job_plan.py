@@ -12,47 +12,47 @@ import refusals
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convertd_daemon import creation, errors, model
-from convertd_daemon.job import plan
+from convertd_core import conditions, creation_options, values
+from convertd_daemon.job.qemu import plan
 
 MIB = 1024 * 1024
 GIB = 1024 * MIB
 
 FILES = grants.files("/images")
 DEVICES = grants.devices("/dev/vg", allow_is_zero=True)
-RULES = grants.Rules(roots=(FILES, DEVICES), limits=model.Limits(virtual_size_bytes=2 * GIB))
+RULES = grants.Rules(roots=(FILES, DEVICES), limits=values.Limits(virtual_size_bytes=2 * GIB))
 
 MODES = (
-    model.CacheMode.AUTO,
-    model.CacheMode.NONE,
-    model.CacheMode.WRITEBACK,
-    model.CacheMode.WRITETHROUGH,
-    model.CacheMode.DIRECTSYNC,
+    values.CacheMode.AUTO,
+    values.CacheMode.NONE,
+    values.CacheMode.WRITEBACK,
+    values.CacheMode.WRITETHROUGH,
+    values.CacheMode.DIRECTSYNC,
 )
 
-INFO = model.ImageInfo(format="qcow2", virtual_size_bytes=GIB, actual_size_bytes=100 * MIB)
+INFO = values.ImageInfo(format="qcow2", virtual_size_bytes=GIB, actual_size_bytes=100 * MIB)
 
 
 REQUEST = grants.request("/images/in.qcow2", "/images/out", "qcow2")
 ONTO_DEVICE = grants.request("/images/in.qcow2", "/dev/vg/out", "qcow2")
 
 
-def to(image_format: str = "raw", **changes: object) -> model.Grant:
+def to(image_format: str = "raw", **changes: object) -> values.ConvertGrant:
     """Leave to convert /images/in.qcow2 to /images/out, in this format and so."""
     return RULES.convert(grants.to(REQUEST, format=image_format, **changes))
 
 
-def asked(**changes: object) -> model.Grant:
+def asked(**changes: object) -> values.ConvertGrant:
     """Leave to convert /images/in.qcow2 to the raw image /images/out, so."""
     return RULES.convert(dataclasses.replace(REQUEST, **changes))  # type: ignore[arg-type]
 
 
-ENCRYPTED = model.Source(path="/images/in.luks", format="luks", encrypted=True)
+ENCRYPTED = values.Source(path="/images/in.luks", format="luks", encrypted=True)
 
 
-def member(info: model.ImageInfo = INFO, path: str = "/images/in.qcow2") -> model.Member:
+def member(info: values.ImageInfo = INFO, path: str = "/images/in.qcow2") -> values.ChainMember:
     """One image of the source's chain."""
-    return model.Member(path=path, info=info)
+    return values.ChainMember(path=path, info=info)
 
 
 FACTS = plan.Facts(
@@ -66,10 +66,10 @@ ON_DEVICE = dataclasses.replace(FACTS, dest=plan.Node(format="raw", fd=8, on_dev
 
 
 def made(
-    a_grant: model.Grant | None = None,
+    a_grant: values.ConvertGrant | None = None,
     facts: plan.Facts = FACTS,
-    chain: tuple[model.Member, ...] = (member(),),
-) -> model.Plan:
+    chain: tuple[values.ChainMember, ...] = (member(),),
+) -> values.Plan:
     """The plan for a grant."""
     return plan.make(a_grant or RULES.convert(REQUEST), chain, facts)
 
@@ -107,39 +107,39 @@ class TestCommand:
 
     def test_for_people_it_has_the_paths_of_the_caller(self) -> None:
         """And neither descriptors nor secrets."""
-        encrypted = to("qcow2", encryption=model.Encryption())
+        encrypted = to("qcow2", encryption=values.DestinationEncryption())
         command = made(encrypted).command
         assert command[:4] == ("qemu-img", "convert", "--object", "secret,id=dest,file=PASSPHRASE")
         assert command[-4:] == ("-f", "qcow2", "/images/in.qcow2", "/images/out")
 
     def test_for_people_it_has_every_option_with_which_the_result_is_made(self) -> None:
         """As it is run."""
-        option = model.Option(name="cluster_size", value="4096")
-        asked = to("qcow2", options=(option,), preallocation=model.Preallocation.METADATA)
+        option = values.CreationOption(name="cluster_size", value="4096")
+        asked = to("qcow2", options=(option,), preallocation=values.Preallocation.METADATA)
         plan = made(asked)
         assert "cluster_size=4096,preallocation=metadata" in plan.command
         assert set(plan.argv[:-2]) <= set(plan.command)
 
-    @pytest.mark.parametrize("kind", sorted(model.WRITABLE_FORMATS))
+    @pytest.mark.parametrize("kind", sorted(values.WRITABLE_FORMATS))
     def test_out_of_order_is_for_raw_alone_among_what_is_not_compressed(self, kind: str) -> None:
         """It fragments other formats' files."""
-        encryption = model.Encryption() if kind == "luks" else None
+        encryption = values.DestinationEncryption() if kind == "luks" else None
         argv = made(to(kind, encryption=encryption)).argv
         assert ("-W" in argv) is (kind == "raw")
 
     def test_what_is_compressed_is_compressed_out_of_order(self) -> None:
         """Half the time for the same file."""
-        for compression in (model.Compression.ZLIB, model.Compression.ZSTD):
+        for compression in (values.Compression.ZLIB, values.Compression.ZSTD):
             argv = made(to("qcow2", compression=compression)).argv
             assert {"-c", "-W", "-m"} < set(argv)
 
     def test_zstd_is_an_option_of_the_image(self) -> None:
         """The other is qemu's own default, which old readers know too."""
-        zstd = made(to("qcow2", compression=model.Compression.ZSTD))
-        zlib = made(to("qcow2", compression=model.Compression.ZLIB))
+        zstd = made(to("qcow2", compression=values.Compression.ZSTD))
+        zlib = made(to("qcow2", compression=values.Compression.ZLIB))
         assert after(zstd.argv, "-o") == "compression_type=zstd"
         assert "-o" not in zlib.argv
-        assert zstd.compression is model.Compression.ZSTD
+        assert zstd.compression is values.Compression.ZSTD
 
     def test_a_rate_limit_is_passed_on(self) -> None:
         """In bytes per second."""
@@ -149,10 +149,10 @@ class TestCommand:
     def test_options_of_the_image_are_passed_on_in_one_list(self) -> None:
         """As they were checked, and preallocation with them."""
         options = (
-            model.Option(name="cluster_size", value="65536"),
-            model.Option(name="compat", value="1.1"),
+            values.CreationOption(name="cluster_size", value="65536"),
+            values.CreationOption(name="compat", value="1.1"),
         )
-        preallocation = model.Preallocation.METADATA
+        preallocation = values.Preallocation.METADATA
         a_grant = to("qcow2", options=options, preallocation=preallocation)
         expected = "cluster_size=65536,compat=1.1,preallocation=metadata"
         assert after(made(a_grant).argv, "-o") == expected
@@ -220,7 +220,7 @@ class TestGraph:
         st.lists(
             st.builds(
                 plan.Node,
-                format=st.sampled_from(sorted(model.FORMATS)),
+                format=st.sampled_from(sorted(values.FORMATS)),
                 fd=st.integers(3, 200),
                 on_device=st.booleans(),
             ),
@@ -270,12 +270,12 @@ class TestEncryption:
 
     def test_of_luks_is_the_image(self) -> None:
         """Every value is stated, so that no other version of qemu chooses another."""
-        argv = made(to("luks", encryption=model.Encryption())).argv
+        argv = made(to("luks", encryption=values.DestinationEncryption())).argv
         assert after(argv, "-o") == self.NAMED
 
     def test_of_qcow2_is_inside_of_it(self) -> None:
         """The same values, by longer names."""
-        argv = made(to("qcow2", encryption=model.Encryption())).argv
+        argv = made(to("qcow2", encryption=values.DestinationEncryption())).argv
         inside = ",".join(f"encrypt.{item}" for item in self.NAMED.split(","))
         assert after(argv, "-o") == f"encrypt.format=luks,{inside}"
 
@@ -293,42 +293,42 @@ class TestCache:
     def test_what_takes_direct_transfers_gets_them(self) -> None:
         """Both ends past the page cache."""
         planned = made()
-        assert planned.dest_cache == model.ChosenCache(
-            mode=model.CacheMode.NONE, reason="the destination takes direct writes"
+        assert planned.dest_cache == values.CacheChoice(
+            mode=values.CacheMode.NONE, reason="the destination takes direct writes"
         )
-        assert planned.source_cache == model.ChosenCache(
-            mode=model.CacheMode.NONE, reason="the source can be read past the page cache"
+        assert planned.source_cache == values.CacheChoice(
+            mode=values.CacheMode.NONE, reason="the source can be read past the page cache"
         )
 
     def test_what_takes_none_goes_through_the_page_cache_and_says_why(self) -> None:
         """In the kernel's words."""
         facts = dataclasses.replace(FACTS, source_direct="Not here", dest_direct="Nor here")
         planned = made(facts=facts)
-        assert planned.dest_cache == model.ChosenCache(
-            mode=model.CacheMode.WRITEBACK,
+        assert planned.dest_cache == values.CacheChoice(
+            mode=values.CacheMode.WRITEBACK,
             reason="the destination takes no direct writes: Nor here",
         )
-        assert planned.source_cache == model.ChosenCache(
-            mode=model.CacheMode.WRITEBACK,
+        assert planned.source_cache == values.CacheChoice(
+            mode=values.CacheMode.WRITEBACK,
             reason="the source can't be read past the page cache: Not here",
         )
 
     @pytest.mark.parametrize("mode", MODES[1:])
     @pytest.mark.parametrize("refusal", [None, "Invalid argument"])
     def test_a_mode_that_is_asked_for_is_had_or_refused(
-        self, mode: model.CacheMode, refusal: str | None
+        self, mode: values.CacheMode, refusal: str | None
     ) -> None:
         """Never another one in its place."""
         facts = dataclasses.replace(FACTS, dest_direct=refusal)
         a_grant = asked(cache_mode=mode)
-        if refusal and mode in {model.CacheMode.NONE, model.CacheMode.DIRECTSYNC}:
+        if refusal and mode in {values.CacheMode.NONE, values.CacheMode.DIRECTSYNC}:
             failure = refusals.refusal_of(lambda: made(a_grant, facts))
             assert failure is not None
             assert failure.reason == "NO_DIRECT_WRITES"
-            assert failure.status is errors.Status.FAILED_PRECONDITION
+            assert failure.status is conditions.Status.FAILED_PRECONDITION
         else:
             planned = made(a_grant, facts)
-            assert planned.dest_cache == model.ChosenCache(mode=mode, reason="asked for")
+            assert planned.dest_cache == values.CacheChoice(mode=mode, reason="asked for")
             assert after(planned.argv, "-t") == mode.value
 
     @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ class TestCache:
     )
     def test_no_plan_leaves_anything_to_qemus_default(
         self,
-        mode: model.CacheMode,
+        mode: values.CacheMode,
         source: str | None,
         dest: str | None,
     ) -> None:
@@ -364,7 +364,7 @@ class TestCache:
         facts = dataclasses.replace(FACTS, source_direct=source, dest_direct=dest)
         try:
             argv = made(asked(cache_mode=mode), facts).argv
-        except errors.NoDirectWrites:
+        except conditions.NoDirectWrites:
             return
         safe = {item.value for item in MODES[1:]}
         assert after(argv, "-t") in safe
@@ -394,27 +394,29 @@ class TestSize:
     @pytest.mark.parametrize(
         ("mode", "expected"),
         [
-            (model.Preallocation.OFF, 100 * MIB),
-            (model.Preallocation.METADATA, 100 * MIB),
-            (model.Preallocation.FALLOC, GIB),
-            (model.Preallocation.FULL, GIB),
+            (values.Preallocation.OFF, 100 * MIB),
+            (values.Preallocation.METADATA, 100 * MIB),
+            (values.Preallocation.FALLOC, GIB),
+            (values.Preallocation.FULL, GIB),
         ],
     )
     def test_what_is_allocated_beforehand_needs_all_of_it(
-        self, mode: model.Preallocation, expected: int
+        self, mode: values.Preallocation, expected: int
     ) -> None:
         """Holes and all."""
         assert made(to("qcow2", preallocation=mode)).needed_bytes == expected
 
     def test_what_compressing_leaves_can_not_be_known(self) -> None:
         """So nothing is demanded."""
-        assert made(to("qcow2", compression=model.Compression.ZLIB)).needed_bytes == 0
+        assert made(to("qcow2", compression=values.Compression.ZLIB)).needed_bytes == 0
 
     @pytest.mark.parametrize(("size", "virtual"), [(0, 0), (1, 512), (512, 512), (1025, 1536)])
     def test_a_raw_image_has_whole_sectors(self, size: int, virtual: int) -> None:
         """As qemu rounds; nothing else is known of it, for it is not looked at."""
         info = plan.raw_info(size, 4096)
-        expected = model.ImageInfo(format="raw", virtual_size_bytes=virtual, actual_size_bytes=4096)
+        expected = values.ImageInfo(
+            format="raw", virtual_size_bytes=virtual, actual_size_bytes=4096
+        )
         assert info == expected
 
 
@@ -425,14 +427,14 @@ class TestWarnings:
         """And an image that was not closed is named as such."""
         info = dataclasses.replace(INFO, snapshots=("a", "b"), bitmaps=("c",), dirty=True)
         assert made(chain=(member(info),)).warnings == (
-            model.Warned(
+            values.Warning(
                 reason="SNAPSHOTS_DROPPED",
                 message="2 internal snapshots of the source are not in the result",
             ),
-            model.Warned(
+            values.Warning(
                 reason="BITMAPS_DROPPED", message="1 bitmaps of the source are not in the result"
             ),
-            model.Warned(
+            values.Warning(
                 reason="SOURCE_DIRTY",
                 message="the source was not closed cleanly: its dirty flag is set",
             ),
@@ -474,7 +476,8 @@ class TestOtherCommands:
         """The same graph, and the result alone with its own key."""
         a_grant = RULES.convert(
             dataclasses.replace(
-                grants.to(REQUEST, format="qcow2", encryption=model.Encryption()), source=ENCRYPTED
+                grants.to(REQUEST, format="qcow2", encryption=values.DestinationEncryption()),
+                source=ENCRYPTED,
             )
         )
         source, dest = plan.Node(format="luks", fd=7), plan.Node(format="qcow2", fd=8)
@@ -501,7 +504,7 @@ options_of = {
     kind: st.lists(
         st.sampled_from(
             [
-                model.Option(name=name, value=value)
+                values.CreationOption(name=name, value=value)
                 for name, check in names.items()
                 for value in ("on", "off", "1", "4096", "1048576", "dynamic", "ide", "1.1")
                 if check(value)
@@ -509,7 +512,7 @@ options_of = {
         ),
         unique_by=lambda option: option.name,
     )
-    for kind, names in creation.OPTIONS.items()
+    for kind, names in creation_options.OPTIONS.items()
 }
 
 
@@ -520,7 +523,7 @@ def test_what_was_checked_stays_one_argument_with_no_option_more(data: st.DataOb
     options = tuple(data.draw(options_of[kind]))
     try:
         argv = made(to(kind, options=options)).argv
-    except errors.BadOption:
+    except conditions.BadOption:
         return  # each is fine, but they don't go together
     given_names = {option.name for option in options} | ({"force_size"} if kind == "vpc" else set())
     passed = after(argv, "-o").split(",") if "-o" in argv else []

@@ -8,8 +8,8 @@ from typing import Final
 import grants
 import pytest
 
-from convertd_daemon import model
-from convertd_daemon.job import plan
+from convertd_core import values
+from convertd_daemon.job.qemu import plan
 
 MIB: Final = 1024 * 1024
 
@@ -18,12 +18,12 @@ REQUEST: Final = grants.request("/images/in.qcow2", "/images/out", "qcow2")
 CHAIN: Final = (plan.Node(format="qcow2", fd=7), plan.Node(format="luks", fd=8))
 
 
-def member(virtual_mib: int, image_format: str = "qcow2") -> model.Member:
+def member(virtual_mib: int, image_format: str = "qcow2") -> values.ChainMember:
     """One image, without a byte allocated."""
-    info = model.ImageInfo(
+    info = values.ImageInfo(
         format=image_format, virtual_size_bytes=virtual_mib * MIB, actual_size_bytes=0
     )
-    return model.Member(path="/images/in.qcow2", info=info)
+    return values.ChainMember(path="/images/in.qcow2", info=info)
 
 
 def test_a_key_is_for_the_first_of_a_chain() -> None:
@@ -44,7 +44,7 @@ def test_what_is_not_said_to_be_encrypted_gets_no_key() -> None:
 def test_what_is_reserved_is_the_size_of_the_first_of_a_chain(virtual_mib: tuple[int, int]) -> None:
     """An overlay may be larger or smaller than what it stands on."""
     chain = tuple(member(size) for size in virtual_mib)
-    asked = grants.to(REQUEST, format="raw", preallocation=model.Preallocation.FALLOC)
+    asked = grants.to(REQUEST, format="raw", preallocation=values.Preallocation.FALLOC)
     facts = plan.Facts(
         chain=(CHAIN[0], plan.Node(format="qcow2", fd=8)),
         dest=plan.Node(format="raw", fd=9),
@@ -55,8 +55,8 @@ def test_what_is_reserved_is_the_size_of_the_first_of_a_chain(virtual_mib: tuple
     assert plan.make(RULES.convert(asked), chain, facts).needed_bytes == virtual_mib[0] * MIB
 
 
-@pytest.mark.parametrize("method", model.Compression)
-def test_every_method_of_compression_compresses(method: model.Compression) -> None:
+@pytest.mark.parametrize("method", values.Compression)
+def test_every_method_of_compression_compresses(method: values.Compression) -> None:
     """Also the one that is left to the format."""
-    dest = model.Dest(path="/images/out", format="qcow2", compression=method)
-    assert plan.compresses(dest) == (method is not model.Compression.NONE)
+    dest = values.Destination(path="/images/out", format="qcow2", compression=method)
+    assert plan.compresses(dest) == (method is not values.Compression.NONE)

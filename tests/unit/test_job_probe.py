@@ -12,8 +12,9 @@ import refusals
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convertd_daemon import errors, model
-from convertd_daemon.job import paths, plan, probe, qemu_img
+from convertd_core import conditions, values
+from convertd_daemon.job.files import paths
+from convertd_daemon.job.qemu import execution, image_info, plan
 
 FD = os.memfd_create("image")
 """What begins like a qcow2, so that qemu-img is asked for one where no format is stated."""
@@ -48,25 +49,29 @@ class Runner:
 
     def __init__(self, stdout: object = "", stderr: str = "", status: int = 0) -> None:
         text = stdout if isinstance(stdout, bytes) else json.dumps(stdout).encode()
-        self.outcome = qemu_img.Outcome(status=status, stdout=text, stderr=stderr)
+        self.outcome = execution.Outcome(status=status, stdout=text, stderr=stderr)
         self.argv: tuple[str, ...] = ()
 
-    def run(self, argv: tuple[str, ...], *_: object) -> qemu_img.Outcome:
+    def run(self, argv: tuple[str, ...], *_: object) -> execution.Outcome:
         """Give the answer."""
         self.argv = argv
         return self.outcome
 
 
-def described(answer: dict[str, object], stated: str = "") -> model.ImageInfo:
+def described(answer: dict[str, object], stated: str = "") -> values.ImageInfo:
     """What an image is, by qemu-img's answer."""
     said = {"format": "qcow2", "virtual-size": 1024, **answer}
-    return probe.describe(SOURCE, stated, model.FORMATS, cast("qemu_img.Runner", Runner(said)))[0]
+    return image_info.describe(
+        SOURCE, stated, values.FORMATS, cast("execution.Runner", Runner(said))
+    )[0]
 
 
-def refused(stated: str = "", stderr: str = "", status: int = 1) -> errors.Failure:
+def refused(stated: str = "", stderr: str = "", status: int = 1) -> conditions.Failure:
     """What an image is refused with, by qemu-img's complaint."""
-    runner = cast("qemu_img.Runner", Runner(stderr=stderr, status=status))
-    failure = refusals.refusal_of(lambda: probe.describe(SOURCE, stated, model.FORMATS, runner))
+    runner = cast("execution.Runner", Runner(stderr=stderr, status=status))
+    failure = refusals.refusal_of(
+        lambda: image_info.describe(SOURCE, stated, values.FORMATS, runner)
+    )
     assert failure is not None
     return failure
 
@@ -97,7 +102,7 @@ class TestAnswers:
                 },
             }
         )
-        assert info == model.ImageInfo(
+        assert info == values.ImageInfo(
             format="qcow2",
             virtual_size_bytes=1024,
             actual_size_bytes=512,
@@ -121,14 +126,16 @@ class TestAnswers:
 
     def test_what_it_leaves_out_has_a_value_too(self) -> None:
         """The allocated size is ours to know."""
-        assert described({}) == model.ImageInfo(
+        assert described({}) == values.ImageInfo(
             format="qcow2", virtual_size_bytes=1024, actual_size_bytes=4096
         )
 
     def test_its_own_text_has_the_callers_path(self) -> None:
         """Not the descriptor under which qemu-img saw the image."""
         said = {"format": "qcow2", "virtual-size": 1, "filename": f"/proc/self/fd/{FD}"}
-        _, text = probe.describe(SOURCE, "", model.FORMATS, cast("qemu_img.Runner", Runner(said)))
+        _, text = image_info.describe(
+            SOURCE, "", values.FORMATS, cast("execution.Runner", Runner(said))
+        )
         assert json.loads(text) == {**said, "filename": PATH}
 
     def test_what_more_it_holds_is_typed(self) -> None:
@@ -142,9 +149,9 @@ class TestAnswers:
                 }
             },
         }
-        assert probe.contents(PATH, json.dumps(said)) == model.Contents(
+        assert image_info.contents(PATH, json.dumps(said)) == values.Contents(
             snapshots=(
-                model.Snapshot(
+                values.Snapshot(
                     id="1",
                     name="s",
                     vm_state_size_bytes=5,
@@ -152,13 +159,13 @@ class TestAnswers:
                     vm_clock_ns=3_000_000_002,
                 ),
             ),
-            bitmaps=(model.Bitmap(name="b", granularity_bytes=512, flags=("auto", "in-use")),),
+            bitmaps=(values.Bitmap(name="b", granularity_bytes=512, flags=("auto", "in-use")),),
             compressed=True,
         )
 
     def test_an_image_may_hold_nothing_more(self) -> None:
         """Raw has nothing to be specific about."""
-        assert probe.contents(PATH, "{}") == model.Contents()
+        assert image_info.contents(PATH, "{}") == values.Contents()
 
     @pytest.mark.parametrize(
         ("kind", "changes"),
@@ -182,7 +189,7 @@ class TestAnswers:
         listed = [{**honest[kind], **changes}] if isinstance(changes, dict) else changes
         specific = {"format-specific": {"data": {kind: listed}}}
         text = json.dumps({"snapshots": listed} if kind == "snapshots" else specific)
-        assert refusals.reason_of(lambda: probe.contents(PATH, text)) == "IMAGE_REFUSED"
+        assert refusals.reason_of(lambda: image_info.contents(PATH, text)) == "IMAGE_REFUSED"
 
     def test_names_of_files_are_no_details(self) -> None:
         """They are the host's."""
@@ -252,10 +259,10 @@ class TestAnswers:
     )
     def test_an_answer_that_is_none_is_a_refusal(self, answer: object) -> None:
         """Of the image, not a bug: it may have taken qemu-img over."""
-        runner = cast("qemu_img.Runner", Runner(answer))
-        reason = refusals.reason_of(lambda: probe.describe(SOURCE, "", model.FORMATS, runner))
+        runner = cast("execution.Runner", Runner(answer))
+        reason = refusals.reason_of(lambda: image_info.describe(SOURCE, "", values.FORMATS, runner))
         assert reason == "IMAGE_REFUSED"
-        assert probe.result_info(FD, "raw", runner) in {("", 0), ("raw", 1)}
+        assert image_info.result_info(FD, "raw", runner) in {("", 0), ("raw", 1)}
 
     @given(
         st.recursive(
@@ -273,9 +280,9 @@ class TestAnswers:
     )
     def test_whatever_the_answer_it_is_an_image_or_a_refusal(self, answer: object) -> None:
         """Nothing else is raised, by any JSON."""
-        runner = cast("qemu_img.Runner", Runner(answer))
-        refusals.refusal_of(lambda: probe.describe(SOURCE, "", model.FORMATS, runner))
-        probe.result_info(FD, "raw", runner)
+        runner = cast("execution.Runner", Runner(answer))
+        refusals.refusal_of(lambda: image_info.describe(SOURCE, "", values.FORMATS, runner))
+        image_info.result_info(FD, "raw", runner)
 
 
 class TestComplaints:
@@ -330,7 +337,7 @@ class TestIdentifying:
     def test_a_declared_raw_image_is_not_looked_at(self) -> None:
         """A guest may have written anything into it."""
         runner = Runner()
-        info = probe.identify(SOURCE, "raw", model.FORMATS, cast("qemu_img.Runner", runner))
+        info = image_info.identify(SOURCE, "raw", values.FORMATS, cast("execution.Runner", runner))
         assert info == plan.raw_info(1000, 4096)
         assert runner.argv == ()
 
@@ -338,10 +345,10 @@ class TestIdentifying:
         """Found out, or declared; and no driver of it is run."""
         for stated in ("", "vmdk", "raw", "bochs"):
             runner = Runner({"format": stated, "virtual-size": 1})
-            for ask in (probe.identify, probe.describe):
+            for ask in (image_info.identify, image_info.describe):
                 reason = refusals.reason_of(
                     lambda stated=stated, runner=runner, ask=ask: ask(  # type: ignore[misc]
-                        SOURCE, stated, frozenset({"luks"}), cast("qemu_img.Runner", runner)
+                        SOURCE, stated, frozenset({"luks"}), cast("execution.Runner", runner)
                     )
                 )
                 assert reason == "FORMAT_NOT_ALLOWED"
@@ -351,14 +358,14 @@ class TestIdentifying:
         """Inspect says so to qemu-img; a conversion does not."""
         for shared in (True, False):
             runner = Runner({"format": "qcow2", "virtual-size": 1})
-            asked = cast("qemu_img.Runner", runner)
-            probe.describe(SOURCE, "", model.FORMATS, asked, shared=shared)
+            asked = cast("execution.Runner", runner)
+            image_info.describe(SOURCE, "", values.FORMATS, asked, shared=shared)
             assert ("--force-share" in runner.argv) is shared
 
 
 def test_a_result_that_can_not_be_read_is_nothing() -> None:
     """No format, no size; nobody takes that for the source's."""
-    broken = cast("qemu_img.Runner", Runner(status=1))
-    assert probe.result_info(FD, "qcow2", broken) == ("", 0)
-    fine = cast("qemu_img.Runner", Runner({"format": "qcow2", "virtual-size": 5}))
-    assert probe.result_info(FD, "qcow2", fine) == ("qcow2", 5)
+    broken = cast("execution.Runner", Runner(status=1))
+    assert image_info.result_info(FD, "qcow2", broken) == ("", 0)
+    fine = cast("execution.Runner", Runner({"format": "qcow2", "virtual-size": 5}))
+    assert image_info.result_info(FD, "qcow2", fine) == ("qcow2", 5)

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convertd_daemon import model
-from convertd_daemon.job import signatures
+from convertd_core import values
+from convertd_daemon.job.qemu import signatures
 
 LOOSE: Final = frozenset({"bochs", "cloop"})
 """Never allowed, so that no more is asked of them than a few bytes."""
@@ -112,7 +112,7 @@ def test_whatever_the_bytes_there_is_an_answer(
         head=magic + head, volume=volume, tail=magic + tail, trailer=magic + tail
     )
     driver = signatures.driver_of(sample.head)
-    assert driver in model.FORMATS | LOOSE | {"qcow"}
+    assert driver in values.FORMATS | LOOSE | {"qcow"}
     assert isinstance(signatures.second_self_of(driver, sample), str)
     found = signatures.container_of(sample)
     assert found is None or found.name

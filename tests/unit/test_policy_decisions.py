@@ -10,82 +10,85 @@ import refusals
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convertd_daemon import errors, model, policy
+from convertd_core import conditions, values
+from convertd_daemon.policy import decide
 
 ROOTS = {
-    path: model.Root(name=path.replace("/", "_"), path=path, access=model.Access.DAEMON)
+    path: values.Root(name=path.replace("/", "_"), path=path, access=values.RootAccess.DAEMON)
     for path in ("/a", "/a/b", "/a/b/c", "/ab", "/d")
 }
 PATHS = ("/a", "/a/x", "/a/b", "/a/b/x", "/a/b/c/x", "/a/bc", "/ab/x", "/d/x", "/d/y/z", "/e/x")
-UIDS = (0, 1, 2, model.OVERFLOW_ID)
-GIDS = (10, 11, model.OVERFLOW_ID)
+UIDS = (0, 1, 2, values.OVERFLOW_ID)
+GIDS = (10, 11, values.OVERFLOW_ID)
 FORMATS = ("raw", "qcow2", "vmdk")
 
 
-def subsets(values: tuple[int, ...]) -> st.SearchStrategy[frozenset[int]]:
+def subsets(ids: tuple[int, ...]) -> st.SearchStrategy[frozenset[int]]:
     """Some of the values."""
-    return st.frozensets(st.sampled_from(values))
+    return st.frozensets(st.sampled_from(ids))
 
 
 some_roots = st.lists(st.sampled_from(list(ROOTS.values())), unique=True).map(tuple)
 some_formats = st.frozensets(st.sampled_from(FORMATS))
-some_subjects = st.builds(policy.Subjects, uids=subsets(UIDS), gids=subsets(GIDS))
+some_subjects = st.builds(decide.Subjects, uids=subsets(UIDS), gids=subsets(GIDS))
 some_rules = st.builds(
-    policy.Rule,
+    decide.Rule,
     name=st.uuids().map(str),
     subjects=some_subjects,
     read=some_roots,
     write=some_roots,
     read_formats=some_formats,
     write_formats=some_formats,
-    overwrite=st.sampled_from(model.Overwrite),
+    overwrite=st.sampled_from(values.OverwriteScope),
 )
 some_policies = st.builds(
-    policy.Policy,
-    limits=st.just(model.Limits()),
+    decide.Policy,
+    limits=st.just(values.Limits()),
     operators=some_subjects,
     roots=st.permutations(list(ROOTS.values())).map(tuple),
     rules=st.lists(some_rules, max_size=4).map(tuple),
     qemu_img=st.just("/usr/bin/qemu-img"),
 )
 some_peers = st.builds(
-    model.Peer,
+    values.Peer,
     uid=st.sampled_from(UIDS),
     gid=st.sampled_from(GIDS),
     groups=subsets(GIDS),
     pid=st.just(1),
 )
 some_sources = st.builds(
-    model.Source, path=st.sampled_from(PATHS), format=st.sampled_from(("", *FORMATS))
+    values.Source, path=st.sampled_from(PATHS), format=st.sampled_from(("", *FORMATS))
 )
-some_dests = st.builds(model.Dest, path=st.sampled_from(PATHS), format=st.sampled_from(FORMATS))
-some_requests = st.builds(model.ConvertRequest, source=some_sources, dest=some_dests).filter(
+some_dests = st.builds(
+    values.Destination, path=st.sampled_from(PATHS), format=st.sampled_from(FORMATS)
+)
+some_requests = st.builds(values.ConvertRequest, source=some_sources, dest=some_dests).filter(
     lambda request: request.source.path != request.dest.path
 )
-some_inspections = st.builds(model.InspectRequest, source=some_sources)
+some_inspections = st.builds(values.InspectRequest, source=some_sources)
 
-PEER = model.Peer(uid=1, gid=10, groups=frozenset({10}), pid=1)
+PEER = values.Peer(uid=1, gid=10, groups=frozenset({10}), pid=1)
 
 
-def rule(**changes: object) -> policy.Rule:
+def rule(**changes: object) -> decide.Rule:
     """A rule that allows uid 1 all that the tests below ask for, but for the changes."""
-    wide = policy.Rule(
+    wide = decide.Rule(
         name="grants[0]",
-        subjects=policy.Subjects(uids=frozenset({1})),
+        subjects=decide.Subjects(uids=frozenset({1})),
         read=(ROOTS["/a"], ROOTS["/d"]),
         write=(ROOTS["/a"], ROOTS["/d"]),
         read_formats=frozenset({"raw", "qcow2"}),
         write_formats=frozenset({"raw", "qcow2"}),
-        overwrite=model.Overwrite.OWN,
+        overwrite=values.OverwriteScope.OWN,
     )
     return dataclasses.replace(wide, **changes)  # type: ignore[arg-type]
 
 
-def policy_of(*rules: policy.Rule) -> policy.Policy:
+def policy_of(*rules: decide.Rule) -> decide.Policy:
     """A policy of these rules, with all the roots."""
-    return policy.Policy(
-        limits=model.Limits(jobs=3),
-        operators=policy.Subjects(uids=frozenset({7}), gids=frozenset({70})),
+    return decide.Policy(
+        limits=values.Limits(jobs=3),
+        operators=decide.Subjects(uids=frozenset({7}), gids=frozenset({70})),
         roots=tuple(ROOTS.values()),
         rules=rules,
         qemu_img="/usr/bin/qemu-img",
@@ -94,35 +97,35 @@ def policy_of(*rules: policy.Rule) -> policy.Policy:
 
 def request(
     source: str = "/a/x", dest: str = "/d/x", source_format: str = "raw", dest_format: str = "qcow2"
-) -> model.ConvertRequest:
+) -> values.ConvertRequest:
     """A request that the rule above allows."""
-    return model.ConvertRequest(
-        source=model.Source(path=source, format=source_format),
-        dest=model.Dest(path=dest, format=dest_format),
+    return values.ConvertRequest(
+        source=values.Source(path=source, format=source_format),
+        dest=values.Destination(path=dest, format=dest_format),
     )
 
 
 def decision(
-    a_policy: policy.Policy, peer: model.Peer, asked: model.ConvertRequest
-) -> model.Grant | None:
+    a_policy: decide.Policy, peer: values.Peer, asked: values.ConvertRequest
+) -> values.ConvertGrant | None:
     """The grant, or None for a refusal."""
     try:
-        return policy.decide(a_policy, peer, asked)
-    except errors.PermissionDenied:
+        return decide.decide(a_policy, peer, asked)
+    except conditions.PermissionDenied:
         return None
 
 
 def inspection(
-    a_policy: policy.Policy, peer: model.Peer, asked: model.InspectRequest
-) -> model.InspectGrant | None:
+    a_policy: decide.Policy, peer: values.Peer, asked: values.InspectRequest
+) -> values.InspectGrant | None:
     """The grant, or None for a refusal."""
     try:
-        return policy.decide_inspect(a_policy, peer, asked)
-    except errors.PermissionDenied:
+        return decide.decide_inspect(a_policy, peer, asked)
+    except conditions.PermissionDenied:
         return None
 
 
-def root_of(path: str) -> model.Root | None:
+def root_of(path: str) -> values.Root | None:
     """Which root decides about a path, found in another way than the policy does."""
     for parent in pathlib.PurePosixPath(path).parents:
         if str(parent) in ROOTS:
@@ -130,14 +133,14 @@ def root_of(path: str) -> model.Root | None:
     return None
 
 
-def allows(a_rule: policy.Rule, peer: model.Peer, asked: model.ConvertRequest) -> bool:
+def allows(a_rule: decide.Rule, peer: values.Peer, asked: values.ConvertRequest) -> bool:
     """Whether a rule allows a request, said in another way than the policy does."""
     by_uid = peer.uid in a_rule.subjects.uids
-    mapped = {peer.gid, *peer.groups}.difference({model.OVERFLOW_ID})
+    mapped = {peer.gid, *peer.groups}.difference({values.OVERFLOW_ID})
     by_group = bool(mapped.intersection(a_rule.subjects.gids))
     return (
         (by_uid or by_group)
-        and peer.uid != model.OVERFLOW_ID
+        and peer.uid != values.OVERFLOW_ID
         and root_of(asked.source.path) in a_rule.read
         and root_of(asked.dest.path) in a_rule.write
         and asked.source.format in {"", *a_rule.read_formats}
@@ -147,7 +150,7 @@ def allows(a_rule: policy.Rule, peer: model.Peer, asked: model.ConvertRequest) -
 
 @given(some_policies, some_peers, some_requests)
 def test_a_grant_is_given_exactly_where_one_rule_allows_user_roots_and_formats(
-    a_policy: policy.Policy, peer: model.Peer, asked: model.ConvertRequest
+    a_policy: decide.Policy, peer: values.Peer, asked: values.ConvertRequest
 ) -> None:
     """No request yields a grant outside of its users, roots or formats; none inside is refused."""
     first = next((each for each in a_policy.rules if allows(each, peer, asked)), None)
@@ -157,7 +160,7 @@ def test_a_grant_is_given_exactly_where_one_rule_allows_user_roots_and_formats(
 
 @given(some_policies, some_peers, some_requests)
 def test_two_grants_never_combine(
-    a_policy: policy.Policy, peer: model.Peer, asked: model.ConvertRequest
+    a_policy: decide.Policy, peer: values.Peer, asked: values.ConvertRequest
 ) -> None:
     """All rules together allow what one of them alone allows, and nothing else."""
     alone = [
@@ -169,7 +172,7 @@ def test_two_grants_never_combine(
 
 @given(some_policies, some_peers, some_requests)
 def test_a_grant_holds_what_its_rule_says_and_what_was_asked(
-    a_policy: policy.Policy, peer: model.Peer, asked: model.ConvertRequest
+    a_policy: decide.Policy, peer: values.Peer, asked: values.ConvertRequest
 ) -> None:
     """A grant carries nothing of another rule, caller or request."""
     if grant := decision(a_policy, peer, asked):
@@ -188,15 +191,15 @@ def test_a_grant_holds_what_its_rule_says_and_what_was_asked(
 
 @given(some_policies, some_peers, some_inspections)
 def test_an_image_may_be_inspected_exactly_where_one_rule_allows_reading_it(
-    a_policy: policy.Policy, peer: model.Peer, asked: model.InspectRequest
+    a_policy: decide.Policy, peer: values.Peer, asked: values.InspectRequest
 ) -> None:
     """To inspect is to read."""
     readers = [
         dataclasses.replace(each, write=(ROOTS["/d"],), write_formats=frozenset({"raw"}))
         for each in a_policy.rules
     ]
-    as_source = model.ConvertRequest(
-        source=asked.source, dest=model.Dest(path="/d/elsewhere", format="raw")
+    as_source = values.ConvertRequest(
+        source=asked.source, dest=values.Destination(path="/d/elsewhere", format="raw")
     )
     first = next((each for each in readers if allows(each, peer, as_source)), None)
     grant = inspection(a_policy, peer, asked)
@@ -212,17 +215,19 @@ def test_an_image_may_be_inspected_exactly_where_one_rule_allows_reading_it(
 
 
 @given(some_peers, some_requests)
-def test_without_rules_everything_is_refused(peer: model.Peer, asked: model.ConvertRequest) -> None:
+def test_without_rules_everything_is_refused(
+    peer: values.Peer, asked: values.ConvertRequest
+) -> None:
     """Deny is what the policy starts from."""
-    with pytest.raises(errors.PermissionDenied):
-        policy.decide(policy_of(), peer, asked)
-    with pytest.raises(errors.PermissionDenied):
-        policy.decide_inspect(policy_of(), peer, model.InspectRequest(source=asked.source))
+    with pytest.raises(conditions.PermissionDenied):
+        decide.decide(policy_of(), peer, asked)
+    with pytest.raises(conditions.PermissionDenied):
+        decide.decide_inspect(policy_of(), peer, values.InspectRequest(source=asked.source))
 
 
 def test_what_a_rule_allows_is_granted() -> None:
     """The control: the rule that the tests below narrow allows the request that they make."""
-    grant = policy.decide(policy_of(rule()), PEER, request())
+    grant = decide.decide(policy_of(rule()), PEER, request())
     assert (grant.source.below, grant.dest.below) == ("x", "x")
     assert (grant.source.root, grant.dest.root) == (ROOTS["/a"], ROOTS["/d"])
 
@@ -230,8 +235,8 @@ def test_what_a_rule_allows_is_granted() -> None:
 @pytest.mark.parametrize(
     "narrowed",
     [
-        pytest.param({"subjects": policy.Subjects(uids=frozenset({2}))}, id="for-another-uid"),
-        pytest.param({"subjects": policy.Subjects(gids=frozenset({11}))}, id="for-another-group"),
+        pytest.param({"subjects": decide.Subjects(uids=frozenset({2}))}, id="for-another-uid"),
+        pytest.param({"subjects": decide.Subjects(gids=frozenset({11}))}, id="for-another-group"),
         pytest.param({"read": (ROOTS["/d"],)}, id="reading-elsewhere"),
         pytest.param({"write": (ROOTS["/a"],)}, id="writing-elsewhere"),
         pytest.param({"read_formats": frozenset({"qcow2"})}, id="reading-another-format"),
@@ -240,39 +245,39 @@ def test_what_a_rule_allows_is_granted() -> None:
 )
 def test_a_rule_does_not_allow(narrowed: dict[str, object]) -> None:
     """Each part of a rule is needed."""
-    with pytest.raises(errors.PermissionDenied):
-        policy.decide(policy_of(rule(**narrowed)), PEER, request())
+    with pytest.raises(conditions.PermissionDenied):
+        decide.decide(policy_of(rule(**narrowed)), PEER, request())
 
 
 @pytest.mark.parametrize(
     "peer",
     [
-        pytest.param(model.Peer(uid=5, gid=10, groups=frozenset(), pid=1), id="primary"),
+        pytest.param(values.Peer(uid=5, gid=10, groups=frozenset(), pid=1), id="primary"),
         pytest.param(
-            model.Peer(uid=5, gid=9, groups=frozenset({8, 10}), pid=1), id="supplementary"
+            values.Peer(uid=5, gid=9, groups=frozenset({8, 10}), pid=1), id="supplementary"
         ),
     ],
 )
-def test_a_rule_for_a_group_holds_for_its_members_by(peer: model.Peer) -> None:
+def test_a_rule_for_a_group_holds_for_its_members_by(peer: values.Peer) -> None:
     """The kernel says of which groups a caller is."""
-    grouped = rule(subjects=policy.Subjects(gids=frozenset({10})))
-    assert policy.decide(policy_of(grouped), peer, request()).rule == "grants[0]"
+    grouped = rule(subjects=decide.Subjects(gids=frozenset({10})))
+    assert decide.decide(policy_of(grouped), peer, request()).rule == "grants[0]"
 
 
 def test_a_uid_that_is_not_mapped_is_nobody_even_if_a_rule_named_it() -> None:
     """65534 is what the kernel says for any uid of another user namespace."""
-    anybody = policy.Subjects(uids=frozenset({65534}), gids=frozenset({10, 65534}))
-    unmapped = model.Peer(uid=65534, gid=65534, groups=frozenset({10, 65534}), pid=1)
+    anybody = decide.Subjects(uids=frozenset({65534}), gids=frozenset({10, 65534}))
+    unmapped = values.Peer(uid=65534, gid=65534, groups=frozenset({10, 65534}), pid=1)
     open_to_it = dataclasses.replace(policy_of(rule(subjects=anybody)), operators=anybody)
     assert decision(open_to_it, unmapped, request()) is None
-    assert not policy.is_operator(open_to_it, unmapped)
+    assert not decide.is_operator(open_to_it, unmapped)
 
 
 def test_a_group_that_is_not_mapped_makes_nobody_a_member() -> None:
     """65534 is what the kernel says for any gid of another user namespace, too."""
-    grouped = rule(subjects=policy.Subjects(gids=frozenset({65534})))
+    grouped = rule(subjects=decide.Subjects(gids=frozenset({65534})))
     for gid, groups in ((65534, frozenset[int]()), (9, frozenset({65534}))):
-        peer = model.Peer(uid=5, gid=gid, groups=groups, pid=1)
+        peer = values.Peer(uid=5, gid=gid, groups=groups, pid=1)
         assert decision(policy_of(grouped), peer, request()) is None
 
 
@@ -285,7 +290,7 @@ def test_a_nested_root_that_a_rule_does_not_name_is_closed_to_it() -> None:
 def test_a_grant_comes_with_all_other_roots() -> None:
     """So that the way to its files can be held against them."""
     whole = policy_of(rule())
-    grant = policy.decide(whole, PEER, request())
+    grant = decide.decide(whole, PEER, request())
     for place in (grant.source, grant.dest):
         assert {place.root, *place.others} == set(whole.roots)
         assert place.root not in place.others
@@ -293,7 +298,7 @@ def test_a_grant_comes_with_all_other_roots() -> None:
 
 def test_a_directory_is_the_same_by_the_time_it_was_made_or_else_by_its_device() -> None:
     """A device's number may change by a remount, an inode's may be used again."""
-    one = model.DirectoryIdentity(device=1, inode=2, born_ns=3)
+    one = values.DirectoryIdentity(device=1, inode=2, born_ns=3)
     assert one.is_same(one)
     assert one.is_same(dataclasses.replace(one, device=9))
     assert not one.is_same(dataclasses.replace(one, inode=9))
@@ -312,18 +317,18 @@ def test_a_path_that_only_begins_like_a_root_is_not_in_it() -> None:
 @pytest.mark.parametrize("path", ["/a", "/d"])
 def test_a_root_itself_is_no_image(path: str) -> None:
     """And the answer doesn't tell that it is a root."""
-    with pytest.raises(errors.PermissionDenied):
-        policy.decide(policy_of(rule()), PEER, request(source=path, dest="/d/x"))
-    with pytest.raises(errors.PermissionDenied):
-        policy.decide(policy_of(rule()), PEER, request(source="/a/x", dest=path))
+    with pytest.raises(conditions.PermissionDenied):
+        decide.decide(policy_of(rule()), PEER, request(source=path, dest="/d/x"))
+    with pytest.raises(conditions.PermissionDenied):
+        decide.decide(policy_of(rule()), PEER, request(source="/a/x", dest=path))
 
 
 def test_an_open_source_format_is_left_to_the_first_rule_that_allows_the_paths() -> None:
     """Probing later is held against that rule, and no second one is tried."""
     first = rule(name="grants[0]", read_formats=frozenset({"raw"}))
     second = rule(name="grants[1]", read_formats=frozenset({"vmdk"}))
-    probed = policy.decide(policy_of(first, second), PEER, request(source_format=""))
-    stated = policy.decide(policy_of(first, second), PEER, request(source_format="vmdk"))
+    probed = decide.decide(policy_of(first, second), PEER, request(source_format=""))
+    stated = decide.decide(policy_of(first, second), PEER, request(source_format="vmdk"))
     assert (probed.rule, probed.read_formats) == ("grants[0]", frozenset({"raw"}))
     assert (stated.rule, stated.read_formats) == ("grants[1]", frozenset({"vmdk"}))
 
@@ -331,16 +336,16 @@ def test_an_open_source_format_is_left_to_the_first_rule_that_allows_the_paths()
 def test_the_default_compression_is_the_policys() -> None:
     """Whoever holds a grant need not ask what "default" means."""
     asked = request()
-    dest = dataclasses.replace(asked.dest, compression=model.Compression.DEFAULT)
-    grant = policy.decide(policy_of(rule()), PEER, dataclasses.replace(asked, dest=dest))
-    assert grant.request.dest.compression is model.Compression.ZLIB
+    dest = dataclasses.replace(asked.dest, compression=values.Compression.DEFAULT)
+    grant = decide.decide(policy_of(rule()), PEER, dataclasses.replace(asked, dest=dest))
+    assert grant.request.dest.compression is values.Compression.ZLIB
 
 
-DEVICES = model.Root(
+DEVICES = values.Root(
     name="v",
     path="/dev/v",
-    kind=model.RootKind.BLOCK,
-    access=model.Access.DAEMON,
+    kind=values.RootKind.BLOCK,
+    access=values.RootAccess.DAEMON,
     allow_is_zero=True,
 )
 CAREFUL = dataclasses.replace(DEVICES, name="w", path="/dev/w", allow_is_zero=False)
@@ -354,7 +359,7 @@ def decided_to(path: str, **changes: object) -> str:
     )
     dest = dataclasses.replace(request(dest=path, dest_format="raw").dest, **changes)  # type: ignore[arg-type]
     asked = dataclasses.replace(request(), dest=dest)
-    return refusals.reason_of(lambda: policy.decide(wide, PEER, asked))
+    return refusals.reason_of(lambda: decide.decide(wide, PEER, asked))
 
 
 def test_that_a_device_is_zero_may_be_claimed_where_its_root_allows_it() -> None:
@@ -377,69 +382,73 @@ def test_a_device_keeps_its_mode() -> None:
 
 def test_whoever_may_not_write_there_learns_nothing_about_claims() -> None:
     """The rule comes first."""
-    asked = dataclasses.replace(request(), dest=model.Dest(path="/e/x", format="raw", is_zero=True))
-    refused = refusals.reason_of(lambda: policy.decide(policy_of(rule()), PEER, asked))
+    asked = dataclasses.replace(
+        request(), dest=values.Destination(path="/e/x", format="raw", is_zero=True)
+    )
+    refused = refusals.reason_of(lambda: decide.decide(policy_of(rule()), PEER, asked))
     assert refused == "PERMISSION_DENIED"
 
 
 def test_a_refusal_holds_only_what_the_caller_wrote() -> None:
     """No root, no rule, nothing about what exists."""
-    with pytest.raises(errors.PermissionDenied) as refusal:
-        policy.decide(policy_of(), PEER, request(source="/a/x\ny", source_format=""))
+    with pytest.raises(conditions.PermissionDenied) as refusal:
+        decide.decide(policy_of(), PEER, request(source="/a/x\ny", source_format=""))
     assert refusal.value.values() == {
         "uid": 1,
         "action": "convert '/a/x\\ny' to '/d/x' (qcow2)",
     }
-    with pytest.raises(errors.PermissionDenied, match=r"uid 1 to inspect '/a/x' \(raw\)"):
-        policy.decide_inspect(
-            policy_of(), PEER, model.InspectRequest(source=model.Source(path="/a/x", format="raw"))
+    with pytest.raises(conditions.PermissionDenied, match=r"uid 1 to inspect '/a/x' \(raw\)"):
+        decide.decide_inspect(
+            policy_of(),
+            PEER,
+            values.InspectRequest(source=values.Source(path="/a/x", format="raw")),
         )
 
 
 def test_a_refusal_of_the_longest_paths_fits_into_a_reply() -> None:
     """A reply's metadata ends at 8 KiB."""
     path = "/a" + "/very-long" * 400
-    with pytest.raises(errors.PermissionDenied) as refusal:
-        policy.decide(policy_of(), PEER, request(source=path, dest=f"{path}er"))
+    with pytest.raises(conditions.PermissionDenied) as refusal:
+        decide.decide(policy_of(), PEER, request(source=path, dest=f"{path}er"))
     assert len(str(refusal.value)) < 1024
 
 
 @pytest.mark.parametrize(
     ("peer", "expected"),
     [
-        pytest.param(model.Peer(uid=7, gid=1, groups=frozenset(), pid=1), True, id="by-uid"),
-        pytest.param(model.Peer(uid=8, gid=1, groups=frozenset({70}), pid=1), True, id="by-group"),
+        pytest.param(values.Peer(uid=7, gid=1, groups=frozenset(), pid=1), True, id="by-uid"),
+        pytest.param(values.Peer(uid=8, gid=1, groups=frozenset({70}), pid=1), True, id="by-group"),
         pytest.param(PEER, False, id="not-somebody-else"),
     ],
 )
-def test_an_operator_is_known(peer: model.Peer, expected: bool) -> None:  # noqa: FBT001
+def test_an_operator_is_known(peer: values.Peer, expected: bool) -> None:  # noqa: FBT001
     """Operators see and cancel every job."""
-    assert policy.is_operator(policy_of(rule()), peer) is expected
+    assert decide.is_operator(policy_of(rule()), peer) is expected
 
 
 def test_to_be_an_operator_is_no_right_to_convert() -> None:
     """Only rules give that."""
-    operator = model.Peer(uid=7, gid=7, groups=frozenset(), pid=1)
+    operator = values.Peer(uid=7, gid=7, groups=frozenset(), pid=1)
     assert decision(policy_of(rule()), operator, request()) is None
 
 
 def test_a_caller_learns_its_own_rules_and_no_others() -> None:
     """What GetAccess tells."""
     own = rule(read=(ROOTS["/a"],), write=(ROOTS["/d"], ROOTS["/a"]))
-    others = rule(name="grants[1]", subjects=policy.Subjects(uids=frozenset({2})))
-    rights = policy.access_of(policy_of(own, others), PEER)
-    assert rights == model.AccessRights(
+    others = rule(name="grants[1]", subjects=decide.Subjects(uids=frozenset({2})))
+    rights = decide.access_of(policy_of(own, others), PEER)
+    assert rights == values.AccessRights(
         is_operator=False,
         rules=(
-            model.RuleRights(
+            values.RuleRights(
                 rule="grants[0]",
                 roots=(
-                    model.RootRights(root=ROOTS["/a"], may_read=True, may_write=True),
-                    model.RootRights(root=ROOTS["/d"], may_read=False, may_write=True),
+                    values.RootRights(root=ROOTS["/a"], may_read=True, may_write=True),
+                    values.RootRights(root=ROOTS["/d"], may_read=False, may_write=True),
                 ),
                 read_formats=frozenset({"raw", "qcow2"}),
                 write_formats=frozenset({"raw", "qcow2"}),
-                overwrite=model.Overwrite.OWN,
+                overwrite=values.OverwriteScope.OWN,
             ),
         ),
     )

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from convertd_daemon import model, policy_bind, policy_toml
-from convertd_daemon import policy_values as values
+from convertd_core import values
+from convertd_daemon.policy import bind, document, value_types
 
 TEXT = (Path(__file__).parents[2] / "docs" / "policy.md").read_text(encoding="utf-8")
 ROWS = {
@@ -17,27 +17,27 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("name", policy_toml.BOUNDS)
+@pytest.mark.parametrize("name", document.BOUNDS)
 def test_the_page_gives_default_and_bounds_of_the_limit(name: str) -> None:
     """As they are in the code."""
     _, default, bounds = ROWS[name]
-    least, most = policy_toml.BOUNDS[name]
-    limits = policy_toml.parse(f"[limits]\n{name} = {default.strip('`')}").limits
-    assert limits == policy_toml.LimitsTable()
+    least, most = document.BOUNDS[name]
+    limits = document.parse(f"[limits]\n{name} = {default.strip('`')}").limits
+    assert limits == document.LimitsTable()
     assert bounds == f"{least} – {most}"  # noqa: RUF001 - from … to
 
 
 @pytest.mark.parametrize(
     "table",
     [
-        policy_toml.LimitsTable,
-        policy_toml.OperatorsTable,
-        policy_toml.RootTable,
-        policy_toml.GrantTable,
-        policy_toml.ServiceTable,
+        document.LimitsTable,
+        document.OperatorsTable,
+        document.RootTable,
+        document.GrantTable,
+        document.ServiceTable,
     ],
 )
-def test_the_page_has_every_key_of(table: type[policy_toml.LimitsTable]) -> None:
+def test_the_page_has_every_key_of(table: type[document.LimitsTable]) -> None:
     """And so an operator need not read the code."""
     assert set(table.__struct_fields__) <= ROWS.keys()
 
@@ -45,11 +45,11 @@ def test_the_page_has_every_key_of(table: type[policy_toml.LimitsTable]) -> None
 @pytest.mark.parametrize(
     "name",
     [
-        *sorted(policy_toml.SYSTEM_TREES),
-        *sorted(policy_toml.TOO_WIDE),
-        *sorted(model.FORMATS),
-        *values.SIZE_UNITS,
-        *values.TIME_UNITS,
+        *sorted(document.SYSTEM_TREES),
+        *sorted(document.TOO_WIDE),
+        *sorted(values.FORMATS),
+        *value_types.SIZE_UNITS,
+        *value_types.TIME_UNITS,
     ],
 )
 def test_the_page_names(name: str) -> None:
@@ -60,8 +60,8 @@ def test_the_page_names(name: str) -> None:
 def test_the_example_is_a_policy_that_does_what_the_page_says() -> None:
     """For whoever copies it."""
     (example,) = re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL)
-    ids = policy_bind.Ids(users={"root": 0, "nova": 107}, groups={"images": 50})
-    nova, members = policy_bind.bind(policy_toml.parse(example), ids).rules
+    ids = bind.Ids(users={"root": 0, "nova": 107}, groups={"images": 50})
+    nova, members = bind.bind(document.parse(example), ids).rules
     assert nova.read == nova.write
-    assert nova.read[0].access is model.Access.DAEMON
-    assert members.read[0].access is model.Access.CALLER
+    assert nova.read[0].access is values.RootAccess.DAEMON
+    assert members.read[0].access is values.RootAccess.CALLER

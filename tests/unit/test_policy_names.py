@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from convertd_daemon import errors, model, policy, policy_bind, policy_toml
+from convertd_core import conditions, values
+from convertd_daemon.policy import bind, decide, document
 
-DOCUMENT = policy_toml.parse("""
+DOCUMENT = document.parse("""
 [operators]
 users = ["root"]
 groups = ["wheel"]
@@ -26,31 +27,31 @@ groups = ["kvm", 36]
 read = ["images", "owned"]
 write = ["images", "owned"]
 """)
-ALL = policy_bind.Ids(users={"root": 0, "nova": 107}, groups={"wheel": 10, "kvm": 108})
-NONE = policy_bind.Ids(users={}, groups={})
+ALL = bind.Ids(users={"root": 0, "nova": 107}, groups={"wheel": 10, "kvm": 108})
+NONE = bind.Ids(users={}, groups={})
 
 
 def test_only_names_are_asked_for() -> None:
     """Numbers are ids already."""
-    assert policy_bind.names_in(DOCUMENT) == policy_bind.Wanted(
+    assert bind.names_in(DOCUMENT) == bind.NeededNames(
         users=frozenset({"root", "nova"}), groups=frozenset({"wheel", "kvm"})
     )
 
 
 def test_names_and_numbers_become_ids() -> None:
     """In every place where a user or group can stand."""
-    bound = policy_bind.bind(DOCUMENT, ALL)
-    assert policy_bind.missing_names(DOCUMENT, ALL) == ()
-    assert bound.operators == policy.Subjects(uids=frozenset({0}), gids=frozenset({10}))
-    assert bound.rules[0].subjects == policy.Subjects(
+    bound = bind.bind(DOCUMENT, ALL)
+    assert bind.missing_names(DOCUMENT, ALL) == ()
+    assert bound.operators == decide.Subjects(uids=frozenset({0}), gids=frozenset({10}))
+    assert bound.rules[0].subjects == decide.Subjects(
         uids=frozenset({107, 1234}), gids=frozenset({108, 36})
     )
-    assert bound.roots[1].owner == model.Owner(uid=107, gid=108)
+    assert bound.roots[1].owner == values.Owner(uid=107, gid=108)
 
 
 def test_every_name_that_does_not_exist_is_told_with_its_key() -> None:
     """For `convertd check`, and for the daemon's warning."""
-    assert [str(missing) for missing in policy_bind.missing_names(DOCUMENT, NONE)] == [
+    assert [str(missing) for missing in bind.missing_names(DOCUMENT, NONE)] == [
         "operators.users[0]: there is no user root",
         "operators.groups[0]: there is no group wheel",
         "grants[0].users[0]: there is no user nova",
@@ -62,27 +63,27 @@ def test_every_name_that_does_not_exist_is_told_with_its_key() -> None:
 
 def test_a_user_that_does_not_exist_is_granted_nothing() -> None:
     """And the others of the rule keep what they have."""
-    bound = policy_bind.bind(DOCUMENT, NONE)
-    assert bound.operators == policy.Subjects()
-    assert bound.rules[0].subjects == policy.Subjects(uids=frozenset({1234}), gids=frozenset({36}))
+    bound = bind.bind(DOCUMENT, NONE)
+    assert bound.operators == decide.Subjects()
+    assert bound.rules[0].subjects == decide.Subjects(uids=frozenset({1234}), gids=frozenset({36}))
 
 
 @pytest.mark.parametrize(
     "ids",
     [
-        pytest.param(policy_bind.Ids(users={}, groups={"kvm": 108}), id="user"),
-        pytest.param(policy_bind.Ids(users={"nova": 107}, groups={}), id="group"),
+        pytest.param(bind.Ids(users={}, groups={"kvm": 108}), id="user"),
+        pytest.param(bind.Ids(users={"nova": 107}, groups={}), id="group"),
     ],
 )
-def test_a_root_is_closed_when_there_is_no_such_owning(ids: policy_bind.Ids) -> None:
+def test_a_root_is_closed_when_there_is_no_such_owning(ids: bind.Ids) -> None:
     """And does not fall to the root around it."""
-    bound = policy_bind.bind(DOCUMENT, ids)
-    peer = model.Peer(uid=1234, gid=1, groups=frozenset(), pid=1)
-    inside = model.Source(path="/srv/images/owned/a", format="raw")
-    with pytest.raises(errors.PermissionDenied):
-        policy.decide_inspect(bound, peer, model.InspectRequest(source=inside))
-    outside = model.Source(path="/srv/images/a", format="raw")
-    assert policy.decide_inspect(bound, peer, model.InspectRequest(source=outside)).closed == (
+    bound = bind.bind(DOCUMENT, ids)
+    peer = values.Peer(uid=1234, gid=1, groups=frozenset(), pid=1)
+    inside = values.Source(path="/srv/images/owned/a", format="raw")
+    with pytest.raises(conditions.PermissionDenied):
+        decide.decide_inspect(bound, peer, values.InspectRequest(source=inside))
+    outside = values.Source(path="/srv/images/a", format="raw")
+    assert decide.decide_inspect(bound, peer, values.InspectRequest(source=outside)).closed == (
         bound.roots[1],
     )
 
@@ -90,16 +91,12 @@ def test_a_root_is_closed_when_there_is_no_such_owning(ids: policy_bind.Ids) -> 
 @pytest.mark.parametrize(
     ("ids", "key"),
     [
-        pytest.param(
-            policy_bind.Ids(users={"nova": 65534}, groups={}), "grants[0].users[0]", id="uid"
-        ),
-        pytest.param(
-            policy_bind.Ids(users={}, groups={"wheel": 65534}), "operators.groups[0]", id="gid"
-        ),
+        pytest.param(bind.Ids(users={"nova": 65534}, groups={}), "grants[0].users[0]", id="uid"),
+        pytest.param(bind.Ids(users={}, groups={"wheel": 65534}), "operators.groups[0]", id="gid"),
     ],
 )
-def test_a_name_for_the_overflow_id_is_refused_by(ids: policy_bind.Ids, key: str) -> None:
+def test_a_name_for_the_overflow_id_is_refused_by(ids: bind.Ids, key: str) -> None:
     """As it is when written as a number: every unmapped id reads as that."""
-    with pytest.raises(policy_toml.PolicyError, match="65534") as mistake:
-        policy_bind.bind(DOCUMENT, ids)
+    with pytest.raises(document.PolicyError, match="65534") as mistake:
+        bind.bind(DOCUMENT, ids)
     assert mistake.value.key == key

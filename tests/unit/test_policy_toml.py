@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convertd_daemon import model, policy_bind, policy_toml
-from convertd_daemon import policy_values as values
+from convertd_core import values
+from convertd_daemon.policy import bind, document, value_types
 
 ROOT = """
 [roots.images]
@@ -89,16 +89,16 @@ groups = [7]
 read = ["own"]
 formats = ["vhdx"]
 """
-IDS = policy_bind.Ids(users={"root": 0, "nova": 107}, groups={"wheel": 10, "kvm": 108})
+IDS = bind.Ids(users={"root": 0, "nova": 107}, groups={"wheel": 10, "kvm": 108})
 
 
 def test_every_key_has_its_effect() -> None:
     """The whole schema, from the text to the policy."""
-    bound = policy_bind.bind(policy_toml.parse(WHOLE), IDS)
+    bound = bind.bind(document.parse(WHOLE), IDS)
     images, own, devices = bound.roots
     first, second = bound.rules
     assert bound.qemu_img == "/opt/qemu/bin/qemu-img"
-    assert bound.limits == model.Limits(
+    assert bound.limits == values.Limits(
         jobs=1,
         jobs_per_user=2,
         queue=3,
@@ -114,25 +114,25 @@ def test_every_key_has_its_effect() -> None:
         inspect_s=13.0,
         stop_grace_s=30.0,
     )
-    assert bound.service == model.Service(metrics="/run/convertd.prom", idle_exit_s=14.0)
+    assert bound.service == values.Service(metrics="/run/convertd.prom", idle_exit_s=14.0)
     assert (bound.operators.uids, bound.operators.gids) == (frozenset({0, 5}), frozenset({10, 6}))
-    assert images == model.Root(
+    assert images == values.Root(
         name="images",
         path="/srv/images",
-        access=model.Access.DAEMON,
-        owner=model.Owner(uid=107, gid=36),
+        access=values.RootAccess.DAEMON,
+        owner=values.Owner(uid=107, gid=36),
         mode=0o640,
         mounts=True,
         allow_ownerless=True,
         parent_uids=frozenset({107, 5}),
         parent_gids=frozenset({108, 7}),
     )
-    assert own == model.Root(name="own", path="/srv/own", access=model.Access.CALLER)
-    assert devices == model.Root(
+    assert own == values.Root(name="own", path="/srv/own", access=values.RootAccess.CALLER)
+    assert devices == values.Root(
         name="devices",
         path="/dev/vg",
-        kind=model.RootKind.BLOCK,
-        access=model.Access.DAEMON,
+        kind=values.RootKind.BLOCK,
+        access=values.RootAccess.DAEMON,
         allow_is_zero=True,
     )
     assert (first.name, first.subjects.uids, first.subjects.gids) == (
@@ -145,7 +145,7 @@ def test_every_key_has_its_effect() -> None:
         frozenset({"vmdk", "dmg"}),
         frozenset({"vdi"}),
     )
-    assert first.overwrite is model.Overwrite.ANY
+    assert first.overwrite is values.OverwriteScope.ANY
     assert (second.name, second.subjects.uids, second.subjects.gids) == (
         "grants[1]",
         frozenset(),
@@ -157,20 +157,20 @@ def test_every_key_has_its_effect() -> None:
 
 def test_what_is_left_out_has_its_default() -> None:
     """An empty policy is one: it grants nobody anything."""
-    empty = policy_bind.bind(policy_toml.parse(""), IDS)
-    assert (empty.limits, empty.rules, empty.roots) == (model.Limits(), (), ())
-    assert empty.service == model.Service()
+    empty = bind.bind(document.parse(""), IDS)
+    assert (empty.limits, empty.rules, empty.roots) == (values.Limits(), (), ())
+    assert empty.service == values.Service()
     assert empty.qemu_img == "/usr/bin/qemu-img"
     assert empty.operators.uids == empty.operators.gids == frozenset()
-    rule = policy_bind.bind(policy_toml.parse(ROOT + GRANT), IDS).rules[0]
+    rule = bind.bind(document.parse(ROOT + GRANT), IDS).rules[0]
     assert rule.read_formats == rule.write_formats == frozenset({"raw", "qcow2"})
-    assert rule.overwrite is model.Overwrite.OWN
+    assert rule.overwrite is values.OverwriteScope.OWN
 
 
-def mistake_in(text: str | bytes) -> policy_toml.PolicyError:
+def mistake_in(text: str | bytes) -> document.PolicyError:
     """The mistake that is found in a text."""
-    with pytest.raises(policy_toml.PolicyError) as mistake:
-        policy_toml.parse(text)
+    with pytest.raises(document.PolicyError) as mistake:
+        document.parse(text)
     key, reason = mistake.value.key, mistake.value.reason
     assert str(mistake.value) == (f"{key}: {reason}" if key else reason)
     return mistake.value
@@ -241,9 +241,9 @@ def test_of_the_service_it_may_not_be_said(line: str, reason: str) -> None:
 
 def test_the_service_may_be_told_to_end_when_idle_and_to_count() -> None:
     """Neither is done by default."""
-    said = policy_toml.parse('[service]\nidle_exit = "1 s"\nmetrics = "/run/convertd.prom"')
+    said = document.parse('[service]\nidle_exit = "1 s"\nmetrics = "/run/convertd.prom"')
     assert (said.service.idle_exit, said.service.metrics) == (1.0, "/run/convertd.prom")
-    silent = policy_toml.parse("").service
+    silent = document.parse("").service
     assert (silent.idle_exit, silent.metrics) == (None, None)
 
 
@@ -296,7 +296,7 @@ def test_a_limit_may_be_at_its_bounds_and_not_beyond(
 ) -> None:
     """Both ends are in."""
     for value in allowed:
-        policy_toml.parse(f"[limits]\n{name} = {value}")
+        document.parse(f"[limits]\n{name} = {value}")
     for value in refused:
         mistake = mistake_in(f"[limits]\n{name} = {value}")
         assert (mistake.key, mistake.reason[:13]) == (f"limits.{name}", "must be from ")
@@ -406,8 +406,8 @@ def test_nobody_can_be_an_operator_by(line: str, key: str, reason: str) -> None:
 @pytest.mark.parametrize("access", ["daemon", "caller"])
 def test_a_directory_is_refused_as_a_root_of_files(path: str, access: str) -> None:
     """Whoever may write there owns the machine; or it can't be told what is meant."""
-    with pytest.raises(policy_toml.PolicyError) as mistake:
-        policy_toml.parse(f'[roots.a]\npath = "{path}"\naccess = "{access}"')
+    with pytest.raises(document.PolicyError) as mistake:
+        document.parse(f'[roots.a]\npath = "{path}"\naccess = "{access}"')
     assert mistake.value.key == "roots.a.path"
 
 
@@ -424,15 +424,15 @@ def test_a_directory_is_too_wide_for_a_root(path: str) -> None:
 )
 def test_a_directory_is_accepted_as_a_root_of_files(path: str) -> None:
     """Also where its name begins like that of a forbidden one."""
-    document = policy_toml.parse(f'[roots.a]\npath = "{path}"\naccess = "daemon"')
-    assert document.roots["a"].path == path
+    parsed = document.parse(f'[roots.a]\npath = "{path}"\naccess = "daemon"')
+    assert parsed.roots["a"].path == path
 
 
 @pytest.mark.parametrize("path", ["/dev", "/srv/images", "/", "/devices"])
 def test_a_directory_is_refused_as_a_root_of_devices(path: str) -> None:
     """Devices are below /dev; all of /dev is every disk of the machine."""
-    with pytest.raises(policy_toml.PolicyError) as mistake:
-        policy_toml.parse(f'[roots.a]\npath = "{path}"\nkind = "block"\naccess = "daemon"')
+    with pytest.raises(document.PolicyError) as mistake:
+        document.parse(f'[roots.a]\npath = "{path}"\nkind = "block"\naccess = "daemon"')
     assert mistake.value.key == "roots.a.path"
 
 
@@ -458,21 +458,25 @@ LINES = (
 )
 def test_no_text_yields_anything_but_a_document_or_a_policy_error(text: str | bytes) -> None:
     """The daemon reads it as root."""
-    with contextlib.suppress(policy_toml.PolicyError):
-        document = policy_toml.parse(text)
-        policy_bind.bind(document, policy_bind.Ids(users={}, groups={}))
+    with contextlib.suppress(document.PolicyError):
+        parsed = document.parse(text)
+        bind.bind(parsed, bind.Ids(users={}, groups={}))
 
 
 @given(st.integers(0, 1024), st.sampled_from(["B", "KiB", "MiB", "GiB", "TiB", "PiB"]))
 def test_a_size_is_its_number_times_its_unit(number: int, unit: str) -> None:
     """To the byte, with or without a space."""
     expected = number * 1024 ** ["B", "KiB", "MiB", "GiB", "TiB", "PiB"].index(unit)
-    assert values.Size.of(f"{number} {unit}") == values.Size.of(f"{number}{unit}") == expected
+    assert (
+        value_types.Size.of(f"{number} {unit}")
+        == value_types.Size.of(f"{number}{unit}")
+        == expected
+    )
 
 
 @given(st.integers(0, 1024), st.sampled_from([("s", 1), ("min", 60), ("h", 3600), ("d", 86400)]))
 def test_a_time_is_its_number_times_its_unit(number: int, unit: tuple[str, int]) -> None:
     """In seconds; halves too."""
     name, seconds = unit
-    assert values.Duration.of(f"{number} {name}") == float(number * seconds)
-    assert values.Duration.of(f"{number}.5 {name}") == (number + 0.5) * seconds
+    assert value_types.Duration.of(f"{number} {name}") == float(number * seconds)
+    assert value_types.Duration.of(f"{number}.5 {name}") == (number + 0.5) * seconds

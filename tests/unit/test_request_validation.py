@@ -10,32 +10,37 @@ import refusals
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convertd_daemon import codec, errors, model, validation
+from convertd_core import (
+    codec,
+    conditions,
+    validation,
+    values,
+)
 
-C, P = model.Compression, model.Preallocation
+C, P = values.Compression, values.Preallocation
 
 
 def request(
     source: str = "/in/disk.raw", dest: str = "/out/disk.qcow2", *, rate: int = 0, label: str = ""
-) -> model.ConvertRequest:
+) -> values.ConvertRequest:
     """A request that is fine with the defaults."""
-    return model.ConvertRequest(
-        source=model.Source(path=source),
-        dest=model.Dest(path=dest, format="qcow2"),
+    return values.ConvertRequest(
+        source=values.Source(path=source),
+        dest=values.Destination(path=dest, format="qcow2"),
         rate_limit_bytes_per_second=rate,
         label=label,
     )
 
 
-def to(**changes: object) -> model.ConvertRequest:
+def to(**changes: object) -> values.ConvertRequest:
     """A request for a destination that is fine, but for the changes."""
     dest = dataclasses.replace(request().dest, **changes)  # type: ignore[arg-type]
     return dataclasses.replace(request(), dest=dest)
 
 
-def of(name: str, *, encrypted: bool = False) -> model.ConvertRequest:
+def of(name: str, *, encrypted: bool = False) -> values.ConvertRequest:
     """A request that states the source's format, and whether a passphrase comes along."""
-    source = model.Source(path="/in/a", format=name, encrypted=encrypted)
+    source = values.Source(path="/in/a", format=name, encrypted=encrypted)
     return dataclasses.replace(request(), source=source)
 
 
@@ -65,12 +70,12 @@ def test_a_path_is_refused(path: str, problem: str) -> None:
         "dest.path": request(dest=path),
     }
     for field, each in asked.items():
-        with pytest.raises(errors.BadPath) as refusal:
+        with pytest.raises(conditions.BadPath) as refusal:
             validation.checked_convert(each)
         assert (refusal.value.field, refusal.value.problem) == (field, problem)
         assert len(codec.encode(refusal.value.failure())) < 2048
-    with pytest.raises(errors.BadPath):
-        validation.checked_inspect(model.InspectRequest(source=model.Source(path=path)))
+    with pytest.raises(conditions.BadPath):
+        validation.checked_inspect(values.InspectRequest(source=values.Source(path=path)))
 
 
 @pytest.mark.parametrize(
@@ -98,27 +103,27 @@ def test_whatever_the_path_it_is_absolute_and_normal_or_refused(path: str) -> No
     names = path.split("/")[1:]
     fine = path.startswith("/") and not {"", ".", ".."}.intersection(names) and "\0" not in path
     assert fine or problem
-    assert codec.encode(errors.BadPath(field="", path=problem, problem="").failure())
+    assert codec.encode(conditions.BadPath(field="", path=problem, problem="").failure())
 
 
 def refusal_of(path: str) -> str:
     """What is said of a path that is refused; nothing for one that is not."""
     try:
-        validation.checked_inspect(model.InspectRequest(source=model.Source(path=path)))
-    except errors.BadPath as refusal:
+        validation.checked_inspect(values.InspectRequest(source=values.Source(path=path)))
+    except conditions.BadPath as refusal:
         return str(refusal)
     return ""
 
 
 def test_the_source_is_no_destination() -> None:
     """Not by the same name; by another name of the same file the job finds it out."""
-    with pytest.raises(errors.BadPath, match="is the source"):
+    with pytest.raises(conditions.BadPath, match="is the source"):
         validation.checked_convert(request(source="/in/a", dest="/in/a"))
 
 
 def test_a_name_like_convertds_own_temporaries_is_refused_for_a_result() -> None:
     """It could be taken for one that was left behind, and be removed."""
-    with pytest.raises(errors.BadPath, match="keeps for itself"):
+    with pytest.raises(conditions.BadPath, match="keeps for itself"):
         validation.checked_convert(request(dest="/out/.convertd-1.tmp"))
     asked = request(source="/out/.convertd-1.tmp")
     assert validation.checked_convert(asked) == asked
@@ -134,32 +139,32 @@ def test_a_name_like_convertds_own_temporaries_is_refused_for_a_result() -> None
         pytest.param(to(format="nbd\udc00" * 99), "dest.format", id="not-even-text"),
     ],
 )
-def test_a_format_is_refused(asked: model.ConvertRequest, field: str) -> None:
+def test_a_format_is_refused(asked: values.ConvertRequest, field: str) -> None:
     """Only qemu's names for single files are known."""
-    with pytest.raises(errors.BadFormat) as refusal:
+    with pytest.raises(conditions.BadFormat) as refusal:
         validation.checked_convert(asked)
     assert refusal.value.field == field
     assert codec.encode(refusal.value.failure())
 
 
-@pytest.mark.parametrize("name", sorted(model.WRITABLE_FORMATS - {"luks"}))
+@pytest.mark.parametrize("name", sorted(values.WRITABLE_FORMATS - {"luks"}))
 def test_a_format_is_accepted(name: str) -> None:
     """To read and to write."""
-    asked = dataclasses.replace(to(format=name), source=model.Source(path="/in/a", format=name))
+    asked = dataclasses.replace(to(format=name), source=values.Source(path="/in/a", format=name))
     assert validation.checked_convert(asked) == asked
 
 
-ENCRYPTION = model.Encryption()
+ENCRYPTION = values.DestinationEncryption()
 QCOW2_AND_LUKS = {"qcow2", "luks"}
 
 
-@pytest.mark.parametrize("name", sorted(model.FORMATS))
+@pytest.mark.parametrize("name", sorted(values.FORMATS))
 def test_a_passphrase_goes_with_two_formats_and_one_needs_it(name: str) -> None:
     """LUKS itself, and LUKS in a qcow2; at each end."""
     plain, encrypted = of(name), of(name, encrypted=True)
     assert (refused_field(plain) == "source.encryption") is (name == "luks")
     assert (refused_field(encrypted) == "source.encryption") is (name not in QCOW2_AND_LUKS)
-    if name in model.WRITABLE_FORMATS:
+    if name in values.WRITABLE_FORMATS:
         plain, encrypted = to(format=name), to(format=name, encryption=ENCRYPTION)
         assert (refused_field(plain) == "dest.encryption") is (name == "luks")
         assert (refused_field(encrypted) == "dest.encryption") is (name not in QCOW2_AND_LUKS)
@@ -172,20 +177,20 @@ def test_a_passphrase_for_a_source_of_unknown_format_waits_for_the_probe() -> No
 
 def test_to_look_at_an_encrypted_image_takes_no_passphrase() -> None:
     """Its header can be read."""
-    asked = model.InspectRequest(source=of("luks").source)
+    asked = values.InspectRequest(source=of("luks").source)
     assert validation.checked_inspect(asked) == asked
 
 
 @pytest.mark.parametrize("name", ["nbd", "json:{}", "RAW"])
 def test_to_look_at_an_image_of_an_unknown_format_is_refused(name: str) -> None:
     """As to convert it."""
-    with pytest.raises(errors.BadFormat):
-        validation.checked_inspect(model.InspectRequest(source=of(name).source))
+    with pytest.raises(conditions.BadFormat):
+        validation.checked_inspect(values.InspectRequest(source=of(name).source))
 
 
 def test_what_is_wrong_with_an_option_of_the_format_or_the_cipher_is_found() -> None:
     """What the tables of options say holds for whole requests."""
-    option = model.Option(name="backing_file", value="/etc/shadow")
+    option = values.CreationOption(name="backing_file", value="/etc/shadow")
     assert refused_field(to(options=(option,))) == "dest.qcow2.backing_file"
     weak = dataclasses.replace(ENCRYPTION, cipher_alg="rot13")
     assert refused_field(to(encryption=weak)) == "dest.encryption.cipher_alg"
@@ -207,22 +212,22 @@ def test_compression_does_not_go_with_encryption() -> None:
     ],
 )
 def test_of_vmdk_one_layout_is_compressed_and_with_zlib(
-    compression: model.Compression, layout: str, expected: str
+    compression: values.Compression, layout: str, expected: str
 ) -> None:
     """streamOptimized, with or without being asked."""
-    options = (model.Option(name="subformat", value=layout),)
+    options = (values.CreationOption(name="subformat", value=layout),)
     asked = to(format="vmdk", compression=compression, options=options)
     assert refused_field(asked) == expected
 
 
-def refused_field(asked: model.ConvertRequest) -> str:
+def refused_field(asked: values.ConvertRequest) -> str:
     """The field for which a request is refused; nothing if it is not."""
     failure = refusals.refusal_of(lambda: validation.checked_convert(asked))
     return dict(failure.values)["field"] if failure else ""
 
 
 POSSIBLE = {
-    *((name, C.NONE, P.OFF) for name in model.WRITABLE_FORMATS - {"luks"}),
+    *((name, C.NONE, P.OFF) for name in values.WRITABLE_FORMATS - {"luks"}),
     *(("qcow2", C.NONE, each) for each in P),
     *(("qcow2", each, P.OFF) for each in C),
     ("raw", C.NONE, P.FALLOC),
@@ -232,17 +237,17 @@ POSSIBLE = {
 
 @pytest.mark.parametrize(
     ("name", "compression", "preallocation"),
-    list(itertools.product(sorted(model.WRITABLE_FORMATS - {"luks"}), C, P)),
+    list(itertools.product(sorted(values.WRITABLE_FORMATS - {"luks"}), C, P)),
 )
 def test_compression_and_preallocation_go_with_few_formats(
-    name: str, compression: model.Compression, preallocation: model.Preallocation
+    name: str, compression: values.Compression, preallocation: values.Preallocation
 ) -> None:
     """All combinations, against the list of those that qemu-img can do."""
     asked = to(format=name, compression=compression, preallocation=preallocation)
     if (name, compression, preallocation) in POSSIBLE:
         assert validation.checked_convert(asked).dest.format == name
     else:
-        with pytest.raises(errors.BadOption, match=r"^dest\.(compression|preallocation): "):
+        with pytest.raises(conditions.BadOption, match=r"^dest\.(compression|preallocation): "):
             validation.checked_convert(asked)
 
 
@@ -255,7 +260,7 @@ def test_compression_and_preallocation_go_with_few_formats(
         (C.ZSTD, C.ZSTD),
     ],
 )
-def test_default_compression_is_zlib(asked: model.Compression, named: model.Compression) -> None:
+def test_default_compression_is_zlib(asked: values.Compression, named: values.Compression) -> None:
     """And every other is what was asked."""
     assert validation.checked_convert(to(compression=asked)).dest.compression is named
 
@@ -292,9 +297,9 @@ def test_default_compression_is_zlib(asked: model.Compression, named: model.Comp
         pytest.param(request(label="\udc00"), "label", id="a-label-that-is-no-text"),
     ],
 )
-def test_an_option_is_refused(asked: model.ConvertRequest, field: str) -> None:
+def test_an_option_is_refused(asked: values.ConvertRequest, field: str) -> None:
     """With the field's name, and in a form that can be sent."""
-    with pytest.raises(errors.BadOption) as refusal:
+    with pytest.raises(conditions.BadOption) as refusal:
         validation.checked_convert(asked)
     assert refusal.value.field == field
     assert codec.encode(refusal.value.failure())
@@ -315,7 +320,7 @@ def test_an_option_is_refused(asked: model.ConvertRequest, field: str) -> None:
         pytest.param(request(label="über Nacht"), id="a-label-beyond-ascii"),
     ],
 )
-def test_an_option_is_accepted(asked: model.ConvertRequest) -> None:
+def test_an_option_is_accepted(asked: values.ConvertRequest) -> None:
     """And nothing in the request changes."""
     assert validation.checked_convert(asked) == asked
 

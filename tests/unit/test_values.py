@@ -9,10 +9,13 @@ from typing import Any, Final
 
 import pytest
 
-from convertd_daemon import channel, model, policy
-from convertd_daemon.job import check, paths, plan, publish, result
+from convertd_core import values
+from convertd_daemon import channel
+from convertd_daemon.job.files import file_dest, paths, publish
+from convertd_daemon.job.qemu import plan, verification
+from convertd_daemon.policy import decide
 
-MODULES: Final = (channel, check, model, paths, plan, policy, publish, result)
+MODULES: Final = (channel, verification, values, paths, plan, decide, publish, file_dest)
 
 
 def values_of(module: ModuleType) -> list[type[Any]]:

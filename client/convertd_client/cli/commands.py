@@ -9,7 +9,15 @@ import click
 
 import convertd_client
 from convertd_client import conversion, errors, local
-from convertd_client.cli import converting, creating, failing, machine, showing, stopping, values
+from convertd_client.cli import (
+    convert_command,
+    creation_options,
+    error_output,
+    json_output,
+    render,
+    signals,
+    values,
+)
 
 SHELLS: Final = ("bash", "zsh", "fish")
 
@@ -20,7 +28,7 @@ def run() -> int:
         status = convertctl.main(prog_name="convertctl", standalone_mode=False)
     except click.ClickException as error:
         # Not in click's way, which shows arguments as they are: a shell may have found them.
-        failing.say_misused(error)
+        error_output.say_misused(error)
         return error.exit_code
     return status if isinstance(status, int) else 0
 
@@ -34,13 +42,13 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except errors.ConvertError as error:
             if ctx.meta.get("json"):
-                machine.error_line(error)
+                json_output.error_line(error)
             else:
-                failing.say(error, is_local=ctx.meta.get("local", False))
+                error_output.say(error, is_local=ctx.meta.get("local", False))
             ctx.exit(1)
         except KeyboardInterrupt:
             # click would say "Aborted!", with status 1.
-            ctx.exit(stopping.INTERRUPTED)
+            ctx.exit(signals.INTERRUPTED)
 
 
 def _remember_json(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # noqa: FBT001
@@ -165,7 +173,7 @@ class Given(conversion.ConvertOptions):
     callback=values.parsed(values.read_secret),
     help="Holds DEST's passphrase.",
 )
-@creating.options
+@creation_options.options
 @click.option(
     "--accept-damaged",
     is_flag=True,
@@ -195,11 +203,11 @@ def convert(source: str, dest: str, **given: Unpack[Given]) -> None:
     ending: typing.Any = {"overwrite": given["overwrite"], "timeout_s": given["timeout"]}
     if given["is_local"]:
         running = local.conversion_of(*paths, given["dest_format"], options)
-        converting.run(running, paths[1], **ending)
+        convert_command.run(running, paths[1], **ending)
         return
     with _client() as client:
-        remote = converting.Remote(client, paths, given["dest_format"], options)
-        converting.run(remote, paths[1], **ending)
+        remote = convert_command.Remote(client, paths, given["dest_format"], options)
+        convert_command.run(remote, paths[1], **ending)
 
 
 @convertctl.command()
@@ -216,10 +224,10 @@ def info(ctx: click.Context, path: str, source_format: str | None, *, is_local: 
         with _client() as client:
             image = client.inspect(conversion.absolute(path), source_format)
     if ctx.meta.get("json"):
-        machine.line(image)
+        json_output.line(image)
     else:
-        showing.image(image)
-        failing.warn_of(image.warnings)
+        render.image(image)
+        error_output.warn_of(image.warnings)
 
 
 @convertctl.command()
@@ -233,10 +241,10 @@ def jobs(ctx: click.Context) -> None:
     with _client() as client:
         listed = client.jobs()
     if not ctx.meta.get("json"):
-        showing.jobs(listed)
+        render.jobs(listed)
         return
     for job in listed:
-        machine.line(job)
+        json_output.line(job)
 
 
 @convertctl.command()
@@ -248,7 +256,7 @@ def cancel(ctx: click.Context, job_id: str) -> None:
     with _client() as client:
         job = client.cancel(job_id)
     if ctx.meta.get("json"):
-        machine.line(job)
+        json_output.line(job)
     else:
         click.echo(f"job {job.job_id} is being cancelled")
 
@@ -261,9 +269,9 @@ def access(ctx: click.Context) -> None:
     with _client() as client:
         told = client.access()
     if ctx.meta.get("json"):
-        machine.line(told)
+        json_output.line(told)
     else:
-        showing.access(told)
+        render.access(told)
 
 
 @convertctl.command()

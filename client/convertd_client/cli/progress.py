@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import click
 
 from convertd_client import results
-from convertd_client.cli import machine, text
+from convertd_client.cli import json_output, text
 
 Show = Callable[[results.Progress], None]
 
@@ -75,7 +75,7 @@ class Lines:
 
 
 def _json(progress: results.Progress) -> None:
-    machine.line(progress, "progress")
+    json_output.line(progress, "progress")
 
 
 def _nothing(_: results.Progress) -> None:

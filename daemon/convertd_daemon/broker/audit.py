@@ -16,12 +16,12 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from convertd_daemon import channel, errors, model
+from convertd_core import conditions, messages, values
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from convertd_daemon.broker.accept import Connection
+    from convertd_daemon.broker.connections import Connection
 log = logging.getLogger("convertd.audit")
 
 JOURNAL: Final = "/run/systemd/journal/socket"
@@ -50,8 +50,8 @@ PRIORITIES: Final = {Outcome.DONE: 6, Outcome.REFUSED: 5, Outcome.FAILED: 4}
 LONGEST: Final = 4096
 """What a refused caller may have put on record in one field, in characters: a path's length."""
 
-LOOKS: Final = frozenset(
-    {channel.Operation.LIST_JOBS, channel.Operation.GET_ACCESS, channel.Operation.GET_STATS}
+QUERIES: Final = frozenset(
+    {messages.Operation.LIST_JOBS, messages.Operation.GET_ACCESS, messages.Operation.GET_STATS}
 )
 """Done, they touch no image: debug."""
 
@@ -67,7 +67,7 @@ class Caller:
     unit: str = ""
 
 
-UNKNOWN: Final = channel.Account(done=False)
+UNKNOWN: Final = messages.JobOutcome(done=False)
 """Of a request that had no job, or of one that was killed."""
 
 NOBODY: Final = Caller(uid=None, gid=None, pid=None)
@@ -80,10 +80,10 @@ def caller_on(connection: Connection | None) -> Caller:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class RequestSummary:
     """What was asked, by whom, in the caller's own words."""
 
-    operation: channel.Operation
+    operation: messages.Operation
     caller: Caller
     job_id: str = ""
     label: str = ""
@@ -97,12 +97,12 @@ class Asked:
 class Record:
     """One request and its end. Times in seconds; None is not known."""
 
-    asked: Asked
+    asked: RequestSummary
     outcome: Outcome
     reason: str = ""
     detail: str = ""
     rule: str = ""
-    account: channel.Account = UNKNOWN
+    account: messages.JobOutcome = UNKNOWN
     queued_s: float | None = None
     seconds: float | None = None
 
@@ -113,7 +113,7 @@ class Record:
 
     def fields(self) -> Iterator[tuple[str, str]]:
         """The record's own fields that have a value, each with its name in the journal."""
-        values: tuple[tuple[str, str | float | None], ...] = (
+        pairs: tuple[tuple[str, str | float | None], ...] = (
             ("OPERATION", self.asked.operation),
             ("OUTCOME", self.outcome),
             ("DECISION", "refused" if self.outcome is Outcome.REFUSED else "granted"),
@@ -138,7 +138,7 @@ class Record:
             ("QUEUED_SECONDS", None if self.queued_s is None else f"{self.queued_s:.3f}"),
             ("SECONDS", None if self.seconds is None else f"{self.seconds:.3f}"),
         )
-        for name, value in values:
+        for name, value in pairs:
             if value not in {None, ""}:
                 yield f"CONVERTD_{name}", str(value)
 
@@ -154,9 +154,9 @@ class Record:
     @property
     def priority(self) -> int:
         """How much it should stand out, as syslog counts."""
-        if self.reason == errors.InternalError.reason:
+        if self.reason == conditions.InternalError.reason:
             return 3
-        if self.outcome is Outcome.DONE and self.asked.operation in LOOKS:
+        if self.outcome is Outcome.DONE and self.asked.operation in QUERIES:
             return 7
         return PRIORITIES[self.outcome]
 
@@ -187,40 +187,40 @@ def write(record: Record) -> None:
     )
 
 
-def asked(message: object, caller: Caller) -> Asked:
+def summary_of_message(message: object, caller: Caller) -> RequestSummary:
     """What a message from the front asks for."""
     match message:
-        case channel.Convert(request=request) | channel.Inspect(request=request):
-            return asked_of(request, caller)
-        case channel.Rejected(operation=operation):
-            return Asked(operation=operation, caller=caller)
-        case channel.CancelJob(job_id=job_id):
-            operation = channel.Operation.CANCEL_JOB
-            return Asked(operation=operation, caller=caller, job_id=job_id[:LONGEST])
-        case channel.ListJobs():
-            return Asked(operation=channel.Operation.LIST_JOBS, caller=caller)
-        case channel.GetAccess():
-            return Asked(operation=channel.Operation.GET_ACCESS, caller=caller)
-        case channel.GetStats():
-            return Asked(operation=channel.Operation.GET_STATS, caller=caller)
+        case messages.Convert(request=request) | messages.Inspect(request=request):
+            return summary_of_request(request, caller)
+        case messages.RequestRejected(operation=operation):
+            return RequestSummary(operation=operation, caller=caller)
+        case messages.CancelJob(job_id=job_id):
+            operation = messages.Operation.CANCEL_JOB
+            return RequestSummary(operation=operation, caller=caller, job_id=job_id[:LONGEST])
+        case messages.ListJobs():
+            return RequestSummary(operation=messages.Operation.LIST_JOBS, caller=caller)
+        case messages.GetAccess():
+            return RequestSummary(operation=messages.Operation.GET_ACCESS, caller=caller)
+        case messages.GetStats():
+            return RequestSummary(operation=messages.Operation.GET_STATS, caller=caller)
     raise TypeError(message)
 
 
-def asked_of(
-    request: model.ConvertRequest | model.InspectRequest, caller: Caller, job_id: str = ""
-) -> Asked:
+def summary_of_request(
+    request: values.ConvertRequest | values.InspectRequest, caller: Caller, job_id: str = ""
+) -> RequestSummary:
     """What a request for an image asks for. Not yet checked, so cut to what can be meant."""
-    if isinstance(request, model.InspectRequest):
-        return Asked(
-            operation=channel.Operation.INSPECT,
+    if isinstance(request, values.InspectRequest):
+        return RequestSummary(
+            operation=messages.Operation.INSPECT,
             caller=caller,
             job_id=job_id,
             source=request.source.path[:LONGEST],
             source_format=request.source.format[:LONGEST],
         )
     validates = request.validate_only
-    return Asked(
-        operation=channel.Operation.VALIDATE if validates else channel.Operation.CONVERT,
+    return RequestSummary(
+        operation=messages.Operation.VALIDATE if validates else messages.Operation.CONVERT,
         caller=caller,
         job_id=job_id,
         label=request.label[:LONGEST],

@@ -19,8 +19,8 @@ import socket
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from convertd_daemon.broker import emptied
-from convertd_daemon.kernel import close_range, prctl, scm_rights
-from convertd_daemon.sandbox import enter
+from convertd_daemon.linux import close_range, prctl, scm_rights
+from convertd_daemon.sandbox import spawn
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -127,7 +127,7 @@ def _fork(held: Iterable[int]) -> int:
     reader, writer = -1, -1
     try:
         reader, writer = os.pipe()
-        with enter.signals_blocked():
+        with spawn.signals_blocked():
             pid = os.fork()
             if pid == 0:
                 _exit_last(held, reader, child_is_empty)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from convertd_daemon.broker import emptied
-from convertd_daemon.kernel import close_range, prctl, scm_rights
+from convertd_daemon.linux import close_range, prctl, scm_rights
 from convertd_daemon.sandbox import identity
 
 if TYPE_CHECKING:

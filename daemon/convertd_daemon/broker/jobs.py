@@ -10,14 +10,20 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from convertd_daemon import channel, codec, errors, model
-from convertd_daemon.broker import audit, loop, queue, workers
-from convertd_daemon.kernel import getrandom
+from convertd_core import codec, conditions, messages, values
+from convertd_daemon import channel
+from convertd_daemon.broker import (
+    audit,
+    loop,
+    queue,
+    workers,
+)
+from convertd_daemon.linux import getrandom
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from convertd_daemon.broker.accept import Connection
+    from convertd_daemon.broker.connections import Connection
 
 
 NO_CALL: Final = 0
@@ -30,10 +36,10 @@ ENTRY_BYTES: Final = 128
 class State(enum.Enum):
     """How far a job is, for the broker."""
 
-    WAITING = channel.JobState.QUEUED
-    RUNNING = channel.JobState.RUNNING
-    ENDING = channel.JobState.CANCELLING
-    UNKILLABLE = channel.JobState.UNKILLABLE
+    WAITING = messages.JobState.QUEUED
+    RUNNING = messages.JobState.RUNNING
+    ENDING = messages.JobState.CANCELLING
+    UNKILLABLE = messages.JobState.UNKILLABLE
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -47,17 +53,17 @@ class Job:
     job_id: str
     call: int
     connection: int
-    grant: model.Grant | model.InspectGrant
-    lane: queue.Lane[Job]
+    grant: values.ConvertGrant | values.InspectGrant
+    queue: queue.JobQueue[Job]
     order: int = 0
     queued: float = field(default_factory=time.time)
     state: State = State.WAITING
     position: int = 0
-    told: int = 0
+    told_position: int = 0
     pid: int = 0
     started: float | None = None
     finished: bool = False
-    ending: errors.Failure | None = None
+    ending: conditions.Failure | None = None
     timer: loop.Timer | None = None
     caller: audit.Caller = audit.NOBODY
     left: set[int] = field(default_factory=set)
@@ -66,8 +72,8 @@ class Job:
     @property
     def is_writing_a_device(self) -> bool:
         """Whether it has begun, or may have begun, to overwrite a device."""
-        on_device = isinstance(self.grant, model.Grant) and (
-            self.grant.dest.root.kind is model.RootKind.BLOCK
+        on_device = isinstance(self.grant, values.ConvertGrant) and (
+            self.grant.dest.root.kind is values.RootKind.BLOCK
         )
         return on_device and bool(self.writes) and self.state is not State.WAITING
 
@@ -81,11 +87,11 @@ class Job:
         """The path of the destination that it will publish, empty if none, or none any more."""
         if self.finished:
             return ""
-        if isinstance(self.grant, model.Grant) and not self.grant.request.validate_only:
+        if isinstance(self.grant, values.ConvertGrant) and not self.grant.request.validate_only:
             return self.grant.dest.path
         return ""
 
-    def start(self, spare: workers.Spare, peer: model.Peer) -> channel.Channel:
+    def start(self, spare: workers.PreforkedJob, peer: values.Peer) -> channel.Channel:
         """Start the job's process, and give the end of its channel that is for the front.
 
         `peer` is who it is for, groups included.
@@ -96,16 +102,18 @@ class Job:
         worker = spare.begin(self.job_id, dataclasses.replace(self.grant, peer=peer))
         self.pid, self._pipe = worker.pid, worker.account
         self.state, self.started = State.RUNNING, time.time()
-        return worker.line
+        return worker.channel
 
-    def record(self, account: channel.Account | None, failure: errors.Failure) -> audit.Record:
+    def record(
+        self, account: messages.JobOutcome | None, failure: conditions.Failure
+    ) -> audit.Record:
         """The audit record of its end: by its own account, or as the broker saw it."""
         said = account or audit.UNKNOWN
         cut = not said.done and not said.reason
         now = time.time()
         begun = now if self.started is None else self.started
         return audit.Record(
-            asked=audit.asked_of(self.grant.request, self.caller, self.job_id),
+            asked=audit.summary_of_request(self.grant.request, self.caller, self.job_id),
             outcome=audit.Outcome.DONE if said.done else audit.Outcome.FAILED,
             reason=failure.reason if cut else said.reason,
             detail=failure.message if cut else said.detail,
@@ -115,11 +123,11 @@ class Job:
             seconds=None if self.started is None else now - begun,
         )
 
-    def account(self) -> channel.Account | None:
+    def account(self) -> messages.JobOutcome | None:
         """What the process, which has ended, said of its end; None if it could not say it."""
         os.set_blocking(self._pipe, False)
         try:
-            return codec.decode(os.read(self._pipe, channel.MAX_MESSAGE_BYTES), channel.Account)
+            return codec.decode(os.read(self._pipe, channel.MAX_MESSAGE_BYTES), messages.JobOutcome)
         except (BlockingIOError, codec.CodecError):
             return None
 
@@ -144,11 +152,11 @@ class Job:
         entry = self.entry(NO_CALL)
         return len(f"{entry.source}{entry.dest}{entry.label}".encode()) + ENTRY_BYTES
 
-    def entry(self, call: int) -> channel.JobEntry:
+    def entry(self, call: int) -> messages.JobEntry:
         """The job as ListJobs tells of it."""
         request = self.grant.request
-        dest = request.dest if isinstance(request, model.ConvertRequest) else None
-        return channel.JobEntry(
+        dest = request.dest if isinstance(request, values.ConvertRequest) else None
+        return messages.JobEntry(
             call=call,
             job_id=self.job_id,
             uid=self.uid,
@@ -156,7 +164,7 @@ class Job:
             source_format=request.source.format,
             dest=dest.path if dest else "",
             dest_format=dest.format if dest else "",
-            label=request.label if isinstance(request, model.ConvertRequest) else "",
+            label=request.label if isinstance(request, values.ConvertRequest) else "",
             state=self.state.value,
             position=self.position,
             queued=self.queued,
@@ -171,17 +179,17 @@ class Jobs:
     and so never waits behind a conversion.
     """
 
-    def __init__(self, limits: model.Limits) -> None:
+    def __init__(self, limits: values.Limits) -> None:
         """Begin with none."""
-        self.conversions: queue.Lane[Job] = queue.Lane(**_conversion_bounds(limits))
-        self.looks: queue.Lane[Job] = queue.Lane(**_look_bounds(limits))
+        self.conversions: queue.JobQueue[Job] = queue.JobQueue(**_conversion_bounds(limits))
+        self.inspections: queue.JobQueue[Job] = queue.JobQueue(**_look_bounds(limits))
         self._by_id: dict[str, Job] = {}
         self._last_order = 0
 
-    def bound(self, limits: model.Limits) -> None:
+    def set_limits(self, limits: values.Limits) -> None:
         """Take the bounds of a policy that was reloaded."""
-        self.conversions.bound(**_conversion_bounds(limits))
-        self.looks.bound(**_look_bounds(limits))
+        self.conversions.set_limits(**_conversion_bounds(limits))
+        self.inspections.set_limits(**_look_bounds(limits))
 
     def __iter__(self) -> Iterator[Job]:
         return iter(tuple(self._by_id.values()))
@@ -189,17 +197,19 @@ class Jobs:
     def __len__(self) -> int:
         return len(self._by_id)
 
-    def add(self, call: int, asking: Connection, grant: model.Grant | model.InspectGrant) -> Job:
+    def add(
+        self, call: int, asking: Connection, grant: values.ConvertGrant | values.InspectGrant
+    ) -> Job:
         """Put a granted request in its queue, without the groups of who asked: see `start`.
 
         Raises:
-            errors.QueueFull: too many wait.
-            errors.DestBusy: another job of the same user is about to publish that destination, or
-                publishing it. Between users the kernel alone answers (linkat(2), O_EXCL of a
+            conditions.QueueFull: too many wait.
+            conditions.DestBusy: another job of the same user is about to publish that destination,
+                or publishing it. Between users the kernel alone answers (linkat(2), O_EXCL of a
                 device): a name in a queue proves no right to it, and is nobody else's to know.
         """
-        is_look = isinstance(grant, model.InspectGrant) or grant.request.validate_only
-        lane = self.looks if is_look else self.conversions
+        is_look = isinstance(grant, values.InspectGrant) or grant.request.validate_only
+        lane = self.inspections if is_look else self.conversions
         job = Job(
             job_id=getrandom.hex_name(6),
             call=call,
@@ -208,12 +218,12 @@ class Jobs:
             grant=dataclasses.replace(
                 grant, peer=dataclasses.replace(grant.peer, groups=frozenset())
             ),
-            lane=lane,
+            queue=lane,
         )
         if job.writes and any(
             other.writes == job.writes and other.uid == job.uid for other in self
         ):
-            raise errors.DestBusy(path=job.writes)
+            raise conditions.DestBusy(path=job.writes)
         lane.join(job)
         # Of the clock, not counted: a token of the job list tells nobody how many others came.
         job.order = self._last_order = max(time.monotonic_ns(), self._last_order + 1)
@@ -226,18 +236,18 @@ class Jobs:
         job.close()
         if job.timer is not None:
             job.timer.cancel()
-        if not job.lane.leave(job):
-            job.lane.done(job)
+        if not job.queue.leave(job):
+            job.queue.done(job)
 
     def find(self, job_id: str) -> Job | None:
         """The job of that id."""
         return self._by_id.get(job_id)
 
-    def of_call(self, call: int) -> Job | None:
+    def by_call(self, call: int) -> Job | None:
         """The job of a call of the front's."""
         return next((job for job in self if job.call == call), None)
 
-    def of_process(self, pid: int) -> Job | None:
+    def by_pid(self, pid: int) -> Job | None:
         """The job whose process that is, or was left by it."""
         return next((job for job in self if pid in job.processes()), None)
 
@@ -245,34 +255,34 @@ class Jobs:
         """All processes of all jobs that are our children."""
         return frozenset(pid for job in self for pid in job.processes())
 
-    def of_connection(self, connection: int) -> list[Job]:
+    def by_connection(self, connection: int) -> list[Job]:
         """The jobs that were asked for over a connection."""
         return [job for job in self if job.connection == connection]
 
     def moved(self) -> list[Job]:
         """Number those that wait anew; those whose position is another than they were told."""
         moved = []
-        for lane in (self.conversions, self.looks):
+        for lane in (self.conversions, self.inspections):
             for position, job in enumerate(lane.in_order(), start=1):
                 job.position = position
-                if job.told != position:
+                if job.told_position != position:
                     moved.append(job)
         return moved
 
 
-def _conversion_bounds(limits: model.Limits) -> dict[str, int]:
+def _conversion_bounds(limits: values.Limits) -> dict[str, int]:
     return {
-        "places": limits.jobs,
-        "places_per_user": limits.jobs_per_user,
+        "slots": limits.jobs,
+        "slots_per_user": limits.jobs_per_user,
         "waiting": limits.queue,
         "per_user": limits.queue_per_user,
     }
 
 
-def _look_bounds(limits: model.Limits) -> dict[str, int]:
+def _look_bounds(limits: values.Limits) -> dict[str, int]:
     return {
-        "places": limits.inspections,
-        "places_per_user": limits.inspections_per_user,
+        "slots": limits.inspections,
+        "slots_per_user": limits.inspections_per_user,
         "waiting": limits.queue,
         "per_user": limits.queue_per_user,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Final
 
-from convertd_daemon import errors
+from convertd_core import conditions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -28,12 +28,12 @@ def page_of(jobs: Iterable[Job], size: int, token: str) -> tuple[list[Job], str]
         The page, and the token for the next; empty if there is none.
 
     Raises:
-        errors.BadOption: a size or a token that can't be meant.
+        conditions.BadOption: a size or a token that can't be meant.
     """
     if size < 0:
-        raise errors.BadOption(field="page_size", problem="must not be negative")
+        raise conditions.BadOption(field="page_size", problem="must not be negative")
     if token and not TOKEN.fullmatch(token):
-        raise errors.BadOption(field="page_token", problem="is none that ListJobs gave")
+        raise conditions.BadOption(field="page_token", problem="is none that ListJobs gave")
     after, room = int(token or "0", 16), MOST_BYTES
     page: list[Job] = []
     for job in jobs:

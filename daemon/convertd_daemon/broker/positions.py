@@ -30,16 +30,16 @@ class Positions:
         self._due = 0.0
         self._timer: Timer | None = None
 
-    def tell(self) -> None:
+    def notify(self) -> None:
         """Number those that wait anew, and tell whoever may be told now; the others later."""
         now = time.monotonic()
         is_due = now >= self._due
         moved, held_back = self._jobs.moved(), False
         for job in moved:
-            if job.told and not is_due:
+            if job.told_position and not is_due:
                 held_back = True
             elif self._send(job):
-                job.told = job.position
+                job.told_position = job.position
             else:
                 return
         if is_due and moved:
@@ -49,4 +49,4 @@ class Positions:
 
     def _again(self) -> None:
         self._timer = None
-        self.tell()
+        self.notify()

@@ -6,7 +6,7 @@ import itertools
 from collections import Counter, deque
 from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
 
-from convertd_daemon import errors
+from convertd_core import conditions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,24 +25,24 @@ T = TypeVar("T", bound=Owned)
 THE_DAEMON: Final = "the daemon"
 
 
-class Lane(Generic[T]):
+class JobQueue(Generic[T]):
     """A number of places, and the queue before them.
 
     A user's turn comes once a round, whatever he has queued; within a user it is first come, first
     served. A user who has all the places that one user may have is passed over, and keeps his turn.
     """
 
-    def __init__(self, *, places: int, places_per_user: int, waiting: int, per_user: int) -> None:
-        self.bound(
-            places=places, places_per_user=places_per_user, waiting=waiting, per_user=per_user
+    def __init__(self, *, slots: int, slots_per_user: int, waiting: int, per_user: int) -> None:
+        self.set_limits(
+            slots=slots, slots_per_user=slots_per_user, waiting=waiting, per_user=per_user
         )
         self._queues: dict[int, deque[T]] = {}
         self._running: Counter[int] = Counter()
 
-    def bound(self, *, places: int, places_per_user: int, waiting: int, per_user: int) -> None:
+    def set_limits(self, *, slots: int, slots_per_user: int, waiting: int, per_user: int) -> None:
         """Set the bounds, at the start and when the policy is reloaded."""
-        self.places = places
-        self.places_per_user = places_per_user
+        self.slots = slots
+        self.slots_per_user = slots_per_user
         self.waiting_limit = waiting
         self.waiting_per_user = per_user
 
@@ -58,15 +58,15 @@ class Lane(Generic[T]):
         """Put an item at the end of its user's queue.
 
         Raises:
-            errors.QueueFull: too many wait already, of this user or in all.
+            conditions.QueueFull: too many wait already, of this user or in all.
         """
         own = self._queues.get(item.uid, ())
         if len(own) >= self.waiting_per_user:
-            raise errors.QueueFull(
+            raise conditions.QueueFull(
                 waiting=len(own), limit=self.waiting_per_user, whom=f"uid {item.uid}"
             )
         if len(self) >= self.waiting_limit:
-            raise errors.QueueFull(waiting=len(self), limit=self.waiting_limit, whom=THE_DAEMON)
+            raise conditions.QueueFull(waiting=len(self), limit=self.waiting_limit, whom=THE_DAEMON)
         self._queues.setdefault(item.uid, deque()).append(item)
 
     def leave(self, item: T) -> bool:
@@ -81,10 +81,10 @@ class Lane(Generic[T]):
 
     def next(self) -> T | None:
         """Give the item whose turn it is a place, if one is free for it."""
-        if self.running >= self.places:
+        if self.running >= self.slots:
             return None
         for uid, queue in self._queues.items():
-            if self._running[uid] < self.places_per_user:
+            if self._running[uid] < self.slots_per_user:
                 item = queue.popleft()
                 # The user goes to the end of the round.
                 del self._queues[uid]

@@ -14,11 +14,12 @@ import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from convertd_daemon import channel, codec, model
+from convertd_core import codec, messages, values
+from convertd_daemon import channel
 from convertd_daemon.broker import emptied
-from convertd_daemon.job import account as job_account
 from convertd_daemon.job import main as job_main
-from convertd_daemon.sandbox import enter
+from convertd_daemon.job import outcome as job_account
+from convertd_daemon.sandbox import spawn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +35,7 @@ the machine to itself would be hindered, by a tenth of 36 ms (2 cores): it is le
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Worker:
+class JobProcess:
     """A forked process that waits for its order, or has had it.
 
     Owns the broker's end of the way orders go, the front's end of the job's channel, and the pipe
@@ -42,24 +43,24 @@ class Worker:
     """
 
     pid: int
-    orders: channel.Channel
-    line: channel.Channel
+    assignments: channel.Channel
+    channel: channel.Channel
     account: int
 
-    def order(self, job_id: str, grant: model.Grant | model.InspectGrant) -> None:
+    def assign(self, job_id: str, grant: values.ConvertGrant | values.InspectGrant) -> None:
         """Have it do a job.
 
         Raises:
             channel.Closed: it is gone.
             channel.TooLong: the grant can't be sent; nothing was.
         """
-        begin = channel.Begin(
+        begin = messages.StartJob(
             job_id=job_id,
-            convert=grant if isinstance(grant, model.Grant) else None,
-            inspect=grant if isinstance(grant, model.InspectGrant) else None,
+            convert=grant if isinstance(grant, values.ConvertGrant) else None,
+            inspect=grant if isinstance(grant, values.InspectGrant) else None,
         )
-        self.orders.send(begin)
-        self.orders.close()
+        self.assignments.send(begin)
+        self.assignments.close()
 
     def end(self) -> None:
         """End one that has had no order."""
@@ -69,24 +70,24 @@ class Worker:
 
     def close(self) -> None:
         """Close what belongs to it."""
-        self.orders.close()
-        self.line.close()
+        self.assignments.close()
+        self.channel.close()
         os.close(self.account)
 
 
-def fork(setup: Setup, begun: job_main.Begun | None = None) -> Worker:
+def fork(setup: Setup, begun: job_main.AssignedJob | None = None) -> JobProcess:
     """Fork a worker, that waits for an order unless it has been given one.
 
     Raises:
         OSError: no process, or no descriptors, to be had.
     """
     with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
-        orders, orders_end = channel.Channel.pair()
-        ours.enter_context(orders)
-        theirs.enter_context(orders_end)
-        line, line_end = channel.Channel.pair()
-        ours.enter_context(line)
-        theirs.enter_context(line_end)
+        assignments, assignments_end = channel.Channel.pair()
+        ours.enter_context(assignments)
+        theirs.enter_context(assignments_end)
+        job_channel, job_channel_end = channel.Channel.pair()
+        ours.enter_context(job_channel)
+        theirs.enter_context(job_channel_end)
         account, account_end = os.pipe()
         ours.callback(os.close, account)
         theirs.callback(os.close, account_end)
@@ -94,31 +95,31 @@ def fork(setup: Setup, begun: job_main.Begun | None = None) -> Worker:
         # Held back until the worker has let go of our wakeup descriptor: a SIGTERM to it would be
         # written there, and we would take it for our own.
         try:
-            with enter.signals_blocked():
+            with spawn.signals_blocked():
                 pid = os.fork()
                 if pid == 0:
                     # Nothing is closed here: its first act closes all but its own.
-                    witness = job_account.Witness(line_end.sock, account_end)
-                    job_main.forked(begun, orders_end, witness, setup, child_is_empty)
+                    reporter = job_account.OutcomeReporter(job_channel_end.sock, account_end)
+                    job_main.run_forked(begun, assignments_end, reporter, setup, child_is_empty)
         except OSError:
             child_is_empty.give_up()
             raise
         child_is_empty.wait()
         ours.pop_all()
-    return Worker(pid=pid, orders=orders, line=line, account=account)
+    return JobProcess(pid=pid, assignments=assignments, channel=job_channel, account=account)
 
 
-class Spare:
+class PreforkedJob:
     """At most one worker, forked ahead."""
 
     def __init__(self, loop: Loop, setup: Setup, may_fork: Callable[[], bool]) -> None:
         """Begin with none; `may_fork` says, whenever one is to be forked, if it still is."""
         # Made here once, and not in each worker while somebody waits.
-        codec.decoder_of(channel.Begin)
+        codec.decoder_of(messages.StartJob)
         self._loop = loop
         self._setup = setup
         self._may_fork = may_fork
-        self._worker: Worker | None = None
+        self._worker: JobProcess | None = None
         self._timer: Timer | None = None
 
     @property
@@ -126,7 +127,7 @@ class Spare:
         """Its process; 0 if there is none."""
         return self._worker.pid if self._worker is not None else 0
 
-    def keep(self, jobs: int) -> None:
+    def schedule_fork(self, jobs: int) -> None:
         """Have one soon, beside so many jobs; asked twice, at the earlier time."""
         timer = self._loop.after(FORK_AFTER_S[min(jobs, len(FORK_AFTER_S) - 1)], self._fork)
         if self._timer is not None:
@@ -141,7 +142,7 @@ class Spare:
             with contextlib.suppress(OSError):
                 self._worker = fork(self._setup)
 
-    def begin(self, job_id: str, grant: model.Grant | model.InspectGrant) -> Worker:
+    def begin(self, job_id: str, grant: values.ConvertGrant | values.InspectGrant) -> JobProcess:
         """Give a job to the spare; to a new worker, if there is none, or it can't take it.
 
         Raises:
@@ -150,13 +151,13 @@ class Spare:
         worker, self._worker = self._worker, None
         if worker is not None:
             try:
-                worker.order(job_id, grant)
+                worker.assign(job_id, grant)
             except (channel.Closed, channel.TooLong):
                 worker.end()
             else:
                 return worker
-        worker = fork(self._setup, job_main.Begun(job_id=job_id, grant=grant))
-        worker.orders.close()
+        worker = fork(self._setup, job_main.AssignedJob(job_id=job_id, grant=grant))
+        worker.assignments.close()
         return worker
 
     def end(self) -> None:
@@ -165,7 +166,7 @@ class Spare:
         if worker is not None:
             worker.end()
 
-    def lost(self, pid: int) -> None:
+    def on_exit(self, pid: int) -> None:
         """Take note that a process has ended, which may be the spare's."""
         if self._worker is not None and self._worker.pid == pid:
             log.warning("the spare process ended pid=%d", pid)

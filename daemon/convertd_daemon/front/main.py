@@ -19,9 +19,18 @@ import uuid
 import zoneinfo
 from typing import Final
 
+from convertd_core import messages
 from convertd_daemon import channel
-from convertd_daemon.front import calls, link, prober, relay, screen, server, service
-from convertd_daemon.kernel import prctl
+from convertd_daemon.front import (
+    broker_link,
+    call_limits,
+    header_filter,
+    health_probe,
+    relay,
+    server,
+    service,
+)
+from convertd_daemon.linux import prctl
 from convertd_daemon.sandbox import confine, seccomp
 
 log = logging.getLogger(__name__)
@@ -66,13 +75,13 @@ def _remember_sources() -> None:
 
 async def _serve(line: channel.Channel, private: str) -> None:
     path = f"{private}/grpc.sock"
-    carrier = relay.Relay(path, lambda calls: screen.Screen(calls).pieces)
-    watcher = prober.Prober(f"{private}/probe.sock", service.SERVICE)
-    broker = link.Link(line, carrier, watcher)
-    counter = calls.Calls(carrier)
+    carrier = relay.Relay(path, lambda calls: header_filter.HeaderFilter(calls).pieces)
+    watcher = health_probe.Prober(f"{private}/probe.sock", service.SERVICE)
+    broker = broker_link.BrokerLink(line, carrier, watcher)
+    counter = call_limits.Calls(carrier)
     serving = await server.start(path, broker, carrier, counter)
     watching = asyncio.get_running_loop().create_task(counter.watch())
-    broker.send(channel.Ready())
+    broker.send(messages.Ready())
     await broker.ended.wait()
     watching.cancel()
     await serving.stop(GRACE_S)

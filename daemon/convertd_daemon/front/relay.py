@@ -19,16 +19,16 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from convertd_daemon.front import screen, streams, turns
-from convertd_daemon.kernel import getrandom, scm_rights
+from convertd_daemon.front import fair_queue, header_filter, streams
+from convertd_daemon.linux import getrandom, scm_rights
 
 log = logging.getLogger(__name__)
 
-Passed = Callable[[bytes], Iterable[screen.Piece]]
+Passed = Callable[[bytes], Iterable[header_filter.Piece]]
 """What may go on of the bytes that came: pieces, each of which takes a turn. Raises screen.Refused
 if nothing may any more."""
 
-Turn = Callable[[screen.Piece], Awaitable[None]]
+Turn = Callable[[header_filter.Piece], Awaitable[None]]
 """Waits until a piece may go on."""
 
 ASKED_BYTES: Final = 4 * 1024
@@ -73,7 +73,7 @@ class Relay:
         self.upstream_path = upstream_path
         self._screened = screened
         self._carried: dict[str, Carried] = {}
-        self.turns = turns.Turns()
+        self.turns = fair_queue.FairQueue()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
@@ -153,7 +153,7 @@ class Relay:
             stack.callback(self._carried.pop, peer, None)
             await _connect(upstream, self.upstream_path, downstream)
 
-            async def turn(piece: screen.Piece) -> None:
+            async def turn(piece: header_filter.Piece) -> None:
                 await self.turns.take(uid, begins_call=piece.begins_call)
 
             await join(downstream, upstream, self._screened(calls), turn, calls.answered)
@@ -181,12 +181,12 @@ async def _connect(sock: socket.socket, path: str, caller: socket.socket) -> Non
             return
 
 
-def whole(data: bytes) -> Iterable[screen.Piece]:
+def whole(data: bytes) -> Iterable[header_filter.Piece]:
     """All of it passes, and is no call."""
-    return (screen.Piece(data, begins_call=False),)
+    return (header_filter.Piece(data, begins_call=False),)
 
 
-async def at_once(_piece: screen.Piece) -> None:
+async def at_once(_piece: header_filter.Piece) -> None:
     """Nobody has to wait for a turn."""
 
 
@@ -227,7 +227,7 @@ async def _ask(
                     pass
                 await turn(piece)
                 await loop.sock_sendall(sink, piece.data)
-    except screen.Refused as error:
+    except header_filter.Refused as error:
         log.debug("connection ended: %s", error)
     except scm_rights.Attached:
         log.debug("connection ended: it brought descriptors")

@@ -10,12 +10,12 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from convertd_daemon.front import calls, service
+from convertd_daemon.front import call_limits, service
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from convertd_daemon.front.link import Link
+    from convertd_daemon.front.broker_link import BrokerLink
     from convertd_daemon.front.relay import Relay
 
 OPTIONS: Final = (
@@ -49,7 +49,7 @@ def _is_news(record: logging.LogRecord) -> bool:
     return "ExecuteBatchError raised in core" not in str(record.msg)
 
 
-class Doorkeeper(grpc.GenericRpcHandler):
+class CallCounter(grpc.GenericRpcHandler):
     """Is asked first what is to be done with each call that gRPC takes up, and only takes note."""
 
     def __init__(self, taken_up: Callable[[], None]) -> None:
@@ -61,12 +61,14 @@ class Doorkeeper(grpc.GenericRpcHandler):
         self._taken_up()
 
 
-async def start(path: str, broker: Link, relay: Relay, counter: calls.Calls) -> grpc.aio.Server:
+async def start(
+    path: str, broker: BrokerLink, relay: Relay, counter: call_limits.Calls
+) -> grpc.aio.Server:
     """Make the server and listen at the internal path."""
     logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
     server = grpc.aio.server(options=OPTIONS, interceptors=(counter,))
     handlers = service.ConvertService(broker, relay).handler()
-    server.add_generic_rpc_handlers((Doorkeeper(relay.turns.taken_up), handlers))
+    server.add_generic_rpc_handlers((CallCounter(relay.turns.taken_up), handlers))
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     names = (service.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)

@@ -11,14 +11,20 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from convertd.v1 import convert_pb2 as pb
-from convertd_daemon import channel, errors, model
-from convertd_daemon.front import link, pipes, status, translate
-from convertd_daemon.kernel import getrandom
+from convertd_core import conditions, messages, values
+from convertd_daemon import channel
+from convertd_daemon.front import (
+    broker_link,
+    error_status,
+    secret_pipes,
+    translate,
+)
+from convertd_daemon.linux import getrandom
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
-    from convertd_daemon.front.link import Call, Link
+    from convertd_daemon.front.broker_link import BrokerLink, Call
     from convertd_daemon.front.relay import Relay
 
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -30,23 +36,23 @@ R = TypeVar("R", bound=Message)
 
 SERVICE: Final = "convertd.v1.ConvertService"
 
-OPERATIONS: Final[Mapping[type[Any], channel.Operation]] = {
-    pb.InspectRequest: channel.Operation.INSPECT,
-    pb.ListJobsRequest: channel.Operation.LIST_JOBS,
-    pb.CancelJobRequest: channel.Operation.CANCEL_JOB,
-    pb.GetAccessRequest: channel.Operation.GET_ACCESS,
-    pb.GetStatsRequest: channel.Operation.GET_STATS,
+OPERATIONS: Final[Mapping[type[Any], messages.Operation]] = {
+    pb.InspectRequest: messages.Operation.INSPECT,
+    pb.ListJobsRequest: messages.Operation.LIST_JOBS,
+    pb.CancelJobRequest: messages.Operation.CANCEL_JOB,
+    pb.GetAccessRequest: messages.Operation.GET_ACCESS,
+    pb.GetStatsRequest: messages.Operation.GET_STATS,
 }
 
 
-class Unparsable:
+class UnparsableRequest:
     """What stands in for a request that is no such message; its call is answered as any other."""
 
 
 class ConvertService:
     """The service, over one link to the broker."""
 
-    def __init__(self, broker: Link, relay: Relay) -> None:
+    def __init__(self, broker: BrokerLink, relay: Relay) -> None:
         """Ask this broker, on behalf of the connections of this relay."""
         self.broker = broker
         self.relay = relay
@@ -70,8 +76,8 @@ class ConvertService:
 
     def _unary(
         self, method: Callable[[Q, int], Awaitable[R]], kind: type[Q]
-    ) -> grpc.RpcMethodHandler[Q | Unparsable, R]:
-        async def answer(request: Q | Unparsable, context: Context) -> R:
+    ) -> grpc.RpcMethodHandler[Q | UnparsableRequest, R]:
+        async def answer(request: Q | UnparsableRequest, context: Context) -> R:
             try:
                 return await method(_parsed(request), self._connection_of(context))
             except Exception as error:  # noqa: BLE001 - no traceback goes to a caller
@@ -83,33 +89,35 @@ class ConvertService:
         )
 
     async def _convert(
-        self, request: pb.ConvertRequest | Unparsable, context: Context
+        self, request: pb.ConvertRequest | UnparsableRequest, context: Context
     ) -> AsyncIterator[pb.ConvertResponse]:
         try:
             events = self.convert(_parsed(request), self._connection_of(context))
             async for event in events:
                 yield event
         except Exception as error:  # noqa: BLE001 - no traceback goes to a caller
-            self._report(channel.Operation.CONVERT, context, error)
+            self._report(messages.Operation.CONVERT, context, error)
             await _fail(context, error)
 
-    def _report(self, operation: channel.Operation, context: Context, error: Exception) -> None:
+    def _report(self, operation: messages.Operation, context: Context, error: Exception) -> None:
         """Tell the broker, who keeps the record, of a request that we refuse ourselves."""
-        if isinstance(error, errors.ConvertError):
+        if isinstance(error, conditions.ConvertError):
             number = self.relay.connection_of(context.peer()) or 0
             self.broker.send(
-                channel.Rejected(connection=number, operation=operation, reason=error.reason)
+                messages.RequestRejected(
+                    connection=number, operation=operation, reason=error.reason
+                )
             )
 
     def _connection_of(self, context: Context) -> int:
         """The broker's number for the connection of a call.
 
         Raises:
-            errors.UnknownConnection: it came by no connection that the broker accepted.
+            conditions.UnknownConnection: it came by no connection that the broker accepted.
         """
         number = self.relay.connection_of(context.peer())
         if number is None:
-            raise errors.UnknownConnection
+            raise conditions.UnknownConnection
         return number
 
     async def convert(
@@ -119,8 +127,8 @@ class ConvertService:
         secrets = translate.secrets(request)
         asked = translate.convert_request(request)
         make = functools.partial(_convert_message, connection, asked)
-        with pipes.holding(secrets) as held, self.broker.call(make, held) as call:
-            following = Following(time.monotonic())
+        with secret_pipes.holding(secrets) as held, self.broker.call(make, held) as call:
+            following = ConversionEvents(time.monotonic())
             try:
                 async for event in following.events(call):
                     self.progress[following.job_id] = following.progress
@@ -135,7 +143,7 @@ class ConvertService:
         with self.broker.call(message) as call:
             while True:
                 said = await _next(call)
-                if isinstance(said, channel.Inspected):
+                if isinstance(said, messages.Inspected):
                     call.over = True
                     return translate.inspected(request.source.path, said)
 
@@ -144,9 +152,9 @@ class ConvertService:
         message = functools.partial(_list_message, connection, request)
         with self.broker.call(message) as call:
             answer = pb.ListJobsResponse()
-            while isinstance(said := await _next(call), channel.JobEntry):
+            while isinstance(said := await _next(call), messages.JobEntry):
                 answer.jobs.append(translate.job(said, self.progress.get(said.job_id)))
-            if isinstance(said, channel.Done):
+            if isinstance(said, messages.ReplyComplete):
                 answer.next_page_token = said.next_page_token
             return answer
 
@@ -160,7 +168,7 @@ class ConvertService:
             return pb.CancelJobResponse(job=jobs[0])
 
     async def _jobs(self, call: Call) -> AsyncIterator[pb.Job]:
-        while isinstance(said := await _next(call), channel.JobEntry):
+        while isinstance(said := await _next(call), messages.JobEntry):
             yield translate.job(said, self.progress.get(said.job_id))
 
     async def get_access(
@@ -168,7 +176,7 @@ class ConvertService:
     ) -> pb.GetAccessResponse:
         """GetAccess: who the caller is, and what it may do."""
         with self.broker.call(functools.partial(_access_message, connection)) as call:
-            while not isinstance(report := await _next(call), channel.AccessReport):
+            while not isinstance(report := await _next(call), messages.AccessReport):
                 log.error("not an answer to GetAccess: %s", report)
             call.over = True
             return translate.access(report)
@@ -178,18 +186,18 @@ class ConvertService:
         with self.broker.call(functools.partial(_stats_message, connection)) as call:
             stats = pb.GetStatsResponse()
             bounds: tuple[float, ...] = ()
-            while not isinstance(said := await _next(call), channel.Done):
+            while not isinstance(said := await _next(call), messages.ReplyComplete):
                 match said:
-                    case channel.StatsReport(bounds=bounds):
+                    case messages.StatsReport(bounds=bounds):
                         stats.MergeFrom(translate.stats(said))
-                    case channel.ConversionStats():
+                    case messages.ConversionStats():
                         stats.conversions.append(translate.conversion_stats(said, bounds))
-                    case channel.RefusalStats(reason=reason, count=count):
+                    case messages.RefusalStats(reason=reason, count=count):
                         stats.refusals.add(reason=reason, count=count)
             return stats
 
 
-class Following:
+class ConversionEvents:
     """What one conversion has told so far, and the events that this makes."""
 
     def __init__(self, now: float) -> None:
@@ -197,29 +205,29 @@ class Following:
         self.arrived = now
         self.begun: float | None = None
         self.job_id = ""
-        self.planned: model.Plan | None = None
+        self.planned: values.Plan | None = None
         self.progress = pb.ConvertProgress()
 
     async def events(self, call: Call) -> AsyncIterator[pb.ConvertResponse]:
         """Turn what broker and job say into events, until the result.
 
         Raises:
-            errors.ConvertError, Ends: the conversion ended otherwise.
+            conditions.ConvertError, Ends: the conversion ended otherwise.
         """
         while True:
             match await _next(call):
-                case channel.Waiting(job_id=job_id, position=position):
+                case messages.Queued(job_id=job_id, position=position):
                     self.job_id = job_id
                     # The contract counts those before it.
-                    yield self._progressed(model.Phase.QUEUED, 0.0, position - 1)
-                case channel.Progressed(progress=model.Progress(phase=phase, percent=percent)):
+                    yield self._progressed(values.Phase.QUEUED, 0.0, position - 1)
+                case messages.Progressed(progress=values.Progress(phase=phase, percent=percent)):
                     self._begin(call)
                     yield self._progressed(phase, percent, 0)
-                case channel.Planned(plan=planned):
+                case messages.Planned(plan=planned):
                     self._begin(call)
                     self.planned = planned
                     yield translate.started(self.job_id, planned)
-                case channel.Succeeded(published=published):
+                case messages.Succeeded(published=published):
                     self._begin(call)
                     call.over = True
                     call.finish()
@@ -234,7 +242,7 @@ class Following:
     def _queued_s(self) -> float:
         return (self.begun or time.monotonic()) - self.arrived
 
-    def _progressed(self, phase: model.Phase, percent: float, position: int) -> pb.ConvertResponse:
+    def _progressed(self, phase: values.Phase, percent: float, position: int) -> pb.ConvertResponse:
         total = self.planned.source.virtual_size_bytes if self.planned else 0
         self.progress = pb.ConvertProgress(
             job_id=self.job_id,
@@ -248,10 +256,10 @@ class Following:
         return pb.ConvertResponse(progress=self.progress)
 
 
-class Ends(Exception):
+class CallFailed(Exception):
     """A call ended with a condition that the broker or the job found."""
 
-    def __init__(self, failure: errors.Failure) -> None:
+    def __init__(self, failure: conditions.Failure) -> None:
         super().__init__(failure.message)
         self.failure = failure
 
@@ -264,15 +272,15 @@ async def _next(call: Call) -> object:
         link.BrokerIsGone: nothing will come.
     """
     message = await call.next()
-    failure = link.is_last(message)
+    failure = broker_link.is_last(message)
     if failure is None:
-        call.over = isinstance(message, channel.Done)
+        call.over = isinstance(message, messages.ReplyComplete)
         return message
-    call.over = not isinstance(message, channel.Failed)
+    call.over = not isinstance(message, messages.Failed)
     # A job that took too long says so while its qemu-img, which may be stuck, still lives.
-    if not call.over and failure.status is not errors.Status.DEADLINE_EXCEEDED:
+    if not call.over and failure.status is not conditions.Status.DEADLINE_EXCEEDED:
         call.finish()
-    raise Ends(failure)
+    raise CallFailed(failure)
 
 
 async def _fail(context: Context, error: Exception) -> NoReturn:
@@ -280,40 +288,42 @@ async def _fail(context: Context, error: Exception) -> NoReturn:
     match error:
         case grpc.aio.AbortError():
             raise error
-        case Ends(failure=failure):
-            await status.abort(context, failure)
-        case errors.ConvertError():
-            await status.abort(context, error.failure())
+        case CallFailed(failure=failure):
+            await error_status.abort(context, failure)
+        case conditions.ConvertError():
+            await error_status.abort(context, error.failure())
         case channel.TooLong():
-            await status.abort(context, errors.BadMessage(problem="it is too long").failure())
-        case link.BrokerIsGone():
+            await error_status.abort(
+                context, conditions.BadMessage(problem="it is too long").failure()
+            )
+        case broker_link.BrokerIsGone():
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the daemon ended")
         case _:
             error_id = getrandom.hex_name(6)
             log.error("internal error id=%s", error_id, exc_info=error)
-            await status.abort(context, errors.InternalError(error_id=error_id).failure())
+            await error_status.abort(context, conditions.InternalError(error_id=error_id).failure())
 
 
-def _parser(kind: type[Q]) -> Callable[[bytes], Q | Unparsable]:
+def _parser(kind: type[Q]) -> Callable[[bytes], Q | UnparsableRequest]:
     """Give what parses a request. gRPC answers bytes that are none with UNKNOWN and no reason."""
 
-    def parse(data: bytes) -> Q | Unparsable:
+    def parse(data: bytes) -> Q | UnparsableRequest:
         try:
             return kind.FromString(data)
         except DecodeError:
-            return Unparsable()
+            return UnparsableRequest()
 
     return parse
 
 
-def _parsed(request: Q | Unparsable) -> Q:
+def _parsed(request: Q | UnparsableRequest) -> Q:
     """The request, if it is one.
 
     Raises:
-        errors.BadMessage: it is not.
+        conditions.BadMessage: it is not.
     """
-    if isinstance(request, Unparsable):
-        raise errors.BadMessage(problem="it is not the protobuf message of this call")
+    if isinstance(request, UnparsableRequest):
+        raise conditions.BadMessage(problem="it is not the protobuf message of this call")
     return request
 
 
@@ -321,16 +331,16 @@ def _serialize(message: Message) -> bytes:
     return message.SerializeToString()
 
 
-def _convert_message(connection: int, request: model.ConvertRequest, call: int) -> object:
-    return channel.Convert(call=call, connection=connection, request=request)
+def _convert_message(connection: int, request: values.ConvertRequest, call: int) -> object:
+    return messages.Convert(call=call, connection=connection, request=request)
 
 
-def _inspect_message(connection: int, request: model.InspectRequest, call: int) -> object:
-    return channel.Inspect(call=call, connection=connection, request=request)
+def _inspect_message(connection: int, request: values.InspectRequest, call: int) -> object:
+    return messages.Inspect(call=call, connection=connection, request=request)
 
 
 def _list_message(connection: int, request: pb.ListJobsRequest, call: int) -> object:
-    return channel.ListJobs(
+    return messages.ListJobs(
         call=call,
         connection=connection,
         page_size=request.page_size,
@@ -339,12 +349,12 @@ def _list_message(connection: int, request: pb.ListJobsRequest, call: int) -> ob
 
 
 def _cancel_message(connection: int, job_id: str, call: int) -> object:
-    return channel.CancelJob(call=call, connection=connection, job_id=job_id)
+    return messages.CancelJob(call=call, connection=connection, job_id=job_id)
 
 
 def _access_message(connection: int, call: int) -> object:
-    return channel.GetAccess(call=call, connection=connection)
+    return messages.GetAccess(call=call, connection=connection)
 
 
 def _stats_message(connection: int, call: int) -> object:
-    return channel.GetStats(call=call, connection=connection)
+    return messages.GetStats(call=call, connection=connection)

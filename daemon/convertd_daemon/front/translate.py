@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from convertd.v1 import convert_pb2 as pb
-from convertd_daemon import channel, errors, model
+from convertd_core import conditions, messages, values
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,26 +22,26 @@ V = TypeVar("V")
 NOT_YET: Final = "not in this version"
 
 CACHE_MODES: Final = {
-    pb.CACHE_MODE_UNSPECIFIED: model.CacheMode.AUTO,
-    pb.CACHE_MODE_AUTO: model.CacheMode.AUTO,
-    pb.CACHE_MODE_NONE: model.CacheMode.NONE,
-    pb.CACHE_MODE_WRITEBACK: model.CacheMode.WRITEBACK,
-    pb.CACHE_MODE_WRITETHROUGH: model.CacheMode.WRITETHROUGH,
-    pb.CACHE_MODE_DIRECTSYNC: model.CacheMode.DIRECTSYNC,
+    pb.CACHE_MODE_UNSPECIFIED: values.CacheMode.AUTO,
+    pb.CACHE_MODE_AUTO: values.CacheMode.AUTO,
+    pb.CACHE_MODE_NONE: values.CacheMode.NONE,
+    pb.CACHE_MODE_WRITEBACK: values.CacheMode.WRITEBACK,
+    pb.CACHE_MODE_WRITETHROUGH: values.CacheMode.WRITETHROUGH,
+    pb.CACHE_MODE_DIRECTSYNC: values.CacheMode.DIRECTSYNC,
 }
 COMPRESSIONS: Final = {
-    pb.COMPRESSION_UNSPECIFIED: model.Compression.NONE,
-    pb.COMPRESSION_NONE: model.Compression.NONE,
-    pb.COMPRESSION_DEFAULT: model.Compression.DEFAULT,
-    pb.COMPRESSION_ZLIB: model.Compression.ZLIB,
-    pb.COMPRESSION_ZSTD: model.Compression.ZSTD,
+    pb.COMPRESSION_UNSPECIFIED: values.Compression.NONE,
+    pb.COMPRESSION_NONE: values.Compression.NONE,
+    pb.COMPRESSION_DEFAULT: values.Compression.DEFAULT,
+    pb.COMPRESSION_ZLIB: values.Compression.ZLIB,
+    pb.COMPRESSION_ZSTD: values.Compression.ZSTD,
 }
 PREALLOCATIONS: Final = {
-    pb.PREALLOCATION_UNSPECIFIED: model.Preallocation.OFF,
-    pb.PREALLOCATION_OFF: model.Preallocation.OFF,
-    pb.PREALLOCATION_METADATA: model.Preallocation.METADATA,
-    pb.PREALLOCATION_FALLOC: model.Preallocation.FALLOC,
-    pb.PREALLOCATION_FULL: model.Preallocation.FULL,
+    pb.PREALLOCATION_UNSPECIFIED: values.Preallocation.OFF,
+    pb.PREALLOCATION_OFF: values.Preallocation.OFF,
+    pb.PREALLOCATION_METADATA: values.Preallocation.METADATA,
+    pb.PREALLOCATION_FALLOC: values.Preallocation.FALLOC,
+    pb.PREALLOCATION_FULL: values.Preallocation.FULL,
 }
 ENCRYPTIONS: Final = {
     pb.ENCRYPTION_FORMAT_UNSPECIFIED: "luks",
@@ -76,44 +76,44 @@ QEMU_VALUES: Final = {
 CACHE_MODES_OUT: Final = {mode: number for number, mode in CACHE_MODES.items()}
 COMPRESSIONS_OUT: Final = {mode.value: number for number, mode in COMPRESSIONS.items()}
 PHASES: Final = {
-    model.Phase.QUEUED: pb.PHASE_QUEUED,
-    model.Phase.PREPARING: pb.PHASE_PREPARING,
-    model.Phase.CONVERTING: pb.PHASE_CONVERTING,
-    model.Phase.FLUSHING: pb.PHASE_FLUSHING,
-    model.Phase.VERIFYING: pb.PHASE_VERIFYING,
-    model.Phase.PUBLISHING: pb.PHASE_PUBLISHING,
+    values.Phase.QUEUED: pb.PHASE_QUEUED,
+    values.Phase.PREPARING: pb.PHASE_PREPARING,
+    values.Phase.CONVERTING: pb.PHASE_CONVERTING,
+    values.Phase.FLUSHING: pb.PHASE_FLUSHING,
+    values.Phase.VERIFYING: pb.PHASE_VERIFYING,
+    values.Phase.PUBLISHING: pb.PHASE_PUBLISHING,
 }
 STATES: Final = {
-    channel.JobState.QUEUED: pb.JOB_STATE_QUEUED,
-    channel.JobState.RUNNING: pb.JOB_STATE_RUNNING,
-    channel.JobState.CANCELLING: pb.JOB_STATE_CANCELLING,
-    channel.JobState.UNKILLABLE: pb.JOB_STATE_UNKILLABLE,
+    messages.JobState.QUEUED: pb.JOB_STATE_QUEUED,
+    messages.JobState.RUNNING: pb.JOB_STATE_RUNNING,
+    messages.JobState.CANCELLING: pb.JOB_STATE_CANCELLING,
+    messages.JobState.UNKILLABLE: pb.JOB_STATE_UNKILLABLE,
 }
 KINDS: Final = {
-    model.RootKind.FILES: pb.ROOT_KIND_FILE,
-    model.RootKind.BLOCK: pb.ROOT_KIND_BLOCK,
+    values.RootKind.FILES: pb.ROOT_KIND_FILE,
+    values.RootKind.BLOCK: pb.ROOT_KIND_BLOCK,
 }
 ACCESSES: Final = {
-    model.Access.DAEMON: pb.ROOT_ACCESS_DAEMON,
-    model.Access.CALLER: pb.ROOT_ACCESS_CALLER,
+    values.RootAccess.DAEMON: pb.ROOT_ACCESS_DAEMON,
+    values.RootAccess.CALLER: pb.ROOT_ACCESS_CALLER,
 }
 OVERWRITES: Final = {
-    model.Overwrite.OWN: pb.OVERWRITE_SCOPE_OWN,
-    model.Overwrite.ANY: pb.OVERWRITE_SCOPE_ANY,
+    values.OverwriteScope.OWN: pb.OVERWRITE_SCOPE_OWN,
+    values.OverwriteScope.ANY: pb.OVERWRITE_SCOPE_ANY,
 }
 
 
 # --- requests ----------------------------------------------------------------------------------
 
 
-def convert_request(message: pb.ConvertRequest) -> model.ConvertRequest:
+def convert_request(message: pb.ConvertRequest) -> values.ConvertRequest:
     """What a ConvertRequest asks for.
 
     Raises:
-        errors.BadOption: a value of an enum that this version does not know.
-        errors.BadOption: options of another format.
+        conditions.BadOption: a value of an enum that this version does not know.
+        conditions.BadOption: options of another format.
     """
-    return model.ConvertRequest(
+    return values.ConvertRequest(
         source=_source(message.source),
         dest=_dest(message.dest),
         cache_mode=_known(CACHE_MODES, message.cache_mode, "cache_mode"),
@@ -124,9 +124,9 @@ def convert_request(message: pb.ConvertRequest) -> model.ConvertRequest:
     )
 
 
-def inspect_request(message: pb.InspectRequest) -> model.InspectRequest:
+def inspect_request(message: pb.InspectRequest) -> values.InspectRequest:
     """What an InspectRequest asks for."""
-    return model.InspectRequest(source=_source(message.source))
+    return values.InspectRequest(source=_source(message.source))
 
 
 def secrets(message: pb.ConvertRequest) -> list[bytes]:
@@ -144,11 +144,11 @@ def _taken(ends: list[pb.SourceEncryption] | list[pb.DestinationEncryption]) -> 
     return found
 
 
-def _source(message: pb.Source) -> model.Source:
+def _source(message: pb.Source) -> values.Source:
     encrypted = message.HasField("encryption")
     if encrypted:
         _known(ENCRYPTIONS, message.encryption.format, "source.encryption.format")
-    return model.Source(
+    return values.Source(
         path=message.path,
         format=message.format,
         encrypted=encrypted,
@@ -156,8 +156,8 @@ def _source(message: pb.Source) -> model.Source:
     )
 
 
-def _dest(message: pb.Destination) -> model.Dest:
-    return model.Dest(
+def _dest(message: pb.Destination) -> values.Destination:
+    return values.Destination(
         path=message.path,
         format=message.format,
         compression=_known(COMPRESSIONS, message.compression, "dest.compression"),
@@ -171,12 +171,12 @@ def _dest(message: pb.Destination) -> model.Dest:
     )
 
 
-def _encryption(message: pb.Destination) -> model.Encryption | None:
+def _encryption(message: pb.Destination) -> values.DestinationEncryption | None:
     if not message.HasField("encryption"):
         return None
-    asked, default = message.encryption, model.Encryption()
+    asked, default = message.encryption, values.DestinationEncryption()
     _known(ENCRYPTIONS, asked.format, "dest.encryption.format")
-    return model.Encryption(
+    return values.DestinationEncryption(
         cipher_alg=asked.cipher_alg or default.cipher_alg,
         cipher_mode=asked.cipher_mode or default.cipher_mode,
         hash_alg=asked.hash_alg or default.hash_alg,
@@ -186,16 +186,16 @@ def _encryption(message: pb.Destination) -> model.Encryption | None:
     )
 
 
-def _options(message: pb.Destination) -> tuple[model.Option, ...]:
+def _options(message: pb.Destination) -> tuple[values.CreationOption, ...]:
     """The options of the format, in qemu's words; those left out are qemu's to choose."""
     kind = message.WhichOneof("options")
     if kind is None:
         return ()
     if kind != message.format:
         problem = f"are options of another format than {message.format[:32]!r}"
-        raise errors.BadOption(field=f"dest.{kind}", problem=problem)
+        raise conditions.BadOption(field=f"dest.{kind}", problem=problem)
     return tuple(
-        model.Option(
+        values.CreationOption(
             name=QEMU_NAMES.get(field.name, field.name), value=_qemu_value(kind, field, value)
         )
         for field, value in getattr(message, kind).ListFields()
@@ -215,13 +215,13 @@ def _known(table: Mapping[Any, V], key: object, field: str) -> V:
         return table[key]
     except KeyError as error:
         number = key[1] if isinstance(key, tuple) else key
-        raise errors.BadOption(field=field, problem=f"has no value {number}") from error
+        raise conditions.BadOption(field=field, problem=f"has no value {number}") from error
 
 
 # --- replies -----------------------------------------------------------------------------------
 
 
-def plan(value: model.Plan) -> pb.Plan:
+def plan(value: values.Plan) -> pb.Plan:
     """A plan, for people and programs to read."""
     return pb.Plan(
         source_format=value.source.format,
@@ -237,13 +237,13 @@ def plan(value: model.Plan) -> pb.Plan:
     )
 
 
-def started(job_id: str, value: model.Plan) -> pb.ConvertResponse:
+def started(job_id: str, value: values.Plan) -> pb.ConvertResponse:
     """The first event of a conversion that runs."""
     event = pb.ConvertStarted(job_id=job_id, plan=plan(value))
     return pb.ConvertResponse(started=event)
 
 
-def result(job_id: str, value: model.Published, queued_s: float) -> pb.ConvertResponse:
+def result(job_id: str, value: values.Published, queued_s: float) -> pb.ConvertResponse:
     """The last event of a conversion that succeeded."""
     planned = value.plan
     speed = planned.source.virtual_size_bytes / value.seconds if value.seconds else 0.0
@@ -266,11 +266,11 @@ def result(job_id: str, value: model.Published, queued_s: float) -> pb.ConvertRe
     return pb.ConvertResponse(result=event)
 
 
-def _cache(value: model.ChosenCache) -> pb.CacheChoice:
+def _cache(value: values.CacheChoice) -> pb.CacheChoice:
     return pb.CacheChoice(mode=CACHE_MODES_OUT[value.mode], reason=value.reason)
 
 
-def _member(member: model.Member) -> pb.ImageMember:
+def _member(member: values.ChainMember) -> pb.ImageMember:
     info = member.info
     return pb.ImageMember(
         path=member.path,
@@ -281,7 +281,7 @@ def _member(member: model.Member) -> pb.ImageMember:
     )
 
 
-def inspected(path: str, message: channel.Inspected) -> pb.InspectResponse:
+def inspected(path: str, message: messages.Inspected) -> pb.InspectResponse:
     """What an image is."""
     top = message.chain[0].info
     return pb.InspectResponse(
@@ -309,7 +309,7 @@ def inspected(path: str, message: channel.Inspected) -> pb.InspectResponse:
     )
 
 
-def _snapshot(value: model.Snapshot) -> pb.Snapshot:
+def _snapshot(value: values.Snapshot) -> pb.Snapshot:
     message = pb.Snapshot(
         id=value.id,
         name=value.name,
@@ -320,11 +320,11 @@ def _snapshot(value: model.Snapshot) -> pb.Snapshot:
     return message
 
 
-def _warnings(values: tuple[model.Warned, ...]) -> list[pb.Warning]:
-    return [pb.Warning(reason=item.reason, message=item.message) for item in values]
+def _warnings(items: tuple[values.Warning, ...]) -> list[pb.Warning]:
+    return [pb.Warning(reason=item.reason, message=item.message) for item in items]
 
 
-def job(entry: channel.JobEntry, progress: pb.ConvertProgress | None) -> pb.Job:
+def job(entry: messages.JobEntry, progress: pb.ConvertProgress | None) -> pb.Job:
     """One line of the list of jobs."""
     message = pb.Job(
         job_id=entry.job_id,
@@ -346,7 +346,7 @@ def job(entry: channel.JobEntry, progress: pb.ConvertProgress | None) -> pb.Job:
     return message
 
 
-def access(report: channel.AccessReport) -> pb.GetAccessResponse:
+def access(report: messages.AccessReport) -> pb.GetAccessResponse:
     """Who the daemon takes the caller for, and what that may do."""
     return pb.GetAccessResponse(
         uid=report.uid,
@@ -361,13 +361,13 @@ def access(report: channel.AccessReport) -> pb.GetAccessResponse:
             landlock_abi=report.versions.landlock_abi,
             kernel=report.versions.kernel,
         ),
-        source_formats=sorted(report.versions.formats & model.FORMATS),
-        dest_formats=sorted(report.versions.formats & model.WRITABLE_FORMATS),
+        source_formats=sorted(report.versions.formats & values.FORMATS),
+        dest_formats=sorted(report.versions.formats & values.WRITABLE_FORMATS),
         compressions=[COMPRESSIONS_OUT[name] for name in report.versions.compressions],
     )
 
 
-def _limits(limits: model.Limits) -> pb.Limits:
+def _limits(limits: values.Limits) -> pb.Limits:
     return pb.Limits(
         jobs=limits.jobs,
         jobs_per_user=limits.jobs_per_user,
@@ -385,7 +385,7 @@ def _limits(limits: model.Limits) -> pb.Limits:
     )
 
 
-def _grant(rule: model.RuleRights) -> pb.Grant:
+def _grant(rule: values.RuleRights) -> pb.Grant:
     return pb.Grant(
         rule=rule.rule,
         roots=[
@@ -406,7 +406,7 @@ def _grant(rule: model.RuleRights) -> pb.Grant:
     )
 
 
-def stats(report: channel.StatsReport) -> pb.GetStatsResponse:
+def stats(report: messages.StatsReport) -> pb.GetStatsResponse:
     """What the daemon does now; its counts follow."""
     answer = pb.GetStatsResponse(
         jobs_running=report.running, jobs_queued=report.queued, connections=report.connections
@@ -416,7 +416,7 @@ def stats(report: channel.StatsReport) -> pb.GetStatsResponse:
 
 
 def conversion_stats(
-    counted: channel.ConversionStats, bounds: tuple[float, ...]
+    counted: messages.ConversionStats, bounds: tuple[float, ...]
 ) -> pb.ConversionStats:
     """Conversions of one kind. Each bucket counts those before it too."""
     totals = itertools.accumulate(counted.buckets)

@@ -11,11 +11,11 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Final
 
-from convertd_daemon import errors, model
+from convertd_core import conditions, values
 
 if TYPE_CHECKING:
-    from convertd_daemon.job.chain import Link
-    from convertd_daemon.job.paths import Source
+    from convertd_daemon.job.files.paths import Source
+    from convertd_daemon.job.qemu.backing_chain import ChainLink
 
 MARKED: Final = "it is marked as corrupt"
 COUNTS: Final = "its reference counts are wrong, as qemu-img check tells"
@@ -49,30 +49,32 @@ def is_harmless(said: str, most_bytes: int) -> bool:
     return bool(found) and all(_HARMLESS.fullmatch(line) for line in found)
 
 
-def check_mark(asked: model.Source, link: Link) -> None:
+def check_mark(asked: values.Source, link: ChainLink) -> None:
     """Judge an image that says of itself that it is corrupt.
 
     Raises:
-        errors.ImageDamaged, errors.DamageNotAllowed: as `accept` says.
+        conditions.ImageDamaged, conditions.DamageNotAllowed: as `accept` says.
     """
     if link.info.corrupt:
         accept(asked, link.source, MARKED)
 
 
-def accept(asked: model.Source, source: Source, problem: str) -> None:
+def accept(asked: values.Source, source: Source, problem: str) -> None:
     """Go on with a damaged image, if that was asked for and its root allows it.
 
     Raises:
-        errors.ImageDamaged: it was not asked for.
-        errors.DamageNotAllowed: it was, and the policy does not allow it.
+        conditions.ImageDamaged: it was not asked for.
+        conditions.DamageNotAllowed: it was, and the policy does not allow it.
     """
     path = source.place.path
     if not asked.accept_damaged:
-        raise errors.ImageDamaged(path=path, problem=problem)
+        raise conditions.ImageDamaged(path=path, problem=problem)
     if not source.place.root.accept_damaged:
-        raise errors.DamageNotAllowed(path=path, problem=problem)
+        raise conditions.DamageNotAllowed(path=path, problem=problem)
 
 
-def warning(path: str, problem: str) -> model.Warned:
+def warning(path: str, problem: str) -> values.Warning:
     """What a result says of such a source."""
-    return model.Warned(reason="SOURCE_DAMAGED", message=f"{path}: {problem}; it was read as it is")
+    return values.Warning(
+        reason="SOURCE_DAMAGED", message=f"{path}: {problem}; it was read as it is"
+    )

@@ -16,11 +16,20 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
-from convertd_daemon import channel, errors, model
-from convertd_daemon.job import account, leash, own, pipeline, qemu_img, rights, secrets
-from convertd_daemon.kernel import close_range, getrandom, prctl
+from convertd_core import conditions, messages, values
+from convertd_daemon import channel
+from convertd_daemon.job import (
+    context,
+    local_grant,
+    outcome,
+    pipeline,
+    secrets,
+)
+from convertd_daemon.job.files import credentials
+from convertd_daemon.job.qemu import execution
+from convertd_daemon.linux import close_range, getrandom, prctl
 from convertd_daemon.sandbox import limits, seccomp
-from convertd_daemon.sandbox.gate import Gate
+from convertd_daemon.sandbox.prefork_slot import PreforkSlot
 from convertd_daemon.sandbox.setup import Setup
 
 if TYPE_CHECKING:
@@ -40,17 +49,17 @@ class Empty(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Begun:
+class AssignedJob:
     """A job and its grant, for a process that is forked with it."""
 
     job_id: str
-    grant: model.Grant | model.InspectGrant
+    grant: values.ConvertGrant | values.InspectGrant
 
 
-def forked(
-    begun: Begun | None,
-    orders: channel.Channel,
-    line: account.Witness,
+def run_forked(
+    assigned: AssignedJob | None,
+    assignments: channel.Channel,
+    job_channel: outcome.OutcomeReporter,
     setup: Setup,
     empty: Empty,
 ) -> NoReturn:
@@ -61,20 +70,22 @@ def forked(
     for that. All signals are blocked until ours are set.
     """
     try:
-        close_range.close_all_but({0, 1, 2, orders.fileno(), *line.descriptors(), empty.writer})
+        close_range.close_all_but(
+            {0, 1, 2, assignments.fileno(), *job_channel.descriptors(), empty.writer}
+        )
         empty.tell()
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
-        leash.end_on_sigterm()
+        context.cancel_on_sigterm()
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        rights.die_with(empty.parent)
+        credentials.die_with(empty.parent)
         os.umask(0o077)
-        job, gate = (begun, None) if begun else _wait(orders, setup)
-        orders.close()
+        job, slot = (assigned, None) if assigned else _wait_for_assignment(assignments, setup)
+        assignments.close()
         prctl.set_name("convertd-job")
-        _work(lambda: job.grant, line, setup, gate)
-    except leash.Cut:
+        _work(lambda: job.grant, job_channel, setup, slot)
+    except context.Cancelled:
         log.info("job cut short at its very end")
     except channel.Closed:
         log.debug("no job came pid=%d", os.getpid())
@@ -84,89 +95,91 @@ def forked(
         # Whatever happens, and SIGTERM may happen here too: a job must never return into the
         # broker's code.
         try:
-            leash.outlive_sigterm()
-            line.give(done=False)
+            context.ignore_sigterm()
+            job_channel.give(done=False)
             logging.shutdown()
         finally:
             os._exit(0)
 
 
-def _wait(orders: channel.Channel, setup: Setup) -> tuple[Begun, Gate]:
+def _wait_for_assignment(
+    assignments: channel.Channel, setup: Setup
+) -> tuple[AssignedJob, PreforkSlot]:
     """Wait for the one order, at the gate with a process that will be its first qemu-img.
 
     Raises:
         channel.Closed: there will be none.
-        leash.Cut: SIGTERM came first.
+        leash.Cancelled: SIGTERM came first.
     """
-    prctl.set_name("convertd-spare")
-    gate = Gate(setup.seccomp)
+    prctl.set_name("convertd-idle")
+    slot = PreforkSlot(setup.seccomp)
     # What can't be forked now is forked when it is needed, or says why not.
     with contextlib.suppress(OSError):
-        gate.fork()
+        slot.fork()
     try:
-        begin, _ = orders.receive(channel.Begin)
+        begin, _ = assignments.receive(messages.StartJob)
     except BaseException:
-        gate.close()
+        slot.close()
         raise
-    return Begun(job_id=begin.job_id, grant=begin.grant), gate
+    return AssignedJob(job_id=begin.job_id, grant=begin.grant), slot
 
 
 def main() -> int:
     """Be the job as a program of its own, with the caller's own rights."""
     logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
-    line = channel.Channel(socket.socket(fileno=os.dup(0)))
+    job_channel = channel.Channel(socket.socket(fileno=os.dup(0)))
     os.umask(0o077)
     limits.refuse_core_dumps()
-    order, _ = line.receive(channel.Order)
+    order, _ = job_channel.receive(messages.LocalRequest)
     setup = Setup(
         path=order.qemu_img, identity=None, seccomp=seccomp.compile_profile(seccomp.QEMU_IMG)
     )
-    _work(lambda: own.grant(order), line, setup)
+    _work(lambda: local_grant.grant(order), job_channel, setup)
     return 0
 
 
 def _work(
-    asked: Callable[[], model.Grant | model.InspectGrant],
-    line: channel.Channel,
+    asked: Callable[[], values.ConvertGrant | values.InspectGrant],
+    job_channel: channel.Channel,
     setup: Setup,
-    gate: Gate | None = None,
+    slot: PreforkSlot | None = None,
 ) -> None:
     """Do what is granted, and say how it ended, unless somebody cut it short and knows.
 
     `gate` is the one that was made ahead.
     """
-    leash.end_on_sigterm()
+    context.cancel_on_sigterm()
     try:
         grant = asked()
-        with qemu_img.opened(setup, gate or Gate(setup.seccomp)) as worker:
-            if isinstance(grant, model.Grant):
-                tether = leash.Leash(line, grant.limits.duration_s)
-                kept = _secrets_of(grant.request, line)
-                pipeline.convert(grant, kept, qemu_img.Runner(worker, tether))
+        with execution.opened(setup, slot or PreforkSlot(setup.seccomp)) as worker:
+            if isinstance(grant, values.ConvertGrant):
+                job_context = context.JobContext(job_channel, grant.limits.duration_s)
+                passphrases = _secrets_of(grant.request, job_channel)
+                pipeline.convert(grant, passphrases, execution.Runner(worker, job_context))
             else:
-                tether = leash.Leash(line, grant.limits.inspect_s)
-                pipeline.inspect(grant, qemu_img.Runner(worker, tether))
-    except leash.Cut:
+                job_context = context.JobContext(job_channel, grant.limits.inspect_s)
+                pipeline.inspect(grant, execution.Runner(worker, job_context))
+    except context.Cancelled:
         log.info("job cut short")
-    except errors.ConvertError as error:
-        _say_failed(line, error.failure())
+    except conditions.ConvertError as error:
+        _send_failure(job_channel, error.failure())
     except Exception:
         error_id = getrandom.hex_name(6)
         log.exception("internal error id=%s", error_id)
-        _say_failed(line, errors.InternalError(error_id=error_id).failure())
+        _send_failure(job_channel, conditions.InternalError(error_id=error_id).failure())
 
 
-def _secrets_of(request: model.ConvertRequest, line: channel.Channel) -> secrets.Secrets:
+def _secrets_of(request: values.ConvertRequest, job_channel: channel.Channel) -> secrets.Secrets:
     try:
         return secrets.take(
-            line, source=request.source.encrypted, dest=request.dest.encryption is not None
+            job_channel, source=request.source.encrypted, dest=request.dest.encryption is not None
         )
     except channel.Closed as error:
-        raise leash.Cut from error
+        raise context.Cancelled from error
 
 
-def _say_failed(line: channel.Channel, failure: errors.Failure) -> None:
+def _send_failure(job_channel: channel.Channel, failure: conditions.Failure) -> None:
     try:
-        line.send(channel.Failed(failure=failure))
+        job_channel.send(messages.Failed(failure=failure))
     except channel.Closed:
         log.info("nobody heard reason=%s message=%r", failure.reason, failure.message)

@@ -11,101 +11,110 @@ import dataclasses
 import functools
 import os
 
-from convertd_daemon import channel, model
+from convertd_core import messages, values
 from convertd_daemon.job import (
-    chain,
-    check,
-    clone,
-    devices,
-    ends,
-    integrity,
-    leash,
-    narrow,
-    paths,
-    plan,
-    publish,
-    qemu_img,
-    run,
+    confinement,
+    context,
+    endpoints,
     secrets,
-    unchanged,
+)
+from convertd_daemon.job.files import (
+    clone,
+    device_dest,
+    paths,
+    publish,
+    source_change,
+)
+from convertd_daemon.job.qemu import (
+    backing_chain,
+    conversion,
+    execution,
+    integrity,
+    plan,
+    verification,
 )
 
 
-def convert(grant: model.Grant, kept: secrets.Secrets, runner: qemu_img.Runner) -> None:
+def convert(
+    grant: values.ConvertGrant, passphrases: secrets.Secrets, runner: execution.Runner
+) -> None:
     """Convert one image, and tell the channel what becomes of it."""
-    line, request = runner.leash, grant.request
-    line.progress(model.Phase.PREPARING)
+    context_, request = runner.context, grant.request
+    context_.progress(values.Phase.PREPARING)
     with contextlib.ExitStack() as stack:
         # 1. Open: names become descriptors, and the rest of the file system is closed to us.
         source = stack.enter_context(paths.open_source(grant.source, grant.peer))
-        dest = stack.enter_context(ends.open_dest(grant, runner.worker.setup))
-        narrow.to_roots(grant, source, dest, runner.worker)
+        dest = stack.enter_context(endpoints.open_dest(grant, runner.worker.setup))
+        confinement.to_roots(grant, source, dest, runner.worker)
         # 2. Ask what the source is, and what it stands on.
-        links = chain.follow(grant, source, dataclasses.replace(runner, asks=True), stack)
-        chain.check_encryption(grant.request.source, links[0])
-        both = ends.Ends(chain=links, dest=dest)
-        narrow.to_inodes(grant, both, runner.worker)
+        links = backing_chain.follow(grant, source, dataclasses.replace(runner, asks=True), stack)
+        backing_chain.check_encryption(grant.request.source, links[0])
+        both = endpoints.Endpoints(chain=links, dest=dest)
+        confinement.to_inodes(grant, both, runner.worker)
         # 3. Plan.
         planned = plan.make(grant, both.members, both.try_out(request.dest.format))
-        ends.check_room(both, planned)
-        line.tell(channel.Planned(plan=planned))
-        whole = stack.enter_context(integrity.Examination(grant, both, kept, runner))
-        if request.validate_only or isinstance(dest, devices.DeviceDest):
+        endpoints.check_room(both, planned)
+        context_.send(messages.Planned(plan=planned))
+        whole = stack.enter_context(integrity.IntegrityCheck(grant, both, passphrases, runner))
+        if request.validate_only or isinstance(dest, device_dest.DeviceDest):
             # A device is not begun with what can't be ended.
             whole.finish()
         if request.validate_only:
-            line.tell(channel.Succeeded(published=_validated(planned, dest, whole, line)))
+            context_.send(messages.Succeeded(published=_validated(planned, dest, whole, context_)))
             return
-        compare = functools.partial(check.compare, grant, planned, both, kept, runner)
-        with ends.undefined_on_failure(dest, line):
-            with unchanged.watched(both.sources, compare) as watch, whole.awaited():
+        compare = functools.partial(verification.compare, grant, planned, both, passphrases, runner)
+        with endpoints.undefined_on_failure(dest, context_):
+            with source_change.watched(both.sources, compare) as watch, whole.required():
                 # 4. Run, and ask meanwhile whether the file holds all of the image.
-                line.progress(model.Phase.CONVERTING)
-                warnings = run.convert(grant, planned, both, kept, whole.beside())
+                context_.progress(values.Phase.CONVERTING)
+                warnings = conversion.convert(grant, planned, both, passphrases, whole.runner())
                 if clone.SHARED in warnings:
                     watch.end()
                 # 5. Check.
-                after = model.Phase.VERIFYING if request.verify else model.Phase.FLUSHING
-                line.progress(after, run.ALL)
-                check.check(grant, planned, both, runner)
+                after = values.Phase.VERIFYING if request.verify else values.Phase.FLUSHING
+                context_.progress(after, conversion.ALL)
+                verification.check(grant, planned, both, runner)
                 if request.verify:
                     compare()
             # 6. Publish.
-            line.progress(model.Phase.PUBLISHING, run.ALL)
+            context_.progress(values.Phase.PUBLISHING, conversion.ALL)
             warnings += publish.flush(grant, planned, dest)
-            line.check()
-        with leash.no_way_back():
-            replaced = publish.name(grant, dest)
-            published = model.Published(
+            context_.check()
+        with context.defer_sigterm():
+            replaced = publish.assign_name(grant, dest)
+            published = values.Published(
                 plan=planned,
                 published=True,
                 verified=request.verify,
                 replaced=replaced,
                 allocated_size_bytes=os.fstat(dest.fd).st_blocks * 512,
-                seconds=line.seconds,
+                seconds=context_.seconds,
                 warnings=(*planned.warnings, *whole.warnings, *warnings),
             )
-            line.tell(channel.Succeeded(published=published))
+            context_.send(messages.Succeeded(published=published))
 
 
-def inspect(grant: model.InspectGrant, runner: qemu_img.Runner) -> None:
+def inspect(grant: values.InspectGrant, runner: execution.Runner) -> None:
     """Say what an image is, and what it stands on as far as the caller may read."""
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(paths.open_source(grant.source, grant.peer))
-        narrow.to_roots(grant, source, None, runner.worker)
-        runner.leash.tell(chain.describe(grant, source, runner, stack))
+        confinement.to_roots(grant, source, None, runner.worker)
+        runner.context.send(backing_chain.describe(grant, source, runner, stack))
 
 
 def _validated(
-    planned: model.Plan, dest: ends.Dest, whole: integrity.Examination, line: leash.Leash
-) -> model.Published:
+    planned: values.Plan,
+    dest: endpoints.Dest,
+    whole: integrity.IntegrityCheck,
+    context_: context.JobContext,
+) -> values.Published:
     """The outcome of a request that was only to be checked."""
-    return model.Published(
+    return values.Published(
         plan=planned,
         published=False,
         verified=False,
         replaced=False,
         allocated_size_bytes=0,
-        seconds=line.seconds,
-        warnings=(*planned.warnings, *whole.warnings, *ends.expected_warnings(dest)),
+        seconds=context_.seconds,
+        warnings=(*planned.warnings, *whole.warnings, *endpoints.expected_warnings(dest)),
     )

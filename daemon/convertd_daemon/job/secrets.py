@@ -18,7 +18,8 @@ import select
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from convertd_daemon import channel, codec, errors
+from convertd_core import codec, conditions
+from convertd_daemon import channel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,8 +48,8 @@ def take(line: channel.Channel, *, source: bool, dest: bool) -> Secrets:
     """Take the passphrases of the ends that have one from the front, in that order.
 
     Raises:
-        errors.BadMessage: one did not come in time, or something else did.
-        errors.BadOption: one is empty or too long.
+        conditions.BadMessage: one did not come in time, or something else did.
+        conditions.BadOption: one is empty or too long.
         channel.Closed: nobody waits for the result any more.
     """
     wanted = [name for name, asked in ((SOURCE, source), (DEST, dest)) if asked]
@@ -57,19 +58,19 @@ def take(line: channel.Channel, *, source: bool, dest: bool) -> Secrets:
 
 def _receive(name: str, line: channel.Channel) -> bytes:
     if not select.select([line], [], [], LIMIT_S)[0]:
-        raise errors.BadMessage(problem="a passphrase did not come")
+        raise conditions.BadMessage(problem="a passphrase did not come")
     try:
         secret = line.receive_passphrase(MAX_BYTES + 1)
     except codec.CodecError as error:
-        raise errors.BadMessage(problem="not a passphrase") from error
+        raise conditions.BadMessage(problem="not a passphrase") from error
     if not 1 <= len(secret) <= MAX_BYTES:
         problem = f"must have 1 to {MAX_BYTES} bytes"
-        raise errors.BadOption(field=f"{name}.encryption.passphrase", problem=problem)
+        raise conditions.BadOption(field=f"{name}.encryption.passphrase", problem=problem)
     return secret
 
 
 @contextlib.contextmanager
-def offered(secrets: Secrets, worker: Identity | None) -> Iterator[dict[str, int]]:
+def as_pipes(secrets: Secrets, worker: Identity | None) -> Iterator[dict[str, int]]:
     """Put the passphrases on fresh pipes that only the worker can open; gives the ends by id."""
     with contextlib.ExitStack() as stack:
         ends = {}

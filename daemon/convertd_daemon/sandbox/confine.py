@@ -6,10 +6,10 @@ refuse to work in a process that has more threads already.
 
 from collections.abc import Iterable
 
-from convertd_daemon.kernel import prctl
-from convertd_daemon.kernel.landlock import AccessFs
+from convertd_daemon.linux import prctl
+from convertd_daemon.linux.landlock import AccessFs
 from convertd_daemon.sandbox import landlock, runtime, seccomp
-from convertd_daemon.sandbox.gate import Gate
+from convertd_daemon.sandbox.prefork_slot import PreforkSlot
 
 
 def confine_front(private: int | str, compiled: bytes) -> None:
@@ -37,7 +37,7 @@ def confine_front(private: int | str, compiled: bytes) -> None:
     seccomp.load(compiled)
 
 
-def confine_job(gate: Gate, program: int, rules: Iterable[landlock.Rule]) -> None:
+def confine_job(gate: PreforkSlot, program: int, rules: Iterable[landlock.Rule]) -> None:
     """Leave a job the inodes and directories of `rules`, and what qemu-img needs to start.
 
     Layers of Landlock intersect: what a job may not do, none of its qemu-img may, and nobody who
@@ -50,4 +50,4 @@ def confine_job(gate: Gate, program: int, rules: Iterable[landlock.Rule]) -> Non
         OSError: a step was refused; the process may be half confined: exit.
         ValueError: there are several threads, or the program is no ELF file.
     """
-    gate.narrow((*runtime.rules(program), *rules))
+    gate.add_landlock_layer((*runtime.rules(program), *rules))

@@ -11,7 +11,7 @@ import enum
 import os
 from collections.abc import Iterable
 
-from convertd_daemon.kernel.capabilities import Capability
+from convertd_daemon.linux.capabilities import Capability
 
 
 class SandboxError(Exception):

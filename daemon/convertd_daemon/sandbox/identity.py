@@ -5,8 +5,8 @@ import os
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from convertd_daemon.kernel import capabilities, prctl
-from convertd_daemon.kernel.capabilities import Capability
+from convertd_daemon.linux import capabilities, prctl
+from convertd_daemon.linux.capabilities import Capability
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from convertd_daemon.kernel import landlock, prctl, unshare
-from convertd_daemon.kernel.landlock import AccessFs, AccessNet, Scope
+from convertd_daemon.linux import landlock, prctl, unshare
+from convertd_daemon.linux.landlock import AccessFs, AccessNet, Scope
 from convertd_daemon.sandbox import errors
 
 READ: Final = AccessFs.READ_FILE

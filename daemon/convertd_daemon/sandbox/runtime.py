@@ -4,7 +4,7 @@ import os
 import struct
 from typing import Final
 
-from convertd_daemon.kernel.landlock import AccessFs
+from convertd_daemon.linux.landlock import AccessFs
 from convertd_daemon.sandbox import landlock
 
 _LOADER_CACHE: Final = "/etc/ld.so.cache"

@@ -13,8 +13,8 @@ import struct
 from dataclasses import dataclass
 from typing import Final
 
-from convertd_daemon.kernel import libseccomp, seccomp
-from convertd_daemon.kernel.libseccomp import Compare, Condition
+from convertd_daemon.linux import libseccomp, seccomp
+from convertd_daemon.linux.libseccomp import Compare, Condition
 from convertd_daemon.sandbox import allowed_calls, errors, limits
 
 # The youngest call the front's list has been held against: file_setattr(2), Linux 6.17.

@@ -24,8 +24,8 @@ COMMAND: Final = Path(sys.executable).with_name("convertd")
 
 FRONT: Final = "convertd-front"
 JOB: Final = "convertd-job"
-SPARE: Final = "convertd-spare"
-GATE: Final = "convertd-gate"  # the spare's own, which will be its first qemu-img
+SPARE: Final = "convertd-idle"
+GATE: Final = "convertd-child"  # the spare's own, which will be its first qemu-img
 QEMU_IMG: Final = "qemu-img"
 
 LIVE: Final[set[Daemon]] = set()

@@ -156,10 +156,10 @@ def with_header(disk: bytes) -> bytes:
     """
     cluster = 65536
     start = -(-len(disk) // cluster)
-    places = [(start + number) * cluster for number in range(4)]
-    header = Qcow2(l1_offset=places[2]).header()
-    header = header[:48] + struct.pack(">Q", places[0]) + header[56:]
-    counts = struct.pack(">Q", places[1]), struct.pack(">H", 1) * (start + 4)
-    tables = (*counts, struct.pack(">Q", places[3] | 1 << 63), b"")
+    slots = [(start + number) * cluster for number in range(4)]
+    header = Qcow2(l1_offset=slots[2]).header()
+    header = header[:48] + struct.pack(">Q", slots[0]) + header[56:]
+    counts = struct.pack(">Q", slots[1]), struct.pack(">H", 1) * (start + 4)
+    tables = (*counts, struct.pack(">Q", slots[3] | 1 << 63), b"")
     body = b"".join(table.ljust(cluster, b"\0") for table in tables)
     return (header + disk[len(header) :]).ljust(start * cluster, b"\0") + body

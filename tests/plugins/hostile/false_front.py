@@ -22,8 +22,9 @@ from harness import waiting
 from harness.callers import PYTHON, Caller
 from harness.daemon import Daemon
 
+from convertd_core import messages
 from convertd_daemon import channel
-from convertd_daemon.kernel import scm_rights
+from convertd_daemon.linux import scm_rights
 
 T = TypeVar("T")
 
@@ -118,7 +119,7 @@ class FalseFront:
         """
         ready, _, _ = select.select([self.line], [], [], deadline_s)
         assert ready, "the broker said nothing"
-        return self.line.receive(*channel.FROM_BROKER, most_descriptors=channel.ONE_DESCRIPTOR)
+        return self.line.receive(*messages.FROM_BROKER, most_descriptors=channel.ONE_DESCRIPTOR)
 
     def await_message(self, kind: type[T], call: int = 0) -> tuple[T, list[int]]:
         """The next message of a kind, and of a call if there is one. Others are dropped."""
@@ -138,8 +139,8 @@ class FalseFront:
     def quiet(self) -> bool:
         """Whether the broker has nothing to say, and lives: it answers a harmless question."""
         call = self.call()
-        answer = self.asks(channel.ListJobs(call=call, connection=2**40))
-        return isinstance(answer, channel.Refused)
+        answer = self.asks(messages.ListJobs(call=call, connection=2**40))
+        return isinstance(answer, messages.Refused)
 
     def _let_go(self) -> None:
         self.line.close()
@@ -158,7 +159,7 @@ def started(daemon: Daemon, home: Path, *environment: str) -> Iterator[FalseFron
         yield front
         daemon.signal(signal.SIGTERM)
         with contextlib.suppress(channel.Closed):
-            front.await_message(channel.Order)
+            front.await_message(messages.LocalRequest)
     assert daemon.wait() == 0
     daemon.await_none("")
 

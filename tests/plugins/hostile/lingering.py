@@ -22,7 +22,7 @@ from harness import waiting
 from harness.callers import MALLORY, PYTHON
 from harness.daemon import Daemon
 
-from convertd_daemon.kernel import libseccomp
+from convertd_daemon.linux import libseccomp
 
 SO_PASSRIGHTS: Final = 83
 LINGER_S: Final = 30
@@ -51,7 +51,7 @@ def as_before_6_16() -> tuple[str, ...]:
 
 _BEFORE: Final = """
 import os, sys
-from convertd_daemon.kernel import seccomp
+from convertd_daemon.linux import seccomp
 seccomp.set_mode_filter(bytes.fromhex(sys.argv[1]))
 os.execvp(sys.argv[2], sys.argv[2:])
 """

@@ -160,19 +160,19 @@ def spoilt(all_of_them: tuple[Seed, ...], seed: int, number: int) -> Spoilt:
     pick = random.Random(f"{seed}:{number}")  # noqa: S311 - to be repeated
     begun = all_of_them[number % len(all_of_them)]
     data = bytearray(begun.data)
-    places = begun.structures() or [0]
+    slots = begun.structures() or [0]
     for _ in range(pick.choice((1, 1, 2, 4, 8, 32))):
-        _spoil(pick, data, places, all_of_them)
+        _spoil(pick, data, slots, all_of_them)
     if pick.random() < 0.9:
         begun.repair(data)
     return Spoilt(seed=begun, number=number, data=bytes(data))
 
 
 def _spoil(
-    pick: random.Random, data: bytearray, places: list[int], others: tuple[Seed, ...]
+    pick: random.Random, data: bytearray, slots: list[int], others: tuple[Seed, ...]
 ) -> None:
     # Half of it in the first piece, where the header is.
-    piece = places[0] if pick.random() < 0.5 else pick.choice(places)
+    piece = slots[0] if pick.random() < 0.5 else pick.choice(slots)
     at = min(piece + pick.randrange(TABLE_BYTES), max(len(data) - 8, 0))
     width = pick.choice(tuple(WIDTHS))
     order = pick.choice("<>")
@@ -190,7 +190,7 @@ def _spoil(
         case 3:
             data[at : at + pick.choice((1, 8, 64))] = pick.randbytes(pick.choice((1, 8, 64)))
         case 4:
-            source = pick.choice(places)
+            source = pick.choice(slots)
             length = pick.choice((8, 64, TABLE_BYTES))
             data[at : at + length] = data[source : source + length]
         case 5:

@@ -1,0 +1,84 @@
+"""How convertctl says that something went wrong: one line, and a hint where one helps."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import click
+
+from convertd_client import errors, results
+from convertd_client.cli import text
+
+HINTS: Final = {
+    "PERMISSION_DENIED": "`convertctl access` shows what you may do",
+    "FORMAT_NOT_ALLOWED": "`convertctl access` shows what you may do",
+    "DEST_EXISTS": "--overwrite replaces it",
+    "FORMAT_MISMATCH": "`convertctl info` without -f finds the format out",
+    "AMBIGUOUS_FORMAT": "-f FORMAT states it",
+    "SECRET_MISSING": "--source-secret-file gives it",
+    "IMAGE_DAMAGED": "--accept-damaged converts it as it is",
+    "JOB_NOT_FOUND": "`convertctl jobs` lists yours",
+    "QUEUE_FULL": "`convertctl jobs` shows what runs and waits; try again later",
+    "DEST_BUSY": "`convertctl jobs` shows the job that writes it",
+    "SOCKET_MISSING": "`systemctl status convertd.socket` tells more; "
+    "--local converts with your own rights, without the daemon",
+    "CONNECTION_REFUSED": "`systemctl status convertd.socket convertd.service` tells more",
+    "NOT_ANSWERING": "`systemctl status convertd.service` tells more",
+    "INTERNAL_ERROR": "the daemon's log has more: `journalctl -u convertd`",
+    "TIMEOUT": "nothing is half-written: the destination is there whole or not at all",
+    "PUBLISHED_BUT_NOT_DURABLE": "`sync` once the disk is well again makes it durable",
+}
+
+LOCAL_HINTS: Final = {
+    "DEST_EXISTS": HINTS["DEST_EXISTS"],
+    "FORMAT_MISMATCH": "`convertctl info --local` without -f finds the format out",
+    "SECRET_MISSING": HINTS["SECRET_MISSING"],
+    "IMAGE_DAMAGED": HINTS["IMAGE_DAMAGED"],
+    "TIMEOUT": HINTS["TIMEOUT"],
+    "PUBLISHED_BUT_NOT_DURABLE": HINTS["PUBLISHED_BUT_NOT_DURABLE"],
+}
+"""The same without a daemon: there is no policy, no list of jobs, and no log."""
+
+DAEMONS_RIGHTS: Final = (
+    "the daemon may not: `convertd check`, as root, shows what the service needs"
+)
+OWN_RIGHTS: Final = "files there are opened with your own rights; see `convertctl access`"
+
+LOOK_FIRST: Final = "look whether the destination is there before you try again"
+
+
+def say(error: errors.ConvertError, *, is_local: bool = False) -> None:
+    """Print an error for people. `is_local`: of a call without the daemon."""
+    warn(f"{error.message} ({error.reason})")
+    hint = _hint(error, is_local=is_local)
+    if hint is not None:
+        click.echo(f"  {hint}", err=True)
+
+
+def _hint(error: errors.ConvertError, *, is_local: bool) -> str | None:
+    """What helps, if anything: by whose rights were used, too."""
+    if isinstance(error, errors.OutcomeUnknown):
+        return LOOK_FIRST
+    if is_local:
+        return LOCAL_HINTS.get(error.reason)
+    if error.reason == "ACCESS_REFUSED":
+        return DAEMONS_RIGHTS if error.metadata.get("rights") == "the daemon" else OWN_RIGHTS
+    return HINTS.get(error.reason)
+
+
+def say_misused(error: click.ClickException) -> None:
+    """Print what is wrong with a command line."""
+    warn(" ".join(error.format_message().split()))
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        click.echo(f"  `{error.ctx.command_path} --help` shows how it is used", err=True)
+
+
+def warn_of(notices: tuple[results.Warning, ...]) -> None:
+    """Print what a call that succeeded has to say beside its result."""
+    for notice in notices:
+        warn(f"warning: {notice.message} ({notice.reason})")
+
+
+def warn(message: str) -> None:
+    """Print one line about what went wrong."""
+    click.echo(f"convertctl: {text.shown(message)}", err=True)

@@ -1,0 +1,1 @@
+"""What daemon and client both mean: values, conditions, options, and their encoding."""

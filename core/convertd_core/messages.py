@@ -1,0 +1,434 @@
+"""What the front, the broker and a job say to each other.
+
+The broker takes the front for an enemy. It believes no more of a message than its types and the
+number of a connection that the broker itself accepted.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Final
+
+from convertd_core import conditions, values
+
+# --- front to broker ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """The front serves."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Convert:
+    """Somebody asks for a conversion. `call` is the front's own number for the call."""
+
+    call: int
+    connection: int
+    request: values.ConvertRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspect:
+    """Somebody asks about an image."""
+
+    call: int
+    connection: int
+    request: values.InspectRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListJobs:
+    """Somebody asks which jobs there are, in the contract's words."""
+
+    call: int
+    connection: int
+    page_size: int = 0
+    page_token: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelJob:
+    """Somebody wants a job to end."""
+
+    call: int
+    connection: int
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetAccess:
+    """Somebody asks what it may do."""
+
+    call: int
+    connection: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetStats:
+    """Somebody asks for the daemon's counters."""
+
+    call: int
+    connection: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeAnswered:
+    """A health check came back over the connection that came with that Probe."""
+
+    probe: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallAbandoned:
+    """The caller of a Convert or Inspect that still waits is gone."""
+
+    call: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobFinished:
+    """The job of the call has said that it published or failed; its process is about to end.
+
+    Said before the caller hears it, so that whoever asks for the same destination next is not told
+    that it is being written.
+    """
+
+    call: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Released:
+    """The front has closed its descriptor of a connection."""
+
+    connection: int
+
+
+class Operation(enum.StrEnum):
+    """What somebody asks for, in the audit record's words."""
+
+    CONVERT = "convert"
+    VALIDATE = "validate"
+    INSPECT = "inspect"
+    LIST_JOBS = "list-jobs"
+    CANCEL_JOB = "cancel-job"
+    GET_ACCESS = "get-access"
+    GET_STATS = "get-stats"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestRejected:
+    """The front itself refused a request, which could not be meant: for the audit record alone.
+
+    `connection` is 0 if the call came by none that the broker accepted.
+    """
+
+    connection: int
+    operation: Operation
+    reason: str
+
+
+FROM_FRONT: Final = (
+    Ready,
+    Convert,
+    Inspect,
+    ListJobs,
+    CancelJob,
+    GetAccess,
+    GetStats,
+    ProbeAnswered,
+    CallAbandoned,
+    JobFinished,
+    Released,
+    RequestRejected,
+)
+
+# --- broker to front ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connected:
+    """Somebody connected; the connection comes along as a descriptor."""
+
+    connection: int
+    uid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """The broker called its own socket: the calling end comes along, to check the health over."""
+
+    probe: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Queued:
+    """The request is allowed and waits; `position` counts from 1."""
+
+    call: int
+    job_id: str
+    position: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """A job runs; the front's end of its channel comes along as a descriptor."""
+
+    call: int
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """The call ends with this condition."""
+
+    call: int
+    failure: conditions.Failure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """The process of a started job is gone, or won't answer any more.
+
+    The failure is what the call ends with when the job itself did not say how it ended.
+    """
+
+    job_id: str
+    failure: conditions.Failure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobEntry:
+    """One job in the answer to ListJobs. `started` and `queued` are Unix times in seconds."""
+
+    call: int
+    job_id: str
+    uid: int
+    source: str
+    dest: str
+    source_format: str
+    dest_format: str
+    label: str
+    state: JobState
+    position: int
+    queued: float
+    started: float | None
+
+
+class JobState(enum.StrEnum):
+    """What the broker knows of a job."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    CANCELLING = "cancelling"
+    UNKILLABLE = "unkillable"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplyComplete:
+    """The call's answer is complete: the last of the jobs was sent, the job is being cancelled.
+
+    `next_page_token` leads to more jobs, if there are.
+    """
+
+    call: int
+    next_page_token: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Versions:
+    """What runs here. The formats are those of ours that qemu-img knows too."""
+
+    daemon: str
+    qemu_img: str
+    kernel: str
+    landlock_abi: int
+    compressions: tuple[str, ...]
+    formats: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccessReport:
+    """The answer to GetAccess."""
+
+    call: int
+    uid: int
+    gid: int
+    groups: frozenset[int]
+    rights: values.AccessRights
+    limits: values.Limits
+    versions: Versions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatsReport:
+    """The answer to GetStats begins with this; Done ends it. Bounds and times in seconds."""
+
+    call: int
+    started: float
+    running: int
+    queued: int
+    connections: int
+    bounds: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConversionStats:
+    """Conversions of one pair of formats with one end. `buckets` has one more than the bounds."""
+
+    call: int
+    source_format: str
+    dest_format: str
+    reason: str
+    count: int
+    virtual_bytes: int
+    seconds: float
+    buckets: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefusalStats:
+    """Requests refused for one reason."""
+
+    call: int
+    reason: str
+    count: int
+
+
+ToFront = (
+    Connected
+    | Probe
+    | Queued
+    | Started
+    | Refused
+    | Ended
+    | JobEntry
+    | ReplyComplete
+    | AccessReport
+    | StatsReport
+    | ConversionStats
+    | RefusalStats
+)
+
+FROM_BROKER: Final = (
+    Connected,
+    Probe,
+    Queued,
+    Started,
+    Refused,
+    Ended,
+    JobEntry,
+    ReplyComplete,
+    AccessReport,
+    StatsReport,
+    ConversionStats,
+    RefusalStats,
+)
+
+# --- to a job ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartJob:
+    """What a process does that was forked ahead. Exactly one of the grants is there."""
+
+    job_id: str
+    convert: values.ConvertGrant | None
+    inspect: values.InspectGrant | None
+
+    @property
+    def grant(self) -> values.ConvertGrant | values.InspectGrant:
+        """The one that is there.
+
+        Raises:
+            ValueError: none is.
+        """
+        grant = self.convert or self.inspect
+        if grant is None:
+            raise ValueError("an order without a grant")
+        return grant
+
+
+# --- to a job that was not forked ---------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalRequest:
+    """What a job does that is started as a program, with its caller's own rights.
+
+    Exactly one of the requests is there. `qemu_img` is the program's absolute path.
+    """
+
+    qemu_img: str
+    convert: values.ConvertRequest | None
+    inspect: values.InspectRequest | None
+
+
+# --- job to front ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """The job knows what it will do."""
+
+    plan: values.Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progressed:
+    """The job is this far. Sent without waiting; some may be lost."""
+
+    progress: values.Progress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Succeeded:
+    """The conversion is published."""
+
+    published: values.Published
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspected:
+    """What the image is. `chain` begins with the image itself; `raw_json` is qemu-img's.
+
+    `complete` says that the chain goes down to its base.
+    """
+
+    chain: tuple[values.ChainMember, ...]
+    complete: bool
+    raw_json: str
+    contents: values.Contents
+    warnings: tuple[values.Warning, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """The job was not done."""
+
+    failure: conditions.Failure
+
+
+FROM_JOB: Final = (Planned, Progressed, Succeeded, Inspected, Failed)
+
+# --- job to broker -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobOutcome:
+    """How a forked job ended, for the audit record and the counters: its only word to the broker.
+
+    `done` says that the image is published, or whatever else was asked is done. Otherwise `reason`
+    is that of the failure, or empty if the job was cut short, and whoever cut it knows why.
+    What was never found out is empty or 0. Sizes in bytes.
+    """
+
+    done: bool
+    reason: str = ""
+    detail: str = ""
+    source_format: str = ""
+    source_cache: str = ""
+    dest_cache: str = ""
+    virtual_size_bytes: int = 0
+    allocated_size_bytes: int = 0

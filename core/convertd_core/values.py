@@ -1,0 +1,471 @@
+"""What passes between the stages of a conversion: plain, frozen values.
+
+Nothing here does anything. A stage takes the values that the earlier stages made, so that a stage
+can't be skipped: `connection → Peer → request → Grant → handles → ImageInfo → Plan → Published`.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Final
+
+MIB: Final = 1024 * 1024
+
+OVERFLOW_ID: Final = 65534
+"""What the kernel reports for an id that is not mapped in our user namespace: anybody."""
+
+FORMATS: Final = frozenset(
+    {"raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx", "qed", "parallels", "luks", "dmg"}
+)
+"""The formats that convertd knows, by qemu's names. A policy allows some of them."""
+
+WRITABLE_FORMATS: Final = FORMATS - {"dmg"}
+
+
+class CacheMode(enum.StrEnum):
+    """qemu's cache modes. `unsafe` is missing on purpose."""
+
+    AUTO = "auto"
+    NONE = "none"
+    WRITEBACK = "writeback"
+    WRITETHROUGH = "writethrough"
+    DIRECTSYNC = "directsync"
+
+
+class Compression(enum.StrEnum):
+    """How the clusters of the result are compressed."""
+
+    NONE = "none"
+    DEFAULT = "default"
+    ZLIB = "zlib"
+    ZSTD = "zstd"
+
+
+class Preallocation(enum.StrEnum):
+    """qemu's preallocation modes."""
+
+    OFF = "off"
+    METADATA = "metadata"
+    FALLOC = "falloc"
+    FULL = "full"
+
+
+class RootKind(enum.StrEnum):
+    """What a root holds, and so what may be opened in it."""
+
+    FILES = "files"
+    BLOCK = "block"
+
+
+class RootAccess(enum.StrEnum):
+    """With whose rights the files of a root are opened."""
+
+    DAEMON = "daemon"
+    """The daemon's: whoever is granted the root may read all in it."""
+    CALLER = "caller"
+    """The caller's own uid, gid and groups, on top of the policy."""
+    OWN = "own"
+    """Those the process has. Only without a daemon; a policy can't say it."""
+
+
+class OverwriteScope(enum.StrEnum):
+    """Which existing files a grant lets its users replace."""
+
+    OWN = "own"
+    ANY = "any"
+
+
+class Phase(enum.StrEnum):
+    """Where a job is, in the order in which a job gets there."""
+
+    QUEUED = "queued"
+    PREPARING = "preparing"
+    CONVERTING = "converting"
+    FLUSHING = "flushing"
+    VERIFYING = "verifying"
+    PUBLISHING = "publishing"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """Who called connect(2), as the kernel says. The pid is for the log alone: it can be reused."""
+
+    uid: int
+    gid: int
+    groups: frozenset[int]
+    pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """The image to read, as the caller named it. An empty format means: find out, safely.
+
+    `encrypted` says that there is a passphrase: it goes from the front to the job, in no message.
+    `accept_damaged` takes an image whose reference counts are wrong, or that is marked as corrupt.
+    """
+
+    path: str
+    format: str = ""
+    encrypted: bool = False
+    accept_damaged: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CreationOption:
+    """One creation option of a format, by qemu's name and in qemu's spelling."""
+
+    name: str
+    value: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DestinationEncryption:
+    """How a result is encrypted with LUKS, in qemu's terms. The passphrase is never here."""
+
+    cipher_alg: str = "aes-256"
+    cipher_mode: str = "xts"
+    hash_alg: str = "sha256"
+    ivgen_alg: str = "plain64"
+    ivgen_hash_alg: str = "sha256"
+    iter_time_ms: int = 2000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Destination:
+    """The image to write, as the caller asked for it.
+
+    `mode` None means the root's; `group` empty means what the root's owner or a setgid directory
+    gives.
+    """
+
+    path: str
+    format: str
+    compression: Compression = Compression.NONE
+    preallocation: Preallocation = Preallocation.OFF
+    mode: int | None = None
+    group: str = ""
+    overwrite: bool = False
+    is_zero: bool = False
+    encryption: DestinationEncryption | None = None
+    options: tuple[CreationOption, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertRequest:
+    """One conversion, as asked. Nothing in it has been checked beyond its types."""
+
+    source: Source
+    dest: Destination
+    cache_mode: CacheMode = CacheMode.AUTO
+    verify: bool = False
+    rate_limit_bytes_per_second: int = 0
+    validate_only: bool = False
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InspectRequest:
+    """One look at an image."""
+
+    source: Source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Owner:
+    """Whose the files are that are created in a root."""
+
+    uid: int
+    gid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DirectoryIdentity:
+    """Which directory it is, whatever its name. `born_ns` is 0 where the file system says nothing.
+
+    A device's number can be another after a remount, and an inode's number can be used again: so
+    the time at which it was made decides, where it is known, and the device's number elsewhere.
+    """
+
+    device: int
+    inode: int
+    born_ns: int = 0
+
+    def is_same(self, other: DirectoryIdentity) -> bool:
+        """Whether both are, or must be taken for, one directory."""
+        if self.inode != other.inode:
+            return False
+        if self.born_ns and other.born_ns:
+            return self.born_ns == other.born_ns
+        return self.device == other.device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Root:
+    """A directory that the policy opens to somebody, and how.
+
+    `path` is absolute and normal, without a trailing slash. `owner` None means the caller.
+    `mounts` allows mount points below the root to be crossed, `allow_ownerless` results on file
+    systems that do not keep their owner or mode. `parent_uids` and `parent_gids` are the users and
+    groups, beside root, who may be able to write a directory above the root.
+
+    `identity` is the directory that had this path when the policy was loaded, None if none had.
+    `aliases` are the roots whose directory was then on the way to this one, or was this one: by a
+    bind mount, or because they are around it.
+    """
+
+    name: str
+    path: str
+    kind: RootKind = RootKind.FILES
+    access: RootAccess
+    owner: Owner | None = None
+    mode: int = 0o600
+    mounts: bool = False
+    allow_ownerless: bool = False
+    allow_is_zero: bool = False
+    accept_damaged: bool = False
+    parent_uids: frozenset[int] = frozenset()
+    parent_gids: frozenset[int] = frozenset()
+    identity: DirectoryIdentity | None = None
+    aliases: frozenset[str] = frozenset()
+
+    def contains(self, path: str) -> bool:
+        """Whether a path lies below the root, by name."""
+        return path.startswith(f"{self.path.rstrip('/')}/")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A path that the policy allows: a root, and the way below it (never empty, never `..`).
+
+    `others` are all other roots of the policy: the way must not meet one of them.
+    """
+
+    root: Root
+    below: str
+    others: tuple[Root, ...] = ()
+
+    @property
+    def path(self) -> str:
+        """The path as the caller wrote it, for messages. Never opened."""
+        return f"{self.root.path.rstrip('/')}/{self.below}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the policy bounds, with the defaults that hold where it says nothing.
+
+    Sizes in bytes, times in seconds.
+    """
+
+    jobs: int = 4
+    jobs_per_user: int = 2
+    queue: int = 64
+    queue_per_user: int = 32
+    inspections: int = 8
+    inspections_per_user: int = 4
+    connections: int = 1024
+    connections_per_user: int = 128
+    virtual_size_bytes: int = 2 * 1024**4
+    memory_bytes: int = 1024**3
+    stall_s: float = 600.0
+    duration_s: float = 24 * 3600.0
+    inspect_s: float = 30.0
+    stop_grace_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """What the policy says of the daemon as a service. Empty and 0 mean: not at all."""
+
+    metrics: str = ""
+    idle_exit_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertGrant:
+    """Leave to convert one image, and the rule that gave it.
+
+    Only `policy.decide` makes one (and `local`, for the caller's own rights), so whoever holds one
+    need not ask again. The formats are what the rule allows: the source's is judged once more when
+    it is known. Of a path that an image names, the longest root in `readable` and `closed` that
+    contains it decides, and must be one of `readable`.
+    """
+
+    rule: str
+    peer: Peer
+    request: ConvertRequest
+    source: Place
+    dest: Place
+    readable: tuple[Root, ...]
+    read_formats: frozenset[str]
+    overwrite: OverwriteScope
+    limits: Limits
+    closed: tuple[Root, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InspectGrant:
+    """Leave to look at one image. See Grant."""
+
+    rule: str
+    peer: Peer
+    request: InspectRequest
+    source: Place
+    readable: tuple[Root, ...]
+    read_formats: frozenset[str]
+    limits: Limits
+    closed: tuple[Root, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RootRights:
+    """What a rule lets a caller do in one root."""
+
+    root: Root
+    may_read: bool
+    may_write: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuleRights:
+    """What one rule of the policy gives a caller, for GetAccess."""
+
+    rule: str
+    roots: tuple[RootRights, ...]
+    read_formats: frozenset[str]
+    write_formats: frozenset[str]
+    overwrite: OverwriteScope
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccessRights:
+    """What a caller may do, rule by rule, in the order in which the rules are tried."""
+
+    is_operator: bool
+    rules: tuple[RuleRights, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """An internal snapshot of an image. `created_ns` is a Unix time."""
+
+    id: str
+    name: str
+    vm_state_size_bytes: int
+    created_ns: int
+    vm_clock_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bitmap:
+    """A persistent dirty bitmap of an image. The flags are in qemu's words."""
+
+    name: str
+    granularity_bytes: int
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """What Inspect alone tells of an image, as qemu-img, contained, said it.
+
+    `compressed` is what headers say: those of a qcow2 say nothing of it.
+    """
+
+    snapshots: tuple[Snapshot, ...] = ()
+    bitmaps: tuple[Bitmap, ...] = ()
+    compressed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Warning:  # noqa: A001 - the contract's name
+    """Something that was not asked about and that the caller should know."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageInfo:
+    """What qemu-img, contained, said of an image. Sizes in bytes.
+
+    Snapshots and bitmaps are there by name only: a plan is told with this, and has to fit into a
+    message though an image may have thousands. `warnings` are what its header gives cause for.
+    """
+
+    format: str
+    virtual_size_bytes: int
+    actual_size_bytes: int
+    cluster_size_bytes: int = 0
+    encrypted: bool = False
+    dirty: bool = False
+    corrupt: bool = False
+    backing_name: str = ""
+    backing_format: str = ""
+    snapshots: tuple[str, ...] = ()
+    bitmaps: tuple[str, ...] = ()
+    details: tuple[tuple[str, str], ...] = ()
+    warnings: tuple[Warning, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheChoice:
+    """A cache mode, and in one clause why it was chosen."""
+
+    mode: CacheMode
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChainMember:
+    """One image of a chain, under the name by which the caller or its overlay knows it."""
+
+    path: str
+    info: ImageInfo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything that is decided before qemu-img runs. The chain begins with the source itself.
+
+    `argv` speaks of descriptors only; `command` is the same for people, with the caller's paths.
+    `needed_bytes` is what the destination is expected to take, 0 where that can't be known.
+    """
+
+    chain: tuple[ChainMember, ...]
+    dest_format: str
+    compression: Compression
+    source_cache: CacheChoice
+    dest_cache: CacheChoice
+    argv: tuple[str, ...]
+    command: tuple[str, ...]
+    needed_bytes: int
+    available_bytes: int
+    warnings: tuple[Warning, ...] = ()
+
+    @property
+    def source(self) -> ImageInfo:
+        """The source itself, whatever lies under it."""
+        return self.chain[0].info
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a job is. `percent` counts the virtual size, 0 to 100."""
+
+    phase: Phase
+    percent: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """A conversion that is done and on disk, or (`published` false) that would be done."""
+
+    plan: Plan
+    published: bool
+    verified: bool
+    replaced: bool
+    allocated_size_bytes: int
+    seconds: float
+    warnings: tuple[Warning, ...]

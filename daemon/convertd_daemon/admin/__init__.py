@@ -1,0 +1,1 @@
+"""The administrator's commands: check a policy, describe it, print the unit's drop-in."""

@@ -1,0 +1,174 @@
+"""Who is connected: the kernel's word for it, and a bound on how many.
+
+The broker keeps its own descriptor of each connection while the front has another: that is how it
+learns that the peer is gone, whatever the front says. It is also the last to close its own where
+somebody attached descriptors to what is unread: see closer.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import os
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from convertd_core import values
+from convertd_daemon.broker import audit, closer
+from convertd_daemon.linux import peercred, proc_pid, scm_rights
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Iterator
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connection:
+    """One accepted connection, and who called connect(2) for it."""
+
+    number: int
+    sock: socket.socket
+    uid: int
+    gid: int
+    pid: int
+    caller: audit.Caller
+
+    def peer(self) -> values.Peer:
+        """Who that is, with all groups: up to 65,536, so they are not kept but asked for each time.
+
+        The kernel keeps those of connect(2).
+
+        Raises:
+            OSError: it can't say.
+        """
+        groups = peercred.peer_groups(self.sock)
+        return values.Peer(uid=self.uid, gid=self.gid, groups=groups, pid=self.pid)
+
+
+class Connections:
+    """All connections by number. Numbers are never used twice."""
+
+    def __init__(self, limits: values.Limits, closing: closer.Closer) -> None:
+        """Begin with none."""
+        self.limits = limits
+        self._closer = closing
+        self.prober = 0
+        """The pid that is let in however many there are: our own, if we probe ourselves."""
+        self._by_number: dict[int, Connection] = {}
+        self._leaving: dict[int, Connection] = {}
+        """Those that are over, have descriptors attached, and are open in the front. They count."""
+        self._per_user: Counter[int] = Counter()
+        self._in: dict[int, tuple[frozenset[int], frozenset[int]]] = {}
+        """Which groups were asked about, and in which of them who connected is."""
+        self._numbers = itertools.count(1)
+
+    def __iter__(self) -> Iterator[Connection]:
+        return iter(tuple(self._by_number.values()))
+
+    def __len__(self) -> int:
+        return len(self._by_number)
+
+    def find(self, number: int) -> Connection | None:
+        """The connection of that number, if it lives and somebody may ask for something over it.
+
+        Not over our own probe: it is root's by its credentials, and its other end is the front's.
+        """
+        found = self._by_number.get(number)
+        return None if found is None or found.pid == self.prober else found
+
+    def kept(self, number: int) -> Connection | None:
+        """The connection of that number, our own probe's too, if it lives."""
+        return self._by_number.get(number)
+
+    def peer_among(self, connection: Connection, gids: frozenset[int]) -> values.Peer:
+        """Who that is, with those of these groups that it is in.
+
+        The kernel is asked once for each policy: to take in 65,536 groups takes milliseconds, and
+        whoever has them may call without end.
+
+        Raises:
+            OSError: it can't say.
+        """
+        asked, found = self._in.get(connection.number, (None, frozenset[int]()))
+        if asked != gids:
+            found = gids and gids & connection.peer().groups
+            self._in[connection.number] = gids, found
+        return values.Peer(uid=connection.uid, gid=connection.gid, groups=found, pid=connection.pid)
+
+    def peer_on(self, number: int) -> values.Peer:
+        """Who called connect(2) for a connection, groups included.
+
+        Raises:
+            OSError: it is over.
+        """
+        found = self.find(number)
+        if found is None:
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+        return found.peer()
+
+    def admit(self, sock: socket.socket) -> Connection | None:
+        """Ask the kernel who this is and keep it; None, and closed, if there are too many.
+
+        Raises:
+            OSError: the peer is gone already. The socket is closed.
+        """
+        try:
+            scm_rights.inline_oob(sock)
+            # It may have been connected before the listening socket had that.
+            scm_rights.refuse(sock)
+            told = peercred.peer_credentials(sock)
+        except OSError:
+            self._closer.close(sock)
+            raise
+        total, own = len(self) + len(self._leaving), self._per_user[told.uid]
+        # Our own probe: a daemon with many callers is not a dead one.
+        is_probe = told.pid == self.prober
+        full = total >= self.limits.connections or own >= self.limits.connections_per_user
+        if full and not is_probe:
+            log.warning("too many connections uid=%d own=%d total=%d", told.uid, own, total)
+            self._closer.close(sock)
+            return None
+        comm, unit = proc_pid.name_and_unit(told.pid, told.uid, told.gid)
+        who = audit.Caller(uid=told.uid, gid=told.gid, pid=told.pid, comm=comm, unit=unit)
+        connection = Connection(
+            number=next(self._numbers),
+            sock=sock,
+            uid=told.uid,
+            gid=told.gid,
+            pid=told.pid,
+            caller=who,
+        )
+        self._by_number[connection.number] = connection
+        self._per_user[told.uid] += 1
+        return connection
+
+    def drop(self, connection: Connection) -> None:
+        """End a connection, and close our descriptor as soon as nobody would wait for that."""
+        del self._by_number[connection.number]
+        self._in.pop(connection.number, None)
+        if closer.close_if_free(connection.sock):
+            self._uncount(connection)
+        else:
+            self._leaving[connection.number] = connection
+
+    def released(self, number: int) -> None:
+        """Take note that the front has closed its descriptor of a connection that is over."""
+        connection = self._leaving.pop(number, None)
+        if connection is not None:
+            log.warning("descriptors attached uid=%d pid=%d", connection.uid, connection.pid)
+            self._closer.take(connection.sock)
+            self._uncount(connection)
+
+    def all_released(self) -> None:
+        """Take note that there is no front."""
+        for number in tuple(self._leaving):
+            self.released(number)
+
+    def _uncount(self, connection: Connection) -> None:
+        self._per_user[connection.uid] -= 1
+        if not self._per_user[connection.uid]:
+            del self._per_user[connection.uid]

@@ -1,0 +1,146 @@
+"""What one user may have gRPC keep: so many calls, and so many replies that it does not take.
+
+A peer can read all there is on its socket, and yet have gRPC send no reply: HTTP/2 has windows of
+its own, and 0 is one. gRPC keeps each reply until it may be sent: 1.7 GB in 77 s, by one user, and
+others waited for 24 s (grpcio 1.85, measured 2026-11). All connections of a user count together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import logging
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import grpc
+import grpc.aio
+
+from convertd_core import conditions
+from convertd_daemon.front import error_status
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+    from convertd_daemon.front.relay import Carried, Relay
+
+    Context = grpc.aio.ServicerContext[Any, Any]
+    Handler = grpc.RpcMethodHandler[Any, Any]
+
+log = logging.getLogger(__name__)
+
+IN_FLIGHT: Final = 128
+"""Calls of one user that go on, or whose reply was not taken. One more is refused, by a status
+alone, for which HTTP/2 needs no window. A conversion does not count until it is over: the queue's
+bounds hold for it."""
+
+TAKEN_WITHIN_S: Final = 20.0
+"""A connection with replies that are not taken, or calls whose request does not come, is ended if
+none of its calls has ended for so long."""
+
+LOOK_S: Final = 1.0
+
+CONVERT: Final = "/convertd.v1.ConvertService/Convert"
+
+
+class Calls(grpc.aio.ServerInterceptor):
+    """Stands before every handler of the server, health and reflection included."""
+
+    def __init__(self, relay: Relay) -> None:
+        """Count calls of the connections of this relay, by user."""
+        self._relay = relay
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """Put what counts before what answers."""
+        handler = await continuation(handler_call_details)
+        return None if handler is None else self._counted(handler, handler_call_details.method)
+
+    def _counted(self, handler: Handler, method: str) -> Handler:
+        make: Any
+        behavior: Any
+        if handler.unary_unary is not None:
+            make, behavior = grpc.unary_unary_rpc_method_handler, self._unary(handler.unary_unary)
+        elif handler.unary_stream is not None:
+            make = grpc.unary_stream_rpc_method_handler
+            behavior = self._stream(handler.unary_stream, converts=method == CONVERT)
+        else:
+            make = grpc.stream_stream_rpc_method_handler
+            behavior = self._stream(handler.stream_stream, converts=False)
+        counted: Handler = make(
+            behavior,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+        return counted
+
+    def _unary(self, answer: Any) -> Any:  # noqa: ANN401 - grpc's own types
+        async def counted(request: Any, context: Context) -> Any:  # noqa: ANN401
+            with await self._enter(context):
+                return await answer(request, context)
+
+        return counted
+
+    def _stream(self, answer: Any, *, converts: bool) -> Any:  # noqa: ANN401
+        async def counted(request: Any, context: Context) -> AsyncIterator[Any]:  # noqa: ANN401
+            with await self._enter(context, converts=converts) as running:
+                async for reply in answer(request, context):
+                    # A conversion waits for nobody to take its progress, which newer replaces.
+                    if not converts or reply.HasField("result"):
+                        with running.paused():
+                            yield reply
+                    else:
+                        yield reply
+
+        # grpcio's Watch of the health is no generator: it writes by its context.
+        return counted if inspect.isasyncgenfunction(answer) else self._unary(answer)
+
+    async def _enter(self, context: Context, *, converts: bool = False) -> Running:
+        """Take a call in.
+
+        Raises:
+            grpc.aio.AbortError: its user has too many.
+        """
+        carried = self._relay.carried(context.peer())
+        if carried is not None and self._relay.open_calls(carried.uid) > IN_FLIGHT:
+            await error_status.abort(context, conditions.TooManyCalls(limit=IN_FLIGHT).failure())
+        return Running(carried, converts=converts)
+
+    async def watch(self) -> None:
+        """End connections that take nothing, for ever."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            self._relay.end_idle(asyncio.get_running_loop().time(), TAKEN_WITHIN_S)
+
+
+class Running:
+    """A call to which somebody makes a reply, on a connection of the relay's if it has one."""
+
+    def __init__(self, carried: Carried | None, *, converts: bool) -> None:
+        """Of that connection."""
+        self._carried = carried
+        self._converts = converts
+
+    def __enter__(self) -> Self:
+        self._add(1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._add(-1)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """While a reply is to be taken, nobody makes one."""
+        self._add(-1)
+        try:
+            yield
+        finally:
+            self._add(1)
+
+    def _add(self, count: int) -> None:
+        if self._carried is not None:
+            self._carried.streams.running += count
+            self._carried.conversions += count * self._converts

@@ -1,0 +1,58 @@
+"""Passphrases that wait in the front: on a pipe each, until there is a job to send them to."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from typing import TYPE_CHECKING, Final
+
+from convertd_core import conditions
+from convertd_daemon import channel
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MAX_BYTES: Final = 4096
+
+
+@contextlib.contextmanager
+def holding(secrets: list[bytes]) -> Iterator[tuple[int, ...]]:
+    """Put each passphrase on a pipe of its own; gives the reading ends, and closes them at the end.
+
+    The list is emptied at once: from then on only the pipes have them.
+
+    Raises:
+        conditions.BadOption: one is empty or too long.
+    """
+    with contextlib.ExitStack() as stack:
+        ends = []
+        while secrets:
+            reader = _pipe_with(secrets.pop(0))
+            stack.callback(os.close, reader)
+            ends.append(reader)
+        yield tuple(ends)
+
+
+def hand_on(held: tuple[int, ...], line: channel.Channel) -> None:
+    """Send each passphrase to a job that has just started, over its channel.
+
+    Raises:
+        channel.Closed: the job is gone.
+    """
+    for reader in held:
+        # There is room: nothing was sent on it before.
+        line.send_bytes(channel.PASSPHRASE + os.read(reader, MAX_BYTES), wait=False)
+
+
+def _pipe_with(secret: bytes) -> int:
+    if not 1 <= len(secret) <= MAX_BYTES:
+        problem = f"must have 1 to {MAX_BYTES} bytes"
+        raise conditions.BadOption(field="encryption.passphrase", problem=problem)
+    reader, writer = os.pipe()
+    try:
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, MAX_BYTES)
+        os.write(writer, secret)
+    finally:
+        os.close(writer)
+    return reader

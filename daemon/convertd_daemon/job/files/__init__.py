@@ -1,0 +1,1 @@
+"""The files and devices of a job: opened, created, published."""

@@ -1,0 +1,94 @@
+"""With whose rights the job touches the file system: the daemon's, or the caller's.
+
+Fails closed: where the caller's rights can't be taken on, nothing is opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from typing import TYPE_CHECKING
+
+from convertd_core import values
+from convertd_daemon.linux import fsuid, prctl
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from convertd_daemon.sandbox import spawn
+
+
+def die_with(parent: int) -> None:
+    """Ask the kernel to kill this process when its parent ends; do it now if that has happened.
+
+    Every change of a uid, setfsuid(2) included, disarms this. Source: PR_SET_PDEATHSIG(2const).
+    """
+    prctl.set_pdeathsig(signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def acting_for(root: values.Root, peer: values.Peer) -> Iterator[None]:
+    """Take on the rights with which a root's files are opened and created.
+
+    For `access = "caller"` these are the caller's uid, gid and groups as the kernel told them at
+    connect: with a file-system uid that is not 0 the kernel takes CAP_DAC_*, CAP_FOWNER and
+    CAP_CHOWN out of the effective set until the uid is 0 again, unless the caller is root itself.
+    Source: setfsuid(2), capabilities(7).
+    """
+    if root.access is not values.RootAccess.CALLER:
+        yield
+        return
+    with acting_as(peer.uid, peer.gid, peer.groups):
+        yield
+
+
+@contextlib.contextmanager
+def acting_as(uid: int, gid: int, groups: Iterable[int]) -> Iterator[None]:
+    """Use somebody else's ids for whatever touches the file system, and come back."""
+    parent = os.getppid()
+    own_groups = os.getgroups()
+    with contextlib.ExitStack() as undo:
+        undo.callback(die_with, parent)
+        undo.callback(os.setgroups, own_groups)
+        os.setgroups(sorted(groups))
+        undo.callback(fsuid.setfsgid, os.getegid())
+        fsuid.setfsgid(gid)
+        undo.callback(fsuid.setfsuid, os.geteuid())
+        fsuid.setfsuid(uid)
+        yield
+
+
+def describe_rights(root: values.Root, peer: values.Peer) -> str:
+    """Whose rights these are, for a message."""
+    match root.access:
+        case values.RootAccess.DAEMON:
+            return "the daemon"
+        case values.RootAccess.CALLER:
+            return f"uid {peer.uid}"
+        case values.RootAccess.OWN:
+            return f"uid {os.geteuid()}"
+
+
+def can_read(identity: spawn.Identity, fd: int) -> bool:
+    """Whether the kernel would let `identity`, without any capability, open an inode for reading.
+
+    Asked by opening it: only the kernel knows modes, ACLs and what a file system adds to them.
+    """
+    return _can_open(identity, fd, os.O_RDONLY)
+
+
+def can_write(identity: spawn.Identity, fd: int) -> bool:
+    """Whether it would let `identity` open an inode for reading and writing. See can_read."""
+    return _can_open(identity, fd, os.O_RDWR)
+
+
+def _can_open(identity: spawn.Identity, fd: int, flags: int) -> bool:
+    try:
+        with acting_as(identity.uid, identity.gid, identity.groups):
+            os.close(os.open(f"/proc/self/fd/{fd}", flags | os.O_NONBLOCK | os.O_CLOEXEC))
+    except PermissionError:
+        return False
+    return True

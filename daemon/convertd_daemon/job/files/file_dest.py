@@ -1,0 +1,161 @@
+"""The file that is being written, before it has a name.
+
+An inode opened with O_TMPFILE is in no directory: nobody can see it half-written, and the kernel
+frees it when its last descriptor closes, however that comes about. Where a file system has no
+O_TMPFILE (NFS, FUSE) a named temporary stands in, locked with flock(2) for as long as its job
+lives; whoever makes the next one there for the same owner removes those that nobody locks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, NoReturn
+
+from convertd_core import conditions, values
+from convertd_daemon.job.files import (
+    attributes,
+    credentials,
+    name_alias,
+    ownership,
+    paths,
+    replace,
+    space,
+    temporaries,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from convertd_daemon.job.files.paths import Target
+    from convertd_daemon.sandbox.setup import Setup
+
+WITHOUT_TMPFILE: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.ENOSYS, errno.EINVAL})
+"""What open(2) says of O_TMPFILE where kernel or file system lacks it."""
+
+ATTEMPTS: Final = 8
+"""How often a temporary is made anew that a sweep removes before it is locked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileDest:
+    """The inode being written, open for reading and writing since before qemu-img started.
+
+    Only such a descriptor hears of every write that failed: an error of writeback is told to the
+    descriptors that were open at the time. Source: fsync(2), Linux errseq_t.
+
+    `target` is where it will appear, `temporary` its name for the time being, empty if it has none.
+    `alias` is a path to the descriptor with the right last name, for a format that writes it down.
+    `expected` are warnings that the result will have, as far as they are known before.
+    """
+
+    target: Target
+    fd: int
+    temporary: str
+    ownership: ownership.Ownership
+    alias: str = ""
+    expected: tuple[values.Warning, ...] = ()
+
+    @property
+    def place(self) -> values.Place:
+        """Where it will appear, as the caller named it."""
+        return self.target.place
+
+
+@contextlib.contextmanager
+def create(grant: values.ConvertGrant, target: Target, setup: Setup) -> Iterator[FileDest]:
+    """Make the inode in the directory where it will be published, so that the worker can write it.
+
+    When the block is left the inode goes, unless it was given a name.
+
+    Raises:
+        conditions.AccessRefused, conditions.ReadOnlyFileSystem, conditions.NoSpace,
+        conditions.QuotaExceeded, conditions.BadOption, conditions.OwnerNotKept,
+            conditions.ProtectedByAttribute, conditions.Unsupported,
+        conditions.WriteFailed: as they say.
+    """
+    with contextlib.ExitStack() as stack:
+        path, expected = "", tuple[values.Warning, ...]()
+        try:
+            final = ownership.wanted(grant, target)
+            with credentials.acting_for(target.place.root, grant.peer):
+                fd, temporary = _open_new(target)
+            stack.callback(os.close, fd)
+            if temporary:
+                stack.callback(_unlink, grant, target, temporary, fd)
+            if setup.identity is not None:
+                expected = ownership.open_to(setup.identity, fd, final, target)
+            if temporary:
+                with credentials.acting_for(target.place.root, grant.peer):
+                    temporaries.sweep(target.directory, os.fstat(fd).st_uid)
+                    if target.existing:
+                        replace.check_possible(grant, target, temporary)
+            if grant.request.dest.format in name_alias.FORMATS_THAT_NAME_THEMSELVES:
+                path = stack.enter_context(name_alias.create(setup.names, target.name, fd))
+        except OSError as error:
+            _raise_for(error, grant, target)
+        yield FileDest(
+            target=target,
+            fd=fd,
+            temporary=temporary,
+            ownership=final,
+            alias=path,
+            expected=expected,
+        )
+
+
+def _open_new(target: Target) -> tuple[int, str]:
+    """Open a new inode, locked: whoever sweeps the directory takes that lock first."""
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE
+    try:
+        fd = os.open(".", flags, 0o600, dir_fd=target.directory)
+    except OSError as error:
+        if error.errno not in WITHOUT_TMPFILE:
+            raise
+    else:
+        return _locked(fd), ""
+    return _open_named(target)
+
+
+def _open_named(target: Target) -> tuple[int, str]:
+    directory = os.path.dirname(target.place.path)
+    # A name that can't be taken away again must not be made.
+    attributes.check_directory(target.directory, directory, renames=True)
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    for _ in range(ATTEMPTS):
+        name = temporaries.new_name()
+        fd = os.open(name, flags, 0o600, dir_fd=target.directory)
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            if os.path.samestat(os.fstat(_locked(fd)), paths.status_of(target.directory, name)):
+                return fd, name
+        # A sweep found it before it was locked.
+        os.close(fd)
+    raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+
+def _locked(fd: int) -> int:
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return fd
+
+
+def _unlink(grant: values.ConvertGrant, target: Target, name: str, fd: int) -> None:
+    """Remove a named temporary, unless publishing already has, and the name is another's."""
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(paths.status_of(target.directory, name), os.fstat(fd)):
+            with credentials.acting_for(target.place.root, grant.peer):
+                os.unlink(name, dir_fd=target.directory)
+
+
+def _raise_for(error: OSError, grant: values.ConvertGrant, target: Target) -> NoReturn:
+    path = target.place.path
+    space.raise_if_full(error, target)
+    match error.errno:
+        case errno.EACCES | errno.EPERM:
+            whose = credentials.describe_rights(target.place.root, grant.peer)
+            raise conditions.AccessRefused(path=path, rights=whose) from error
+        case errno.EROFS:
+            raise conditions.ReadOnlyFileSystem(path=path) from error
+    raise conditions.WriteFailed(path=path, problem=os.strerror(error.errno or 0)) from error

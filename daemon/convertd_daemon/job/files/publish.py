@@ -1,0 +1,121 @@
+"""Give the finished result its name: all of it, on disk, or none of it.
+
+What holds, and what does not:
+
+- Before the name appears, everything the result consists of is on disk (fsync of the descriptor
+  that has been open since before the first write), with its owner and its mode.
+- The name appears by linkat(2), which refuses a name that exists. To overwrite, the result is given
+  a temporary name, which is exchanged with the destination's: a reader sees the old one whole or
+  the new one whole. A kill meanwhile leaves one complete file by a temporary name, which the next
+  job that overwrites there for the same owner removes. See replace.py.
+- When `name` returns, the name too is on disk (fsync of the directory). If only that fails, the
+  file is there and complete, and the caller is told so: PUBLISHED_BUT_NOT_DURABLE.
+- After an error of any other kind nothing new is visible.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING
+
+from convertd_core import conditions, values
+from convertd_daemon.job.files import (
+    credentials,
+    device_dest,
+    ownership,
+    paths,
+    replace,
+    space,
+)
+from convertd_daemon.job.files.device_dest import DeviceDest
+
+if TYPE_CHECKING:
+    from convertd_daemon.job.files.file_dest import FileDest
+
+
+def flush(
+    grant: values.ConvertGrant, plan: values.Plan, dest: FileDest | DeviceDest
+) -> tuple[values.Warning, ...]:
+    """Put the result on disk: a file with the owner and mode that it keeps, but no name yet.
+
+    Gives a warning if its file system keeps other ones than it should have.
+
+    Raises:
+        conditions.OwnerNotKept: as that, and the root does not allow it.
+        conditions.WriteFailed, conditions.NoSpace, conditions.QuotaExceeded: it could not be
+            flushed.
+    """
+    if isinstance(dest, DeviceDest):
+        device_dest.finish(dest, plan, is_zero=grant.request.dest.is_zero)
+        return ()
+    try:
+        warnings = ownership.settle(dest.fd, dest.ownership, dest.target)
+        os.fsync(dest.fd)
+    except OSError as error:
+        space.raise_if_full(error, dest.target)
+        problem = os.strerror(error.errno or 0)
+        raise conditions.WriteFailed(path=dest.place.path, problem=problem) from error
+    return warnings
+
+
+def assign_name(grant: values.ConvertGrant, dest: FileDest | DeviceDest) -> bool:
+    """Give a flushed result the destination's name, and put that on disk too. A device has its own.
+
+    Returns:
+        Whether it took the place of an existing file.
+
+    Raises:
+        conditions.DestExists, conditions.NotYours, conditions.ImageInUse,
+            conditions.ProtectedByAttribute: what has the name by now keeps it. Nothing is visible.
+        conditions.Unsupported: it can't be replaced safely there. Nothing is visible.
+        conditions.DirectoryNotFound: the directory has been removed. Nothing is visible.
+        conditions.AccessRefused: the kernel does not let the caller replace it. Nothing is visible.
+        conditions.WriteFailed, conditions.NoSpace: the directory can't take it. Nothing is visible.
+        conditions.NameReplaced: the name leads to somebody else's file already.
+        conditions.PublishedButNotDurable: the result is in place; a crash may undo that.
+    """
+    if isinstance(dest, DeviceDest):
+        return True
+    path = dest.place.path
+    try:
+        replaced = replace.take_name(grant, dest)
+    except FileExistsError as error:
+        raise conditions.DestExists(path=path) from error
+    except FileNotFoundError as error:
+        # Removed meanwhile, and with it the place for a name.
+        raise conditions.DirectoryNotFound(path=os.path.dirname(path)) from error
+    except BlockingIOError as error:
+        # Whoever has a lease on it is asked to give it up first.
+        raise conditions.ImageInUse(path=path) from error
+    except PermissionError as error:
+        # A sticky directory, most likely: what is there is another's, and stays.
+        whose = credentials.describe_rights(dest.place.root, grant.peer)
+        raise conditions.AccessRefused(path=path, rights=whose) from error
+    except OSError as error:
+        space.raise_if_full(error, dest.target)
+        raise conditions.WriteFailed(path=path, problem=os.strerror(error.errno or 0)) from error
+    _check_name(dest)
+    try:
+        os.fsync(dest.target.directory)
+    except OSError as error:
+        problem = os.strerror(error.errno or 0)
+        raise conditions.PublishedButNotDurable(path=path, problem=problem) from error
+    return replaced
+
+
+def _check_name(dest: FileDest) -> None:
+    """Make sure that the name leads to what we wrote, and to nobody else's file."""
+    try:
+        # On FUSE, an inode that was removed can't be asked either.
+        ours = os.fstat(dest.fd)
+        theirs = paths.status_of(dest.target.directory, dest.target.name)
+    except OSError as error:
+        if error.errno not in {errno.ENOENT, errno.EXDEV}:
+            problem = os.strerror(error.errno or 0)
+            raise conditions.PublishedButNotDurable(
+                path=dest.place.path, problem=problem
+            ) from error
+        raise conditions.NameReplaced(path=dest.place.path) from error
+    if not os.path.samestat(ours, theirs):
+        raise conditions.NameReplaced(path=dest.place.path)

@@ -1,0 +1,73 @@
+"""Names that a result has for a moment, and the removal of those that killed jobs left.
+
+Two forms, each with 16 random hexadecimal digits that nobody can guess:
+
+- `.convertd-RANDOM.tmp`: it only ever leads to a result.
+- `.convertd-RANDOM-NEW-OLD.tmp`: it is exchanged with the destination's name, so it leads to the
+  result, whose inode number is NEW, or to what was there before: OLD if that is the file that was
+  judged beforehand to be replaceable. Anything else is somebody's file that came in between; it is
+  never removed.
+
+Whoever makes either locks the result with flock(2) for as long as its job lives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import os
+import re
+import stat
+from typing import Final
+
+from convertd_daemon.job.files import paths
+from convertd_daemon.linux import getrandom
+
+_NAME: Final = re.compile(
+    r"\.convertd-[0-9a-f]{16}(?:-(?P<new>[0-9a-f]{1,16})-(?P<old>[0-9a-f]{1,16}))?\.tmp"
+)
+
+MOST_LOOKED_AT: Final = 4096
+"""So many such names are looked at in one sweep: whoever fills a directory with them holds nobody
+up for longer than that takes (0.1 s)."""
+
+
+def new_name() -> str:
+    """A name that leads to a result."""
+    return f".convertd-{getrandom.hex_name(8)}.tmp"
+
+
+def new_name_to_exchange(new: int, old: int) -> str:
+    """A name for the inode number `new`, to be exchanged with that of the inode number `old`."""
+    return f".convertd-{getrandom.hex_name(8)}-{new:x}-{old:x}.tmp"
+
+
+def sweep(directory: int, owner: int) -> None:
+    """Remove the temporaries of jobs that no longer live and published for the uid `owner`.
+
+    What belongs to another, is locked, or is not what its name says, stays; so does what the
+    rights in force may not remove.
+    """
+    with os.scandir(directory) as entries:
+        matches = filter(None, (_NAME.fullmatch(entry.name) for entry in entries))
+        found = list(itertools.islice(matches, MOST_LOOKED_AT))
+    for match in found:
+        with contextlib.suppress(OSError):
+            _remove_if_left(directory, match, owner)
+
+
+def _remove_if_left(directory: int, match: re.Match[str], owner: int) -> None:
+    with contextlib.ExitStack() as stack:
+        found = paths.look_up(directory, match[0])
+        stack.callback(os.close, found)
+        status = os.fstat(found)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != owner:
+            return
+        if match["new"] and status.st_ino not in {int(match["new"], 16), int(match["old"], 16)}:
+            return
+        fd = paths.reopen(found, os.O_RDONLY | os.O_NONBLOCK)
+        stack.callback(os.close, fd)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not paths.is_in_use(fd):
+            os.unlink(match[0], dir_fd=directory)

@@ -1,0 +1,70 @@
+"""The grant that somebody has without a daemon: to whatever its own rights allow.
+
+Nothing is decided here that the kernel does not decide again: the job runs with its caller's uid
+and no capability of the daemon's.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+from convertd_core import conditions, messages, validation, values
+
+EVERYTHING: Final = values.Root(
+    name="own", path="/", access=values.RootAccess.OWN, allow_ownerless=True, accept_damaged=True
+)
+"""Whoever converts with its own rights chose the file system itself, and is warned."""
+
+RULE: Final = "own rights"
+
+
+def grant(order: messages.LocalRequest) -> values.ConvertGrant | values.InspectGrant:
+    """Make the grant that an order amounts to.
+
+    Raises:
+        conditions.Invalid: the request can't be meant; the same conditions as with a daemon.
+    """
+    if order.convert is not None:
+        return _convert(validation.checked_convert(order.convert))
+    if order.inspect is not None:
+        return _inspect(validation.checked_inspect(order.inspect))
+    raise conditions.BadMessage(problem="an order without a request")
+
+
+def _convert(request: values.ConvertRequest) -> values.ConvertGrant:
+    if request.dest.is_zero:
+        # A root of files has no devices.
+        raise conditions.BadOption(field="dest.is_zero", problem="is for devices only")
+    return values.ConvertGrant(
+        rule=RULE,
+        peer=_own_peer(),
+        request=request,
+        source=_place(request.source.path),
+        dest=_place(request.dest.path),
+        readable=(EVERYTHING,),
+        read_formats=values.FORMATS,
+        overwrite=values.OverwriteScope.ANY,
+        limits=values.Limits(),
+    )
+
+
+def _inspect(request: values.InspectRequest) -> values.InspectGrant:
+    return values.InspectGrant(
+        rule=RULE,
+        peer=_own_peer(),
+        request=request,
+        source=_place(request.source.path),
+        readable=(EVERYTHING,),
+        read_formats=values.FORMATS,
+        limits=values.Limits(),
+    )
+
+
+def _own_peer() -> values.Peer:
+    groups = frozenset(os.getgroups())
+    return values.Peer(uid=os.geteuid(), gid=os.getegid(), groups=groups, pid=os.getpid())
+
+
+def _place(path: str) -> values.Place:
+    return values.Place(root=EVERYTHING, below=path.removeprefix("/"))

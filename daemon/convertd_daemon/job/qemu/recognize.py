@@ -1,0 +1,155 @@
+"""Which one format an image is read as, before any driver of qemu's has seen it. Fails closed.
+
+A stated format is held against the policy, and asked for. Where none is stated, the first bytes
+pick one (see signatures), and the same holds: so no driver that the policy does not allow is ever
+run on the image. Bytes that fit two things are refused: taken for the wrong one, they would become
+a disk that nobody can use, without a word.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Final
+
+from convertd_core import conditions, validation, values
+from convertd_daemon.job.qemu import signatures
+
+if TYPE_CHECKING:
+    from convertd_daemon.job.files.paths import Source
+
+SECTOR_BYTES: Final = signatures.SECTOR_BYTES
+
+
+def format_of(source: Source, stated: str, allowed: frozenset[str]) -> str:
+    """The format to read the source as: the stated one, or what its bytes say.
+
+    Raises:
+        conditions.FormatNotAllowed: the policy does not let this caller read it.
+        conditions.AmbiguousFormat: none is stated, and the bytes fit more than one thing.
+        conditions.ReadFailed: its first or last bytes can't be read.
+    """
+    if stated:
+        _check_allowed(source, stated, allowed)
+        return stated
+    sample = sample_of(source)
+    driver = signatures.driver_of(sample.head)
+    _check_allowed(source, driver, allowed)
+    if driver == "raw":
+        _refuse_container(source, sample)
+    else:
+        _refuse_second_self(source, driver, sample)
+    return driver
+
+
+def sample_of(source: Source) -> signatures.Sample:
+    """Read what signatures look at.
+
+    Raises:
+        conditions.ReadFailed: it can't be read.
+    """
+    size = source.size_bytes
+    try:
+        return signatures.Sample(
+            head=os.pread(source.fd, signatures.HEAD_BYTES, 0),
+            volume=os.pread(source.fd, SECTOR_BYTES, signatures.VOLUME_OFFSET),
+            tail=os.pread(source.fd, SECTOR_BYTES, _last_sector(size)),
+            trailer=os.pread(source.fd, SECTOR_BYTES, max(size - SECTOR_BYTES, 0)),
+        )
+    except OSError as error:
+        problem = os.strerror(error.errno or 0)
+        raise conditions.ReadFailed(path=source.place.path, problem=problem) from error
+
+
+def _last_sector(size: int) -> int:
+    """Where the last sector begins, a whole one or not."""
+    return max(size - 1, 0) // SECTOR_BYTES * SECTOR_BYTES
+
+
+def check_header(source: Source, image_format: str) -> tuple[values.Warning, ...]:
+    """Refuse what its header says is not all here, of the formats of which qemu does not ask.
+
+    Raises:
+        conditions.ImageRefused: its data is elsewhere, or its kind is not known.
+        conditions.ReadFailed: its first or last bytes can't be read.
+    """
+    if image_format not in _CHECKS:
+        return ()
+    return _CHECKS[image_format](source, sample_of(source))
+
+
+def _check_allowed(source: Source, image_format: str, allowed: frozenset[str]) -> None:
+    if image_format not in allowed:
+        # A backing file's format is stated by whoever wrote the header of its overlay.
+        shown = validation.shown(image_format)
+        raise conditions.FormatNotAllowed(path=source.place.path, format=shown)
+
+
+def _refuse_container(source: Source, sample: signatures.Sample) -> None:
+    found = signatures.container_of(sample)
+    if found is None:
+        return
+    if found.format:
+        remedy = f"state its format: {found.format}"
+    elif found.unpack:
+        remedy = f"unpack it ({found.unpack})"
+    else:
+        remedy = "unpack it"
+    remedy += ", or, if it is a disk as it is, state its format: raw"
+    raise conditions.AmbiguousFormat(path=source.place.path, found=found.name, remedy=remedy)
+
+
+def _refuse_second_self(source: Source, driver: str, sample: signatures.Sample) -> None:
+    other = signatures.second_self_of(driver, sample)
+    if other:
+        found = f"both {driver} and {other}"
+        remedy = f"state its format: {driver}, or raw for the other"
+        raise conditions.AmbiguousFormat(path=source.place.path, found=found, remedy=remedy)
+
+
+def _check_vhd(source: Source, sample: signatures.Sample) -> tuple[values.Warning, ...]:
+    path = source.place.path
+    first = signatures.vhd_footer(sample.head[:SECTOR_BYTES])
+    last = signatures.vhd_footer(sample.tail)
+    # qemu takes one that begins with a footer for dynamic, whatever its type; else goes by the end.
+    footer, expected = (first, signatures.VHD_DYNAMIC) if first else (last, signatures.VHD_FIXED)
+    types = {one.disk_type for one in (first, last) if one}
+    if footer is None:
+        raise conditions.ImageRefused(path=path, problem="it has no footer of a VHD")
+    if signatures.VHD_DIFFERENCING in types:
+        problem = "its data is in another file, for it is a differencing VHD"
+        raise conditions.ImageRefused(path=path, problem=problem)
+    if types != {expected}:
+        problem = "its footers give no disk type that convertd knows, or not the same one"
+        raise conditions.ImageRefused(path=path, problem=problem)
+    if not first and footer.current_size_bytes > _last_sector(source.size_bytes):
+        problem = "its footer says that it is larger than its file"
+        raise conditions.ImageRefused(path=path, problem=problem)
+    return _warnings_of(path, footer)
+
+
+def _warnings_of(path: str, footer: signatures.VhdFooter) -> tuple[values.Warning, ...]:
+    geometry, current = footer.geometry_bytes, footer.current_size_bytes
+    if geometry in {current, signatures.VHD_LARGEST_GEOMETRY}:
+        return ()
+    message = (
+        f"{path}: its geometry gives {geometry} bytes, its current size is {current}: "
+        f"all {current} are read"
+    )
+    return (values.Warning(reason="VHD_SIZES_DIFFER", message=message),)
+
+
+def _check_vdi(source: Source, sample: signatures.Sample) -> tuple[values.Warning, ...]:
+    if signatures.vdi_type(sample.head) not in signatures.VDI_ALONE:
+        problem = "it is no dynamic or fixed VDI: its data may be in another file"
+        raise conditions.ImageRefused(path=source.place.path, problem=problem)
+    return ()
+
+
+def _check_dmg(source: Source, sample: signatures.Sample) -> tuple[values.Warning, ...]:
+    if signatures.dmg_segments(sample.trailer) > 1:
+        problem = "its data is in other files too, for it is one segment of several"
+        raise conditions.ImageRefused(path=source.place.path, problem=problem)
+    return ()
+
+
+_CHECKS: Final = {"vpc": _check_vhd, "vdi": _check_vdi, "dmg": _check_dmg}

@@ -1,0 +1,1 @@
+"""Thin wrappers, one module per system call (or family), named as its man page names it."""

@@ -1,0 +1,39 @@
+"""setfsuid(2) and setfsgid(2): whose rights count when files are opened and made.
+
+A change of either disarms PR_SET_PDEATHSIG. Leaving fsuid 0 also takes CHOWN, DAC_OVERRIDE,
+DAC_READ_SEARCH, FOWNER and their like out of the effective set; going back to 0 returns what is
+permitted. Source: capabilities(7), "Effect of user ID changes on capabilities".
+"""
+
+import errno
+from typing import Final
+
+from convertd_daemon.linux import syscall
+
+_ASK: Final = -1  # an id that can't be set: the call changes nothing and gives the current one
+
+
+def _set(name: str, identity: int) -> None:
+    # Neither call reports failure; asking afterwards is the documented way to know.
+    syscall.call(name, identity)
+    now = syscall.call(name, _ASK) & 0xFFFFFFFF
+    if now != identity:
+        raise OSError(errno.EPERM, f"{name}({identity}): still {now}")
+
+
+def setfsuid(uid: int) -> None:
+    """Use `uid` for file access, in the calling thread.
+
+    Raises:
+        OSError: EPERM, without CAP_SETUID it must be one of the thread's own.
+    """
+    _set("setfsuid", uid)
+
+
+def setfsgid(gid: int) -> None:
+    """Use `gid` for file access and as the group of new files, in the calling thread.
+
+    Raises:
+        OSError: EPERM, without CAP_SETGID it must be one of the thread's own.
+    """
+    _set("setfsgid", gid)

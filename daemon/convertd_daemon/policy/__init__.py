@@ -1,0 +1,1 @@
+"""The policy: read, checked, bound to ids, and asked."""

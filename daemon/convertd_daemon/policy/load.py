@@ -1,0 +1,144 @@
+"""The policy file, from the disk to a Policy.
+
+Fails closed: a file that others than root can change, itself or by a directory above it, is not
+read. The file is opened once; what is checked is what was opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from convertd_daemon.policy import bind, decide, document, lookup, survey
+from convertd_daemon.service import root_only
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from convertd_core import values
+
+MAX_BYTES: Final = 1024 * 1024
+
+
+class LoadError(Exception):
+    """A policy that is not taken: the file, the key if it is about one, and the reason."""
+
+    def __init__(self, file: str, key: str, reason: str) -> None:
+        super().__init__(": ".join(filter(None, (file, key, reason))))
+        self.file = file
+        self.key = key
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A policy in force, the document it was made of, and what in that grants nothing."""
+
+    file: str
+    document: document.Document
+    ids: bind.Ids
+    policy: decide.Policy
+    warnings: tuple[LoadError, ...]
+    seen: Mapping[str, survey.Seen]
+
+
+def load(path: str, *, limit_s: float = lookup.LIMIT_S) -> Loaded:
+    """Read a policy and look its names up. A name that doesn't exist is a warning.
+
+    Blocks for up to `limit_s` seconds, and forks.
+
+    Raises:
+        LoadError: the file can't be read or trusted, or is not a policy, or the names could not be
+            looked up.
+    """
+    path = os.path.abspath(path)
+    text = _read(path)
+    try:
+        parsed = document.parse(text)
+        ids = lookup.resolve(bind.names_in(parsed), limit_s=limit_s)
+        seen = survey.of(parsed.roots)
+        bound = bind.bind(parsed, ids, survey.directories(seen))
+    except document.PolicyError as error:
+        raise LoadError(path, error.key, error.reason) from error
+    except lookup.LookupFailed as error:
+        raise LoadError(path, "", str(error)) from error
+    for root in bound.roots:
+        if parsed.parents_count(root.name):
+            _check_parents(path, root, seen[root.name])
+    return Loaded(
+        file=path,
+        document=parsed,
+        ids=ids,
+        policy=bound,
+        warnings=tuple(
+            LoadError(path, missing.key, missing.reason)
+            for missing in bind.missing_names(parsed, ids)
+        ),
+        seen=seen,
+    )
+
+
+def _check_parents(file: str, root: values.Root, seen: survey.Seen) -> None:
+    """Refuse a root that somebody whom it does not name could replace by another directory.
+
+    Raises:
+        LoadError: somebody could, and what to write if that is meant.
+    """
+    beyond = [found for writers in seen.writers if (found := writers.beyond(root))]
+    if not beyond:
+        return
+    first = beyond[0]
+    reason = f"{first.path} can be changed by {first}, who could so replace {root.path}"
+    if first.everybody:
+        reason += f"; take that from them: chmod o-w {first.path}"
+    else:
+        uids = frozenset[int]().union(root.parent_uids, *(found.uids for found in beyond))
+        gids = frozenset[int]().union(root.parent_gids, *(found.gids for found in beyond))
+        named = [f"{uid}" for uid in sorted(uids)] + [f'"group:{gid}"' for gid in sorted(gids)]
+        reason += f"; if that is meant, write: parents_writable_by = [{', '.join(named)}]"
+    raise LoadError(file, f"roots.{root.name}.parents_writable_by", reason)
+
+
+def _read(path: str) -> bytes:
+    with _trusted(path) as fd, open(fd, "rb", closefd=False) as file:
+        text = file.read(MAX_BYTES + 1)
+    if len(text) > MAX_BYTES:
+        raise LoadError(path, "", f"is larger than {MAX_BYTES} bytes")
+    return text
+
+
+@contextlib.contextmanager
+def _trusted(path: str) -> Iterator[int]:
+    """Open a file that nobody but root can change, replace or redirect.
+
+    Every directory is opened below the one before, and none by a symbolic link, so what was checked
+    is what is read.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            *_, last = _checked(path, root_only.walk(os.path.dirname(path), stack))
+            # O_NONBLOCK: a FIFO must not make us wait for its writer.
+            file = root_only.open_step(path, last.fd, os.O_RDONLY | os.O_NONBLOCK)
+        except root_only.CantOpen as error:
+            raise LoadError(path, "", str(error)) from error
+        stack.callback(os.close, file)
+        status = os.fstat(file)
+        _check_roots_alone(path, path, status)
+        if not stat.S_ISREG(status.st_mode):
+            raise LoadError(path, "", "is not a regular file")
+        yield file
+
+
+def _checked(path: str, steps: Iterable[root_only.Step]) -> Iterator[root_only.Step]:
+    for step in steps:
+        _check_roots_alone(path, step.path, step.status)
+        yield step
+
+
+def _check_roots_alone(path: str, found: str, status: os.stat_result) -> None:
+    """Refuse what others than root can change. A sticky bit is no excuse."""
+    if problem := root_only.problem_of(found, status):
+        raise LoadError(path, "", problem)

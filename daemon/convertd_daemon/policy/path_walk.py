@@ -1,0 +1,131 @@
+"""From `/` to a directory, one name at a time: what is on the way, and who could replace it.
+
+Fails closed. No link is followed. Each directory is opened below the one before and stays open, so
+that what was judged is what was walked.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from convertd_core import values
+from convertd_daemon.linux import posix_acl, statx
+from convertd_daemon.linux.openat2 import Resolve, openat2
+
+if TYPE_CHECKING:
+    import contextlib
+    from collections.abc import Iterator
+
+STRICTLY: Final = Resolve.NO_SYMLINKS | Resolve.NO_MAGICLINKS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A directory on the way, open with O_PATH for as long as the walk's stack lasts."""
+
+    path: str
+    fd: int
+    status: os.stat_result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Writers:
+    """Who, beside root, can put something else in place of what is in a directory."""
+
+    path: str
+    uids: frozenset[int] = frozenset()
+    gids: frozenset[int] = frozenset()
+    everybody: bool = False
+
+    def __bool__(self) -> bool:
+        return self.everybody or bool(self.uids or self.gids)
+
+    def beyond(self, root: values.Root) -> Writers:
+        """Those of them whom the policy does not name for that root."""
+        return Writers(
+            path=self.path,
+            uids=self.uids - root.parent_uids,
+            gids=self.gids - root.parent_gids,
+            everybody=self.everybody,
+        )
+
+    def __str__(self) -> str:
+        named = [f"uid {uid}" for uid in sorted(self.uids)]
+        named += [f"members of gid {gid}" for gid in sorted(self.gids)]
+        return " and ".join(["everybody"] if self.everybody else named)
+
+
+def steps(path: str, stack: contextlib.ExitStack) -> Iterator[Step]:
+    """Open `/` and each directory down to `path`, which is absolute and normal. `stack` closes.
+
+    Raises:
+        OSError: one of them is not there, is a link, or no directory.
+    """
+    fd, so_far = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), "/"
+    stack.callback(os.close, fd)
+    yield Step(path=so_far, fd=fd, status=os.fstat(fd))
+    for name in filter(None, path.split("/")):
+        so_far = os.path.join(so_far, name)
+        fd = openat2(fd, name, flags=os.O_PATH | os.O_DIRECTORY, resolve=STRICTLY)
+        stack.callback(os.close, fd)
+        yield Step(path=so_far, fd=fd, status=os.fstat(fd))
+
+
+def identity_of(fd: int, status: os.stat_result) -> values.DirectoryIdentity:
+    """Which directory a descriptor leads to.
+
+    Raises:
+        OSError: the kernel's own answer.
+    """
+    return values.DirectoryIdentity(
+        device=status.st_dev, inode=status.st_ino, born_ns=statx.birth_ns(fd)
+    )
+
+
+def writers_above(path: str, kind: values.RootKind, way: list[Step]) -> Iterator[Writers]:
+    """Say of each directory on the way to a root who could replace what lies next on the way.
+
+    `way` may end before the root, if that is not there: then those count who could make what is
+    missing. In a root of devices, where links are followed, those count who can write in it.
+
+    Raises:
+        OSError: an access control list could not be read.
+    """
+    links_count = kind is values.RootKind.BLOCK
+    for number, step in enumerate(way):
+        below = way[number + 1].status if number + 1 < len(way) else None
+        if below is not None or step.path != path or links_count:
+            yield _writers(step, below)
+
+
+def _writers(step: Step, below: os.stat_result | None) -> Writers:
+    """Who could replace `below`, or make it where it is missing.
+
+    An owner can give itself every permission. In a sticky directory only its owner, and the owner
+    of what is in it, can rename that. Source: inode(7), unlink(2).
+    """
+    mode = step.status.st_mode
+    uids, gids = {step.status.st_uid}, set[int]()
+    everybody = False
+    if below is not None and mode & stat.S_ISVTX:
+        if mode & (stat.S_IWGRP | stat.S_IWOTH):
+            uids.add(below.st_uid)
+    else:
+        everybody = bool(mode & stat.S_IWOTH)
+        if mode & stat.S_IWGRP:
+            # With a list these bits are its mask: nobody it names may do more.
+            listed = posix_acl.writers(step.fd)
+            if listed is None or listed.owning_group:
+                gids.add(step.status.st_gid)
+            if listed is not None:
+                uids |= listed.uids
+                gids |= listed.gids
+    return Writers(
+        path=step.path,
+        uids=frozenset(uids - {0}),
+        gids=frozenset(gids),
+        everybody=everybody,
+    )

@@ -1,0 +1,397 @@
+"""A process that goes into the sandbox and becomes a program there. Fails closed.
+
+It is forked from whoever starts the program, perhaps long before there is one to start, and waits
+at the door: it holds nothing but its end of a socket, and ends when the other end does. Its order
+says what to become, and brings the descriptors. It gives up one thing after the other, in an order
+that the kernel forces:
+
+    parent                  PDEATHSIG: is it still there
+    signals, descriptors    nothing of ours reaches the program
+    (the order comes)
+    identity, capabilities  setresuid(2) empties sets and disarms PDEATHSIG, so it goes first
+    no_new_privs            Landlock and seccomp demand it
+    parent                  PDEATHSIG, after the last change of identity
+    limits                  need setrlimit(2), for the process itself
+    landlock, seccomp       last: the filter refuses much of the above
+    exec                    the opened program itself, through the filter's one gap
+
+A step that fails is reported, and the process ends.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import select
+import signal
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, NoReturn, Self
+
+from convertd_daemon.linux import (
+    close_range,
+    execveat,
+    prctl,
+    scm_rights,
+)
+from convertd_daemon.linux.capabilities import Capability
+from convertd_daemon.sandbox import (
+    identity,
+    landlock,
+    limits,
+    seccomp,
+)
+from convertd_daemon.sandbox.errors import NotConfined, Stage
+from convertd_daemon.sandbox.identity import Identity
+from convertd_daemon.sandbox.limits import Limits
+
+ENVIRONMENT: Final[Mapping[str, str]] = {
+    "LC_ALL": "C",
+    # Else up to 66 threads take 1.2 GiB of address space; no slower with one arena.
+    "MALLOC_ARENA_MAX": "1",
+    "PATH": "/usr/bin:/bin",
+}
+
+FIRST_FREE: Final = 3
+"""The first descriptor that is none of the standard three."""
+
+_SIGNALS: Final = frozenset(signal.valid_signals())
+_CONFINED: Final = b"."  # the last word before exec
+_REPORT_BYTES: Final = 4096
+_NAME: Final = "convertd-child"  # whoever stands there; exec gives it the program's
+_LAYER: Final = b"layer"
+_MOST_BYTES: Final = 256 * 1024  # more than a socket takes in one message
+_MOST_DESCRIPTORS: Final = 253  # SCM_MAX_FD: as many as one message can bring
+_EXIT_NOT_CONFINED: Final = 127
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramSpec:
+    """What to become, but for the descriptors, which go along. `inherit` are their numbers."""
+
+    argv: tuple[str, ...]
+    identity: Identity | None
+    keep: tuple[int, ...]
+    limits: Limits
+    inherit: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramDescriptors:
+    """The descriptors of an order; all borrowed."""
+
+    program: int
+    ruleset: int
+    stdout: int
+    stderr: int
+    inherit: tuple[int, ...]
+
+    def all(self) -> tuple[int, ...]:
+        """All of them, as they are sent."""
+        return (self.program, self.ruleset, self.stdout, self.stderr, *self.inherit)
+
+
+class PreforkedChild:
+    """A process that waits to go in, as the process that forked it sees it.
+
+    Leaving the `with` block kills, reaps and closes. pid, pidfd and the process are given away by
+    let_go(). `compiled` is the filter that it will load.
+    """
+
+    __slots__ = ("_socket", "compiled", "pid", "pidfd")
+
+    def __init__(self, *, pid: int, pidfd: int, sock: socket.socket, compiled: bytes) -> None:
+        """Take over an unreaped child process and the descriptors that lead to it."""
+        self.pid = pid
+        self.pidfd = pidfd
+        self.compiled = compiled
+        self._socket = sock
+
+    def is_alive(self) -> bool:
+        """Whether it still waits."""
+        ended = select.poll()
+        ended.register(self.pidfd, select.POLLIN)
+        return not ended.poll(0)
+
+    def add_landlock_layer(self, ruleset: int) -> None:
+        """Have it bind itself to a layer of Landlock before it goes on."""
+        self._send(_LAYER, (ruleset,))
+
+    def become(self, order: ProgramSpec, ends: ProgramDescriptors) -> None:
+        """Have it become what the order says. What becomes of that, await_exec tells.
+
+        Raises:
+            OSError: a descriptor is not open, or the order is too long.
+        """
+        self._send(json.dumps(dataclasses.asdict(order)).encode(), ends.all())
+
+    def _send(self, data: bytes, descriptors: tuple[int, ...]) -> None:
+        # If it has ended, it has said why.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            scm_rights.send(self._socket, data, descriptors)
+
+    def await_exec(self) -> None:
+        """Wait until the program has been executed, which closes the socket's other end.
+
+        Raises:
+            NotConfined: a step failed.
+        """
+        with failing_as(Stage.FORK):
+            text = b"".join(iter(self._hear, b""))
+        if text == _CONFINED:
+            return
+        if not text.strip(_CONFINED):
+            raise NotConfined(Stage.FORK, 0, "the child died on its way into the sandbox")
+        stage, error, detail = text.removeprefix(_CONFINED).decode(errors="replace").split(" ", 2)
+        raise NotConfined(Stage(stage), int(error), detail)
+
+    def _hear(self) -> bytes:
+        # Of one that ended without having read all, the kernel tells that once, before its words.
+        with contextlib.suppress(ConnectionResetError):
+            return self._socket.recv(_REPORT_BYTES)
+        return self._socket.recv(_REPORT_BYTES)
+
+    def release(self) -> tuple[int, int]:
+        """Give pid and pidfd away, and close the rest."""
+        self._socket.close()
+        return self.pid, self.pidfd
+
+    def close(self) -> None:
+        """Kill, reap and close."""
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._socket.close)
+            undo.callback(os.close, self.pidfd)
+            _kill_and_reap(self.pid)
+
+    def __enter__(self) -> Self:
+        """Give the process itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Kill, reap and close, whatever happened in the block."""
+        self.close()
+
+
+def fork(compiled: bytes) -> PreforkedChild:
+    """Fork a process that waits for its order; `compiled` is the filter it will load.
+
+    It is killed when the calling process dies, as long as that has CAP_KILL or the same uid.
+
+    Raises:
+        OSError: no process, or no descriptor, is to be had; or one of the standard three is closed.
+    """
+    check_standard_descriptors()
+    with contextlib.ExitStack() as stack:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        stack.enter_context(ours)
+        parent = os.getpid()
+        with theirs, signals_blocked():
+            pid = os.fork()
+            if pid == 0:
+                _run_child(theirs.fileno(), parent, compiled)
+            stack.callback(_kill_and_reap, pid)
+            pidfd = os.pidfd_open(pid)
+            stack.callback(os.close, pidfd)
+        # A signal that was held back is handled by now.
+        stack.pop_all()
+    return PreforkedChild(pid=pid, pidfd=pidfd, sock=ours, compiled=compiled)
+
+
+def check_standard_descriptors() -> None:
+    """Make sure that no descriptor made now gets one of the numbers that the program's own have.
+
+    Raises:
+        OSError: one of them is free.
+    """
+    for standard in range(FIRST_FREE):
+        os.fstat(standard)
+
+
+def _kill_and_reap(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Hold signals back in the parent until the child is in safe hands; in the child, for good.
+
+    The child still has our handlers, and our wakeup descriptor to write to; and a handler that
+    raises here would leave behind a child that nobody knows.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def failing_as(stage: Stage) -> Iterator[None]:
+    """Have what fails in this block be NotConfined, at this stage."""
+    try:
+        yield
+    except OSError as error:
+        raise NotConfined(stage, error.errno or 0, str(error)) from error
+    except ValueError as error:
+        raise NotConfined(stage, 0, str(error)) from error
+
+
+class _NotNeeded(Exception):
+    """The other end is closed: there will be no order."""
+
+
+Steps = tuple[tuple[Stage, Callable[[], None]], ...]
+
+
+def _run_child(sock: int, parent: int, compiled: bytes) -> NoReturn:
+    """Wait for the order, and go the way in; ends in exec or in a report, and never returns."""
+    try:
+        with failing_as(Stage.PARENT):
+            _die_with(parent)
+        with failing_as(Stage.DESCRIPTORS):
+            sock = _close_inherited_descriptors(sock)
+        with failing_as(Stage.SIGNALS):
+            _reset_signals()
+        prctl.set_name(_NAME)
+        order, ends = _await_spec(sock)
+        for stage, step in _steps(order, ends, parent, compiled):
+            with failing_as(stage):
+                step()
+        os.write(sock, _CONFINED)
+        with failing_as(Stage.EXEC):
+            execveat.execveat(limits.PROGRAM_DESCRIPTOR, order.argv, ENVIRONMENT)
+    except _NotNeeded:
+        pass
+    except NotConfined as failure:
+        _report(sock, failure)
+    except BaseException as error:  # noqa: BLE001 - whatever it is, this copy of the parent must end
+        _report(sock, NotConfined(Stage.FORK, 0, repr(error)))
+    finally:
+        os._exit(_EXIT_NOT_CONFINED)
+
+
+def _report(sock: int, failure: NotConfined) -> None:
+    text = f"{failure.stage.value} {failure.errno} {failure.detail}"
+    # Not send(2), which the filter refuses.
+    os.write(sock, text.encode(errors="replace")[:_REPORT_BYTES])
+
+
+def _steps(order: ProgramSpec, ends: ProgramDescriptors, parent: int, compiled: bytes) -> Steps:
+    keep = tuple(Capability(number) for number in order.keep)
+    return (
+        (Stage.DESCRIPTORS, lambda: _arrange_descriptors(order.inherit, ends)),
+        (Stage.IDENTITY, lambda: _assume(order.identity, keep)),
+        (Stage.CAPABILITIES, lambda: identity.limit_capabilities(keep)),
+        (Stage.NO_NEW_PRIVS, prctl.set_no_new_privs),
+        (Stage.PARENT, lambda: _die_with(parent)),
+        (Stage.LIMITS, lambda: limits.apply(order.limits)),
+        (Stage.LANDLOCK, lambda: landlock.enforce(ends.ruleset)),
+        (Stage.SECCOMP, lambda: seccomp.load(compiled)),
+    )
+
+
+def _close_inherited_descriptors(sock: int) -> int:
+    """Close all but the socket, which is taken out of the way; give its new number."""
+    limits.raise_descriptors()
+    moved = _move_above_inherited(sock)
+    close_range.close_all_but((*range(FIRST_FREE), moved))
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    os.dup2(null, 0)
+    os.close(null)
+    return moved
+
+
+def _move_above_inherited(descriptor: int) -> int:
+    """A copy above all numbers that a program inherits."""
+    return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, limits.PROGRAM_DESCRIPTOR + 1)
+
+
+def _reset_signals() -> None:
+    # exec resets handlers, but keeps the mask, and what is ignored (Python ignores SIGPIPE).
+    signal.set_wakeup_fd(-1)
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_DFL:
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _await_spec(sock: int) -> tuple[ProgramSpec, ProgramDescriptors]:
+    """Wait for the order; what comes before it are layers of Landlock.
+
+    Raises:
+        _NotNeeded: there will be none.
+        NotConfined: a layer can't be enforced.
+    """
+    door = socket.socket(fileno=sock)
+    try:
+        while True:
+            with failing_as(Stage.DESCRIPTORS):
+                data, descriptors = _receive(door)
+            if not data:
+                raise _NotNeeded
+            if data != _LAYER:
+                return _spec_from(data), _descriptors_from(descriptors)
+            (ruleset,) = descriptors
+            with failing_as(Stage.LANDLOCK):
+                landlock.enforce(ruleset)
+                os.close(ruleset)
+    finally:
+        door.detach()
+
+
+def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:
+    data, descriptors = scm_rights.receive(sock, _MOST_BYTES, _MOST_DESCRIPTORS)
+    # They come at the lowest free numbers, which the program may know others by.
+    moved = [_move_above_inherited(descriptor) for descriptor in descriptors]
+    scm_rights.close_all(descriptors)
+    return data, moved
+
+
+def _spec_from(data: bytes) -> ProgramSpec:
+    said = json.loads(data)
+    whom = said["identity"]
+    return ProgramSpec(
+        argv=tuple(said["argv"]),
+        identity=whom and Identity(uid=whom["uid"], gid=whom["gid"], groups=tuple(whom["groups"])),
+        keep=tuple(said["keep"]),
+        limits=Limits(**said["limits"]),
+        inherit=tuple(said["inherit"]),
+    )
+
+
+def _descriptors_from(descriptors: list[int]) -> ProgramDescriptors:
+    program, ruleset, stdout, stderr, *inherit = descriptors
+    return ProgramDescriptors(
+        program=program, ruleset=ruleset, stdout=stdout, stderr=stderr, inherit=tuple(inherit)
+    )
+
+
+def _arrange_descriptors(numbers: tuple[int, ...], ends: ProgramDescriptors) -> None:
+    """Give each descriptor its number in the program; all others go with exec."""
+    os.dup2(ends.program, limits.PROGRAM_DESCRIPTOR, inheritable=False)
+    for number, descriptor in ((1, ends.stdout), (2, ends.stderr)):
+        os.dup2(descriptor, number)
+    for number, descriptor in zip(numbers, ends.inherit, strict=True):
+        os.dup2(descriptor, number)
+
+
+def _assume(whom: Identity | None, keep: tuple[Capability, ...]) -> None:
+    if whom is not None:
+        identity.assume(whom, keep=keep)
+
+
+def _die_with(parent: int) -> None:
+    prctl.set_pdeathsig(signal.SIGKILL)
+    if os.getppid() != parent:  # it died before that
+        raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))

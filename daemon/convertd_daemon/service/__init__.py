@@ -1,0 +1,1 @@
+"""What systemd and node_exporter see of the daemon."""

@@ -1,0 +1,162 @@
+"""The file with the counters, for node_exporter: written whole, in a process that nobody waits for.
+
+The policy names its directory, which may be another user's, or on a file system that somebody else
+serves. So nothing there is opened that a name, a link or a FIFO put there could turn into something
+else; and a child does it, for open(2) itself can last as long as that file system likes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import select
+import signal
+import stat
+import time
+from typing import Final, NoReturn
+
+from convertd_daemon.broker import emptied
+from convertd_daemon.linux import (
+    close_range,
+    getrandom,
+    openat2,
+    prctl,
+)
+from convertd_daemon.sandbox import spawn
+
+log = logging.getLogger(__name__)
+
+LIMIT_S: Final = 10.0
+"""How long one writing may last. One that no signal ends is left, and none follows it."""
+
+LAST_S: Final = 2.0
+"""How long the daemon's end waits for the last one."""
+
+MODE: Final = 0o644
+"""Whatever the umask: node_exporter is another user."""
+
+OLD_S: Final = 60.0
+TEMPORARY: Final = re.compile(r"\.convertd-counters-[0-9a-f]{16}\.tmp")
+
+AT_FDCWD: Final = -100
+
+
+class Writer:
+    """Writes the file, at most once at a time."""
+
+    def __init__(self) -> None:
+        """Begin with nothing being written."""
+        self.pid = 0
+
+    def write(self, path: str, data: bytes) -> None:
+        """Have a child write it. It logs what goes wrong, and `ended` is to be told of its end."""
+        if self.pid:
+            log.warning("the counters of before are still being written file=%r", path)
+            return
+        try:
+            self.pid = _fork(path, data)
+        except OSError as error:
+            log.warning("can't write counters file=%r error=%s", path, error)
+
+    def ended(self, pid: int) -> bool:
+        """Take note that a child of the broker's was reaped; whether it was ours."""
+        ours = pid == self.pid != 0
+        if ours:
+            self.pid = 0
+        return ours
+
+    def finish(self) -> None:
+        """Wait a little for what is being written, when nobody reaps children any more."""
+        if not self.pid:
+            return
+        pidfd = os.pidfd_open(self.pid)
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        poller.poll(LAST_S * 1000)
+        os.close(pidfd)
+        if os.waitpid(self.pid, os.WNOHANG)[0]:
+            self.pid = 0
+
+
+def _fork(path: str, data: bytes) -> int:
+    child_is_empty = emptied.Emptied()
+    try:
+        # Held back until the child has let go of our wakeup descriptor.
+        with spawn.signals_blocked():
+            pid = os.fork()
+            if pid == 0:
+                _be_the_child(path, data, child_is_empty)
+    except OSError:
+        child_is_empty.give_up()
+        raise
+    child_is_empty.wait()
+    return pid
+
+
+def _be_the_child(path: str, data: bytes, child_is_empty: emptied.Emptied) -> NoReturn:
+    """Write the file, with no descriptor of the broker's, and end."""
+    status = 1
+    try:
+        close_range.close_all_but({0, 1, 2, child_is_empty.writer})
+        child_is_empty.tell()
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
+        prctl.set_name("convertd-counts")
+        write(path, data)
+        status = 0
+    except OSError as error:
+        log.warning("can't write counters file=%r error=%s", path, error)
+    except BaseException:
+        log.exception("can't write counters file=%r", path)
+    finally:
+        os._exit(status)
+
+
+def write(path: str, data: bytes) -> None:
+    """Write the file anew, at once: a reader sees the one before or this one.
+
+    Whatever has the name is replaced and not opened; a directory stays, and is an error. Links on
+    the way are not followed.
+
+    Raises:
+        OSError: it could not be written. Nothing is left of it.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY
+    resolve = openat2.Resolve.NO_SYMLINKS | openat2.Resolve.NO_MAGICLINKS
+    directory = openat2.openat2(AT_FDCWD, os.path.dirname(path), flags=flags, resolve=resolve)
+    try:
+        _tidy(directory)
+        _replace(directory, os.path.basename(path), data)
+    finally:
+        os.close(directory)
+
+
+def _replace(directory: int, name: str, data: bytes) -> None:
+    temporary = f".convertd-counters-{getrandom.hex_name(8)}.tmp"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    fd = os.open(temporary, flags, 0o600, dir_fd=directory)
+    try:
+        with open(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fchmod(fd, MODE)
+        os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary, dir_fd=directory)
+        raise
+
+
+def _tidy(directory: int) -> None:
+    """Remove what a daemon that was killed left: old, of that very name, and our own."""
+    for name in filter(TEMPORARY.fullmatch, os.listdir(directory)):
+        with contextlib.suppress(FileNotFoundError):
+            found = os.stat(name, dir_fd=directory, follow_symlinks=False)
+            ours = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
+            if ours and time.time() - found.st_mtime > OLD_S:
+                os.unlink(name, dir_fd=directory)

@@ -1,0 +1,79 @@
+"""What the daemon counts, for GetStats and for node_exporter's text-file collector."""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from convertd_core import messages
+from convertd_daemon.broker import audit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BOUNDS_S: Final = (0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14400.0)
+"""The upper bounds of the buckets of running times; one more has none."""
+
+INTERVAL_S: Final = 15.0
+"""How often the file is written."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Ended:
+    """Conversions of one pair of formats that ended in one way."""
+
+    count: int = 0
+    virtual_bytes: int = 0
+    seconds: float = 0.0
+    buckets: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS_S) + 1))
+
+
+class Counters:
+    """Counts since the daemon's start. Nothing that a caller can invent becomes a label."""
+
+    def __init__(self) -> None:
+        """Begin at 0."""
+        self.start_time = time.time()
+        self.conversions: dict[tuple[str, str, str], Ended] = collections.defaultdict(Ended)
+        self.refusals: collections.Counter[str] = collections.Counter()
+
+    def count(self, record: audit.Record) -> None:
+        """Count one request."""
+        if record.outcome is audit.Outcome.REFUSED:
+            self.refusals[record.reason] += 1
+        elif record.asked.operation is messages.Operation.CONVERT:
+            formats = (record.source_format, record.asked.dest_format)
+            ended = self.conversions[(*formats, record.reason)]
+            seconds = record.seconds or 0.0
+            ended.count += 1
+            ended.virtual_bytes += record.account.virtual_size_bytes
+            ended.seconds += seconds
+            ended.buckets[bisect.bisect_left(BOUNDS_S, seconds)] += 1
+
+    def messages(self, call: int) -> Iterator[object]:
+        """The counts as the front is told of them."""
+        for (source_format, dest_format, reason), ended in self.conversions.items():
+            yield messages.ConversionStats(
+                call=call,
+                source_format=source_format,
+                dest_format=dest_format,
+                reason=reason,
+                count=ended.count,
+                virtual_bytes=ended.virtual_bytes,
+                seconds=ended.seconds,
+                buckets=tuple(ended.buckets),
+            )
+        for reason, count in self.refusals.items():
+            yield messages.RefusalStats(call=call, reason=reason, count=count)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Now:
+    """What is going on at one moment."""
+
+    running: int
+    queued: int
+    connections: int

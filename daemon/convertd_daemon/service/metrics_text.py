@@ -1,0 +1,68 @@
+"""The counters in Prometheus' text format. Imports much, and so is imported only where wanted."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TYPE_CHECKING, Any
+
+import prometheus_client
+from prometheus_client import core
+
+from convertd_daemon.service import metrics
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from convertd_daemon.service.metrics import Counters, Now
+
+LABELS = ("source_format", "dest_format", "reason")
+
+
+def text(counters: Counters, now: Now) -> bytes:
+    """Everything, as node_exporter's text-file collector reads it."""
+    registry = prometheus_client.CollectorRegistry(auto_describe=False)
+    registry.register(_Families(list(_families(counters, now))))
+    return prometheus_client.generate_latest(registry)
+
+
+class _Families:
+    """What a registry asks for its metrics."""
+
+    def __init__(self, families: list[Any]) -> None:
+        self._families = families
+
+    def collect(self) -> list[Any]:
+        return self._families
+
+
+def _families(counters: Counters, now: Now) -> Iterator[Any]:
+    yield _gauge("start_time_seconds", "When the daemon started.", counters.start_time)
+    yield _gauge("jobs_running", "Conversions that run.", now.running)
+    yield _gauge("jobs_queued", "Conversions that wait.", now.queued)
+    yield _gauge("connections", "Open connections.", now.connections)
+    sizes = core.CounterMetricFamily(
+        "convertd_conversion_bytes", "Virtual sizes of ended conversions.", labels=LABELS
+    )
+    times = core.HistogramMetricFamily(
+        "convertd_conversion_seconds", "Running times of ended conversions.", labels=LABELS
+    )
+    for labels, ended in counters.conversions.items():
+        sizes.add_metric(labels, ended.virtual_bytes)
+        bounds = (*metrics.BOUNDS_S, math.inf)
+        totals = itertools.accumulate(ended.buckets)
+        buckets = [
+            ("+Inf" if math.isinf(bound) else f"{bound:g}", total)
+            for bound, total in zip(bounds, totals, strict=True)
+        ]
+        times.add_metric(labels, buckets, ended.seconds)
+    refusals = core.CounterMetricFamily(
+        "convertd_refusals", "Requests refused before a job began.", labels=("reason",)
+    )
+    for reason, count in counters.refusals.items():
+        refusals.add_metric((reason,), count)
+    yield from (sizes, times, refusals)
+
+
+def _gauge(name: str, meaning: str, value: float) -> core.GaugeMetricFamily:
+    return core.GaugeMetricFamily(f"convertd_{name}", meaning, value=value)

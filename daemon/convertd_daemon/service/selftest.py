@@ -1,0 +1,153 @@
+"""Convert 64 KiB in the sandbox before serving anybody: what does not work now never will.
+
+Runs in a child, as a job does, and by a job's code: the same rights, the same Landlock, the same
+seccomp filter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import re
+import signal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, NoReturn
+
+from convertd_core import conditions, messages, values
+from convertd_daemon import channel
+from convertd_daemon.job import context
+from convertd_daemon.job.files import credentials
+from convertd_daemon.job.qemu import execution, plan
+from convertd_daemon.linux import close_range
+from convertd_daemon.sandbox import limits
+from convertd_daemon.sandbox.prefork_slot import PreforkSlot
+from convertd_daemon.service.preflight import StartError
+
+if TYPE_CHECKING:
+    from convertd_daemon.sandbox.setup import Setup
+
+log = logging.getLogger(__name__)
+
+SIZE_BYTES: Final = 64 * 1024
+LIMIT_S: Final = 20.0
+LIMITS: Final = dataclasses.replace(limits.CONVERT, niceness=0)
+"""Callers may be waiting for the daemon to start, however busy the machine is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelfTest:
+    """What the self-test learnt of the qemu-img that is installed."""
+
+    qemu_version: str
+    compressions: tuple[str, ...]
+    formats: frozenset[str]
+
+
+def run(setup: Setup, directory: str) -> SelfTest:
+    """Convert in `directory`, which only needs to take files.
+
+    Raises:
+        CantStart: the conversion failed; the line says of what.
+    """
+    ours, theirs = channel.Channel.pair()
+    broker = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        _be_the_child(setup, directory, theirs, broker)
+    theirs.close()
+    with ours:
+        ours.sock.settimeout(LIMIT_S)
+        try:
+            answer, _ = ours.receive(SelfTest, messages.Failed)
+        except (channel.Closed, TimeoutError) as error:
+            os.kill(pid, signal.SIGKILL)
+            raise StartError("the self-test gave no answer; the lines above say more") from error
+        finally:
+            os.waitpid(pid, 0)
+    if isinstance(answer, messages.Failed):
+        raise StartError(f"the self-test failed: {answer.failure.message}")
+    return SelfTest(
+        qemu_version=answer.qemu_version,
+        compressions=answer.compressions,
+        formats=answer.formats,
+    )
+
+
+def _be_the_child(setup: Setup, directory: str, line: channel.Channel, broker: int) -> NoReturn:
+    try:
+        close_range.close_all_but({0, 1, 2, line.fileno()})
+        credentials.die_with(broker)
+        with execution.opened(setup, PreforkSlot(setup.seccomp)) as worker:
+            runner = execution.Runner(worker, context.JobContext(line, LIMIT_S))
+            line.send(_convert_all(runner, directory))
+    except conditions.ConvertError as error:
+        line.send(messages.Failed(failure=error.failure()))
+    except BaseException:
+        log.exception("self-test")
+    finally:
+        os._exit(0)
+
+
+def _convert_all(runner: execution.Runner, directory: str) -> SelfTest:
+    # It begins with the version, too.
+    said = runner.run(("qemu-img", "--help"), execution.Inodes(), LIMITS)
+    _convert(runner, directory, "zlib")
+    compressions = ["zlib"]
+    try:
+        _convert(runner, directory, "zstd")
+        compressions += ["zstd"]
+    except conditions.ConversionFailed:
+        log.warning("this qemu-img has no zstd")
+    return SelfTest(
+        qemu_version=_version_in(said.stdout),
+        compressions=tuple(compressions),
+        formats=_formats_in(said.stdout),
+    )
+
+
+def _convert(runner: execution.Runner, directory: str, compression: str) -> None:
+    """One conversion from one unnamed inode to another, the source readable by root alone."""
+    flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
+    source, dest = os.open(directory, flags, 0o600), os.open(directory, flags, 0o600)
+    try:
+        os.ftruncate(source, SIZE_BYTES)
+        os.pwrite(source, os.urandom(SIZE_BYTES // 2), 0)
+        identity = runner.worker.setup.identity
+        if identity is not None:
+            os.fchown(dest, -1, identity.gid)
+            os.fchmod(dest, 0o060)
+        argv = ("qemu-img", "convert", "-c", "-O", "qcow2", "-o", f"compression_type={compression}")
+        outcome = runner.run(
+            (*argv, plan.graph((plan.Node(format="raw", fd=source),)), plan.path_of(dest)),
+            execution.Inodes(read=(source,), write=(dest,)),
+            LIMITS,
+        )
+        if outcome.status != 0 or os.fstat(dest).st_size <= SIZE_BYTES // 2:
+            problem = outcome.stderr or f"status {outcome.status}"
+            raise conditions.ConversionFailed(path=directory, problem=problem)
+    finally:
+        os.close(source)
+        os.close(dest)
+
+
+def _version_in(said: bytes) -> str:
+    """The version in the first line of `qemu-img --help`, or that line as it is."""
+    line = said.decode("utf-8", "replace").partition("\n")[0]
+    match = re.search(r"version (\S+)", line)
+    return match[1] if match else line
+
+
+def _formats_in(said: bytes) -> frozenset[str]:
+    """The formats of ours in the list that `qemu-img --help` ends with.
+
+    Raises:
+        conditions.Unsupported: there is no such list, or none of ours is in it.
+    """
+    match = re.search(rb"^Supported formats:(.*)$", said, re.MULTILINE)
+    listed = match[1].decode("utf-8", "replace").split() if match else []
+    formats = values.FORMATS.intersection(listed)
+    if not formats:
+        why = "qemu-img --help lists no format that convertd knows"
+        raise conditions.Unsupported(what="conversion", why=why)
+    return formats

@@ -1,0 +1,45 @@
+"""Whether the service, as systemd confined it, can do what the policy grants. Asked of the kernel.
+
+The policy alone opens nothing: what the unit closes stays closed. This only says so early, in the
+journal, and not first to a caller.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING, Final
+
+from convertd_core import values
+from convertd_daemon.linux import openat2
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from convertd_daemon.policy.load import Loaded
+
+REMEDY: Final = "`convertd unit-dropin` prints what the service needs"
+
+
+def problems(loaded: Loaded) -> Iterator[str]:
+    """Say what the kernel would refuse us of what a policy grants, as things were at its load."""
+    policy = loaded.policy
+    used = {root for rule in policy.rules for root in (*rule.read, *rule.write)}
+    if used and not can_resolve():
+        yield f"openat2(2) is refused, so no image can be opened: {REMEDY}"
+    for root in sorted({root for rule in policy.rules for root in rule.write}, key=_path):
+        if root.kind is values.RootKind.FILES and loaded.seen[root.name].is_read_only:
+            yield f"roots.{root.name}.path: {root.path} is read-only for the service: {REMEDY}"
+
+
+def _path(root: values.Root) -> str:
+    return root.path
+
+
+def can_resolve() -> bool:
+    """Whether openat2(2) works here. systemd's RestrictSUIDSGID= refuses it."""
+    try:
+        os.close(openat2.openat2(-100, "/", flags=os.O_PATH, resolve=openat2.Resolve.NO_SYMLINKS))
+    except OSError as error:
+        return error.errno not in {errno.ENOSYS, errno.EPERM}
+    return True
