@@ -8,6 +8,9 @@ import select
 import signal
 from typing import TYPE_CHECKING, BinaryIO, Final, NoReturn
 
+from convertd_daemon.broker import emptied
+from convertd_daemon.kernel import close_range
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -23,9 +26,11 @@ def answer(work: Callable[[BinaryIO], None], limit_s: float) -> Iterator[int]:
     """
     reader, writer = os.pipe2(os.O_CLOEXEC)
     with contextlib.closing(open(reader, "rb", buffering=0)):
+        child_is_empty = emptied.Emptied()
         child = os.fork()
         if child == 0:
-            _work(writer, work, limit_s)
+            _work(writer, work, limit_s, child_is_empty)
+        child_is_empty.wait()
         os.close(writer)
         try:
             yield reader
@@ -33,10 +38,17 @@ def answer(work: Callable[[BinaryIO], None], limit_s: float) -> Iterator[int]:
             _end(child)
 
 
-def _work(writer: int, work: Callable[[BinaryIO], None], limit_s: float) -> NoReturn:
-    """All that the child does."""
+def _work(
+    writer: int,
+    work: Callable[[BinaryIO], None],
+    limit_s: float,
+    child_is_empty: emptied.Emptied,
+) -> NoReturn:
+    """All that the child does. One that is left keeps open nothing of the broker's."""
     status = 1
     try:
+        close_range.close_all_but({0, 1, 2, writer, child_is_empty.writer})
+        child_is_empty.tell()
         # Should the parent die meanwhile, the child still ends.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, limit_s + _KILL_S)
