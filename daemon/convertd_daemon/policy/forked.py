@@ -9,7 +9,7 @@ import signal
 from typing import TYPE_CHECKING, BinaryIO, Final, NoReturn
 
 from convertd_daemon.broker import emptied
-from convertd_daemon.kernel import close_range
+from convertd_daemon.linux import close_range
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
