@@ -184,19 +184,25 @@ class DirectoryIdentity:
     """Which directory it is, whatever its name. `born_ns` is 0 where the file system says nothing.
 
     A device's number can be another after a remount, and an inode's number can be used again: so
-    the time at which it was made decides, where it is known, and the device's number elsewhere.
+    the time at which it was made decides, where it is known. That it differs says something only
+    with `keeps_birth`: on overlayfs a directory that is changed for the first time is made anew
+    under its old number, and on SMB its owner may set the time. There the device's number decides.
     """
 
     device: int
     inode: int
     born_ns: int = 0
+    keeps_birth: bool = False
 
     def is_same(self, other: DirectoryIdentity) -> bool:
         """Whether both are, or must be taken for, one directory."""
         if self.inode != other.inode:
             return False
         if self.born_ns and other.born_ns:
-            return self.born_ns == other.born_ns
+            if self.born_ns == other.born_ns:
+                return True
+            if self.keeps_birth and other.keeps_birth:
+                return False
         return self.device == other.device
 
 

@@ -133,6 +133,23 @@ def test_a_nested_root_that_is_mounted_once_more_stays_closed(
         daemon.stop()
 
 
+def test_a_nested_root_on_overlayfs_that_was_renamed_stays_closed(
+    scratch: Path, outer: Path, make_daemon: MakeDaemon
+) -> None:
+    """The first change to a directory of the lower layer makes another inode, with its number."""
+    with Mounts(scratch) as mounts:
+        merged = mounts.overlaid(outer, "merged")
+        daemon = make_daemon(POLICY.replace("{scratch}/outer", str(merged)))
+        daemon.start()
+        as_alice = ["setpriv", f"--reuid={ALICE.uid}", f"--regid={ALICE.gid}", "--clear-groups"]
+        moved = merged / "c2"
+        subprocess.run([*as_alice, "mv", str(merged / "closed"), str(moved)], check=True)
+        answer = asking.convert(daemon, moved / "disk.raw", merged / "out.raw", "raw")
+        assert answer.reason == "OUTSIDE_ROOT"
+        assert asking.overwrite(daemon, merged / "own.raw", merged / "out.raw").is_ok
+        daemon.stop()
+
+
 def test_a_nested_root_in_the_place_of_another_root_stays_closed(
     scratch: Path, outer: Path, make_daemon: MakeDaemon
 ) -> None:

@@ -25,6 +25,7 @@ from convertd_daemon.linux import (
     clock_getcpuclockid,
     close_range,
     execveat,
+    fstatfs,
     fsuid,
     locks,
     openat2,
@@ -418,6 +419,24 @@ class TestProcesses:
         """What can't be undone happens in children."""
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[1] > 1000
         assert not prctl.get_no_new_privs()
+
+
+class TestFstatfs:
+    """fstatfs(2)."""
+
+    @pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs", "tmpfs"])
+    def test_a_file_system_tells_what_it_is(self, mounts: Mounts, kind: str) -> None:
+        """Of a descriptor of O_PATH too."""
+        memory = kind == "tmpfs"
+        point = mounts.in_memory(kind, kind) if memory else mounts.on_a_loop(kind, kind)
+        directory = os.open(point, os.O_PATH)
+        assert fstatfs.magic(directory) == fstatfs.Magic[kind.upper()]
+        os.close(directory)
+
+    def test_what_is_not_open_is_an_error(self) -> None:
+        """The kernel's own."""
+        with pytest.raises(OSError, match="fstatfs: Bad file descriptor"):
+            fstatfs.magic(9999)
 
 
 class TestStatx:

@@ -297,12 +297,16 @@ def test_a_grant_comes_with_all_other_roots() -> None:
 
 
 def test_a_directory_is_the_same_by_the_time_it_was_made_or_else_by_its_device() -> None:
-    """A device's number may change by a remount, an inode's may be used again."""
-    one = values.DirectoryIdentity(device=1, inode=2, born_ns=3)
+    """A remount changes a device's number, an inode's is used again, overlayfs makes one anew."""
+    one = values.DirectoryIdentity(device=1, inode=2, born_ns=3, keeps_birth=True)
     assert one.is_same(one)
     assert one.is_same(dataclasses.replace(one, device=9))
     assert not one.is_same(dataclasses.replace(one, inode=9))
     assert not one.is_same(dataclasses.replace(one, born_ns=9))
+    made_anew = dataclasses.replace(one, born_ns=9, keeps_birth=False)
+    assert one.is_same(made_anew)
+    assert made_anew.is_same(one)
+    assert not one.is_same(dataclasses.replace(made_anew, device=9))
     unknown = dataclasses.replace(one, born_ns=0)
     assert one.is_same(unknown)
     assert unknown.is_same(one)

@@ -61,6 +61,7 @@ _BEFORE_5_1: Final[Mapping[str, Mapping[str, int]]] = {
         "setfsgid": 123,
         "capget": 125,
         "capset": 126,
+        "fstatfs": 138,
         "unshare": 272,
         "renameat2": 316,
         "seccomp": 317,
@@ -68,6 +69,7 @@ _BEFORE_5_1: Final[Mapping[str, Mapping[str, int]]] = {
         "statx": 332,
     },
     "aarch64": {
+        "fstatfs": 44,
         "capget": 90,
         "capset": 91,
         "unshare": 97,

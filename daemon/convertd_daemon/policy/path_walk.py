@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from convertd_core import values
-from convertd_daemon.linux import posix_acl, statx
+from convertd_daemon.linux import fstatfs, posix_acl, statx
 from convertd_daemon.linux.openat2 import Resolve, openat2
 
 if TYPE_CHECKING:
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 STRICTLY: Final = Resolve.NO_SYMLINKS | Resolve.NO_MAGICLINKS
+
+KEEP_BIRTHS: Final = frozenset(fstatfs.Magic)
+"""Where an inode has one time of birth for as long as it lives, which nobody can set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +84,10 @@ def identity_of(fd: int, status: os.stat_result) -> values.DirectoryIdentity:
         OSError: the kernel's own answer.
     """
     return values.DirectoryIdentity(
-        device=status.st_dev, inode=status.st_ino, born_ns=statx.birth_ns(fd)
+        device=status.st_dev,
+        inode=status.st_ino,
+        born_ns=statx.birth_ns(fd),
+        keeps_birth=fstatfs.magic(fd) in KEEP_BIRTHS,
     )
 
 

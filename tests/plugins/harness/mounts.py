@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Final, Self
@@ -55,6 +56,18 @@ class Mounts:
         if read_only:
             _run("mount", "-o", "remount,bind,ro", str(point))
         return point
+
+    def overlaid(self, directory: Path, name: str) -> Path:
+        """A directory once more, by overlayfs: what is changed is copied first."""
+        changes = self._directory / f".{name}.changes"
+        for part in ("upper", "work"):
+            (changes / part).mkdir(parents=True)
+        self._undo.callback(shutil.rmtree, changes)
+        owner = directory.stat()
+        os.chown(changes / "upper", owner.st_uid, owner.st_gid)
+        upper = f"upperdir={changes}/upper,workdir={changes}/work"
+        options = f"lowerdir={directory},{upper},redirect_dir=on"
+        return self._mount(name, "-t", "overlay", "-o", options, "none")
 
     def by_fuse(self, directory: Path, name: str, *options: str) -> Path:
         """A directory once more, by bindfs: FUSE, which has no O_TMPFILE."""
