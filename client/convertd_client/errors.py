@@ -33,6 +33,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Final
 
+from convertd_core import conditions
+
 
 class ConvertError(Exception):
     """A call that did not do what was asked.
@@ -200,69 +202,29 @@ BY_STATUS: Final[Mapping[str, type[ConvertError]]] = {
 }
 """The class of every status that the daemon uses."""
 
-BY_REASON: Final[Mapping[str, type[ConvertError]]] = {
-    "UNKNOWN_CONNECTION": Unauthenticated,
-    "PERMISSION_DENIED": PermissionDenied,
-    "FORMAT_NOT_ALLOWED": PermissionDenied,
-    "CLAIM_NOT_ALLOWED": PermissionDenied,
-    "DAMAGE_NOT_ALLOWED": PermissionDenied,
-    "BAD_PATH": InvalidArgument,
-    "BAD_FORMAT": InvalidArgument,
-    "BAD_OPTION": InvalidArgument,
-    "BAD_MESSAGE": InvalidArgument,
-    "SECRET_MISSING": InvalidArgument,
-    "SIZE_NOT_POSSIBLE": InvalidArgument,
-    "SOURCE_NOT_FOUND": NotFound,
-    "DIRECTORY_NOT_FOUND": NotFound,
-    "JOB_NOT_FOUND": NotFound,
-    "DEST_EXISTS": AlreadyExists,
-    "ACCESS_REFUSED": FailedPrecondition,
-    "SYMLINK_IN_PATH": FailedPrecondition,
-    "OUTSIDE_ROOT": FailedPrecondition,
-    "ROOT_UNUSABLE": FailedPrecondition,
-    "NOT_AN_IMAGE": FailedPrecondition,
-    "READ_ONLY_FILE_SYSTEM": FailedPrecondition,
-    "NOT_YOURS": FailedPrecondition,
-    "IMAGE_REFUSED": ImageRefused,
-    "IMAGE_DAMAGED": ImageRefused,
-    "FORMAT_MISMATCH": ImageRefused,
-    "AMBIGUOUS_FORMAT": ImageRefused,
-    "IMAGE_TOO_LARGE": ImageRefused,
-    "BACKING_REFUSED": ImageRefused,
-    "WRONG_SECRET": FailedPrecondition,
-    "DEVICE_TOO_SMALL": FailedPrecondition,
-    "DEVICE_NOT_WRITABLE": FailedPrecondition,
-    "OWNER_NOT_KEPT": FailedPrecondition,
-    "PROTECTED_BY_ATTRIBUTE": FailedPrecondition,
-    "NO_DIRECT_WRITES": FailedPrecondition,
-    "IMAGE_IN_USE": FailedPrecondition,
-    "CONVERSION_FAILED": FailedPrecondition,
-    "QUEUE_FULL": QueueFull,
-    "TOO_MANY_CALLS": ResourceExhausted,
-    "NO_SPACE": NoSpace,
-    "QUOTA_EXCEEDED": ResourceExhausted,
-    "OUT_OF_MEMORY": ResourceExhausted,
-    "READ_FAILED": DataLoss,
-    "WRITE_FAILED": DataLoss,
-    "VERIFY_FAILED": DataLoss,
-    "PUBLISHED_BUT_NOT_DURABLE": PublishedButNotDurable,
-    "DEST_BUSY": Aborted,
-    "CANCELLED_BY_OPERATOR": Aborted,
-    "NAME_REPLACED": Aborted,
-    "SOURCE_CHANGED": Aborted,
-    "CANCELLED_BY_CALLER": Cancelled,
-    "STALLED": DeadlineExceeded,
-    "DURATION_EXCEEDED": DeadlineExceeded,
-    "UNSUPPORTED": Unimplemented,
-    "STOPPING": Unavailable,
-    "INTERNAL_ERROR": Internal,
+_OF_THEIR_OWN: Final[Mapping[type[conditions.ConvertError], type[ConvertError]]] = {
+    conditions.ImageAtFault: ImageRefused,
+    conditions.QueueFull: QueueFull,
+    conditions.NoSpace: NoSpace,
+    conditions.PublishedButNotDurable: PublishedButNotDurable,
 }
-"""The class of every reason that a daemon or a job gives. A newer daemon may know more."""
+"""The conditions after which a caller acts differently than after others of the same status."""
+
+
+def _kind_of(reason: str, otherwise: type[ConvertError]) -> type[ConvertError]:
+    """The class of a reason that a daemon or a job gives. A newer daemon may know more."""
+    condition = conditions.BY_REASON.get(reason)
+    if condition is None:
+        return otherwise
+    for kind, ours in _OF_THEIR_OWN.items():
+        if issubclass(condition, kind):
+            return ours
+    return BY_STATUS[condition.status]
 
 
 def of_status(status: str, reason: str, message: str, metadata: Mapping[str, str]) -> ConvertError:
     """Make the error for what a daemon answered. A reason not known here goes by its status."""
-    kind = BY_REASON.get(reason, ConvertError)
+    kind = _kind_of(reason, ConvertError)
     if kind.status != status:
         kind = BY_STATUS.get(status, ConvertError)
     return kind(message, reason=reason, metadata=metadata)
@@ -270,5 +232,5 @@ def of_status(status: str, reason: str, message: str, metadata: Mapping[str, str
 
 def of_reason(reason: str, message: str, metadata: Mapping[str, str]) -> ConvertError:
     """Make the error for what a job says, which has no word of statuses."""
-    kind = BY_REASON.get(reason, Internal)
+    kind = _kind_of(reason, Internal)
     return kind(message, reason=reason, metadata=metadata)

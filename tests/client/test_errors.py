@@ -11,13 +11,32 @@ import convertd_core.conditions
 from convertd_client import errors
 
 
-def test_the_reasons_are_those_of_the_daemon_with_the_same_statuses() -> None:
-    """A reason that only one of them knows is a mistake of whoever added it."""
-    ours = {reason: kind.status for reason, kind in errors.BY_REASON.items()}
-    theirs = {
-        reason: str(kind.status) for reason, kind in convertd_core.conditions.BY_REASON.items()
-    }
-    assert ours == theirs
+def test_each_reason_of_a_job_has_the_class_that_a_daemon_s_has() -> None:
+    """A job says no status: the condition of that reason has one."""
+    for reason, kind in convertd_core.conditions.BY_REASON.items():
+        error = errors.of_reason(reason, "no", {})
+        assert error.status == kind.status
+        assert type(error) is type(errors.of_status(kind.status, reason, "no", {}))
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind"),
+    [
+        *((reason, errors.ImageRefused) for reason in ("IMAGE_REFUSED", "IMAGE_DAMAGED")),
+        *((reason, errors.ImageRefused) for reason in ("FORMAT_MISMATCH", "AMBIGUOUS_FORMAT")),
+        *((reason, errors.ImageRefused) for reason in ("IMAGE_TOO_LARGE", "BACKING_REFUSED")),
+        ("QUEUE_FULL", errors.QueueFull),
+        ("NO_SPACE", errors.NoSpace),
+        ("PUBLISHED_BUT_NOT_DURABLE", errors.PublishedButNotDurable),
+        ("WRONG_SECRET", errors.FailedPrecondition),
+        ("FORMAT_NOT_ALLOWED", errors.PermissionDenied),
+    ],
+)
+def test_a_condition_that_callers_act_upon_has_a_class_of_its_own(
+    reason: str, kind: type[errors.ConvertError]
+) -> None:
+    """The others have the class of their status."""
+    assert type(errors.of_reason(reason, "no", {})) is kind
 
 
 def test_every_status_of_the_daemon_has_a_class() -> None:

@@ -39,11 +39,11 @@ def test_the_page_lists_every_refusal_with_its_status_and_values() -> None:
     listed = [
         (status, reason, set(re.findall(r"`(\w+)`", named))) for status, reason, named in REFUSALS
     ]
-    listed = [
+    defined = [
         (kind.status.value, reason, set(getattr(kind, "__dataclass_fields__", ())))
         for reason, kind in conditions.BY_REASON.items()
     ]
-    assert sorted(listed, key=str) == sorted(listed, key=str)
+    assert sorted(listed, key=str) == sorted(defined, key=str)
 
 
 def test_the_page_lists_every_call() -> None:

@@ -1,0 +1,32 @@
+"""Every condition that a caller can meet, one class each, and the gRPC status it becomes.
+
+    ConvertError
+    ├── Unauthenticated          UnknownConnection
+    ├── Denied                   PermissionDenied, FormatNotAllowed, ClaimNotAllowed
+    ├── Invalid                  BadPath, BadFormat, BadOption, BadMessage, SecretMissing, …
+    ├── NotFound                 SourceNotFound, DirectoryNotFound, JobNotFound
+    ├── AlreadyExists            DestExists
+    ├── FailedPrecondition       ImageAtFault, ImageRefused, ImageInUse, AccessRefused, …
+    ├── ResourceExhausted        QueueFull, TooManyCalls, NoSpace, QuotaExceeded, …
+    ├── DataLoss                 ReadFailed, WriteFailed, VerifyFailed, PublishedButNotDurable
+    ├── Aborted                  DestBusy, CancelledByOperator, NameReplaced, SourceChanged
+    ├── Cancelled                CancelledByCaller
+    ├── DeadlineExceeded         Stalled, DurationExceeded
+    ├── Unimplemented            Unsupported
+    ├── Unavailable              Stopping
+    └── Internal                 InternalError
+
+A condition's values are its attributes, its message is one sentence with those values in it, and
+its `reason` is its class's name in UPPER_SNAKE: what `google.rpc.ErrorInfo` carries, and what
+outsiders may rely on. `Failure` is a condition on its way through a channel.
+
+A new condition is a class in one of these modules and a line in docs/api.md: the client takes its
+own class from the condition's status.
+"""
+
+from __future__ import annotations
+
+from convertd_core.conditions.base import *  # noqa: F403
+from convertd_core.conditions.execution import *  # noqa: F403
+from convertd_core.conditions.request import *  # noqa: F403
+from convertd_core.conditions.state import *  # noqa: F403

@@ -1,0 +1,195 @@
+"""The state of things that stands in the way: the image, the destination, the policy's roots."""
+
+from __future__ import annotations
+
+from convertd_core.conditions import base
+
+
+class FailedPrecondition(base.ConvertError):
+    """The request is fine, the state of things is not: repeating it changes nothing."""
+
+    status = base.Status.FAILED_PRECONDITION
+
+
+class AccessRefused(FailedPrecondition):
+    """The kernel refused: the rights in force (see `access` of the root) do not suffice."""
+
+    sentence = "{path}: the kernel refused access with the rights of {rights}"
+    path: str
+    rights: str
+
+
+class SymlinkInPath(FailedPrecondition):
+    """A symbolic link where none is followed."""
+
+    sentence = "{path}: a symbolic link is on the way, and is not followed"
+    path: str
+
+
+class OutsideRoot(FailedPrecondition):
+    """The path leads out of its root: over a mount point, a link, or into another root."""
+
+    sentence = "{path}: leads out of the root {root}"
+    path: str
+    root: str
+
+
+class RootUnusable(FailedPrecondition):
+    """The root that the path lies in can't be opened as it is, or must not be."""
+
+    sentence = "the root {root} can't be used: {problem}"
+    root: str
+    problem: str
+
+
+class NotAnImage(FailedPrecondition):
+    """Not a regular file in a root of files, not a block device in a root of devices."""
+
+    sentence = "{path}: is {found}, not {wanted}"
+    path: str
+    found: str
+    wanted: str
+
+
+class ReadOnlyFileSystem(FailedPrecondition):
+    """Nothing can be created there."""
+
+    sentence = "{path}: the file system is read-only"
+    path: str
+
+
+class ProtectedByAttribute(FailedPrecondition):
+    """chattr(1) keeps a directory or a file as it is, even from root."""
+
+    sentence = "{path}: is {attribute} (see chattr(1)), so the result can't be put there"
+    path: str
+    attribute: str
+
+
+class OwnerNotKept(FailedPrecondition):
+    """The destination's file system has no owners or modes, or others than were asked for."""
+
+    sentence = "{path}: its file system makes it {found} instead of {wanted}"
+    path: str
+    found: str
+    wanted: str
+
+
+class NotYours(FailedPrecondition):
+    """The policy lets a caller overwrite its own files only."""
+
+    sentence = "{path}: belongs to another user, and the policy lets you overwrite your own only"
+    path: str
+
+
+class ImageAtFault(FailedPrecondition):
+    """The image itself is not what it should be: another state of the rest would not help."""
+
+
+class ImageRefused(ImageAtFault):
+    """An image that qemu-img can't read as what it should be, or that asks for more than itself.
+
+    qemu-img's own words are in the daemon's log only: about opening they tell which files exist.
+    """
+
+    sentence = "{path}: the image is refused: {problem}"
+    path: str
+    problem: str
+
+
+class FormatMismatch(ImageAtFault):
+    """The image is of another format than the caller said."""
+
+    sentence = "{path}: is not of the format {format}"
+    path: str
+    format: str
+
+
+class AmbiguousFormat(ImageAtFault):
+    """No format was stated, and the bytes fit a disk as well as something else.
+
+    Taken for the wrong one, it would become a disk of rubbish without a word. Stated, it is read.
+    """
+
+    sentence = "{path}: looks like {found}; {remedy}"
+    path: str
+    found: str
+    remedy: str
+
+
+class BackingRefused(ImageAtFault):
+    """An image that stands on another one, which this caller can't have read through it."""
+
+    sentence = "{path}: its backing file {backing!r} is refused: {problem}"
+    path: str
+    backing: str
+    problem: str
+
+
+class ImageDamaged(ImageAtFault):
+    """An image that is damaged, with all its data in place: it can be converted if that is asked.
+
+    What has to be asked is `accept_damaged` of the source.
+    """
+
+    sentence = "{path}: is damaged, though its data is there: {problem}; ask to accept that"
+    path: str
+    problem: str
+
+
+class WrongSecret(FailedPrecondition):
+    """The passphrase does not open the image."""
+
+    sentence = "{path}: the passphrase does not open it"
+    path: str
+
+
+class DeviceTooSmall(FailedPrecondition):
+    """The image does not fit on the device. Nothing was written."""
+
+    sentence = "{path}: has {size_bytes} bytes, the image needs {needed_bytes}"
+    path: str
+    size_bytes: int
+    needed_bytes: int
+
+
+class NoDirectWrites(FailedPrecondition):
+    """A cache mode was asked for that the destination's file system does not do."""
+
+    sentence = "{path}: takes no direct writes, which cache mode {mode} needs: {problem}"
+    path: str
+    mode: str
+    problem: str
+
+
+class DeviceNotWritable(FailedPrecondition):
+    """The device's mode does not let its group write, and qemu-img has no other right to it."""
+
+    sentence = "{path}: its group {group} may not write it (mode {mode})"
+    path: str
+    group: int
+    mode: str
+
+
+class ImageTooLarge(ImageAtFault):
+    """More virtual size than the policy allows, or than the destination holds."""
+
+    sentence = "{path}: a virtual size of {size_bytes} bytes is over the limit of {limit_bytes}"
+    path: str
+    size_bytes: int
+    limit_bytes: int
+
+
+class ImageInUse(FailedPrecondition):
+    """Another process (a running qemu, most likely) has locked the image."""
+
+    sentence = "{path}: is in use by another process"
+    path: str
+
+
+class ConversionFailed(FailedPrecondition):
+    """qemu-img gave up for a reason that is none of those above."""
+
+    sentence = "{path}: qemu-img failed: {problem}"
+    path: str
+    problem: str
