@@ -15,6 +15,7 @@ import pytest
 import whole_job
 
 from convertd_daemon.job import damage
+from convertd_daemon.job.qemu import execution
 
 MIB: Final = 1024 * 1024
 CLUSTER: Final = 65536
@@ -85,11 +86,11 @@ def data() -> bytes:
     return os.urandom(2 * MIB)
 
 
-def damaged(path: Path, data: bytes, how: Callable[[Tables], None]) -> Path:
+def damaged(path: Path, data: bytes, how: Callable[[Tables], object], *options: str) -> Path:
     """A qcow2 with that, and damaged."""
     raw = path.with_suffix(".raw")
     raw.write_bytes(data)
-    argv = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(path)]
+    argv = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", *options, str(raw), str(path)]
     subprocess.run(argv, check=True)
     image = Tables(path)
     how(image)
@@ -186,8 +187,77 @@ def test_a_damaged_backing_file_is_judged_too(area: Path, data: bytes) -> None:
     ids=["nothing", "a cluster of two", "an unknown line", "beyond the end"],
 )
 def test_what_is_not_known_to_be_harmless_is_not(said: str) -> None:
-    """Of a list that is longer than what is kept, the end is not known."""
-    assert not damage.is_harmless(said, 1000)
-    harmless = "ERROR cluster 7 refcount=0 reference=1"
-    assert damage.is_harmless(harmless, 1000)
-    assert not damage.is_harmless(harmless, len(harmless))
+    """A line that is not known may tell of data that is gone."""
+    complaints = damage.Complaints()
+    complaints.take(said.encode())
+    assert not complaints.are_harmless()
+
+
+def test_a_complaint_without_an_end_is_not_harmless() -> None:
+    """And is not kept."""
+    complaints = damage.Complaints()
+    complaints.take(b"ERROR cluster 7 refcount=0 reference=1\n")
+    complaints.take(b"x" * damage.LONGEST_LINE_BYTES * 2)
+    assert not complaints.are_harmless()
+
+
+@pytest.mark.parametrize("pieces", [1, 7, 4096])
+def test_complaints_are_understood_however_they_are_cut(pieces: int) -> None:
+    """A pipe gives them in pieces."""
+    said = b"Leaked cluster 4 refcount=1 reference=0\nERROR cluster 7 refcount=0 reference=1\n"
+    complaints = damage.Complaints()
+    for start in range(0, len(said), pieces):
+        complaints.take(said[start : start + pieces])
+    assert complaints.are_harmless()
+
+
+class TestNotClosed:
+    """A qcow2 whose dirty flag is set: its counts are wrong as a matter of course."""
+
+    def test_its_counts_need_nobodys_leave(self, area: Path, data: bytes) -> None:
+        """Whatever they say."""
+        source = damaged(area / "in", data, lambda image: not_closed(image).count_all(0))
+        said = converted(source, accept=False)
+        assert said.failure is None
+        assert {warning.reason for warning in said.published.warnings} == {"SOURCE_DIRTY"}
+        assert (area / "out").read_bytes() == data
+
+    @pytest.mark.parametrize("kind", MISSING)
+    def test_what_is_missing_is_refused(self, area: Path, data: bytes, kind: str) -> None:
+        """A map alone says of a table that is not there that all of it is zero."""
+        source = damaged(area / "in", data, MISSING[kind])
+        image = Tables(source)
+        not_closed(image)
+        os.close(image.fd)
+        assert bare(source) != data
+        assert converted(source, accept=True).reason == "IMAGE_REFUSED"
+        assert not (area / "out").exists()
+
+    def test_more_complaints_than_are_kept_are_all_judged(self, area: Path) -> None:
+        """One for each of many small clusters."""
+        data = os.urandom(20 * MIB)
+        source = damaged(area / "in", data, not_closed, "-o", "cluster_size=512")
+        zero_all_counts(source)
+        check = subprocess.run(
+            ["qemu-img", "check", str(source)], stderr=subprocess.PIPE, check=False
+        )
+        assert len(check.stderr) > execution.MAX_OUTPUT_BYTES
+        assert converted(source, accept=False).failure is None
+        assert (area / "out").read_bytes() == data
+
+
+def not_closed(image: Tables) -> Tables:
+    """Set the dirty flag, beside what is set there."""
+    image.put(72, image.number(72) | 1)
+    return image
+
+
+def zero_all_counts(path: Path) -> None:
+    """Zero every block of reference counts of an image with small clusters."""
+    fd = os.open(path, os.O_RDWR)
+    table, blocks = struct.unpack(">QI", os.pread(fd, 12, 48))
+    for index in range(blocks * 512 // 8):
+        (block,) = struct.unpack(">Q", os.pread(fd, 8, table + 8 * index))
+        if block:
+            os.pwrite(fd, bytes(512), block)
+    os.close(fd)

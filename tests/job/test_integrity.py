@@ -189,12 +189,12 @@ class TestHalves:
         assert converted(source, "qcow2").reason == "IMAGE_REFUSED"
 
     def test_half_of_an_image_that_was_not_closed_is_refused(self, area: Path) -> None:
-        """Not for its reference counts."""
+        """For what is missing, and not for its reference counts, which whole ones have too."""
         source = _not_closed(area / "in")
         cut(source, source.stat().st_size // 2)
         failure = converted(source, "qcow2").failure
         assert failure is not None
-        assert "its data goes on to byte" in failure.message
+        assert "its tables lead beyond its end" in failure.message
 
     def test_half_of_what_an_image_stands_on_is_refused(self, area: Path) -> None:
         """And named."""

@@ -28,6 +28,9 @@ _HARMLESS: Final = re.compile(
 )
 """All that a line may say. Source: qemu block/qcow2-refcount.c."""
 
+LONGEST_LINE_BYTES: Final = 4096
+"""No line of a `check` comes near it."""
+
 _SUMMARY: Final = re.compile(
     r"|No errors were found on the image\."
     r"|\d+ errors were found on the image\."
@@ -37,16 +40,34 @@ _SUMMARY: Final = re.compile(
 )
 
 
-def is_harmless(said: str, most_bytes: int) -> bool:
-    """Whether all that `check` complained of leaves the data where it is.
+class Complaints:
+    """What `check` complains of, judged line by line as it comes: there may be one a cluster."""
 
-    `most_bytes` is how much is kept of what it says: where that is reached, there may be more.
-    """
-    if len(said.encode()) >= most_bytes - 1:
-        return False
-    lines = [line.strip() for line in said.splitlines()]
-    found = [line for line in lines if not _SUMMARY.fullmatch(line)]
-    return bool(found) and all(_HARMLESS.fullmatch(line) for line in found)
+    def __init__(self) -> None:
+        self._cut = b""
+        self._found = False
+        self._harmless = True
+
+    def take(self, data: bytes) -> None:
+        """Take a piece of what it says."""
+        *lines, self._cut = (self._cut + data).split(b"\n")
+        for line in lines:
+            self._judge(line)
+        if len(self._cut) > LONGEST_LINE_BYTES:
+            self._harmless = False
+            self._cut = b""
+
+    def are_harmless(self) -> bool:
+        """Whether there were any, and all of them leave the data where it is. Ask at the end."""
+        self._judge(self._cut)
+        self._cut = b""
+        return self._found and self._harmless
+
+    def _judge(self, line: bytes) -> None:
+        text = line.decode("utf-8", "replace").strip()
+        if not _SUMMARY.fullmatch(text):
+            self._found = True
+            self._harmless &= _HARMLESS.fullmatch(text) is not None
 
 
 def check_mark(asked: values.Source, link: ChainLink) -> None:

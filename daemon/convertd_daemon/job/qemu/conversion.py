@@ -117,6 +117,10 @@ class Observer:
         self._heard_bytes += len(data)
         self.read(data)
 
+    def on_error_output(self, data: bytes) -> None:
+        """Take a piece of standard error, which is kept as a whole elsewhere."""
+        self._heard_bytes += len(data)
+
     def read(self, data: bytes) -> None:
         """Understand a piece of it: lines that end in a carriage return, cut anywhere."""
         *lines, tail = (self._tail + data).split(b"\r")

@@ -97,6 +97,9 @@ class Listener(Protocol):
     def on_output(self, data: bytes) -> None:
         """Take a piece of its standard output."""
 
+    def on_error_output(self, data: bytes) -> None:
+        """Take a piece of its standard error."""
+
     def on_tick(self, child: spawn.ConfinedProgram) -> None:
         """Look at it, about once a second; raising ends the run."""
 
@@ -231,8 +234,9 @@ class RunningProgram:
             return True
         kept = self.outputs[fd]
         kept += data[: MAX_OUTPUT_BYTES - len(kept)]
-        if fd == self.child.stdout and self.listener and data:
-            self.listener.on_output(data)
+        if self.listener and data:
+            is_output = fd == self.child.stdout
+            (self.listener.on_output if is_output else self.listener.on_error_output)(data)
         return bool(data)
 
     def _tick(self, beside: Callable[[], None] | None) -> None:

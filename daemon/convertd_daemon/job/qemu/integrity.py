@@ -17,9 +17,9 @@ A compressed cluster that is cut off fails to decompress in the conversion itsel
 deflate, the qcow2 kind of zlib, has no checksum, and of the last cluster alone may give garbage.
 
 Reference counts that are wrong, in a way that leaves the data where it is, are accepted where that
-is asked and allowed: see damage. Then a `map` must tell, too, that no data lies beyond the end.
-A qcow2 whose dirty flag is set has reference counts that are wrong as a matter of course: it is
-asked for a `map` alone.
+is asked and allowed: see damage. In a qcow2 whose dirty flag is set they are wrong as a matter of
+course, and nobody is asked. Then a `map` must tell, too, that no data lies beyond the end. A `map`
+alone would not do: of a table that is cut off it says that all it led to reads as zeroes.
 """
 
 from __future__ import annotations
@@ -69,13 +69,15 @@ LONGEST_ENTRY_BYTES: Final = 4096
 class Question:
     """What is asked about one member of a chain: for a `map`, or else for a `check`.
 
-    `stretch` is the part of the disk that the map is of; None for all of it.
+    `stretch` is the part of the disk that the map is of; None for all of it. `dirty` says that the
+    image was not closed in order by its last writer.
     """
 
     source: Source
     node: plans.Node
     secret: bytes
     mapped: bool
+    dirty: bool = False
     stretch: plans.Stretch | None = None
 
 
@@ -107,7 +109,8 @@ class IntegrityCheck:
                 node=node,
                 # Only the first may be encrypted.
                 secret=kept.source if link.info.encrypted else b"",
-                mapped=link.info.dirty or link.info.format in MAPPED,
+                mapped=link.info.format in MAPPED,
+                dirty=link.info.dirty,
                 stretch=stretch,
             )
             for link, node in zip(ends.chain, ends.nodes(), strict=True)
@@ -194,13 +197,15 @@ class IntegrityCheck:
         outcome = conversation.wait_until_done()
         self._asked = None
         self._running.close()
+        question = answer.question
         if isinstance(answer, _Check) and answer.damaged(outcome):
-            damage.accept(self._asked_source, answer.question.source, damage.COUNTS)
-            path = answer.question.source.place.path
-            self.warnings.append(damage.warning(path, damage.COUNTS))
-            self._left.appendleft(replace(answer.question, mapped=True))
+            if not question.dirty:
+                damage.accept(self._asked_source, question.source, damage.COUNTS)
+                path = question.source.place.path
+                self.warnings.append(damage.warning(path, damage.COUNTS))
+            self._left.appendleft(replace(question, mapped=True))
         elif not answer.is_conclusive(outcome):
-            self._left.appendleft(replace(answer.question, mapped=True))
+            self._left.appendleft(replace(question, mapped=True))
 
 
 def _stretches(info: values.ImageInfo) -> Iterator[plans.Stretch | None]:
@@ -265,11 +270,20 @@ class _Answer(conversion.Observer, abc.ABC):
 class _Check(_Answer):
     """The answer of `check`: errors in the tables, and where the image should end."""
 
+    def __init__(
+        self, runner: execution.Runner, result: int, stall_s: float, question: Question
+    ) -> None:
+        super().__init__(runner, result, stall_s, question)
+        self._complaints = damage.Complaints()
+
+    def on_error_output(self, data: bytes) -> None:
+        """Take a piece of the complaints: they may be more than what is kept of an output."""
+        super().on_error_output(data)
+        self._complaints.take(data)
+
     def damaged(self, outcome: execution.Outcome) -> bool:
         """Whether all that is wrong leaves the data where it is. Then a map is needed as well."""
-        return outcome.status == CORRUPT and damage.is_harmless(
-            outcome.stderr, execution.MAX_OUTPUT_BYTES
-        )
+        return outcome.status == CORRUPT and self._complaints.are_harmless()
 
     def is_conclusive(self, outcome: execution.Outcome) -> bool:
         if outcome.status not in {*SOUND, CORRUPT}:
