@@ -9,9 +9,8 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from convertd_daemon.broker import front_process
 from convertd_daemon.linux import prctl
-from convertd_daemon.sandbox import confine_broker, limits
+from convertd_daemon.sandbox import confine_broker, front_process, limits
 from convertd_daemon.service import listen, preflight
 
 if TYPE_CHECKING:

@@ -11,12 +11,13 @@ from children import in_child
 from descriptors import none_left_open
 
 from convertd_core import values
-from convertd_daemon.broker import closer, connections, loop
+from convertd_daemon.broker import connections, loop
+from convertd_daemon.sandbox import closer
 
 
 def none(limits: values.Limits) -> connections.Connections:
     """No connections yet."""
-    return connections.Connections(limits, closer.Closer(loop.Loop()))
+    return connections.Connections(limits, closer.Closer(loop.Loop().after))
 
 
 def ends() -> tuple[socket.socket, socket.socket]:

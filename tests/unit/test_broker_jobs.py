@@ -12,11 +12,11 @@ import refusals
 
 from convertd_core import messages, values
 from convertd_daemon.broker import (
-    closer,
     connections,
     jobs,
     loop,
 )
+from convertd_daemon.sandbox import closer
 
 RULES = grants.Rules(roots=(grants.files("/images"), grants.devices("/dev/vg")))
 LIMITS = values.Limits(jobs=1, queue=3, inspections=2)
@@ -27,7 +27,9 @@ def connection() -> Iterator[connections.Connection]:
     """Somebody connected."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        admitted = connections.Connections(values.Limits(), closer.Closer(loop.Loop())).admit(ours)
+        admitted = connections.Connections(values.Limits(), closer.Closer(loop.Loop().after)).admit(
+            ours
+        )
         assert admitted is not None
         yield admitted
 

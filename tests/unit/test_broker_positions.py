@@ -10,12 +10,12 @@ import pytest
 
 from convertd_core import values
 from convertd_daemon.broker import (
-    closer,
     connections,
     jobs,
     loop,
     positions,
 )
+from convertd_daemon.sandbox import closer
 
 RULES = grants.Rules(roots=(grants.files("/images"),))
 
@@ -63,9 +63,9 @@ def waiting() -> Iterator[Waiting]:
     """An empty one."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        connection = connections.Connections(values.Limits(), closer.Closer(loop.Loop())).admit(
-            ours
-        )
+        connection = connections.Connections(
+            values.Limits(), closer.Closer(loop.Loop().after)
+        ).admit(ours)
         assert connection is not None
         yield Waiting(connection)
 

@@ -18,8 +18,6 @@ from typing import TYPE_CHECKING, Final
 from convertd_core import codec, conditions, messages, values
 from convertd_daemon import channel
 from convertd_daemon.broker import (
-    audit,
-    closer,
     connections,
     front_supervisor,
     jobs,
@@ -35,7 +33,9 @@ from convertd_daemon.linux import (
     scm_rights,
 )
 from convertd_daemon.policy import decide
+from convertd_daemon.sandbox import closer
 from convertd_daemon.service import (
+    audit,
     counters_file,
     idle_exit,
     metrics,
@@ -100,7 +100,7 @@ class Broker:
         self.config = household
         self.rules = rules
         self.loop = loop.Loop()
-        self.closer = closer.Closer(self.loop)
+        self.closer = closer.Closer(self.loop.after)
         self.connections = connections.Connections(rules.limits, self.closer)
         self.connections.prober = os.getpid()
         self.jobs = jobs.Jobs(rules.limits)

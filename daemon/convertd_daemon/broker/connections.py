@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from convertd_core import values
-from convertd_daemon.broker import audit, closer
 from convertd_daemon.linux import peercred, proc_pid, scm_rights
+from convertd_daemon.sandbox import closer
+from convertd_daemon.service import audit
 
 if TYPE_CHECKING:
     import socket

@@ -9,8 +9,8 @@ import signal
 from typing import TYPE_CHECKING
 
 from convertd_daemon import channel
-from convertd_daemon.broker import front_process
 from convertd_daemon.linux import scm_rights
+from convertd_daemon.sandbox import front_process
 
 if TYPE_CHECKING:
     from convertd_daemon.sandbox.identity import Identity

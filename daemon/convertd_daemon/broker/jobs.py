@@ -12,13 +12,9 @@ from typing import TYPE_CHECKING, Final
 
 from convertd_core import codec, conditions, messages, values
 from convertd_daemon import channel
-from convertd_daemon.broker import (
-    audit,
-    loop,
-    queue,
-    workers,
-)
+from convertd_daemon.broker import loop, queue, workers
 from convertd_daemon.linux import getrandom
+from convertd_daemon.service import audit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

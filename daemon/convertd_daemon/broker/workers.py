@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Final
 
 from convertd_core import codec, messages, values
 from convertd_daemon import channel
-from convertd_daemon.broker import emptied
 from convertd_daemon.job import main as job_main
 from convertd_daemon.job import outcome as job_account
-from convertd_daemon.sandbox import spawn
+from convertd_daemon.sandbox import forking
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,20 +90,10 @@ def fork(setup: Setup, begun: job_main.AssignedJob | None = None) -> JobProcess:
         account, account_end = os.pipe()
         ours.callback(os.close, account)
         theirs.callback(os.close, account_end)
-        child_is_empty = emptied.Emptied()
-        # Held back until the worker has let go of our wakeup descriptor: a SIGTERM to it would be
-        # written there, and we would take it for our own.
-        try:
-            with spawn.signals_blocked():
-                pid = os.fork()
-                if pid == 0:
-                    # Nothing is closed here: its first act closes all but its own.
-                    reporter = job_account.OutcomeReporter(job_channel_end.sock, account_end)
-                    job_main.run_forked(begun, assignments_end, reporter, setup, child_is_empty)
-        except OSError:
-            child_is_empty.give_up()
-            raise
-        child_is_empty.wait()
+        reporter = job_account.OutcomeReporter(job_channel_end.sock, account_end)
+        pid = forking.fork(
+            lambda empty: job_main.run_forked(begun, assignments_end, reporter, setup, empty)
+        )
         ours.pop_all()
     return JobProcess(pid=pid, assignments=assignments, channel=job_channel, account=account)
 

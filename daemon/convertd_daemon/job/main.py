@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import TYPE_CHECKING, NoReturn
 
 from convertd_core import conditions, messages, values
 from convertd_daemon import channel
@@ -28,7 +28,7 @@ from convertd_daemon.job import (
 from convertd_daemon.job.files import credentials
 from convertd_daemon.job.qemu import execution
 from convertd_daemon.linux import close_range, getrandom, prctl
-from convertd_daemon.sandbox import limits, seccomp
+from convertd_daemon.sandbox import forking, limits, seccomp
 from convertd_daemon.sandbox.prefork_slot import PreforkSlot
 from convertd_daemon.sandbox.setup import Setup
 
@@ -36,16 +36,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 log = logging.getLogger(__name__)
-
-
-class Empty(Protocol):
-    """How a forked job tells that it holds nothing but its own: see broker/emptied.py."""
-
-    parent: int
-    writer: int
-
-    def tell(self) -> None:
-        """Tell it, once; closes `writer`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +51,7 @@ def run_forked(
     assignments: channel.Channel,
     job_channel: outcome.OutcomeReporter,
     setup: Setup,
-    empty: Empty,
+    empty: forking.Emptied,
 ) -> NoReturn:
     """Be a job, in the child that the broker just forked; first wait for it, unless it is given.
 

@@ -8,8 +8,8 @@ import select
 import signal
 from typing import TYPE_CHECKING, BinaryIO, Final, NoReturn
 
-from convertd_daemon.broker import emptied
 from convertd_daemon.linux import close_range
+from convertd_daemon.sandbox import forking
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,12 +26,10 @@ def answer(work: Callable[[BinaryIO], None], limit_s: float) -> Iterator[int]:
     """
     reader, writer = os.pipe2(os.O_CLOEXEC)
     with contextlib.closing(open(reader, "rb", buffering=0)):
-        child_is_empty = emptied.Emptied()
-        child = os.fork()
-        if child == 0:
-            _work(writer, work, limit_s, child_is_empty)
-        child_is_empty.wait()
-        os.close(writer)
+        try:
+            child = forking.fork(lambda empty: _work(writer, work, limit_s, empty))
+        finally:
+            os.close(writer)
         try:
             yield reader
         finally:
@@ -42,7 +40,7 @@ def _work(
     writer: int,
     work: Callable[[BinaryIO], None],
     limit_s: float,
-    child_is_empty: emptied.Emptied,
+    child_is_empty: forking.Emptied,
 ) -> NoReturn:
     """All that the child does. One that is left keeps open nothing of the broker's."""
     status = 1
@@ -50,7 +48,9 @@ def _work(
         close_range.close_all_but({0, 1, 2, writer, child_is_empty.writer})
         child_is_empty.tell()
         # Should the parent die meanwhile, the child still ends.
+        signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         signal.setitimer(signal.ITIMER_REAL, limit_s + _KILL_S)
         with open(writer, "wb") as told:
             work(told)

@@ -40,6 +40,7 @@ from convertd_daemon.linux import (
 )
 from convertd_daemon.linux.capabilities import Capability
 from convertd_daemon.sandbox import (
+    forking,
     identity,
     landlock,
     limits,
@@ -59,7 +60,6 @@ ENVIRONMENT: Final[Mapping[str, str]] = {
 FIRST_FREE: Final = 3
 """The first descriptor that is none of the standard three."""
 
-_SIGNALS: Final = frozenset(signal.valid_signals())
 _CONFINED: Final = b"."  # the last word before exec
 _REPORT_BYTES: Final = 4096
 _NAME: Final = "convertd-child"  # whoever stands there; exec gives it the program's
@@ -194,7 +194,7 @@ def fork(compiled: bytes) -> PreforkedChild:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         stack.enter_context(ours)
         parent = os.getpid()
-        with theirs, signals_blocked():
+        with theirs, forking.signals_blocked():
             pid = os.fork()
             if pid == 0:
                 _run_child(theirs.fileno(), parent, compiled)
@@ -220,20 +220,6 @@ def _kill_and_reap(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-
-
-@contextlib.contextmanager
-def signals_blocked() -> Iterator[None]:
-    """Hold signals back in the parent until the child is in safe hands; in the child, for good.
-
-    The child still has our handlers, and our wakeup descriptor to write to; and a handler that
-    raises here would leave behind a child that nobody knows.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
@@ -320,7 +306,7 @@ def _move_above_inherited(descriptor: int) -> int:
 def _reset_signals() -> None:
     # exec resets handlers, but keeps the mask, and what is ignored (Python ignores SIGPIPE).
     signal.set_wakeup_fd(-1)
-    for number in _SIGNALS:
+    for number in forking.ALL_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_DFL:
             signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())

@@ -20,7 +20,7 @@ from convertd_daemon.sandbox import (
 from convertd_daemon.sandbox.errors import NotConfined, Stage
 from convertd_daemon.sandbox.identity import Identity
 from convertd_daemon.sandbox.limits import Limits
-from convertd_daemon.sandbox.preforked import PreforkedChild, failing_as, signals_blocked
+from convertd_daemon.sandbox.preforked import PreforkedChild, failing_as
 from convertd_daemon.sandbox.program import ConfinedProgram
 
 __all__ = [
@@ -29,7 +29,6 @@ __all__ = [
     "Identity",
     "Limits",
     "NotConfined",
-    "signals_blocked",
     "spawn",
 ]
 

@@ -17,14 +17,13 @@ import stat
 import time
 from typing import Final, NoReturn
 
-from convertd_daemon.broker import emptied
 from convertd_daemon.linux import (
     close_range,
     getrandom,
     openat2,
     prctl,
 )
-from convertd_daemon.sandbox import spawn
+from convertd_daemon.sandbox import forking
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ class Writer:
             log.warning("the counters of before are still being written file=%r", path)
             return
         try:
-            self.pid = _fork(path, data)
+            self.pid = forking.fork(lambda empty: _be_the_child(path, data, empty))
         except OSError as error:
             log.warning("can't write counters file=%r error=%s", path, error)
 
@@ -80,22 +79,7 @@ class Writer:
             self.pid = 0
 
 
-def _fork(path: str, data: bytes) -> int:
-    child_is_empty = emptied.Emptied()
-    try:
-        # Held back until the child has let go of our wakeup descriptor.
-        with spawn.signals_blocked():
-            pid = os.fork()
-            if pid == 0:
-                _be_the_child(path, data, child_is_empty)
-    except OSError:
-        child_is_empty.give_up()
-        raise
-    child_is_empty.wait()
-    return pid
-
-
-def _be_the_child(path: str, data: bytes, child_is_empty: emptied.Emptied) -> NoReturn:
+def _be_the_child(path: str, data: bytes, child_is_empty: forking.Emptied) -> NoReturn:
     """Write the file, with no descriptor of the broker's, and end."""
     status = 1
     try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from convertd_core import messages
-from convertd_daemon.broker import audit
+from convertd_daemon.service import audit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

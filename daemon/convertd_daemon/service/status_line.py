@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from convertd_daemon.broker import audit
-    from convertd_daemon.service import metrics
+    from convertd_daemon.service import audit, metrics
 
 
 @dataclass(slots=True, kw_only=True)

@@ -11,8 +11,9 @@ import pytest
 from descriptors import none_left_open
 from hostile import lingering
 
-from convertd_daemon.broker import closer, emptied, loop
+from convertd_daemon.broker import loop
 from convertd_daemon.linux import close_range
+from convertd_daemon.sandbox import closer, forking
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_one_that_brought_nothing_is_closed_at_once() -> None:
     theirs, ours = socket.socketpair()
     with theirs:
         theirs.sendall(b"x")
-        closing = closer.Closer(loop.Loop())
+        closing = closer.Closer(loop.Loop().after)
         closing.close(ours)
         assert ours.fileno() == -1
         assert not closing.processes
@@ -60,7 +61,7 @@ def test_one_that_brought_something_is_closed_by_a_process_that_ends_at_once(
 ) -> None:
     """Which is the last to have it, and does not linger, for it exits."""
     a_loop, began = loop.Loop(), time.monotonic()
-    closing = closer.Closer(a_loop)
+    closing = closer.Closer(a_loop.after)
     number = hostile.fileno()
     closing.close(hostile)
     run_until_reaped(a_loop, closing)
@@ -74,7 +75,7 @@ def test_a_copy_that_is_closed_while_another_is_left_takes_no_time(
 ) -> None:
     """So the front is not held up as long as the broker has its own."""
     a_loop, began = loop.Loop(), time.monotonic()
-    closing = closer.Closer(a_loop)
+    closing = closer.Closer(a_loop.after)
     hostile.dup().close()
     closing.take(hostile)
     run_until_reaped(a_loop, closing)
@@ -87,7 +88,7 @@ def test_while_too_many_processes_hang_the_rest_waits(
     """And what waits is bounded; when one of them has ended the rest is closed."""
     monkeypatch.setattr(closer, "MOST_HELD", 1)
     a_loop = loop.Loop()
-    closing = closer.Closer(a_loop)
+    closing = closer.Closer(a_loop.after)
     hanging = frozenset(range(10**8, 10**8 + closer.MOST_PROCESSES))
     closing.processes |= hanging
     closing.close(hostile)
@@ -110,7 +111,7 @@ def test_many_at_once_do_not_wait_for_their_turn(
     """Whoever sends many would else keep others from being accepted."""
     monkeypatch.setattr(closer, "AT_ONCE", 1)
     a_loop = loop.Loop()
-    closing = closer.Closer(a_loop)
+    closing = closer.Closer(a_loop.after)
     closing.close(hostile)
     assert len(closing.processes) == 1
     run_until_reaped(a_loop, closing)
@@ -121,7 +122,7 @@ def test_a_child_is_never_the_last_to_have_what_its_parent_closes() -> None:
     with none_left_open():
         reader, writer = os.pipe()
         end, child_lives = os.pipe()
-        child_is_empty = emptied.Emptied()
+        child_is_empty = forking.Emptied()
         pid = os.fork()
         if pid == 0:
             close_range.close_all_but({end, child_is_empty.writer})
@@ -139,7 +140,7 @@ def test_a_child_is_never_the_last_to_have_what_its_parent_closes() -> None:
 def test_a_child_that_dies_first_is_not_waited_for() -> None:
     """It holds nothing any more, either."""
     with none_left_open():
-        child_is_empty = emptied.Emptied()
+        child_is_empty = forking.Emptied()
         pid = os.fork()
         if pid == 0:
             os._exit(1)
@@ -150,4 +151,4 @@ def test_a_child_that_dies_first_is_not_waited_for() -> None:
 def test_without_a_child_nothing_is_left() -> None:
     """As when there is no process to be had."""
     with none_left_open():
-        emptied.Emptied().give_up()
+        forking.Emptied().give_up()

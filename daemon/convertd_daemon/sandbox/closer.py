@@ -18,14 +18,11 @@ import os
 import socket
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from convertd_daemon.broker import emptied
 from convertd_daemon.linux import close_range, prctl, scm_rights
-from convertd_daemon.sandbox import spawn
+from convertd_daemon.sandbox import forking
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from convertd_daemon.broker.loop import Loop, Timer
+    from collections.abc import Callable, Iterable
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +43,12 @@ MOST_HELD: Final = 512
 class Closer:
     """The sockets that wait to be closed elsewhere, and the processes that do it."""
 
-    def __init__(self, loop: Loop) -> None:
-        """Begin with none."""
-        self._loop = loop
+    def __init__(self, after: Callable[[float, Callable[[], None]], object]) -> None:
+        """Begin with none. `after` calls something once, so many seconds later."""
+        self._after = after
         # Numbers, not objects, which the interpreter would close itself at its end.
         self._held: list[int] = []
-        self._timer: Timer | None = None
+        self._is_due = False
         self.processes: set[int] = set()
 
     @property
@@ -75,8 +72,8 @@ class Closer:
         self._held.append(sock.detach())
         if len(self._held) >= AT_ONCE:
             self._hand_on()
-        elif self._timer is None:
-            self._timer = self._loop.after(BATCH_S, self._when_due)
+        else:
+            self._schedule()
 
     def ended(self, pid: int) -> bool:
         """Take note that a process has ended, and say whether it was one of these."""
@@ -85,11 +82,16 @@ class Closer:
         self.processes.discard(pid)
         return True
 
+    def _schedule(self) -> None:
+        if not self._is_due:
+            self._is_due = True
+            self._after(BATCH_S, self._when_due)
+
     def _when_due(self) -> None:
-        self._timer = None
+        self._is_due = False
         self._hand_on()
         if self._held:
-            self._timer = self._loop.after(BATCH_S, self._when_due)
+            self._schedule()
 
     def _hand_on(self) -> None:
         """Have a process close all that is held, if there may be one more."""
@@ -123,26 +125,17 @@ def _fork(held: Iterable[int]) -> int:
     Raises:
         OSError: there is no process, or no descriptors, to be had; nothing is closed.
     """
-    child_is_empty = emptied.Emptied()
-    reader, writer = -1, -1
+    reader, writer = os.pipe()
     try:
-        reader, writer = os.pipe()
-        with spawn.signals_blocked():
-            pid = os.fork()
-            if pid == 0:
-                _exit_last(held, reader, child_is_empty)
-    except OSError:
-        child_is_empty.give_up()
-        scm_rights.close_all([end for end in (reader, writer) if end >= 0])
-        raise
-    child_is_empty.wait()
-    scm_rights.close_all(held)
-    os.close(reader)
-    os.close(writer)
+        pid = forking.fork(lambda child_is_empty: _exit_last(held, reader, child_is_empty))
+        scm_rights.close_all(held)
+    finally:
+        os.close(reader)
+        os.close(writer)
     return pid
 
 
-def _exit_last(held: Iterable[int], reader: int, child_is_empty: emptied.Emptied) -> NoReturn:
+def _exit_last(held: Iterable[int], reader: int, child_is_empty: forking.Emptied) -> NoReturn:
     """In the child: wait until the broker has closed its own copies, and exit with ours open."""
     try:
         prctl.set_name("convertd-closer")

@@ -1,7 +1,7 @@
 """Start the front's process.
 
-Apart from what the broker then does with it, for the front takes longest to start, and needs only
-this much of the broker.
+Apart from what the broker then does with it, for the front takes longest to start: nothing here may
+import much.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from convertd_daemon.broker import emptied
 from convertd_daemon.linux import close_range, prctl, scm_rights
-from convertd_daemon.sandbox import identity
+from convertd_daemon.sandbox import forking, identity
 
 if TYPE_CHECKING:
     from convertd_daemon.sandbox.identity import Identity
@@ -47,20 +46,14 @@ def start(user: Identity, private: str) -> Started:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     scm_rights.refuse(ours)
     with theirs:
-        child_is_empty = emptied.Emptied()
-        try:
-            pid = os.fork()
-        except OSError:
-            child_is_empty.give_up()
-            raise
-        if pid == 0:
-            _become_front(user, theirs.fileno(), private, child_is_empty)
-        child_is_empty.wait()
+        pid = forking.fork(
+            lambda child_is_empty: _become_front(user, theirs.fileno(), private, child_is_empty)
+        )
     return Started(pid=pid, sock=ours)
 
 
 def _become_front(
-    user: Identity, descriptor: int, private: str, child_is_empty: emptied.Emptied
+    user: Identity, descriptor: int, private: str, child_is_empty: forking.Emptied
 ) -> NoReturn:
     """In the child: give up root for good, then execute. No byte of gRPC is loaded before that."""
     try:
@@ -69,6 +62,7 @@ def _become_front(
             signal.signal(number, signal.SIG_DFL)
         # The terminal's Ctrl-C is for the broker, which then ends us in its own time.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # or the program would have it as it is
         close_range.close_all_but({0, 1, 2, descriptor, child_is_empty.writer})
         child_is_empty.tell()
         if descriptor != CHANNEL_DESCRIPTOR:
