@@ -175,7 +175,7 @@ def test_a_name_that_breaks_the_lookup_is_no_answer() -> None:
 
 HANGING = """
     import os, socket
-    from convertd_daemon.broker import load
+    from convertd_daemon.policy import load
     # The C library asks nscd first, waits for its answer for five seconds, and then finds root.
     os.mkdir("/run/nscd")
     nscd = socket.socket(socket.AF_UNIX)
