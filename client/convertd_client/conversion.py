@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, TypedDict, TypeVar, cast
 
-from convertd_client import creation_options, errors, results
+from convertd_client import errors, results
+from convertd_core import creation_options
 
 Path = str | os.PathLike[str]
 

@@ -10,8 +10,9 @@ import datetime
 import json
 from typing import Any, Final
 
-from convertd_client import creation_options, errors, results
+from convertd_client import errors, results
 from convertd_client.conversion import Conversion
+from convertd_core import creation_options
 
 Fields = dict[str, Any]
 

@@ -8,12 +8,12 @@ from typing import Final
 
 from convertd.v1 import convert_pb2 as pb
 from convertd_client import (
-    creation_options,
     errors,
     from_proto,
     results,
 )
 from convertd_client.conversion import Conversion
+from convertd_core import creation_options
 
 CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     # A conversion is not repeated by itself, not even one that gRPC thinks never arrived.
@@ -82,7 +82,9 @@ def _create(dest: pb.Destination, asked: Conversion) -> None:
         values = field.enum_type.values_by_name
         prefix = field.enum_type.values[0].name.removesuffix("UNSPECIFIED")
         setattr(
-            options, field.name, values[prefix + creation_options.contract_value(str(value))].number
+            options,
+            field.name,
+            values[prefix + creation_options.contract_choice(str(value))].number,
         )
 
 

@@ -1,76 +1,150 @@
 """The options with which an image of a format is created: which there are, and what they may be.
 
-Pure. What is not in these tables never reaches qemu-img's `-o`: the front that sends them may have
-been taken over, and an option such as qcow2's `backing_file` or `data_file` names another file.
+Pure. What is not in this table never reaches qemu-img's `-o`: the front that sends options may have
+been taken over, and one such as qcow2's `backing_file` or `data_file` names another file.
+
+An option has qemu's name, and its value qemu's spelling. The contract's are others in places: see
+`field_of` and `contract_choice`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final
 
 from convertd_core import conditions, values
 
-Check = Callable[[str], bool]
+Value = int | str | bool
+"""What a caller in Python gives for an option."""
 
 KIB: Final = 1024
 
 
-def _one_of(*choices: str) -> Check:
-    return lambda value: value in choices
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """What an option takes: one of `choices`, a number up to `most`, or else yes or no.
 
+    `refused` are choices of qemu's that convertd knows and does not do. `largest` is what the
+    contract's field holds.
+    """
 
-def _number(least: int, most: int, *, multiple_of: int = 1) -> Check:
-    def check(value: str) -> bool:
-        return (
-            _NUMBER.fullmatch(value) is not None
-            and least <= int(value) <= most
-            and int(value) % multiple_of == 0
-        )
+    choices: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+    largest: int = 0
+    least: int = 0
+    most: int = 0
+    multiple_of: int = 1
+    power_of_two: bool = False
 
-    return check
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The choices that the contract has, those included that convertd does not do."""
+        return (*self.choices, *self.refused)
 
+    def accepts(self, value: str) -> bool:
+        """Whether a value in qemu's spelling is possible."""
+        if not self.most:
+            return value in (self.choices or ("on", "off"))
+        if not _NUMBER.fullmatch(value):
+            return False
+        number = int(value)
+        fits = self.least <= number <= self.most and number % self.multiple_of == 0
+        return fits and (number.bit_count() == 1 or not self.power_of_two)
 
-def _power_of_two(least: int, most: int) -> Check:
-    within = _number(least, most)
-    return lambda value: within(value) and int(value).bit_count() == 1
+    def problem_of(self, value: object) -> str:
+        """Why a value can't even be said to a daemon, which judges the rest; empty if it can."""
+        if self.choices:
+            possible = ", ".join(self.known)
+            return "" if value in self.known else f"{value!r} is none of {possible}"
+        if self.largest:
+            fits = type(value) is int and 0 <= value <= self.largest
+            return "" if fits else f"{value!r} is not a number from 0 to {self.largest}"
+        return "" if isinstance(value, bool) else f"{value!r} is neither True nor False"
 
 
 _NUMBER: Final = re.compile("[0-9]{1,12}")
 
-_ON_OFF: Final = _one_of("on", "off")
+_FLAG: Final = Option()
+_DYNAMIC_OR_FIXED: Final = Option(choices=("dynamic", "fixed"))
 
-OPTIONS: Final[Mapping[str, Mapping[str, Check]]] = {
+
+def _bytes(least: int, most: int, *, multiple_of: int = 1, power_of_two: bool = False) -> Option:
+    return Option(
+        largest=2**64 - 1,
+        least=least,
+        most=most,
+        multiple_of=multiple_of,
+        power_of_two=power_of_two,
+    )
+
+
+def _count(least: int, most: int, *, power_of_two: bool = False) -> Option:
+    return Option(largest=2**32 - 1, least=least, most=most, power_of_two=power_of_two)
+
+
+OPTIONS: Final[Mapping[str, Mapping[str, Option]]] = {
     "qcow2": {
-        "cluster_size": _power_of_two(512, 2 * values.MIB),
-        "compat": _one_of("0.10", "1.1"),
-        "lazy_refcounts": _ON_OFF,
-        "refcount_bits": _power_of_two(1, 64),
-        "extended_l2": _ON_OFF,
+        "cluster_size": _bytes(512, 2 * values.MIB, power_of_two=True),
+        "compat": Option(choices=("0.10", "1.1")),
+        "lazy_refcounts": _FLAG,
+        "refcount_bits": _count(1, 64, power_of_two=True),
+        "extended_l2": _FLAG,
     },
     "vmdk": {
-        "subformat": _one_of("monolithicSparse", "streamOptimized"),
-        "adapter_type": _one_of("ide", "lsilogic", "buslogic", "legacyESX"),
-        "hwversion": _number(1, 99),
-        "zeroed_grain": _ON_OFF,
+        "subformat": Option(
+            choices=("monolithicSparse", "streamOptimized"),
+            # Their images are several files.
+            refused=("monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat"),
+        ),
+        "adapter_type": Option(choices=("ide", "lsilogic", "buslogic", "legacyESX")),
+        "hwversion": _count(1, 99),
+        "zeroed_grain": _FLAG,
     },
-    "vdi": {"static": _ON_OFF},
-    "vpc": {"subformat": _one_of("dynamic", "fixed")},
+    "vdi": {"static": _FLAG},
+    "vpc": {"subformat": _DYNAMIC_OR_FIXED},
     "vhdx": {
-        "subformat": _one_of("dynamic", "fixed"),
-        "block_size": _power_of_two(values.MIB, 256 * values.MIB),
-        "log_size": _number(values.MIB, 4 * KIB * values.MIB - 1, multiple_of=values.MIB),
+        "subformat": _DYNAMIC_OR_FIXED,
+        "block_size": _bytes(values.MIB, 256 * values.MIB, power_of_two=True),
+        "log_size": _bytes(values.MIB, 4 * KIB * values.MIB - 1, multiple_of=values.MIB),
     },
     "qed": {
-        "cluster_size": _power_of_two(4 * KIB, 64 * values.MIB),
+        "cluster_size": _bytes(4 * KIB, 64 * values.MIB, power_of_two=True),
         # qemu takes a table of one cluster, and does not open what it made. Source: block/qed.h,
         # qed_check_table_offset().
-        "table_size": _power_of_two(2, 16),
+        "table_size": _count(2, 16, power_of_two=True),
     },
-    "parallels": {"cluster_size": _number(512, 256 * values.MIB, multiple_of=512)},
+    "parallels": {"cluster_size": _bytes(512, 256 * values.MIB, multiple_of=512)},
 }
 """By format and by qemu's name of the option. Source: qemu-img create -f FORMAT -o help."""
+
+NAMES: Final = frozenset(name for options in OPTIONS.values() for name in options)
+
+_FIELDS: Final = {
+    "cluster_size": "cluster_size_bytes",
+    "block_size": "block_size_bytes",
+    "log_size": "log_size_bytes",
+    "table_size": "table_size_clusters",
+    "hwversion": "hardware_version",
+}
+_CHOICES: Final = {"0.10": "V2", "1.1": "V3"}
+
+
+def field_of(name: str) -> str:
+    """The contract's name of an option."""
+    return _FIELDS.get(name, name)
+
+
+def contract_choice(choice: str) -> str:
+    """The contract's name of a choice, without the enum's prefix: `streamOptimized` in capitals."""
+    return _CHOICES.get(choice) or re.sub(r"(?<=[a-z])(?=[A-Z])", "_", choice).upper()
+
+
+def qemu_value(value: Value) -> str:
+    """A value in qemu's own words. What is False is not said: it is qemu's default."""
+    return "on" if value is True else str(value)
+
 
 CIPHERS: Final = {
     "cipher_alg": frozenset(
@@ -86,8 +160,6 @@ CIPHERS: Final = {
 
 MAX_ITER_TIME_MS: Final = 60_000
 
-SEVERAL_FILES: Final = frozenset({"monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat"})
-
 
 def check(dest: values.Destination) -> None:
     """Check the creation options of a destination.
@@ -102,11 +174,10 @@ def check(dest: values.Destination) -> None:
     if len(named) != len(dest.options):
         raise conditions.BadOption(field=f"dest.{dest.format}", problem="has an option twice")
     for name, value in named.items():
-        if dest.format == "vmdk" and value in SEVERAL_FILES:
-            raise conditions.Unsupported(
-                what=f"subformat {value}", why="its image is several files"
-            )
-        if name not in known or not known[name](value):
+        option = known.get(name)
+        if option is not None and value in option.refused:
+            raise conditions.Unsupported(what=f"{name} {value}", why="its image is several files")
+        if option is None or not option.accepts(value):
             problem = f"can't be {value[:32]!r}"
             raise conditions.BadOption(field=f"dest.{dest.format}.{name[:32]}", problem=problem)
     if dest.format == "qcow2":

@@ -12,11 +12,11 @@ from google.protobuf.message import Message
 from convertd.v1 import convert_pb2 as pb
 from convertd_client import (
     conversion,
-    creation_options,
     from_proto,
     results,
     to_proto,
 )
+from convertd_core import creation_options
 
 SAME = {
     pb.CacheChoice: results.CacheChoice,
@@ -77,23 +77,21 @@ def test_the_options_of_formats_are_those_of_the_contract() -> None:
         fields = member.message_type.fields_by_name
         assert set(own) == set(fields)
         for name, kind in own.items():
-            assert kind == kind_of(fields[name], kind.choices), name
+            assert (kind.known, kind.largest) == kind_of(fields[name], kind.known), name
 
 
-def kind_of(field: FieldDescriptor, choices: tuple[str, ...]) -> creation_options.Kind:
-    """What an option takes, by its field; a choice keeps qemu's name."""
+def kind_of(field: FieldDescriptor, choices: tuple[str, ...]) -> tuple[tuple[str, ...], int]:
+    """An option's choices and largest number, by its field; a choice keeps qemu's name."""
     if field.enum_type is not None:
         values = [value.name for value in field.enum_type.values]
         prefix = values[0].removesuffix("UNSPECIFIED")
-        assert {prefix + creation_options.contract_value(choice) for choice in choices} == set(
+        assert {prefix + creation_options.contract_choice(choice) for choice in choices} == set(
             values[1:]
         )
-        return creation_options.Kind(choices=choices)
+        return choices, 0
     if field.type == FieldDescriptor.TYPE_BOOL:
-        return creation_options.Kind()
-    return creation_options.Kind(
-        largest=2**64 - 1 if field.type == FieldDescriptor.TYPE_UINT64 else 2**32 - 1
-    )
+        return (), 0
+    return (), 2**64 - 1 if field.type == FieldDescriptor.TYPE_UINT64 else 2**32 - 1
 
 
 def test_every_field_of_an_answer_is_read() -> None:

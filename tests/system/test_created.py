@@ -17,7 +17,7 @@ from harness.callers import ALICE, CONVERTCTL, PYTHON, Ran
 from harness.daemon import Daemon
 from loop_devices import Devices
 
-from convertd_client import creation_options
+from convertd_core import creation_options
 
 POLICY: Final = """
 [roots.library]
@@ -340,4 +340,4 @@ def test_a_subformat_is_completed(dest_format: str, offered: str) -> None:
     }
     listed = ALICE.run([CONVERTCTL], env=environment).out.split()
     assert f"plain,{offered}" in listed
-    assert len(listed) == len(creation_options.OPTIONS[dest_format]["subformat"].choices)
+    assert len(listed) == len(creation_options.OPTIONS[dest_format]["subformat"].known)

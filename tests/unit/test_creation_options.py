@@ -145,7 +145,7 @@ def test_an_option_given_twice_is_refused() -> None:
     assert refused.message == "dest.qcow2: has an option twice"
 
 
-@pytest.mark.parametrize("layout", sorted(creation_options.SEVERAL_FILES))
+@pytest.mark.parametrize("layout", creation_options.OPTIONS["vmdk"]["subformat"].refused)
 def test_a_layout_of_several_files_is_unsupported(layout: str) -> None:
     """A result is one file. Not a mistake of the caller's, so not INVALID_ARGUMENT."""
     refused = refusal_of(dest("vmdk", ("subformat", layout)))

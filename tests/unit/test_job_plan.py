@@ -505,9 +505,9 @@ options_of = {
         st.sampled_from(
             [
                 values.CreationOption(name=name, value=value)
-                for name, check in names.items()
+                for name, option in names.items()
                 for value in ("on", "off", "1", "4096", "1048576", "dynamic", "ide", "1.1")
-                if check(value)
+                if option.accepts(value)
             ]
         ),
         unique_by=lambda option: option.name,

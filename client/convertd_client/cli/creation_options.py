@@ -8,8 +8,8 @@ from typing import Any, Final, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from convertd_client import creation_options
 from convertd_client.cli import values
+from convertd_core import creation_options
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -24,7 +24,7 @@ def _complete_subformat(
         for name, options in creation_options.OPTIONS.items()
         if "subformat" in options and stated in {None, name}
     ]
-    offered = dict.fromkeys(choice for kind in kinds for choice in kind.choices)
+    offered = dict.fromkeys(choice for kind in kinds for choice in kind.known)
     return [CompletionItem(choice) for choice in offered if choice.startswith(incomplete)]
 
 

@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from convertd.v1 import convert_pb2 as pb
-from convertd_core import conditions, messages, values
+from convertd_core import conditions, creation_options, messages, values
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,31 +46,6 @@ PREALLOCATIONS: Final = {
 ENCRYPTIONS: Final = {
     pb.ENCRYPTION_FORMAT_UNSPECIFIED: "luks",
     pb.ENCRYPTION_FORMAT_LUKS: "luks",
-}
-QEMU_NAMES: Final = {
-    "cluster_size_bytes": "cluster_size",
-    "block_size_bytes": "block_size",
-    "log_size_bytes": "log_size",
-    "table_size_clusters": "table_size",
-    "hardware_version": "hwversion",
-}
-"""The names of options where they are not qemu's own."""
-QEMU_VALUES: Final = {
-    ("Qcow2Compat", pb.QCOW2_COMPAT_V2): "0.10",
-    ("Qcow2Compat", pb.QCOW2_COMPAT_V3): "1.1",
-    ("VmdkSubformat", pb.VMDK_SUBFORMAT_MONOLITHIC_SPARSE): "monolithicSparse",
-    ("VmdkSubformat", pb.VMDK_SUBFORMAT_STREAM_OPTIMIZED): "streamOptimized",
-    ("VmdkSubformat", pb.VMDK_SUBFORMAT_MONOLITHIC_FLAT): "monolithicFlat",
-    ("VmdkSubformat", pb.VMDK_SUBFORMAT_TWO_GB_MAX_EXTENT_SPARSE): "twoGbMaxExtentSparse",
-    ("VmdkSubformat", pb.VMDK_SUBFORMAT_TWO_GB_MAX_EXTENT_FLAT): "twoGbMaxExtentFlat",
-    ("VmdkAdapterType", pb.VMDK_ADAPTER_TYPE_IDE): "ide",
-    ("VmdkAdapterType", pb.VMDK_ADAPTER_TYPE_LSILOGIC): "lsilogic",
-    ("VmdkAdapterType", pb.VMDK_ADAPTER_TYPE_BUSLOGIC): "buslogic",
-    ("VmdkAdapterType", pb.VMDK_ADAPTER_TYPE_LEGACY_ESX): "legacyESX",
-    ("VpcSubformat", pb.VPC_SUBFORMAT_DYNAMIC): "dynamic",
-    ("VpcSubformat", pb.VPC_SUBFORMAT_FIXED): "fixed",
-    ("VhdxSubformat", pb.VHDX_SUBFORMAT_DYNAMIC): "dynamic",
-    ("VhdxSubformat", pb.VHDX_SUBFORMAT_FIXED): "fixed",
 }
 
 CACHE_MODES_OUT: Final = {mode: number for number, mode in CACHE_MODES.items()}
@@ -194,28 +169,36 @@ def _options(message: pb.Destination) -> tuple[values.CreationOption, ...]:
     if kind != message.format:
         problem = f"are options of another format than {message.format[:32]!r}"
         raise conditions.BadOption(field=f"dest.{kind}", problem=problem)
-    return tuple(
-        values.CreationOption(
-            name=QEMU_NAMES.get(field.name, field.name), value=_qemu_value(kind, field, value)
-        )
-        for field, value in getattr(message, kind).ListFields()
-    )
+    fields = getattr(message, kind).DESCRIPTOR.fields_by_name
+    found = []
+    for name, option in creation_options.OPTIONS[kind].items():
+        field = fields[creation_options.field_of(name)]
+        # What is not set, or has protobuf's zero, is left out.
+        value = getattr(getattr(message, kind), field.name)
+        if value:
+            text = _qemu_value(f"dest.{kind}.{field.name}", option, field, value)
+            found.append(values.CreationOption(name=name, value=text))
+    return tuple(found)
 
 
-def _qemu_value(kind: str, field: FieldDescriptor, value: object) -> str:
-    if field.enum_type is not None:
-        return _known(QEMU_VALUES, (field.enum_type.name, value), f"dest.{kind}.{field.name}")
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return str(value)
+def _qemu_value(
+    path: str, option: creation_options.Option, field: FieldDescriptor, value: int
+) -> str:
+    if field.enum_type is None:
+        return creation_options.qemu_value(value)
+    named = field.enum_type.values_by_number.get(value)
+    prefix = field.enum_type.values[0].name.removesuffix("UNSPECIFIED")
+    for choice in option.known:
+        if named is not None and named.name == prefix + creation_options.contract_choice(choice):
+            return choice
+    raise conditions.BadOption(field=path, problem=f"has no value {value}")
 
 
 def _known(table: Mapping[Any, V], key: object, field: str) -> V:
     try:
         return table[key]
     except KeyError as error:
-        number = key[1] if isinstance(key, tuple) else key
-        raise conditions.BadOption(field=field, problem=f"has no value {number}") from error
+        raise conditions.BadOption(field=field, problem=f"has no value {key}") from error
 
 
 # --- replies -----------------------------------------------------------------------------------
