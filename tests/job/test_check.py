@@ -25,7 +25,7 @@ from convertd_daemon.job import (
     local_grant,
     secrets,
 )
-from convertd_daemon.job.files import clone, paths, publish
+from convertd_daemon.job.files import clone, paths
 from convertd_daemon.job.qemu import (
     backing_chain,
     conversion,
@@ -75,7 +75,7 @@ def planned(grant: values.ConvertGrant) -> Iterator[Steps]:
             chain=backing_chain.follow(grant, source, runner, stack), dest=dest
         )
         made = plan.make(grant, both.members, both.try_out(grant.request.dest.format))
-        endpoints.check_room(both, made)
+        dest.check_room(made, source.fd)
         yield Steps(grant, made, both, runner)
 
 
@@ -186,7 +186,7 @@ class TestSizeAndHeader:
                 steps.convert()
                 steps.compare()
                 assert steps.ends.rules()
-                publish.flush(grant, steps.plan, steps.ends.dest)
+                steps.ends.dest.flush(steps.plan)
 
             assert outcome_of(grant, act) is None
             assert volumes.bytes_on(device) == (area / "in").read_bytes().ljust(2 * MIB, b"\0")
@@ -240,8 +240,8 @@ class TestClones:
             assert steps.convert() == (clone.SHARED,)
             steps.check()
             steps.compare()
-            publish.flush(steps.grant, steps.plan, steps.ends.dest)
-            publish.assign_name(steps.grant, steps.ends.dest)
+            steps.ends.dest.flush(steps.plan)
+            steps.ends.dest.assign_name(steps.grant)
 
         assert outcome_of(grant_in(sharing), act) is None
         expected = (sharing / "in").read_bytes().ljust(MIB + 512, b"\0")

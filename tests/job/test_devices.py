@@ -22,7 +22,7 @@ from loop_devices import DISK_GROUP, Devices
 from convertd_core import conditions, values
 from convertd_daemon import channel
 from convertd_daemon.job import context, endpoints
-from convertd_daemon.job.files import device_dest, paths
+from convertd_daemon.job.files import destination, device_dest, paths
 
 MIB = 1024 * 1024
 SIZE = 8 * MIB
@@ -336,7 +336,7 @@ class TestReading:
 
 
 @contextlib.contextmanager
-def failing(dest: endpoints.Dest) -> Iterator[None]:
+def failing(dest: destination.Destination) -> Iterator[None]:
     """What a job does while a failure would leave a device undefined."""
     ours, theirs = channel.Channel.pair()
     with ours, theirs, endpoints.undefined_on_failure(dest, context.JobContext(ours, 60.0)):
@@ -378,7 +378,7 @@ class TestOpening:
         with self.opened(volumes, device) as dest:
             lying = dataclasses.replace(dest, size_bytes=2 * SIZE)
             planned = plan_of(MIB)
-            failure = refusals.refusal_of(lambda: device_dest.finish(lying, planned, is_zero=False))
+            failure = refusals.refusal_of(lambda: lying.flush(planned))
         assert failure is not None
         assert failure.reason == "WRITE_FAILED"
 

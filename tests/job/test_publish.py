@@ -52,7 +52,7 @@ def written(grant: values.ConvertGrant) -> Iterator[file_dest.FileDest]:
     """A result that is written, and flushed, but has no name."""
     with paths.open_target(grant) as target, file_dest.create(grant, target, SETUP) as dest:
         os.write(dest.fd, NEW)
-        publish.flush(grant, plan_of(grant), dest)
+        publish.flush(dest)
         yield dest
 
 
@@ -348,7 +348,7 @@ class TestFailing:
         reader, writer = os.pipe()
         with paths.open_target(grant) as target, file_dest.create(grant, target, SETUP) as dest:
             broken = dataclasses.replace(dest, fd=writer)
-            failure = refusals.refusal_of(lambda: publish.flush(grant, plan_of(grant), broken))
+            failure = refusals.refusal_of(lambda: publish.flush(broken))
         os.close(reader)
         os.close(writer)
         assert failure is not None
@@ -388,7 +388,7 @@ class TestOwnRights:
         setup = dataclasses.replace(SETUP, identity=None)
         with paths.open_target(grant) as target, file_dest.create(grant, target, setup) as dest:
             os.fchown(dest.fd, -1, 1400)
-            publish.flush(grant, plan_of(grant), dest)
+            publish.flush(dest)
             publish.assign_name(grant, dest)
         assert (area / "new").stat().st_gid == 1400
 
@@ -406,7 +406,7 @@ class TestOwnRights:
         )
         setup = dataclasses.replace(SETUP, identity=None)
         with paths.open_target(grant) as target, file_dest.create(grant, target, setup) as dest:
-            publish.flush(grant, plan_of(grant), dest)
+            publish.flush(dest)
             publish.assign_name(grant, dest)
         assert os.listdir(point) == ["new"]
 
@@ -415,7 +415,7 @@ def test_a_device_has_its_name(area: Path) -> None:
     """There is nothing to be given; and something was there before, as there always is."""
     place = values.Place(root=grants.devices("/dev/vg"), below="lv")
     device = device_dest.DeviceDest(place=place, fd=-1, size_bytes=0, group=None)
-    assert publish.assign_name(grant_to(area), device) is True
+    assert device.assign_name(grant_to(area)) is True
     assert names_in(area) == set()
 
 

@@ -13,18 +13,19 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from convertd_core import values
-from convertd_daemon.job import endpoints
 from convertd_daemon.job.files import paths
 from convertd_daemon.sandbox import confine, landlock
 
 if TYPE_CHECKING:
+    from convertd_daemon.job.endpoints import Endpoints
+    from convertd_daemon.job.files.destination import Destination
     from convertd_daemon.job.qemu.execution import Program
 
 
 def to_roots(
     grant: values.ConvertGrant | values.InspectGrant,
     source: paths.Source,
-    dest: endpoints.Dest | None,
+    dest: Destination | None,
     worker: Program,
 ) -> None:
     """Close everything but the source, the destination and what the caller may read.
@@ -34,7 +35,7 @@ def to_roots(
     """
     rules = [landlock.Rule(where=source.fd, access=landlock.READ)]
     if dest is not None:
-        rules += endpoints.rules_of(dest)
+        rules += dest.rules()
     with contextlib.ExitStack() as stack:
         if _may_have_members(grant, source):
             for root in grant.readable:
@@ -46,7 +47,7 @@ def to_roots(
         confine.confine_job(worker.gate, worker.program, rules)
 
 
-def to_inodes(grant: values.ConvertGrant, both: endpoints.Endpoints, worker: Program) -> None:
+def to_inodes(grant: values.ConvertGrant, both: Endpoints, worker: Program) -> None:
     """Close everything but what is open; the first step has, for a source that stands alone.
 
     Raises:

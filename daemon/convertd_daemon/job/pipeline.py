@@ -20,9 +20,8 @@ from convertd_daemon.job import (
 )
 from convertd_daemon.job.files import (
     clone,
-    device_dest,
+    destination,
     paths,
-    publish,
     source_change,
 )
 from convertd_daemon.job.qemu import (
@@ -53,10 +52,10 @@ def convert(
         confinement.to_inodes(grant, both, runner.worker)
         # 3. Plan.
         planned = plan.make(grant, both.members, both.try_out(request.dest.format))
-        endpoints.check_room(both, planned)
+        dest.check_room(planned, source.fd)
         context_.send(messages.Planned(plan=planned))
         whole = stack.enter_context(integrity.IntegrityCheck(grant, both, passphrases, runner))
-        if request.validate_only or isinstance(dest, device_dest.DeviceDest):
+        if request.validate_only or dest.on_device:
             # A device is not begun with what can't be ended.
             whole.finish()
         if request.validate_only:
@@ -78,10 +77,10 @@ def convert(
                     compare()
             # 6. Publish.
             context_.progress(values.Phase.PUBLISHING, conversion.ALL)
-            warnings += publish.flush(grant, planned, dest)
+            warnings += dest.flush(planned)
             context_.check()
         with context.defer_sigterm():
-            replaced = publish.assign_name(grant, dest)
+            replaced = dest.assign_name(grant)
             published = values.Published(
                 plan=planned,
                 published=True,
@@ -104,7 +103,7 @@ def inspect(grant: values.InspectGrant, runner: execution.Runner) -> None:
 
 def _validated(
     planned: values.Plan,
-    dest: endpoints.Dest,
+    dest: destination.Destination,
     whole: integrity.IntegrityCheck,
     context_: context.JobContext,
 ) -> values.Published:
@@ -116,5 +115,5 @@ def _validated(
         replaced=False,
         allocated_size_bytes=0,
         seconds=context_.seconds,
-        warnings=(*planned.warnings, *whole.warnings, *endpoints.expected_warnings(dest)),
+        warnings=(*planned.warnings, *whole.warnings, *dest.expected_warnings),
     )

@@ -13,7 +13,6 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from convertd_core import values
-from convertd_daemon.job.files import device_dest
 from convertd_daemon.linux import ficlone
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ def is_possible(grant: values.ConvertGrant, plan: values.Plan, ends: Endpoints) 
         plan.source.format == plan.dest_format == "raw"
         and len(ends.chain) == 1
         and ends.source.place.root.kind is values.RootKind.FILES
-        and not isinstance(ends.dest, device_dest.DeviceDest)
+        and not ends.dest.on_device
         and request.cache_mode is values.CacheMode.AUTO
         and request.dest.preallocation is values.Preallocation.OFF
         and not request.rate_limit_bytes_per_second

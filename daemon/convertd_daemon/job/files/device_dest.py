@@ -8,14 +8,17 @@ a conversion that fails once it has begun leaves it with undefined content, and 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from convertd_core import conditions, values
-from convertd_daemon.job.files import credentials, paths
+from convertd_core import conditions, validation, values
+from convertd_daemon.job.files import credentials, direct_io, paths
+from convertd_daemon.job.qemu import execution
 from convertd_daemon.linux import blksszget, blkzeroout
+from convertd_daemon.sandbox import landlock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,15 +28,89 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceDest:
-    """An open device that nobody else holds. Open since before qemu-img: so fsync(2) tells all.
+    """An open device that nobody else holds. See destination.Destination.
 
-    `group` is what qemu-img writes it as: it has no capability that would let it otherwise.
+    `group` is the group with which qemu-img writes it: it has no capability that would let it
+    otherwise. `is_zero` is the caller's claim that the device reads as zeroes.
     """
 
     place: values.Place
     fd: int
     size_bytes: int
     group: int | None
+    is_zero: bool = False
+
+    @property
+    def on_device(self) -> bool:
+        """A device is written in place."""
+        return True
+
+    @property
+    def alias(self) -> str:
+        """None: raw, the only format on a device, stores no name."""
+        return ""
+
+    @property
+    def expected_warnings(self) -> tuple[values.Warning, ...]:
+        """None: a device keeps its owner."""
+        return ()
+
+    @property
+    def undefined_on_failure(self) -> str:
+        """The device itself."""
+        return self.place.path
+
+    def inodes(self) -> execution.Inodes:
+        """The device, with its group."""
+        groups = () if self.group is None else (self.group,)
+        return execution.Inodes(devices=(self.fd,), groups=groups)
+
+    def rules(self) -> tuple[landlock.Rule, ...]:
+        """Write the device."""
+        return (landlock.Rule(where=self.fd, access=landlock.DEVICE),)
+
+    def direct_refusal(self) -> str | None:
+        """Ask the kernel by reading: a write would change the device."""
+        return direct_io.read_refusal(self.fd)
+
+    def available_bytes(self) -> int:
+        """The device's size."""
+        return self.size_bytes
+
+    def check_room(self, plan: values.Plan, source: int, /) -> None:
+        """Hold the image's virtual size against the device's, and the device against the source.
+
+        What lies under the source was opened after this device, which is held: see open_source.
+        """
+        # st_rdev is 0 for a source that is a file.
+        if os.fstat(source).st_rdev == os.fstat(self.fd).st_rdev:
+            path = validation.shown(self.place.path)
+            raise conditions.BadPath(field="dest.path", path=path, problem="is the source")
+        needed = plan.source.virtual_size_bytes
+        if needed > self.size_bytes:
+            raise conditions.DeviceTooSmall(
+                path=self.place.path, size_bytes=self.size_bytes, needed_bytes=needed
+            )
+
+    def no_space(self, _needed_bytes: int, /) -> conditions.ConvertError:
+        """A thin device whose pool is full, or one that lied about its size."""
+        return conditions.WriteFailed(path=self.place.path, problem=os.strerror(errno.ENOSPC))
+
+    def flush(self, plan: values.Plan, /) -> tuple[values.Warning, ...]:
+        """Zero what lies beyond the image, which qemu-img leaves as it was, and fsync."""
+        end = plan.source.virtual_size_bytes
+        try:
+            if not self.is_zero and end < self.size_bytes:
+                _zero_from(self, end)
+            os.fsync(self.fd)
+        except OSError as error:
+            problem = os.strerror(error.errno or 0)
+            raise conditions.WriteFailed(path=self.place.path, problem=problem) from error
+        return ()
+
+    def assign_name(self, _grant: values.ConvertGrant, /) -> bool:
+        """Nothing to do: a device has its name, and was there before."""
+        return True
 
 
 @contextlib.contextmanager
@@ -64,36 +141,7 @@ def open_dest(grant: values.ConvertGrant, worker: Identity | None) -> Iterator[D
             paths.raise_for(error, place, grant.peer, conditions.SourceNotFound(path=place.path))
         group = None if worker is None else _writing_group(place, os.fstat(fd))
         size = os.lseek(fd, 0, os.SEEK_END)
-        yield DeviceDest(place=place, fd=fd, size_bytes=size, group=group)
-
-
-def check_size(dest: DeviceDest, plan: values.Plan) -> None:
-    """Refuse an image that does not fit, before a byte is written.
-
-    Raises:
-        conditions.DeviceTooSmall: it does not.
-    """
-    needed = plan.source.virtual_size_bytes
-    if needed > dest.size_bytes:
-        raise conditions.DeviceTooSmall(
-            path=dest.place.path, size_bytes=dest.size_bytes, needed_bytes=needed
-        )
-
-
-def finish(dest: DeviceDest, plan: values.Plan, *, is_zero: bool) -> None:
-    """Zero what lies beyond the image, which qemu-img leaves as it was, and flush the device.
-
-    Raises:
-        conditions.WriteFailed: that failed.
-    """
-    end = plan.source.virtual_size_bytes
-    try:
-        if not is_zero and end < dest.size_bytes:
-            _zero_from(dest, end)
-        os.fsync(dest.fd)
-    except OSError as error:
-        problem = os.strerror(error.errno or 0)
-        raise conditions.WriteFailed(path=dest.place.path, problem=problem) from error
+        yield DeviceDest(place=place, fd=fd, size_bytes=size, group=group, is_zero=dest.is_zero)
 
 
 def _zero_from(dest: DeviceDest, end: int) -> None:

@@ -19,13 +19,18 @@ from convertd_core import conditions, values
 from convertd_daemon.job.files import (
     attributes,
     credentials,
+    direct_io,
     name_alias,
     ownership,
     paths,
+    publish,
     replace,
     space,
     temporaries,
 )
+from convertd_daemon.job.files.new_file import NewFile
+from convertd_daemon.job.qemu import execution
+from convertd_daemon.sandbox import landlock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,28 +46,69 @@ ATTEMPTS: Final = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FileDest:
-    """The inode being written, open for reading and writing since before qemu-img started.
+class FileDest(NewFile):
+    """A new file as the destination. See destination.Destination."""
 
-    Only such a descriptor hears of every write that failed: an error of writeback is told to the
-    descriptors that were open at the time. Source: fsync(2), Linux errseq_t.
-
-    `target` is where it will appear, `temporary` its name for the time being, empty if it has none.
-    `alias` is a path to the descriptor with the right last name, for a format that writes it down.
-    `expected` are warnings that the result will have, as far as they are known before.
-    """
-
-    target: Target
-    fd: int
-    temporary: str
-    ownership: ownership.Ownership
     alias: str = ""
-    expected: tuple[values.Warning, ...] = ()
+    expected_warnings: tuple[values.Warning, ...] = ()
 
     @property
-    def place(self) -> values.Place:
-        """Where it will appear, as the caller named it."""
-        return self.target.place
+    def on_device(self) -> bool:
+        """A file has a length of its own."""
+        return False
+
+    @property
+    def undefined_on_failure(self) -> str:
+        """Nothing: a file that fails never appears."""
+        return ""
+
+    def inodes(self) -> execution.Inodes:
+        """The inode alone."""
+        return execution.Inodes(write=(self.fd,))
+
+    def rules(self) -> tuple[landlock.Rule, ...]:
+        """Write the inode, give it a name, and remove the alias."""
+        return (
+            landlock.Rule(where=self.fd, access=landlock.WRITE),
+            landlock.Rule(where=self.target.directory, access=landlock.PUBLISH_IN),
+            *((name_alias.rule(self.alias),) if self.alias else ()),
+        )
+
+    def direct_refusal(self) -> str | None:
+        """Ask the kernel by writing to the inode, which is empty."""
+        with publish.write_errors(self):
+            return direct_io.write_refusal(self.fd)
+
+    def available_bytes(self) -> int:
+        """What an unprivileged user could still write there."""
+        return space.free_bytes(self.target)
+
+    def check_room(self, plan: values.Plan, _source: int, /) -> None:
+        """Hold what the plan expects against what the file system has."""
+        space.check(self.target, plan.needed_bytes)
+
+    def no_space(self, needed_bytes: int, /) -> conditions.ConvertError:
+        """The file system got full of this very result."""
+        return space.ran_out(self.target, self.fd, needed_bytes)
+
+    def flush(self, _plan: values.Plan, /) -> tuple[values.Warning, ...]:
+        """Set owner and mode, then fsync."""
+        return publish.flush(self)
+
+    def assign_name(self, grant: values.ConvertGrant, /) -> bool:
+        """Give it the destination's name, and put that on disk too."""
+        return publish.assign_name(grant, self)
+
+
+@contextlib.contextmanager
+def open_dest(grant: values.ConvertGrant, setup: Setup) -> Iterator[FileDest]:
+    """Open the directory that a place names, and create the file that will appear in it.
+
+    Raises:
+        conditions.ConvertError: as paths.open_target and create.
+    """
+    with paths.open_target(grant) as target, create(grant, target, setup) as dest:
+        yield dest
 
 
 @contextlib.contextmanager
@@ -103,7 +149,7 @@ def create(grant: values.ConvertGrant, target: Target, setup: Setup) -> Iterator
             temporary=temporary,
             ownership=final,
             alias=path,
-            expected=expected,
+            expected_warnings=expected,
         )
 
 

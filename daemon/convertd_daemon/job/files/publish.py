@@ -15,6 +15,7 @@ What holds, and what does not:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from typing import TYPE_CHECKING
@@ -22,22 +23,36 @@ from typing import TYPE_CHECKING
 from convertd_core import conditions, values
 from convertd_daemon.job.files import (
     credentials,
-    device_dest,
     ownership,
     paths,
     replace,
     space,
 )
-from convertd_daemon.job.files.device_dest import DeviceDest
 
 if TYPE_CHECKING:
-    from convertd_daemon.job.files.file_dest import FileDest
+    from collections.abc import Iterator
+
+    from convertd_daemon.job.files.new_file import NewFile
 
 
-def flush(
-    grant: values.ConvertGrant, plan: values.Plan, dest: FileDest | DeviceDest
-) -> tuple[values.Warning, ...]:
-    """Put the result on disk: a file with the owner and mode that it keeps, but no name yet.
+@contextlib.contextmanager
+def write_errors(file: NewFile) -> Iterator[None]:
+    """Turn what the kernel says of writing the file into a condition.
+
+    Raises:
+        conditions.WriteFailed, conditions.NoSpace, conditions.QuotaExceeded: an OSError in the
+            block.
+    """
+    try:
+        yield
+    except OSError as error:
+        space.raise_if_full(error, file.target)
+        problem = os.strerror(error.errno or 0)
+        raise conditions.WriteFailed(path=file.place.path, problem=problem) from error
+
+
+def flush(file: NewFile) -> tuple[values.Warning, ...]:
+    """Put the file on disk with the owner and mode that it keeps, but no name yet.
 
     Gives a warning if its file system keeps other ones than it should have.
 
@@ -46,21 +61,14 @@ def flush(
         conditions.WriteFailed, conditions.NoSpace, conditions.QuotaExceeded: it could not be
             flushed.
     """
-    if isinstance(dest, DeviceDest):
-        device_dest.finish(dest, plan, is_zero=grant.request.dest.is_zero)
-        return ()
-    try:
-        warnings = ownership.settle(dest.fd, dest.ownership, dest.target)
-        os.fsync(dest.fd)
-    except OSError as error:
-        space.raise_if_full(error, dest.target)
-        problem = os.strerror(error.errno or 0)
-        raise conditions.WriteFailed(path=dest.place.path, problem=problem) from error
+    with write_errors(file):
+        warnings = ownership.settle(file.fd, file.ownership, file.target)
+        os.fsync(file.fd)
     return warnings
 
 
-def assign_name(grant: values.ConvertGrant, dest: FileDest | DeviceDest) -> bool:
-    """Give a flushed result the destination's name, and put that on disk too. A device has its own.
+def assign_name(grant: values.ConvertGrant, dest: NewFile) -> bool:
+    """Give a flushed file the destination's name, and put that on disk too.
 
     Returns:
         Whether it took the place of an existing file.
@@ -75,8 +83,6 @@ def assign_name(grant: values.ConvertGrant, dest: FileDest | DeviceDest) -> bool
         conditions.NameReplaced: the name leads to somebody else's file already.
         conditions.PublishedButNotDurable: the result is in place; a crash may undo that.
     """
-    if isinstance(dest, DeviceDest):
-        return True
     path = dest.place.path
     try:
         replaced = replace.take_name(grant, dest)
@@ -104,7 +110,7 @@ def assign_name(grant: values.ConvertGrant, dest: FileDest | DeviceDest) -> bool
     return replaced
 
 
-def _check_name(dest: FileDest) -> None:
+def _check_name(dest: NewFile) -> None:
     """Make sure that the name leads to what we wrote, and to nobody else's file."""
     try:
         # On FUSE, an inode that was removed can't be asked either.

@@ -36,7 +36,7 @@ from convertd_daemon.linux.renameat2 import Flag, renameat2
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from convertd_daemon.job.files.file_dest import FileDest
+    from convertd_daemon.job.files.new_file import NewFile
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def check_possible(grant: values.ConvertGrant, target: paths.Target, temporary: 
         os.unlink(other, dir_fd=here)
 
 
-def take_name(grant: values.ConvertGrant, dest: FileDest) -> bool:
+def take_name(grant: values.ConvertGrant, dest: NewFile) -> bool:
     """Make the destination's name lead to the result; True if another file had it.
 
     Raises:
@@ -115,7 +115,7 @@ def take_name(grant: values.ConvertGrant, dest: FileDest) -> bool:
     raise conditions.NameReplaced(path=dest.place.path)
 
 
-def _link(dest: FileDest) -> None:
+def _link(dest: NewFile) -> None:
     """Give the result the destination's name.
 
     Raises:
@@ -153,7 +153,7 @@ def _move(target: paths.Target, name: str) -> None:
     os.unlink(name, dir_fd=here)
 
 
-def _put_over(grant: values.ConvertGrant, dest: FileDest, held: str) -> None:
+def _put_over(grant: values.ConvertGrant, dest: NewFile, held: str) -> None:
     """Exchange, judge, and exchange back what may not be replaced.
 
     Raises:
@@ -184,7 +184,7 @@ def _put_over(grant: values.ConvertGrant, dest: FileDest, held: str) -> None:
         log.warning("what was replaced is left name=%r error=%s", held, error)
 
 
-def _rename(grant: values.ConvertGrant, dest: FileDest, held: str) -> None:
+def _rename(grant: values.ConvertGrant, dest: NewFile, held: str) -> None:
     """Rename over what was just judged: where nobody can come between, or it does not matter."""
     target = dest.target
     if grant.overwrite is values.OverwriteScope.OWN and _others_may_write(target, grant.peer):
@@ -200,7 +200,7 @@ def _not_safe(target: paths.Target) -> conditions.Unsupported:
 
 
 @contextlib.contextmanager
-def _held(grant: values.ConvertGrant, dest: FileDest) -> Iterator[str]:
+def _held(grant: values.ConvertGrant, dest: NewFile) -> Iterator[str]:
     """Give the result a name that can be exchanged; take it away if it still leads to the result.
 
     One for all attempts: an inode that was made with O_TMPFILE, was given a name and lost it can't
@@ -254,7 +254,7 @@ def _judge(grant: values.ConvertGrant, target: paths.Target, name: str) -> int:
     return status.st_ino
 
 
-def _give_back(dest: FileDest, held: str) -> None:
+def _give_back(dest: NewFile, held: str) -> None:
     """Give the file at `held` the destination's name back. With the daemon's rights: it undoes.
 
     Raises:
@@ -298,7 +298,7 @@ def _exists(directory: int, name: str) -> bool:
     return True
 
 
-def _is_result(dest: FileDest, name: str) -> bool:
+def _is_result(dest: NewFile, name: str) -> bool:
     """Whether a name in the directory leads to the result."""
     try:
         status = paths.status_of(dest.target.directory, name)

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from convertd_core import conditions, values
 from convertd_daemon.job import secrets
-from convertd_daemon.job.files import clone, space
-from convertd_daemon.job.files.file_dest import FileDest
+from convertd_daemon.job.files import clone
 from convertd_daemon.job.qemu import execution, reasons
 from convertd_daemon.job.qemu import plan as plans
 from convertd_daemon.linux import clock_getcpuclockid
@@ -201,7 +200,7 @@ _CONDITIONS: Final[
 ] = (
     (
         ("no space left",),
-        lambda _, plan, ends: _no_space(plan, ends),
+        lambda _, plan, ends: ends.dest.no_space(plan.needed_bytes),
     ),
     (
         ("quota exceeded",),
@@ -243,14 +242,6 @@ _CONDITIONS: Final[
     ),
 )
 """What qemu-img prints, in lower case, and what that means. The first that fits counts."""
-
-
-def _no_space(plan: values.Plan, ends: Endpoints) -> conditions.ConvertError:
-    if isinstance(ends.dest, FileDest):
-        return space.ran_out(ends.dest.target, ends.dest.fd, plan.needed_bytes)
-    # A thin device, or one that lied about its size.
-    problem = os.strerror(errno.ENOSPC)
-    return conditions.WriteFailed(path=ends.dest.place.path, problem=problem)
 
 
 _OUT_OF_MEMORY: Final = frozenset({-signal.SIGKILL, -signal.SIGABRT, -signal.SIGTRAP})

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Final
 
 from convertd_core import conditions, values
 from convertd_daemon.job import secrets
-from convertd_daemon.job.files.device_dest import DeviceDest
 from convertd_daemon.job.qemu import execution, image_info
 from convertd_daemon.job.qemu import plan as plans
 from convertd_daemon.sandbox import limits
@@ -37,7 +36,7 @@ def check(
         conditions.VerifyFailed: it can't be the source's image.
         conditions.WriteFailed: the file system has given up meanwhile.
     """
-    if isinstance(ends.dest, DeviceDest):
+    if ends.dest.on_device:
         return
     size, path = plan.source.virtual_size_bytes, ends.dest.place.path
     try:
