@@ -12,6 +12,7 @@ import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import grants
 import pytest
@@ -34,18 +35,22 @@ CALLER = grants.CALLER
 STRANGER = grants.STRANGER
 SETUP = whole_job.setup()
 
+WRITE_LOCK = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 101, 1, 0)
+"""As qemu has on a disk that it writes."""
+
 NEW, OLD, THEIRS = b"the result", b"the old file", b"somebody else's"
 
 
 def grant_to(
     directory: Path,
     *,
+    dest: str = "new",
     overwrite: values.OverwriteScope = values.OverwriteScope.OWN,
     access: values.RootAccess = values.RootAccess.DAEMON,
 ) -> values.ConvertGrant:
-    """Leave to write the file `new` there, over what may be replaced."""
+    """Leave to write a file there, over what may be replaced."""
     rules = grants.Rules(roots=(grants.files(directory, access=access),), overwrite=overwrite)
-    request = grants.request(directory / "never-read", directory / "new")
+    request = grants.request(directory / "never-read", directory / dest)
     return rules.convert(grants.to(request, overwrite=True))
 
 
@@ -131,8 +136,7 @@ class TestExchange:
         """It would go on writing into the void."""
         grant = grant_to(sticky)
         with judged(grant) as put_over, (sticky / "new").open("r+b") as disk:
-            lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 101, 1, 0)
-            fcntl.fcntl(disk, fcntl.F_OFD_SETLK, lock)
+            fcntl.fcntl(disk, fcntl.F_OFD_SETLK, WRITE_LOCK)
             assert put_over() == "IMAGE_IN_USE"
             assert os.path.samestat(os.fstat(disk.fileno()), (sticky / "new").stat())
         assert (sticky / "new").read_bytes() == OLD
@@ -216,17 +220,43 @@ class TestGivingBack:
         """Who had the name first has it; the other one's data is whole, and the log says where."""
         with self.held(area) as (dest, name), caplog.at_level(logging.WARNING):
             put(area / "third", b"a third one", 1777).rename(area / "new")
-            replace._give_back(dest, name)  # noqa: SLF001 - as above
+            replace._give_back(grant_to_any(area), dest, name)  # noqa: SLF001 - as above
         assert (area / "new").read_bytes() == THEIRS
         assert (area / name).read_bytes() == b"a third one"
         assert sorted(os.listdir(area)) == sorted(["new", name])
         assert name in caplog.text
 
+    @pytest.mark.parametrize("access", [values.RootAccess.CALLER, values.RootAccess.DAEMON])
+    def test_the_callers_own_file_takes_its_name_from_nobody(
+        self, sticky: Path, access: values.RootAccess, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """In a sticky directory the caller has its disk locked and removes the result in between.
+
+        Another user makes a file of that name. The disk is kept, and no sweep removes it.
+        """
+        grant = grant_to(sticky, access=access)
+        judge = replace._judge  # noqa: SLF001 - the moment after the exchange
+
+        def judge_late(*arguments: Any) -> int:  # noqa: ANN401 - as they come
+            (sticky / "new").unlink()
+            put(sticky / "new", THEIRS, STRANGER.uid)
+            return judge(*arguments)
+
+        with judged(grant) as put_over, (sticky / "new").open("r+b") as disk:
+            fcntl.fcntl(disk, fcntl.F_OFD_SETLK, WRITE_LOCK)
+            monkeypatch.setattr(replace, "_judge", judge_late)
+            assert put_over() == "WRITE_FAILED"
+        assert (sticky / "new").read_bytes() == THEIRS
+        (kept,) = set(os.listdir(sticky)) - {"new"}
+        with paths.open_target(grant_to(sticky, dest="other")) as target:
+            temporaries.sweep(target.directory, CALLER.uid)
+        assert (sticky / kept).read_bytes() == OLD
+
     def test_a_name_that_was_freed_meanwhile_is_its_own_again(self, area: Path) -> None:
         """The caller removed the result, which was its own to remove."""
         with self.held(area) as (dest, name):
             (area / "new").unlink()
-            replace._give_back(dest, name)  # noqa: SLF001 - as above
+            replace._give_back(grant_to_any(area), dest, name)  # noqa: SLF001 - as above
         assert (area / "new").read_bytes() == THEIRS
         assert os.listdir(area) == ["new"]
 
@@ -234,7 +264,7 @@ class TestGivingBack:
         """There is nothing to be given back."""
         with self.held(area) as (dest, name):
             (area / name).unlink()
-            replace._give_back(dest, name)  # noqa: SLF001 - as above
+            replace._give_back(grant_to_any(area), dest, name)  # noqa: SLF001 - as above
             assert (area / "new").read_bytes() == NEW
 
     def test_a_file_that_can_not_be_given_its_name_is_kept_and_told_of(self, area: Path) -> None:
@@ -242,7 +272,7 @@ class TestGivingBack:
         with self.held(area) as (dest, name):
             subprocess.run(["chattr", "+a", str(area)], check=True)
             failure = refusals.refusal_of(
-                lambda: replace._give_back(dest, name)  # noqa: SLF001 - as above
+                lambda: replace._give_back(grant_to_any(area), dest, name)  # noqa: SLF001 - as above
             )
             subprocess.run(["chattr", "-a", str(area)], check=True)
             assert (area / name).read_bytes() == THEIRS

@@ -27,6 +27,7 @@ from convertd_daemon.job import local_grant
 from convertd_daemon.job.files import (
     credentials,
     file_dest,
+    ownership,
     paths,
     temporaries,
 )
@@ -171,11 +172,40 @@ class TestNamed:
             (fuse / dest.temporary).rename(fuse / "new")
         assert os.listdir(fuse) == ["new"]
 
-    def test_those_of_jobs_that_were_killed_are_removed(self, fuse: Path) -> None:
-        """By whoever makes the next one in that directory."""
+    def test_one_in_a_directory_that_its_owner_closed_is_left_and_no_bug(
+        self, fuse: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """With the caller's rights it can't be taken away; the next sweep does."""
+        os.chown(fuse, CALLER.uid, CALLER.gid)
+        grant = grant_to(fuse, root=grants.files(fuse, access=values.RootAccess.CALLER))
+        with created(grant) as dest:
+            fuse.chmod(0o500)
+            left = dest.temporary
+        assert f"{left!r}" in caplog.text
+        fuse.chmod(0o700)
+        with created(grant):
+            assert left not in os.listdir(fuse)
+
+    def test_one_that_something_was_mounted_over_is_left_and_no_bug(
+        self, fuse: Path, area: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Nothing is asked of what is mounted there: its server might never answer."""
+        (area / "over").touch()
+        with contextlib.ExitStack() as after, created(grant_to(fuse)) as dest:
+            point = str(fuse / dest.temporary)
+            subprocess.run(["mount", "--bind", str(area / "over"), point], check=True)
+            after.callback(subprocess.run, ["umount", point], check=True)
+        assert dest.temporary in caplog.text
+
+    @pytest.mark.parametrize("access", [values.RootAccess.DAEMON, values.RootAccess.CALLER])
+    def test_those_of_jobs_that_were_killed_are_removed(
+        self, fuse: Path, access: values.RootAccess
+    ) -> None:
+        """By whoever makes the next one there; while it was written its owner could not open it."""
         (fuse / LEFT).touch()
         os.chown(fuse / LEFT, CALLER.uid, CALLER.gid)
-        with created(grant_to(fuse)) as dest:
+        (fuse / LEFT).chmod(ownership.FOR_THE_WORKER)
+        with created(grant_to(fuse, root=grants.files(fuse, access=access))) as dest:
             assert os.listdir(fuse) == [dest.temporary]
 
     def test_those_of_jobs_that_live_are_not(self, fuse: Path) -> None:

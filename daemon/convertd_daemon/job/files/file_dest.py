@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
+import logging
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NoReturn
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 
     from convertd_daemon.job.files.paths import Target
     from convertd_daemon.sandbox.setup import Setup
+
+log = logging.getLogger(__name__)
 
 WITHOUT_TMPFILE: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.ENOSYS, errno.EINVAL})
 """What open(2) says of O_TMPFILE where kernel or file system lacks it."""
@@ -135,9 +139,10 @@ def create(grant: values.ConvertGrant, target: Target, setup: Setup) -> Iterator
             if setup.identity is not None:
                 expected = ownership.open_to(setup.identity, fd, final, target)
             if temporary:
-                with credentials.acting_for(target.place.root, grant.peer):
-                    temporaries.sweep(target.directory, os.fstat(fd).st_uid)
-                    if target.existing:
+                rights = functools.partial(credentials.acting_for, target.place.root, grant.peer)
+                temporaries.sweep(target.directory, os.fstat(fd).st_uid, rights)
+                if target.existing:
+                    with rights():
                         replace.check_possible(grant, target, temporary)
             if grant.request.dest.format in name_alias.FORMATS_THAT_NAME_THEMSELVES:
                 path = stack.enter_context(name_alias.create(setup.names, target.name, fd))
@@ -188,11 +193,19 @@ def _locked(fd: int) -> int:
 
 
 def _unlink(grant: values.ConvertGrant, target: Target, name: str, fd: int) -> None:
-    """Remove a named temporary, unless publishing already has, and the name is another's."""
-    with contextlib.suppress(FileNotFoundError):
+    """Remove a named temporary, unless publishing already has, and the name is another's.
+
+    One that can't be removed is left to the next sweep: its owner has closed the directory, or
+    mounted something over it, and the job's outcome is another.
+    """
+    try:
         if os.path.samestat(paths.status_of(target.directory, name), os.fstat(fd)):
             with credentials.acting_for(target.place.root, grant.peer):
                 os.unlink(name, dir_fd=target.directory)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        log.warning("a temporary is left path=%r name=%r error=%s", target.place.path, name, error)
 
 
 def _raise_for(error: OSError, grant: values.ConvertGrant, target: Target) -> NoReturn:

@@ -91,14 +91,15 @@ def open_source(place: values.Place, peer: values.Peer) -> Iterator[Source]:
                     os.close(reopen(fd, os.O_RDONLY | os.O_NONBLOCK | os.O_EXCL))
             on_device = place.root.kind is values.RootKind.BLOCK
             opened = None if on_device else source_change.opened(image)
+            size = os.lseek(image, 0, os.SEEK_END)
+            allocated = size if on_device else os.fstat(image).st_blocks * 512
         except OSError as error:
             raise_for(error, place, peer, conditions.SourceNotFound(path=place.path))
-        size = os.lseek(image, 0, os.SEEK_END)
         yield Source(
             place=place,
             fd=image,
             size_bytes=size,
-            allocated_bytes=size if on_device else os.fstat(image).st_blocks * 512,
+            allocated_bytes=allocated,
             opened=opened,
         )
 

@@ -9,6 +9,8 @@ that it is; and what may not be replaced is exchanged back. At every instant bot
   been judged before (temporaries.py).
 - Whoever takes the destination's name between the two exchanges gets the temporary name for his
   file, and the name goes back to the file that had it. That is logged; nothing of his is removed.
+  A file of the caller's own does not get its name back from another's: in a sticky directory the
+  caller could so take a name from anybody. It is kept under a name that no sweep removes.
 
 A file system that can't exchange (NFS, most of FUSE; vfat before Linux 6.0) gets rename(2); and
 where the policy lets a caller replace its own files only, this only in a directory in which nobody
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 import stat
@@ -174,7 +177,7 @@ def _put_over(grant: values.ConvertGrant, dest: NewFile, held: str) -> None:
         # Removed by somebody under its new name: there is nothing to be given back.
         return
     except (conditions.ConvertError, OSError):
-        _give_back(dest, held)
+        _give_back(grant, dest, held)
         raise
     try:
         with credentials.acting_for(dest.place.root, grant.peer):
@@ -217,8 +220,9 @@ def _held(grant: values.ConvertGrant, dest: NewFile) -> Iterator[str]:
     directory = os.path.dirname(dest.place.path)
     attributes.check_directory(here, directory, renames=True)
     name = temporaries.new_name_to_exchange(result.st_ino, old)
-    with credentials.acting_for(dest.place.root, grant.peer):
-        temporaries.sweep(here, result.st_uid)
+    rights = functools.partial(credentials.acting_for, dest.place.root, grant.peer)
+    temporaries.sweep(here, result.st_uid, rights)
+    with rights():
         if dest.temporary:
             os.rename(dest.temporary, name, src_dir_fd=here, dst_dir_fd=here)
         else:
@@ -254,25 +258,46 @@ def _judge(grant: values.ConvertGrant, target: paths.Target, name: str) -> int:
     return status.st_ino
 
 
-def _give_back(dest: NewFile, held: str) -> None:
-    """Give the file at `held` the destination's name back. With the daemon's rights: it undoes.
+def _give_back(grant: values.ConvertGrant, dest: NewFile, held: str) -> None:
+    """Give the file at `held` the destination's name back, with the rights that took it away.
 
     Raises:
-        conditions.WriteFailed: it can't be; its data is whole, at `held`.
+        conditions.WriteFailed: it can't be; its data is whole, and the message says where.
     """
     here, name = dest.target.directory, dest.target.name
+    problem = "its name is taken again and again"
+    is_callers = _owner_of(here, held) == grant.peer.uid
     try:
-        for _ in range(ATTEMPTS):
-            if _is_given_back(here, held, name):
-                if _exists(here, held) and not _is_result(dest, held):
+        with credentials.acting_for(dest.place.root, grant.peer):
+            for _ in range(ATTEMPTS):
+                if not _is_given_back(here, held, name):
+                    continue
+                if _owner_of(here, held) is None or _is_result(dest, held):
+                    return
+                if not is_callers:
                     log.warning("a file that came in between is kept name=%r", held)
-                return
-        problem = "its name is taken again and again"
+                    return
+                renameat2(here, held, name, Flag.EXCHANGE)
+                problem = "another file has its name by now"
+                break
     except OSError as error:
         problem = os.strerror(error.errno or 0)
-    log.error("a file could not be given its name back path=%r name=%r", dest.place.path, held)
-    kept = f"the file that was there is kept as {held}: {problem}"
-    raise conditions.WriteFailed(path=dest.place.path, problem=kept)
+    kept = _kept(grant, dest, held)
+    log.error("a file could not be given its name back path=%r name=%r", dest.place.path, kept)
+    problem = f"the file that was there is kept as {kept}: {problem}"
+    raise conditions.WriteFailed(path=dest.place.path, problem=problem)
+
+
+def _kept(grant: values.ConvertGrant, dest: NewFile, held: str) -> str:
+    """Give the file at `held` a name that no sweep removes, if it can have one."""
+    here, kept = dest.target.directory, temporaries.new_name_to_keep()
+    try:
+        with credentials.acting_for(dest.place.root, grant.peer):
+            os.rename(held, kept, src_dir_fd=here, dst_dir_fd=here)
+    except OSError:
+        # An append-only directory, or a disk that has failed.
+        return held
+    return kept
 
 
 def _is_given_back(directory: int, held: str, name: str) -> bool:
@@ -290,12 +315,12 @@ def _is_given_back(directory: int, held: str, name: str) -> bool:
     return True
 
 
-def _exists(directory: int, name: str) -> bool:
+def _owner_of(directory: int, name: str) -> int | None:
+    """Whose a file is; None if it can't be found."""
     try:
-        paths.status_of(directory, name)
-    except FileNotFoundError:
-        return False
-    return True
+        return paths.status_of(directory, name).st_uid
+    except OSError:
+        return None
 
 
 def _is_result(dest: NewFile, name: str) -> bool:

@@ -19,6 +19,7 @@ import itertools
 import os
 import re
 import stat
+from collections.abc import Callable
 from typing import Final
 
 from convertd_daemon.job.files import paths
@@ -27,6 +28,9 @@ from convertd_daemon.linux import getrandom
 _NAME: Final = re.compile(
     r"\.convertd-[0-9a-f]{16}(?:-(?P<new>[0-9a-f]{1,16})-(?P<old>[0-9a-f]{1,16}))?\.tmp"
 )
+
+Rights = Callable[[], contextlib.AbstractContextManager[None]]
+"""What takes on somebody's rights for the length of a block."""
 
 MOST_LOOKED_AT: Final = 4096
 """So many such names are looked at in one sweep: whoever fills a directory with them holds nobody
@@ -43,21 +47,27 @@ def new_name_to_exchange(new: int, old: int) -> str:
     return f".convertd-{getrandom.hex_name(8)}-{new:x}-{old:x}.tmp"
 
 
-def sweep(directory: int, owner: int) -> None:
+def new_name_to_keep() -> str:
+    """A name for what could not be given its own name back. No sweep removes it."""
+    return f".convertd-kept-{getrandom.hex_name(8)}"
+
+
+def sweep(directory: int, owner: int, removing: Rights = contextlib.nullcontext) -> None:
     """Remove the temporaries of jobs that no longer live and published for the uid `owner`.
 
-    What belongs to another, is locked, or is not what its name says, stays; so does what the
-    rights in force may not remove.
+    What belongs to another, is locked, or is not what its name says, stays; so does what may not be
+    removed with the rights that `removing` takes on. Looking takes the daemon's own: what is
+    still written is of a mode that lets not even its owner open it.
     """
     with os.scandir(directory) as entries:
         matches = filter(None, (_NAME.fullmatch(entry.name) for entry in entries))
         found = list(itertools.islice(matches, MOST_LOOKED_AT))
     for match in found:
         with contextlib.suppress(OSError):
-            _remove_if_left(directory, match, owner)
+            _remove_if_left(directory, match, owner, removing)
 
 
-def _remove_if_left(directory: int, match: re.Match[str], owner: int) -> None:
+def _remove_if_left(directory: int, match: re.Match[str], owner: int, removing: Rights) -> None:
     with contextlib.ExitStack() as stack:
         found = paths.look_up(directory, match[0])
         stack.callback(os.close, found)
@@ -70,4 +80,5 @@ def _remove_if_left(directory: int, match: re.Match[str], owner: int) -> None:
         stack.callback(os.close, fd)
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not paths.is_in_use(fd):
-            os.unlink(match[0], dir_fd=directory)
+            with removing():
+                os.unlink(match[0], dir_fd=directory)
