@@ -51,16 +51,20 @@ def command_line_parser() -> argparse.ArgumentParser:
         "command",
         nargs="?",
         choices=["check", "unit-dropin"],
-        help="explain a policy, or print what it needs of the service, and exit",
+        help="check: explain a policy and report mistakes; "
+        "unit-dropin: print what it needs of the unit",
     )
     parser.add_argument(
-        "--policy", default=DEFAULT_POLICY, metavar="FILE", help="default: %(default)s"
+        "--policy",
+        default=DEFAULT_POLICY,
+        metavar="FILE",
+        help="the policy; default: %(default)s",
     )
     parser.add_argument(
         "--socket",
         default=DEFAULT_SOCKET,
         metavar="PATH",
-        help="where to listen, unless systemd passes a socket; default: %(default)s",
+        help="where to listen if systemd passes no socket; default: %(default)s",
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="log each step")
     parser.add_argument("--version", action="version", version=f"convertd {__version__}")

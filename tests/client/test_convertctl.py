@@ -95,7 +95,7 @@ def test_an_unknown_outcome_is_told_with_what_to_do(fake: Fake) -> None:
     """Before anything is repeated."""
     ran = fake.convertctl(*CONVERT, "die", "-q")
     assert ran.status == 1
-    assert ran.err.endswith("  look whether the destination is there before you try again\n")
+    assert ran.err.endswith("  check whether the destination exists before you try again\n")
 
 
 def test_a_refusal_in_json_has_all_that_a_program_needs(fake: Fake) -> None:
@@ -162,7 +162,7 @@ def test_info_and_access_and_cancel_are_told_in_words(fake: Fake) -> None:
     assert fake.convertctl("cancel", "cafe01").out == "job cafe01 is being cancelled\n"
     refused = fake.convertctl("cancel", "other")
     assert refused.status == 1
-    assert "`convertctl jobs` lists yours" in refused.err
+    assert "`convertctl jobs` lists your jobs" in refused.err
 
 
 def test_a_missing_daemon_is_told_with_what_to_do(absent: Fake) -> None:
@@ -205,7 +205,7 @@ def test_a_wrong_command_line_is_status_2_and_a_line(
     ran = fake.convertctl(*arguments)
     assert (ran.status, ran.out) == (2, "")
     assert ran.err.startswith("convertctl: ")
-    assert "--help` shows how it is used" in ran.err
+    assert "--help` shows the usage" in ran.err
     assert fake.log == []
 
 

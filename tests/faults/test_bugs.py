@@ -46,7 +46,7 @@ def test_a_job_that_crashes_is_answered_with_an_id_that_the_log_has(
     assert (refusal.status, refusal.reason) == ("INTERNAL", "INTERNAL_ERROR")
     assert set(refusal.metadata) == {"error_id"}
     error_id = refusal.metadata["error_id"]
-    assert refusal.message == f"an internal error, recorded in the log as {error_id}"
+    assert refusal.message == f"internal error; the log has it as {error_id}"
     daemon.await_logged(f"id={error_id}")
     daemon.await_calm()
     assert os.listdir(images_dir) == []

@@ -245,7 +245,10 @@ class TestRefusals:
         said = converted(volumes, image(volumes, MIB), device)
         assert said.failure is not None
         assert said.reason == "DEVICE_NOT_WRITABLE"
-        assert f"its group {group} may not write it (mode 0{mode:o})" in said.failure.message
+        assert (
+            f"the group {group} of the device may not write to it (mode 0{mode:o})"
+            in said.failure.message
+        )
         assert volumes.bytes_on(device) == b"\xaa" * SIZE
 
     def test_any_format_but_raw(self, volumes: Devices) -> None:

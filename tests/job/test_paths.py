@@ -286,7 +286,7 @@ class TestTarget:
         """It is named."""
         failure = self.refusal(rules_of(images), images / below)
         parent = below.partition("/")[0]
-        assert failure.message == f"{images}/{parent}: the directory is not there"
+        assert failure.message == f"{images}/{parent}: the directory does not exist"
 
     def test_a_link_on_the_way_is_not_followed(self, images: Path) -> None:
         """Wherever it leads."""

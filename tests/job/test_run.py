@@ -205,7 +205,7 @@ class TestStall:
 
     def test_is_noticed(self, observer: conversion.Observer, idle: Clock) -> None:
         """With the limit that was passed."""
-        with pytest.raises(conditions.Stalled, match=r"nothing moved for 0\.0 seconds"):
+        with pytest.raises(conditions.Stalled, match=r"no progress for 0\.0 seconds"):
             observer.on_tick(idle.child)
 
     def test_is_not_where_the_percentage_moves(
@@ -330,7 +330,7 @@ class TestFailures:
     def test_only_the_systems_own_words_are_passed_on(self, both: endpoints.Endpoints) -> None:
         """Never a name: it could be that of a file on this host."""
         known = failed(both, "qemu-img: error while reading at byte 0: Input/output error")
-        assert known.message.endswith("could not be read in full: Input/output error")
+        assert known.message.endswith("could not be read completely: Input/output error")
         unknown = failed(both, "qemu-img: error while reading '/etc/shadow': no luck")
         assert "shadow" not in unknown.message
         assert "the daemon's log has qemu-img's words" in unknown.message

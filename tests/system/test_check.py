@@ -51,30 +51,31 @@ TOLD = """\
 
 Roots
   images: image files in {directory}/images
-    They are opened with the daemon's rights, whosever they are.
-    What is created belongs to uid 0, gid 0, mode 0640 unless asked otherwise.
-    What is mounted below is used too.
-    Where the file system keeps no owner or mode, it is created with a warning.
+    The daemon opens them with its own rights, whoever owns them.
+    Created files belong to uid 0, gid 0, mode 0640 unless the request says otherwise.
+    What is mounted below can be used.
+    Where the file system keeps no owner or mode, files are created with a warning.
   own: image files in {directory}/own
-    They are opened with the rights of whoever asks.
-    What is created belongs to whoever asks, mode 0600 unless asked otherwise.
-    What is mounted below is out of reach.
+    The daemon opens them with the caller's rights.
+    Created files belong to the caller, mode 0600 unless the request says otherwise.
+    What is mounted below can't be used.
     Where the file system keeps no owner or mode, nothing is created.
   volumes: block devices in /dev/no-such-group-of-volumes
-    They are opened with the daemon's rights, whosever they are.
-    Nothing is created here. Callers who say a device reads as zeroes are not believed.
+    The daemon opens them with its own rights, whoever owns them.
+    Nothing is created here.
+    The daemon does not believe a caller who says that a device reads as zeroes.
 
 Grants
   grants[0]: user root (uid 0) or uid 1234 or any member of group root (gid 0) may
     read vmdk in images, volumes
     write qcow2, raw in own
-    replace any file that is there, if asked to.
+    replace any existing file, if the request asks for it.
   grants[1]: any member of gid 36 may
     read qcow2, raw in own
-    and write nowhere: it may inspect images, but not convert them.
+    write nothing: it may inspect images, but not convert them.
 
 Operators
-  user root (uid 0) may see and cancel every job. That alone is no right to convert.
+  user root (uid 0) may see and cancel every job. This gives no right to convert.
 
 Limits, at most
   4 conversions at once, 2 of one user
@@ -88,8 +89,8 @@ Limits, at most
   0 s for running jobs when the daemon is stopped
 
 Service
-  counters go to no file
-    stays when there is no work
+  counters: no file
+    keeps running without work
 
 Program
   /usr/bin/qemu-img
@@ -196,7 +197,7 @@ def test_a_root_that_is_a_file_or_behind_a_link_is_told(
     (directory / "images").mkdir()
     checked(directory)
     told = capsys.readouterr().err
-    assert f"roots.own.path: {directory}/own leads over a symbolic link" in told
+    assert f"roots.own.path: {directory}/own has a symbolic link in its path" in told
 
 
 def counters_in(directory: Path) -> str:

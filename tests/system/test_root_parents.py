@@ -247,7 +247,7 @@ def test_check_tells_who_can_replace_a_root(
     with pytest.raises(DidNotStart, match="parents_writable_by"):
         daemon.start()
     assert check.run(str(make_daemon(allowing(POLICY, "1234")).policy_path)) == 0
-    told = "The directories above may be changed by uid 1234."
+    told = "The directories above can be changed by uid 1234."
     assert told in capsys.readouterr().out
 
 

@@ -173,7 +173,7 @@ class TestUndefinedContent:
         failure = stalled.failure()
         assert failure.reason == "STALLED"
         assert failure.message == (
-            "nothing moved for 600.0 seconds; nothing was published;"
+            "no progress for 600.0 seconds; nothing was published;"
             " the content of /dev/vg/lv is undefined now"
         )
         assert dict(failure.values) == {

@@ -66,21 +66,21 @@ as_json = click.option(
     expose_value=False,
     is_eager=True,
     callback=_remember_json,
-    help="Print JSON, one object a line.",
+    help="Print JSON, one object per line.",
 )
 source_format = click.option(
     "-f",
     "--source-format",
     metavar="FORMAT",
     shell_complete=values.complete_format,
-    help="The image's format. Found out if left out; state it if you know it.",
+    help="The image's format. State it if you know it; without it, convertd finds the format.",
 )
 without_daemon = click.option(
     "--local",
     "is_local",
     is_flag=True,
     callback=_remember_local,
-    help="Without the daemon, with no more than your own rights.",
+    help="Convert without the daemon, with only your own rights.",
 )
 
 
@@ -130,15 +130,19 @@ class Given(conversion.ConvertOptions):
     help="The format to convert to.",
 )
 @source_format
-@click.option("-c", "--compress", is_flag=True, help="Compress it, as the policy says (zlib).")
-@click.option("--compression", type=click.Choice(["zlib", "zstd"]), help="Compress it so.")
+@click.option(
+    "-c", "--compress", is_flag=True, help="Compress DEST as the policy says (default: zlib)."
+)
+@click.option(
+    "--compression", type=click.Choice(["zlib", "zstd"]), help="Compress DEST with this method."
+)
 @click.option(
     "--cache",
     "cache_mode",
     type=click.Choice(["auto", "none", "writeback", "writethrough", "directsync"]),
     default="auto",
     show_default=True,
-    help="How DEST is written. It is on the disk in the end, whatever the mode.",
+    help="How to write DEST. With every mode, DEST is on disk at the end.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace DEST if it exists, in one step.")
 @click.option(
@@ -151,50 +155,50 @@ class Given(conversion.ConvertOptions):
 @click.option(
     "--preallocation",
     type=click.Choice(["off", "metadata", "falloc", "full"]),
-    help="Reserve space beforehand.",
+    help="Reserve space in advance.",
 )
 @click.option(
     "--rate-limit",
     metavar="SIZE",
     callback=values.parsed(values.parse_size),
-    help="Read at most so much a second, such as 50M.",
+    help="Read at most this much per second, such as 50M.",
 )
 @click.option(
     "--source-secret-file",
     "source_secret",
     type=values.PATH,
     callback=values.parsed(values.read_secret),
-    help="Holds SOURCE's passphrase.",
+    help="File with SOURCE's passphrase.",
 )
 @click.option(
     "--dest-secret-file",
     "dest_secret",
     type=values.PATH,
     callback=values.parsed(values.read_secret),
-    help="Holds DEST's passphrase.",
+    help="File with DEST's passphrase.",
 )
 @creation_options.options
 @click.option(
     "--accept-damaged",
     is_flag=True,
-    help="Take a qcow2 with wrong reference counts, if all its data is there.",
+    help="Accept a qcow2 with wrong reference counts, if all its data is there.",
 )
 @click.option("--verify", is_flag=True, help="Compare DEST with SOURCE before it gets its name.")
-@click.option("--dry-run", "validate_only", is_flag=True, help="Check and plan, but do nothing.")
-@click.option("--label", default="", help="Your own name for the job.")
+@click.option("--dry-run", "validate_only", is_flag=True, help="Only check and plan.")
+@click.option("--label", default="", help="Your name for the job.")
 @click.option(
     "--timeout",
     metavar="TIME",
     callback=values.parsed(values.parse_time),
-    help="Give up after so long, such as 10m.",
+    help="Give up after this time, such as 10m.",
 )
 @without_daemon
 @as_json
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only warnings and errors.")
 def convert(source: str, dest: str, **given: Unpack[Given]) -> None:
     """Convert the image SOURCE into a new image DEST.
 
-    DEST is there whole or not at all. Ctrl-C cancels.
+    DEST appears complete or not at all. Ctrl-C cancels.
     """
     paths = conversion.absolute(source), conversion.absolute(dest)
     names = conversion.ConvertOptions.__optional_keys__
@@ -217,7 +221,7 @@ def convert(source: str, dest: str, **given: Unpack[Given]) -> None:
 @as_json
 @click.pass_context
 def info(ctx: click.Context, path: str, source_format: str | None, *, is_local: bool) -> None:
-    """Say what the image at PATH is."""
+    """Describe the image at PATH."""
     if is_local:
         image = local.inspect(path, source_format)
     else:
@@ -234,9 +238,9 @@ def info(ctx: click.Context, path: str, source_format: str | None, *, is_local: 
 @as_json
 @click.pass_context
 def jobs(ctx: click.Context) -> None:
-    """List your conversions.
+    """List your conversions that wait or run.
 
-    Those that wait or run; an operator sees everyone's.
+    An operator sees the conversions of everybody.
     """
     with _client() as client:
         listed = client.jobs()
@@ -252,7 +256,7 @@ def jobs(ctx: click.Context) -> None:
 @as_json
 @click.pass_context
 def cancel(ctx: click.Context, job_id: str) -> None:
-    """Have the job ID end."""
+    """Cancel the job ID."""
     with _client() as client:
         job = client.cancel(job_id)
     if ctx.meta.get("json"):
@@ -265,7 +269,7 @@ def cancel(ctx: click.Context, job_id: str) -> None:
 @as_json
 @click.pass_context
 def access(ctx: click.Context) -> None:
-    """Say whom the daemon takes you for, and what you may do."""
+    """Show who you are for the daemon, and what you may do."""
     with _client() as client:
         told = client.access()
     if ctx.meta.get("json"):
@@ -277,7 +281,7 @@ def access(ctx: click.Context) -> None:
 @convertctl.command()
 @click.argument("shell", type=click.Choice(SHELLS))
 def completion(shell: str) -> None:
-    """Print what makes SHELL complete convertctl's arguments.
+    """Print the script that makes SHELL complete convertctl's arguments.
 
     For bash: source <(convertctl completion bash)
     """

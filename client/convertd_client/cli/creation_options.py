@@ -56,11 +56,13 @@ _OPTIONS: Final = (
     click.option(
         "--adapter-type",
         type=click.Choice(creation_options.OPTIONS["vmdk"]["adapter_type"].choices),
-        help="Of vmdk: the disk adapter that it names.",
+        help="Of vmdk: the disk adapter.",
     ),
-    click.option("--hwversion", type=int, metavar="N", help="Of vmdk: the hardware's version."),
-    _flag("--zeroed-grain", "Of vmdk: mark zeroes by grain-table entries."),
-    _flag("--static", "Of vdi: allocate every block beforehand."),
+    click.option(
+        "--hwversion", type=int, metavar="N", help="Of vmdk: the version of the virtual hardware."
+    ),
+    _flag("--zeroed-grain", "Of vmdk: mark zeroes in grain-table entries."),
+    _flag("--static", "Of vdi: allocate every block in advance."),
     _size("--block-size", "Of vhdx: such as 8M."),
     _size("--log-size", "Of vhdx: such as 1M."),
     click.option("--table-size", type=int, metavar="N", help="Of qed: clusters in a table."),
@@ -68,7 +70,7 @@ _OPTIONS: Final = (
         "--target-is-zero",
         "is_zero",
         is_flag=True,
-        help="DEST is a device that reads as zeroes throughout.",
+        help="DEST is a device that reads as zeroes everywhere.",
     ),
 )
 

@@ -14,10 +14,10 @@ HINTS: Final = {
     "FORMAT_NOT_ALLOWED": "`convertctl access` shows what you may do",
     "DEST_EXISTS": "--overwrite replaces it",
     "FORMAT_MISMATCH": "`convertctl info` without -f finds the format out",
-    "AMBIGUOUS_FORMAT": "-f FORMAT states it",
-    "SECRET_MISSING": "--source-secret-file gives it",
+    "AMBIGUOUS_FORMAT": "-f FORMAT states the format",
+    "SECRET_MISSING": "give the passphrase with --source-secret-file",
     "IMAGE_DAMAGED": "--accept-damaged converts it as it is",
-    "JOB_NOT_FOUND": "`convertctl jobs` lists yours",
+    "JOB_NOT_FOUND": "`convertctl jobs` lists your jobs",
     "QUEUE_FULL": "`convertctl jobs` shows what runs and waits; try again later",
     "DEST_BUSY": "`convertctl jobs` shows the job that writes it",
     "SOCKET_MISSING": "`systemctl status convertd.socket` tells more; "
@@ -25,8 +25,8 @@ HINTS: Final = {
     "CONNECTION_REFUSED": "`systemctl status convertd.socket convertd.service` tells more",
     "NOT_ANSWERING": "`systemctl status convertd.service` tells more",
     "INTERNAL_ERROR": "the daemon's log has more: `journalctl -u convertd`",
-    "TIMEOUT": "nothing is half-written: the destination is there whole or not at all",
-    "PUBLISHED_BUT_NOT_DURABLE": "`sync` once the disk is well again makes it durable",
+    "TIMEOUT": "the destination is complete or not there",
+    "PUBLISHED_BUT_NOT_DURABLE": "run `sync` when the disk works again, to make it durable",
 }
 
 LOCAL_HINTS: Final = {
@@ -40,11 +40,11 @@ LOCAL_HINTS: Final = {
 """The same without a daemon: there is no policy, no list of jobs, and no log."""
 
 DAEMONS_RIGHTS: Final = (
-    "the daemon may not: `convertd check`, as root, shows what the service needs"
+    "the daemon has no right to it: as root, `convertd check` shows what the service needs"
 )
-OWN_RIGHTS: Final = "files there are opened with your own rights; see `convertctl access`"
+OWN_RIGHTS: Final = "the daemon opens files there with your own rights; see `convertctl access`"
 
-LOOK_FIRST: Final = "look whether the destination is there before you try again"
+LOOK_FIRST: Final = "check whether the destination exists before you try again"
 
 
 def say(error: errors.ConvertError, *, is_local: bool = False) -> None:
@@ -70,7 +70,7 @@ def say_misused(error: click.ClickException) -> None:
     """Print what is wrong with a command line."""
     warn(" ".join(error.format_message().split()))
     if isinstance(error, click.UsageError) and error.ctx is not None:
-        click.echo(f"  `{error.ctx.command_path} --help` shows how it is used", err=True)
+        click.echo(f"  `{error.ctx.command_path} --help` shows the usage", err=True)
 
 
 def warn_of(notices: tuple[results.Warning, ...]) -> None:

@@ -23,14 +23,14 @@ class QueueFull(ResourceExhausted):
 class TooManyCalls(ResourceExhausted):
     """A user has as many calls going on as one may have, or takes no replies."""
 
-    sentence = "{limit} of your calls go on or have replies that were not taken, which is the limit"
+    sentence = "too many calls: {limit} of your calls run or have replies that you did not read"
     limit: int
 
 
 class NoSpace(ResourceExhausted):
     """The destination's file system is too full, now or by the end."""
 
-    sentence = "{mount_point}: needs {needed_bytes} bytes for {path}, has {free_bytes} free"
+    sentence = "{mount_point}: {path} needs {needed_bytes} bytes, and {free_bytes} bytes are free"
     path: str
     mount_point: str
     needed_bytes: int
@@ -40,14 +40,14 @@ class NoSpace(ResourceExhausted):
 class QuotaExceeded(ResourceExhausted):
     """The owner's disk quota is used up."""
 
-    sentence = "{path}: the disk quota of its owner is used up"
+    sentence = "{path}: the disk quota of its owner is exhausted"
     path: str
 
 
 class OutOfMemory(ResourceExhausted):
     """qemu-img needed more memory than it may have."""
 
-    sentence = "qemu-img was stopped for want of memory"
+    sentence = "qemu-img did not have enough memory"
 
 
 class DataLoss(base.ConvertError):
@@ -59,7 +59,7 @@ class DataLoss(base.ConvertError):
 class ReadFailed(DataLoss):
     """The source can't be read in full."""
 
-    sentence = "{path}: could not be read in full: {problem}"
+    sentence = "{path}: could not be read completely: {problem}"
     path: str
     problem: str
 
@@ -67,7 +67,7 @@ class ReadFailed(DataLoss):
 class WriteFailed(DataLoss):
     """The destination could not be written or flushed. Nothing is published."""
 
-    sentence = "{path}: could not be written in full: {problem}"
+    sentence = "{path}: could not be written completely: {problem}"
     path: str
     problem: str
 
@@ -97,7 +97,7 @@ class Aborted(base.ConvertError):
 class DestBusy(Aborted):
     """Another job of the same caller writes this destination."""
 
-    sentence = "{path}: is being written by another job of yours"
+    sentence = "{path}: another job of yours writes this file"
     path: str
 
 
@@ -110,14 +110,14 @@ class CancelledByOperator(Aborted):
 class NameReplaced(Aborted):
     """Somebody put another file in place of the result as it was published."""
 
-    sentence = "{path}: was replaced by somebody else as it was published"
+    sentence = "{path}: another process replaced the result while it was published"
     path: str
 
 
 class SourceChanged(Aborted):
     """What was read is not what was opened: somebody wrote to it meanwhile."""
 
-    sentence = "{path}: changed while it was being converted: {problem}"
+    sentence = "{path}: changed during the conversion: {problem}"
     path: str
     problem: str
 
@@ -143,7 +143,7 @@ class DeadlineExceeded(base.ConvertError):
 class Stalled(DeadlineExceeded):
     """Nothing moved for the stall limit: no percentage, no block written, no CPU time used."""
 
-    sentence = "nothing moved for {stall_s} seconds; nothing was published"
+    sentence = "no progress for {stall_s} seconds; nothing was published"
     stall_s: float
 
 
@@ -189,5 +189,5 @@ class Internal(base.ConvertError):
 class InternalError(Internal):
     """A bug. The log has the same id, with the traceback."""
 
-    sentence = "an internal error, recorded in the log as {error_id}"
+    sentence = "internal error; the log has it as {error_id}"
     error_id: str

@@ -14,7 +14,7 @@ class Unauthenticated(base.ConvertError):
 class UnknownConnection(Unauthenticated):
     """The call came over a connection that the daemon did not accept, or that has ended."""
 
-    sentence = "the daemon does not know who is at the other end of this connection"
+    sentence = "the daemon does not know who opened this connection"
 
 
 class Denied(base.ConvertError):
@@ -34,7 +34,7 @@ class PermissionDenied(Denied):
 class FormatNotAllowed(Denied):
     """The image was found to be of a format that the policy does not let this caller read."""
 
-    sentence = "{path}: is of the format {format}, which the policy does not allow here"
+    sentence = "{path}: the policy does not allow the format {format} here"
     path: str
     format: str
 
@@ -42,14 +42,14 @@ class FormatNotAllowed(Denied):
 class ClaimNotAllowed(Denied):
     """`is_zero` was claimed of a device, and the policy's root does not allow the claim."""
 
-    sentence = "{path}: the policy does not let you claim that it is zero already"
+    sentence = "{path}: the policy does not allow you to claim that the device reads as zeroes"
     path: str
 
 
 class DamageNotAllowed(Denied):
     """A damaged image was to be accepted, and the policy's root does not allow that."""
 
-    sentence = "{path}: is damaged, and the policy does not let you accept that: {problem}"
+    sentence = "{path}: is damaged, and the policy does not allow you to accept that: {problem}"
     path: str
     problem: str
 
@@ -72,7 +72,7 @@ class BadPath(Invalid):
 class BadFormat(Invalid):
     """A format that convertd does not know, or can't write."""
 
-    sentence = "{field}: {format!r} is not a format that can be used here"
+    sentence = "{field}: the format {format!r} can't be used here"
     field: str
     format: str
 
@@ -88,7 +88,7 @@ class BadOption(Invalid):
 class SecretMissing(Invalid):
     """An encrypted image, and no passphrase for it."""
 
-    sentence = "{path}: is encrypted; give its passphrase"
+    sentence = "{path}: the image is encrypted; give its passphrase"
     path: str
 
 
@@ -96,8 +96,8 @@ class SizeNotPossible(Invalid):
     """The destination's format, with the options asked for, has no images of the source's size."""
 
     sentence = (
-        "{path}: {size_bytes} bytes are not possible in the format {format} with these options,"
-        " which has {least_bytes} to {most_bytes}"
+        "{path}: the format {format} can't hold {size_bytes} bytes with these options;"
+        " it holds {least_bytes} to {most_bytes} bytes"
     )
     path: str
     format: str
@@ -129,14 +129,14 @@ class SourceNotFound(NotFound):
 class DirectoryNotFound(NotFound):
     """The destination's directory, or the root, is not there."""
 
-    sentence = "{path}: the directory is not there"
+    sentence = "{path}: the directory does not exist"
     path: str
 
 
 class JobNotFound(NotFound):
     """No such job, or another user's: the answer is the same."""
 
-    sentence = "there is no job {job_id!r} of yours"
+    sentence = "you have no job {job_id!r}"
     job_id: str
 
 

@@ -22,14 +22,14 @@ class AccessRefused(FailedPrecondition):
 class SymlinkInPath(FailedPrecondition):
     """A symbolic link where none is followed."""
 
-    sentence = "{path}: a symbolic link is on the way, and is not followed"
+    sentence = "{path}: the path has a symbolic link, which is not followed"
     path: str
 
 
 class OutsideRoot(FailedPrecondition):
     """The path leads out of its root: over a mount point, a link, or into another root."""
 
-    sentence = "{path}: leads out of the root {root}"
+    sentence = "{path}: the path leaves the root {root}"
     path: str
     root: str
 
@@ -61,7 +61,7 @@ class ReadOnlyFileSystem(FailedPrecondition):
 class ProtectedByAttribute(FailedPrecondition):
     """chattr(1) keeps a directory or a file as it is, even from root."""
 
-    sentence = "{path}: is {attribute} (see chattr(1)), so the result can't be put there"
+    sentence = "{path}: is {attribute} (see chattr(1)), so the result can't be placed there"
     path: str
     attribute: str
 
@@ -69,7 +69,7 @@ class ProtectedByAttribute(FailedPrecondition):
 class OwnerNotKept(FailedPrecondition):
     """The destination's file system has no owners or modes, or others than were asked for."""
 
-    sentence = "{path}: its file system makes it {found} instead of {wanted}"
+    sentence = "{path}: the file system sets {found} instead of {wanted}"
     path: str
     found: str
     wanted: str
@@ -78,7 +78,7 @@ class OwnerNotKept(FailedPrecondition):
 class NotYours(FailedPrecondition):
     """The policy lets a caller overwrite its own files only."""
 
-    sentence = "{path}: belongs to another user, and the policy lets you overwrite your own only"
+    sentence = "{path}: belongs to another user; the policy lets you overwrite only your own files"
     path: str
 
 
@@ -100,7 +100,7 @@ class ImageRefused(ImageAtFault):
 class FormatMismatch(ImageAtFault):
     """The image is of another format than the caller said."""
 
-    sentence = "{path}: is not of the format {format}"
+    sentence = "{path}: the image does not have the format {format}"
     path: str
     format: str
 
@@ -132,7 +132,7 @@ class ImageDamaged(ImageAtFault):
     What has to be asked is `accept_damaged` of the source.
     """
 
-    sentence = "{path}: is damaged, though its data is there: {problem}; ask to accept that"
+    sentence = "{path}: is damaged, but its data is there: {problem}; accept this to convert it"
     path: str
     problem: str
 
@@ -140,7 +140,7 @@ class ImageDamaged(ImageAtFault):
 class WrongSecret(FailedPrecondition):
     """The passphrase does not open the image."""
 
-    sentence = "{path}: the passphrase does not open it"
+    sentence = "{path}: the passphrase does not open the image"
     path: str
 
 
@@ -156,7 +156,7 @@ class DeviceTooSmall(FailedPrecondition):
 class NoDirectWrites(FailedPrecondition):
     """A cache mode was asked for that the destination's file system does not do."""
 
-    sentence = "{path}: takes no direct writes, which cache mode {mode} needs: {problem}"
+    sentence = "{path}: cache mode {mode} needs direct writes, which do not work here: {problem}"
     path: str
     mode: str
     problem: str
@@ -165,7 +165,7 @@ class NoDirectWrites(FailedPrecondition):
 class DeviceNotWritable(FailedPrecondition):
     """The device's mode does not let its group write, and qemu-img has no other right to it."""
 
-    sentence = "{path}: its group {group} may not write it (mode {mode})"
+    sentence = "{path}: the group {group} of the device may not write to it (mode {mode})"
     path: str
     group: int
     mode: str
@@ -174,7 +174,9 @@ class DeviceNotWritable(FailedPrecondition):
 class ImageTooLarge(ImageAtFault):
     """More virtual size than the policy allows, or than the destination holds."""
 
-    sentence = "{path}: a virtual size of {size_bytes} bytes is over the limit of {limit_bytes}"
+    sentence = (
+        "{path}: the virtual size {size_bytes} bytes exceeds the limit of {limit_bytes} bytes"
+    )
     path: str
     size_bytes: int
     limit_bytes: int
@@ -183,7 +185,7 @@ class ImageTooLarge(ImageAtFault):
 class ImageInUse(FailedPrecondition):
     """Another process (a running qemu, most likely) has locked the image."""
 
-    sentence = "{path}: is in use by another process"
+    sentence = "{path}: another process uses the image"
     path: str
 
 

@@ -83,9 +83,9 @@ def beyond_the_unit(loaded: load.Loaded) -> Iterator[str]:
     beyond = list(dropin.uncovered(dropin.needs_of(loaded.policy), unit))
     yield from (f"{UNIT}: {problem}" for problem in beyond)
     if beyond:
-        yield f"{UNIT}: `convertd unit-dropin` prints what it needs, and says where that goes"
+        yield f"{UNIT}: `convertd unit-dropin` prints what is missing, and says where to put it"
     if unit.get("NeedDaemonReload") == "yes":
-        yield f"{UNIT}: changed since systemd read it: systemctl daemon-reload"
+        yield f"{UNIT}: changed since systemd read it; run: systemctl daemon-reload"
 
 
 def unit_properties() -> Mapping[str, str]:
@@ -168,8 +168,8 @@ def _problem_of(root: values.Root, seen: survey.Seen) -> str:
 
 _PROBLEMS: Final = {
     0: "",
-    survey.SILENT: "does not answer: until it does, nothing in it can be opened",
-    errno.ENOENT: "is not there now: until it is, nothing in it can be opened",
+    survey.SILENT: "does not answer, so nothing in it can be opened",
+    errno.ENOENT: "does not exist now, so nothing in it can be opened",
     errno.ENOTDIR: "is not a directory",
-    errno.ELOOP: "leads over a symbolic link, which is not followed",
+    errno.ELOOP: "has a symbolic link in its path, which is not followed",
 }

@@ -26,9 +26,9 @@ def of(loaded: load.Loaded) -> Iterator[str]:
 
 
 def _service(service: values.Service) -> Iterator[str]:
-    yield f"counters go to {service.metrics or 'no file'}"
+    yield f"counters: {service.metrics or 'no file'}"
     idle = service.idle_exit_s
-    yield f"ends after {_time(idle)} without work" if idle else "stays when there is no work"
+    yield f"ends after {_time(idle)} without work" if idle else "keeps running without work"
 
 
 def _section(title: str, entries: Iterable[list[str]]) -> Iterator[str]:
@@ -43,55 +43,57 @@ def _root(root: values.Root) -> list[str]:
     what = {values.RootKind.FILES: "image files", values.RootKind.BLOCK: "block devices"}
     lines = [f"{root.name}: {what[root.kind]} in {root.path}"]
     if root.access is values.RootAccess.CALLER:
-        lines.append("They are opened with the rights of whoever asks.")
+        lines.append("The daemon opens them with the caller's rights.")
     else:
-        lines.append("They are opened with the daemon's rights, whosever they are.")
+        lines.append("The daemon opens them with its own rights, whoever owns them.")
         lines += _parents(root)
     if root.accept_damaged:
-        lines.append("Damaged images are read if whoever asks accepts that.")
+        lines.append("Damaged images are read if the caller accepts that.")
     if root.kind is values.RootKind.BLOCK:
-        claim = "are taken at their word" if root.allow_is_zero else "are not believed"
+        belief = "believes" if root.allow_is_zero else "does not believe"
         return [
             *lines,
-            f"Nothing is created here. Callers who say a device reads as zeroes {claim}.",
+            "Nothing is created here.",
+            f"The daemon {belief} a caller who says that a device reads as zeroes.",
         ]
-    owner = f"uid {root.owner.uid}, gid {root.owner.gid}" if root.owner else "whoever asks"
-    mounts = "used too" if root.mounts else "out of reach"
-    lines.append(
-        f"What is created belongs to {owner}, mode {root.mode:04o} unless asked otherwise."
-    )
-    lines.append(f"What is mounted below is {mounts}.")
-    made = "it is created with a warning" if root.allow_ownerless else "nothing is created"
-    return [*lines, f"Where the file system keeps no owner or mode, {made}."]
+    owner = f"uid {root.owner.uid}, gid {root.owner.gid}" if root.owner else "the caller"
+    mounts = "can" if root.mounts else "can't"
+    made = "files are created with a warning" if root.allow_ownerless else "nothing is created"
+    return [
+        *lines,
+        f"Created files belong to {owner}, mode {root.mode:04o} unless the request says otherwise.",
+        f"What is mounted below {mounts} be used.",
+        f"Where the file system keeps no owner or mode, {made}.",
+    ]
 
 
 def _parents(root: values.Root) -> list[str]:
     """Who, beside root, could put something else in the place of a root."""
     named = [f"uid {uid}" for uid in sorted(root.parent_uids)]
     named += [f"any member of gid {gid}" for gid in sorted(root.parent_gids)]
-    return [f"The directories above may be changed by {' or '.join(named)}."] if named else []
+    return [f"The directories above can be changed by {' or '.join(named)}."] if named else []
 
 
 def _grant(table: document.GrantTable, rule: decide.Rule, ids: bind.Ids) -> list[str]:
     overwrite = {
         values.OverwriteScope.OWN: "its own files",
-        values.OverwriteScope.ANY: "any file that is there",
+        values.OverwriteScope.ANY: "any existing file",
     }
     lines = [
         f"{rule.name}: {_subjects(table, ids)} may",
         f"read {_listed(rule.read_formats)} in {_names(rule.read)}",
     ]
     if not rule.write:
-        return [*lines, "and write nowhere: it may inspect images, but not convert them."]
+        return [*lines, "write nothing: it may inspect images, but not convert them."]
     lines.append(f"write {_listed(rule.write_formats)} in {_names(rule.write)}")
-    return [*lines, f"replace {overwrite[rule.overwrite]}, if asked to."]
+    return [*lines, f"replace {overwrite[rule.overwrite]}, if the request asks for it."]
 
 
 def _operators(table: document.OperatorsTable, ids: bind.Ids) -> list[str]:
     if not table.users and not table.groups:
         return ["nobody: each caller sees and cancels its own jobs only."]
     who = _subjects(table, ids)
-    return [f"{who} may see and cancel every job. That alone is no right to convert."]
+    return [f"{who} may see and cancel every job. This gives no right to convert."]
 
 
 def _subjects(table: document.OperatorsTable | document.GrantTable, ids: bind.Ids) -> str:

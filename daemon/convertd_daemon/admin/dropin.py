@@ -112,19 +112,19 @@ def _body(needs: Needs) -> Iterator[str]:
     if not needs:
         yield "# Nothing: the policy grants nothing."
         return
-    yield "# systemd's filter for this refuses openat2(2) too, by which every path is resolved."
+    yield "# systemd's filter for this also refuses openat2(2), which resolves every path."
     yield "RestrictSUIDSGID=no"
     # With "-" a root that is not there yet is no reason not to start.
     yield from (f"ReadWritePaths={_word(f'-{path}')}" for path in needs.writes)
     yield from (f"ReadOnlyPaths={_word(f'-{path}')}" for path in needs.reads)
     if needs.homes:
-        yield "# A root is in a home."
+        yield "# A root is in a home directory."
         yield "ProtectHome=read-only"
     if needs.temporary:
         yield "# A root is in a directory for temporary files."
         yield "PrivateTmp=no"
     if needs.devices:
-        yield "# Roots of block devices, by class; which ones of a class is the policy's affair."
+        yield "# Roots of block devices, by class. The policy says which devices of a class."
         yield "PrivateDevices=no"
         yield from (f"DeviceAllow={name} {access}" for name, access in needs.devices)
 
@@ -159,9 +159,9 @@ def uncovered(needs: Needs, unit: Mapping[str, str]) -> Iterator[str]:
     if needs and unit.get("RestrictSUIDSGID") == "yes":
         yield "no path can be resolved: RestrictSUIDSGID= refuses openat2(2)"
     if needs.homes and unit.get("ProtectHome") in {"yes", "tmpfs"}:
-        yield "homes are hidden by ProtectHome="
+        yield "home directories are hidden by ProtectHome="
     if needs.temporary and unit.get("PrivateTmp") == "yes":
-        yield f"{' and '.join(TEMPORARY)} are the service's own by PrivateTmp="
+        yield f"{' and '.join(TEMPORARY)} are private to the service by PrivateTmp="
     if needs.devices and unit.get("PrivateDevices") == "yes":
         yield "devices are hidden by PrivateDevices="
     allowed = dict(line.rsplit(" ", 1) for line in _lists(unit.get("DeviceAllow", "")))
