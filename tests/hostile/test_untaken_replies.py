@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+from grpc_health.v1 import health_pb2
 from harness import processes, waiting
 from harness.agent import conversion
 from harness.callers import ALICE, BOB
@@ -38,6 +39,8 @@ MIB: Final = 1024
 
 MOST_KIB: Final = 150 * MIB
 
+SOON_S: Final = 5.0
+
 JOBS: Final = 30
 LONG: Final = "/".join(["d" * 200] * 18)
 
@@ -55,6 +58,19 @@ def call_to(service: str, stream: int, message: bytes, times: int = 1) -> bytes:
 
 STREAMS: Final = range(1, 64, 2)
 
+
+def begun(stream: int) -> bytes:
+    """A call with as much of its request as HTTP/2 lets through, which is not all of it."""
+    part = http2.message(b"a" * 60_000, 200_000)
+    pieces = (
+        http2.frame(Kind.DATA, part[at : at + 16_000], stream=stream)
+        for at in range(0, len(part), 16_000)
+    )
+    return http2.frame(Kind.HEADERS, http2.block(), flags=4, stream=stream) + b"".join(pieces)
+
+
+WATCH: Final = "/grpc.health.v1.Health/Watch"
+
 REFLECTION: Final = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 SYMBOL: Final = b"\x22\x1aconvertd.v1.ConvertService"
 
@@ -64,7 +80,8 @@ ATTACKS: Final[dict[str, list[bytes]]] = {
         http2.frame(Kind.HEADERS, http2.block(), flags=4, stream=stream) for stream in STREAMS
     ],
     "a stream of reflection": [call_to(REFLECTION, 1, SYMBOL, 500)],
-    "watching the health": [call_to("/grpc.health.v1.Health/Watch", n, b"") for n in STREAMS],
+    "requests that end before they are whole": [begun(stream) for stream in STREAMS],
+    "watching the health": [call_to(WATCH, n, b"") for n in STREAMS],
 }
 
 
@@ -102,6 +119,15 @@ def suffer(daemon: Daemon, over: Callable[[float], bool]) -> list[float]:
     return sorted(waits)
 
 
+TOO_MANY: Final = "TOO_MANY_CALLS"
+
+
+def refusal_of(daemon: Daemon) -> str:
+    """With which reason a call of Alice's is refused; empty if it is answered."""
+    ended = daemon.agent(ALICE).call("GetAccess", pb.GetAccessRequest()).end()
+    return "" if ended.status == "OK" else ended.refusal().reason
+
+
 @pytest.mark.usefixtures("queued")
 def test_replies_that_are_not_taken_fill_no_memory_and_hold_up_nobody(daemon: Daemon) -> None:
     """Lists of jobs, by a window of 0, on sockets that are read: it was 1.7 GB, and 24 s."""
@@ -122,16 +148,41 @@ def test_nor_does_whatever_else_is_asked_and_not_taken(daemon: Daemon, attack: l
     assert waits[len(waits) * 9 // 10] < 1.0
 
 
+def test_a_call_counts_and_is_refused_before_its_request_is_there(daemon: Daemon) -> None:
+    """What comes of a request is kept by gRPC, for as many calls as one user may have."""
+    calls = [http2.frame(Kind.HEADERS, http2.block(), flags=4, stream=n) for n in STREAMS]
+    with untaken.untaken(ALICE, daemon.socket, *calls, connections=16):
+        waiting.until(lambda: refusal_of(daemon) == TOO_MANY, "too many")
+        with http2.connected(daemon.socket, ALICE) as sock:
+            http2.sent(sock, http2.opening(*calls))
+            assert http2.ended(sock, len(STREAMS)) == set(STREAMS)
+
+
+def test_who_does_not_take_the_health_keeps_it_from_nobody(daemon: Daemon) -> None:
+    """All who watched a service had one lock, and who did not take his first reply held it."""
+    bob, record = daemon.agent(BOB), "operation=get-access outcome=done uid=1234"
+    before = daemon.log.count(record)
+    calls = (call_to(WATCH, 1, b""), http2.call(3))
+    with untaken.untaken(ALICE, daemon.socket, *calls, connections=1):
+        waiting.until(lambda: daemon.log.count(record) > before, "what came after it is answered")
+        call = bob.call(WATCH, b"")
+        reply = health_pb2.HealthCheckResponse.FromString(call.message(SOON_S))
+        assert reply.status == health_pb2.HealthCheckResponse.SERVING
+        call.cancel()
+        call.end()
+
+
+def test_a_watch_that_is_not_taken_ends(daemon: Daemon) -> None:
+    """As any other reply."""
+    seen = daemon.log.count(ENDED)
+    with untaken.untaken(ALICE, daemon.socket, call_to(WATCH, 1, b""), connections=1):
+        waiting.until(lambda: daemon.log.count(ENDED) > seen, "it is ended")
+
+
 def test_who_has_too_many_calls_is_told_so_and_nobody_else(daemon: Daemon) -> None:
     """On whichever connection, until those are over."""
     calls = (http2.call(stream) for stream in STREAMS)
-    alice = daemon.agent(ALICE)
-
-    def refusal() -> str:
-        ended = alice.call("GetAccess", pb.GetAccessRequest()).end()
-        return "" if ended.status == "OK" else ended.refusal().reason
-
     with untaken.untaken(ALICE, daemon.socket, *calls, connections=16):
-        waiting.until(lambda: refusal() == "TOO_MANY_CALLS", "too many")
+        waiting.until(lambda: refusal_of(daemon) == TOO_MANY, "too many")
         assert daemon.agent(BOB).access().uid == BOB.uid
-    waiting.until(lambda: refusal() == "", "room again")
+    waiting.until(lambda: refusal_of(daemon) == "", "room again")

@@ -319,6 +319,24 @@ def test_a_peer_writes_no_line_of_its_own_into_the_log(daemon: Daemon, tmp_path:
     assert not any(line.startswith("INFO convertd.audit[1]") for line in daemon.log.splitlines())
 
 
+def test_a_call_without_a_request_ends(daemon: Daemon) -> None:
+    """Whether it would have one reply or many, it is not left to wait for what will not come."""
+    paths = ("/grpc.health.v1.Health/Watch", f"/{SERVICE}/GetAccess", f"/{SERVICE}/Convert")
+    calls = {
+        2 * number + 1: http2.block(
+            tuple((n, path.encode() if n == b":path" else value) for n, value in http2.HEADERS)
+        )
+        for number, path in enumerate(paths)
+    }
+    with http2.connected(daemon.socket, ALICE) as sock:
+        frames = (
+            http2.frame(Kind.HEADERS, block, flags=5, stream=stream)
+            for stream, block in calls.items()
+        )
+        http2.sent(sock, http2.opening(*frames))
+        assert http2.ended(sock, len(calls)) == calls.keys()
+
+
 def test_a_method_that_does_not_exist_is_unimplemented(daemon: Daemon) -> None:
     """Of ours, of another service, and of none."""
     for method in (f"/{SERVICE}/Nothing", "/a/b", "/", "//"):

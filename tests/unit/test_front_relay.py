@@ -24,9 +24,14 @@ MIB = 1024 * KIB
 DEADLINE_S = 60.0
 
 
-def unscreened(_calls: streams.Streams) -> relay.Passed:
-    """What passes is of no interest here; tests of screen.py tell."""
-    return relay.whole
+def as_it_is(data: bytes) -> Iterable[header_filter.Piece]:
+    """All of it passes, and is no call."""
+    return (header_filter.Piece(data, begins_call=False),)
+
+
+def unscreened(_calls: streams.Streams) -> relay.Filtered:
+    """What passes is of no interest here; tests of the filter tell."""
+    return as_it_is
 
 
 class Upstream:
@@ -365,6 +370,43 @@ def test_each_piece_waits_for_a_turn(path: Path) -> None:
             await a_relay.drain(DEADLINE_S)
 
     run(test)
+
+
+def test_what_comes_is_looked_through_in_a_turn_of_its_user(path: Path) -> None:
+    """Many connections of one user's that all have much to look through are not all in a row."""
+    looked: list[int] = []
+
+    async def test() -> None:
+        loop, now = asyncio.get_running_loop(), 0
+
+        def count() -> None:
+            nonlocal now
+            now += 1
+            loop.call_soon(count)
+
+        def look(_data: bytes) -> Iterable[header_filter.Piece]:
+            looked.append(now)
+            yield header_filter.Piece(b"a header block", begins_call=False)
+
+        upstream, peers = Upstream(path), [Peer() for _ in range(8)]
+        a_relay = relay.Relay(str(path), lambda _: look)
+        with contextlib.ExitStack() as ends:
+            ends.enter_context(contextlib.closing(upstream.sock))
+            for number, peer in enumerate(peers):
+                ends.enter_context(contextlib.closing(peer))
+                a_relay.carry(number, peer.descriptor, 1234, lambda: None)
+                there, _ = await upstream.accept()
+                ends.enter_context(contextlib.closing(there))
+            count()
+            for peer in peers:
+                peer.sock.send(b"all at once")
+            await until(lambda: len(looked) == len(peers))
+            for peer in peers:
+                peer.sock.close()
+            await a_relay.drain(DEADLINE_S)
+
+    run(test)
+    assert len(set(looked)) == len(looked)
 
 
 async def fill(sink: socket.socket) -> int:

@@ -26,7 +26,7 @@ def test_users_take_turns_however_many_of_one_wait() -> None:
     took: list[tuple[int, int]] = []
 
     async def take(one: fair_queue.FairQueue, uid: int, number: int) -> None:
-        await one.take(uid, begins_call=False)
+        await one.take(uid)
         took.append((uid, number))
 
     async def test(one: fair_queue.FairQueue) -> None:
@@ -46,7 +46,7 @@ def test_a_round_has_one_turn() -> None:
 
     async def take(one: fair_queue.FairQueue, uid: int) -> None:
         for _ in range(20):
-            await one.take(uid, begins_call=False)
+            await one.take(uid)
             rounds.append(now)
 
     async def test(one: fair_queue.FairQueue) -> None:
@@ -74,7 +74,8 @@ class Caller:
     async def call(self, one: fair_queue.FairQueue) -> None:
         """Until it is cancelled."""
         while True:
-            await one.take(1, begins_call=True)
+            await one.take(1)
+            one.add(1)
             self.began += 1
 
 
@@ -122,7 +123,7 @@ def test_who_is_gone_has_no_turn() -> None:
     took: list[int] = []
 
     async def take(one: fair_queue.FairQueue, uid: int) -> None:
-        await one.take(uid, begins_call=False)
+        await one.take(uid)
         took.append(uid)
 
     async def test(one: fair_queue.FairQueue) -> None:
@@ -131,7 +132,7 @@ def test_who_is_gone_has_no_turn() -> None:
         for gone in (tasks[1], tasks[3]):
             gone.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await one.take(5, begins_call=False)
+        await one.take(5)
 
     run(test)
     assert took == [1, 2, 4]
@@ -141,7 +142,7 @@ def test_nobody_waits_for_a_turn_that_nobody_has() -> None:
     """The usual case: one caller."""
 
     async def test(one: fair_queue.FairQueue) -> None:
-        taking = one.take(1, begins_call=False)
+        taking = one.take(1)
         try:
             taking.send(None)
         except StopIteration:

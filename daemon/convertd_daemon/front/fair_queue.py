@@ -28,7 +28,7 @@ class FairQueue:
         self._ahead = 0
         self._held: asyncio.TimerHandle | None = None
 
-    async def take(self, uid: int, *, begins_call: bool) -> None:
+    async def take(self, uid: int) -> None:
         """Wait for a turn of this user's, which lasts until the next round of the loop."""
         if self._is_taken:
             turn = asyncio.get_running_loop().create_future()
@@ -37,7 +37,10 @@ class FairQueue:
         else:
             self._is_taken = True
             asyncio.get_running_loop().call_soon(self._pass_on)
-        self._ahead += begins_call
+
+    def add(self, calls: int) -> None:
+        """Take note that whoever has the turn sends so many calls."""
+        self._ahead += calls
 
     def taken_up(self) -> None:
         """Gather that gRPC has taken up a call."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import logging
 import select
 import socket
@@ -24,12 +25,15 @@ from convertd_daemon.linux import getrandom, scm_rights
 
 log = logging.getLogger(__name__)
 
-Passed = Callable[[bytes], Iterable[header_filter.Piece]]
-"""What may go on of the bytes that came: pieces, each of which takes a turn. Raises screen.Refused
-if nothing may any more."""
+Filtered = Callable[[bytes], Iterable[header_filter.Piece]]
+"""What may go on of the bytes that came: pieces. Raises header_filter.Refused if nothing may any
+more."""
 
-Turn = Callable[[header_filter.Piece], Awaitable[None]]
-"""Waits until a piece may go on."""
+Passed = Callable[[bytes], Iterable[bytes]]
+"""The same, of which each piece takes a turn."""
+
+Turn = Callable[[], Awaitable[None]]
+"""Waits until the next piece may be looked for, and go on."""
 
 ASKED_BYTES: Final = 4 * 1024
 """What is taken at once of what a peer says: a few calls, and work for a millisecond at most."""
@@ -68,7 +72,7 @@ class Carried:
 class Relay:
     """The connections that are being carried, by the name that gRPC knows them under."""
 
-    def __init__(self, upstream_path: str, screened: Callable[[streams.Streams], Passed]) -> None:
+    def __init__(self, upstream_path: str, screened: Callable[[streams.Streams], Filtered]) -> None:
         """Carry to the gRPC server at this path, through a screen for each connection."""
         self.upstream_path = upstream_path
         self._screened = screened
@@ -153,10 +157,13 @@ class Relay:
             stack.callback(self._carried.pop, peer, None)
             await _connect(upstream, self.upstream_path, downstream)
 
-            async def turn(piece: header_filter.Piece) -> None:
-                await self.turns.take(uid, begins_call=piece.begins_call)
+            def passed(data: bytes) -> Iterable[bytes]:
+                for piece in filtered(data):
+                    self.turns.add(piece.begins_call)
+                    yield piece.data
 
-            await join(downstream, upstream, self._screened(calls), turn, calls.answered)
+            filtered, turn = self._screened(calls), functools.partial(self.turns.take, uid)
+            await join(downstream, upstream, passed, turn, calls.answered)
 
 
 async def _connect(sock: socket.socket, path: str, caller: socket.socket) -> None:
@@ -181,12 +188,12 @@ async def _connect(sock: socket.socket, path: str, caller: socket.socket) -> Non
             return
 
 
-def whole(data: bytes) -> Iterable[header_filter.Piece]:
-    """All of it passes, and is no call."""
-    return (header_filter.Piece(data, begins_call=False),)
+def whole(data: bytes) -> Iterable[bytes]:
+    """All of it passes."""
+    return (data,)
 
 
-async def at_once(_piece: header_filter.Piece) -> None:
+async def at_once() -> None:
     """Nobody has to wait for a turn."""
 
 
@@ -199,8 +206,8 @@ async def join(
 ) -> None:
     """Carry both ways until one side ends; then the connection is over, both ways.
 
-    What is asked, downstream, goes through `passed`, and each piece of it waits for a `turn`. What
-    is answered is shown to `answered`.
+    What is asked, downstream, goes through `passed`, which makes each piece in a `turn`: to look
+    through what comes is work too. What is answered is shown to `answered`.
     """
     loop, answering = asyncio.get_running_loop(), asyncio.Lock()
     ways = {
@@ -222,11 +229,15 @@ async def _ask(
     loop = asyncio.get_running_loop()
     try:
         while data := await _received(source):
-            for piece in passed(data):
+            pieces = iter(passed(data))
+            while True:
                 async with answering:
                     pass
-                await turn(piece)
-                await loop.sock_sendall(sink, piece.data)
+                await turn()
+                piece = next(pieces, None)
+                if piece is None:
+                    break
+                await loop.sock_sendall(sink, piece)
     except header_filter.Refused as error:
         log.debug("connection ended: %s", error)
     except scm_rights.Attached:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Final
 
 import grpc
 import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from convertd_daemon.front import call_limits, service
+from convertd_daemon.front import call_limits, health, service
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,12 +69,9 @@ async def start(
     server = grpc.aio.server(options=OPTIONS, interceptors=(counter,))
     handlers = service.ConvertService(broker, relay).handler()
     server.add_generic_rpc_handlers((CallCounter(relay.turns.taken_up), handlers))
-    checks = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    names = (service.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
-    for name in ("", service.SERVICE):
-        await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(health.Health("", service.SERVICE), server)
+    watched = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+    reflection.enable_server_reflection((service.SERVICE, watched, reflection.SERVICE_NAME), server)
     server.add_insecure_port(f"unix:{path}")
     await server.start()
     return server

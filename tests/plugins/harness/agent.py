@@ -263,6 +263,13 @@ class Call:
         """Wait until the conversion waits in the queue."""
         return self.await_event(lambda event: event.progress.phase == pb.PHASE_QUEUED).progress
 
+    def message(self, deadline_s: float = waiting.DEADLINE_S) -> bytes:
+        """Wait for the first message."""
+        while not self.messages:
+            assert self._ended is None, self._ended
+            self._take(deadline_s)
+        return self.messages[0]
+
     def end(self, deadline_s: float = waiting.DEADLINE_S) -> Ended:
         """Wait for the call's end."""
         while self._ended is None:

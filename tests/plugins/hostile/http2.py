@@ -31,6 +31,8 @@ class Kind(enum.IntEnum):
     CONTINUATION = 9
 
 
+FRAME_HEADER_BYTES: Final = 9
+
 END_STREAM: Final = 1
 END_HEADERS: Final = 4
 
@@ -125,3 +127,18 @@ def answer(sock: socket.socket, patience_s: float) -> bytes:
         while data := sock.recv(65536):
             said += data
     return said
+
+
+def ended(sock: socket.socket, count: int) -> set[int]:
+    """Wait until the other side has ended so many calls, and tell which."""
+    streams, said = set[int](), b""
+    while len(streams) < count:
+        data = sock.recv(65536)
+        assert data, streams
+        said += data
+        while len(said) >= FRAME_HEADER_BYTES + (length := int.from_bytes(said[:3])):
+            kind, flags, stream = struct.unpack(">BBI", said[3:FRAME_HEADER_BYTES])
+            if kind == Kind.HEADERS and flags & END_STREAM:
+                streams.add(stream)
+            said = said[FRAME_HEADER_BYTES + length :]
+    return streams
