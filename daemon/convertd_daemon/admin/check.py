@@ -13,8 +13,8 @@ import click
 
 from convertd_core import values
 from convertd_daemon.admin import describe, dropin
-from convertd_daemon.policy import load, survey
-from convertd_daemon.service import preflight, root_only
+from convertd_daemon.policy import load, path_walk, survey
+from convertd_daemon.service import preflight
 
 UNIT: Final = "convertd.service"
 
@@ -126,11 +126,11 @@ def of_counters_file(loaded: load.Loaded) -> Iterator[str]:
     directory = os.path.dirname(path)
     with contextlib.ExitStack() as stack:
         try:
-            *_, last = root_only.walk(directory, stack)
-        except root_only.CantOpen as error:
-            yield f"{loaded.file}: service.metrics: {error}"
+            *_, last = path_walk.steps(directory, stack)
+        except OSError as error:
+            yield f"{loaded.file}: service.metrics: {path_walk.reason(error)}"
             return
-        if problem := root_only.problem_of(directory, last.status):
+        if problem := path_walk.problem_of(directory, last.status):
             yield f"{loaded.file}: service.metrics: {problem}: they could replace the counters"
     if os.path.isdir(path):
         yield f"{loaded.file}: service.metrics: {path} is a directory"
@@ -145,9 +145,9 @@ def notes_on_counters_file(loaded: load.Loaded) -> Iterator[str]:
     if not loaded.policy.service.metrics:
         return
     above = os.path.dirname(os.path.dirname(loaded.policy.service.metrics))
-    with contextlib.ExitStack() as stack, contextlib.suppress(root_only.CantOpen):
-        for step in root_only.walk(above, stack):
-            if problem := root_only.problem_of(step.path, step.status, sticky_will_do=True):
+    with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+        for step in path_walk.steps(above, stack):
+            if problem := path_walk.problem_of(step.path, step.status, sticky_will_do=True):
                 yield f"{loaded.file}: service.metrics: {problem}: they could replace the counters"
 
 

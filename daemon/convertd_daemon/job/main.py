@@ -25,7 +25,6 @@ from convertd_daemon.job import (
     pipeline,
     secrets,
 )
-from convertd_daemon.job.files import credentials
 from convertd_daemon.job.qemu import execution
 from convertd_daemon.linux import close_range, getrandom, prctl
 from convertd_daemon.sandbox import forking, limits, seccomp
@@ -69,7 +68,7 @@ def run_forked(
             signal.signal(number, signal.SIG_DFL)
         context.cancel_on_sigterm()
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        credentials.die_with(empty.parent)
+        forking.die_with(empty.parent)
         os.umask(0o077)
         job, slot = (assigned, None) if assigned else _wait_for_assignment(assignments, setup)
         assignments.close()

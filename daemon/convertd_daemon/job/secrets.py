@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 from convertd_core import codec, conditions
 from convertd_daemon import channel
+from convertd_daemon.job.qemu import plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,10 +31,6 @@ MAX_BYTES: Final = 4096
 
 LIMIT_S: Final = 10.0
 """The front sends it as soon as it hears that the job has started."""
-
-SOURCE: Final = "source"
-DEST: Final = "dest"
-"""The ids of the `secret` objects."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +49,8 @@ def take(line: channel.Channel, *, source: bool, dest: bool) -> Secrets:
         conditions.BadOption: one is empty or too long.
         channel.Closed: nobody waits for the result any more.
     """
-    wanted = [name for name, asked in ((SOURCE, source), (DEST, dest)) if asked]
-    return Secrets(**{name: _receive(name, line) for name in wanted})
+    asked = {plan.SOURCE_SECRET: source, plan.DEST_SECRET: dest}
+    return Secrets(**{name: _receive(name, line) for name in asked if asked[name]})
 
 
 def _receive(name: str, line: channel.Channel) -> bytes:
@@ -74,7 +71,8 @@ def as_pipes(secrets: Secrets, worker: Identity | None) -> Iterator[dict[str, in
     """Put the passphrases on fresh pipes that only the worker can open; gives the ends by id."""
     with contextlib.ExitStack() as stack:
         ends = {}
-        for name, secret in ((SOURCE, secrets.source), (DEST, secrets.dest)):
+        known = {plan.SOURCE_SECRET: secrets.source, plan.DEST_SECRET: secrets.dest}
+        for name, secret in known.items():
             if secret:
                 ends[name] = _pipe_with(secret, worker)
                 stack.callback(os.close, ends[name])

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from convertd_core import conditions, validation, values
+from convertd_daemon.policy import places
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,19 +79,8 @@ class Policy:
     service: values.Service = DEFAULT_SERVICE
 
     def place(self, path: str) -> values.Place | None:
-        """Find the root that decides about a path: the longest that contains it.
-
-        None if there is none, and for a root itself, which is no image.
-        """
-        around = [root for root in self.roots if f"{path}/".startswith(f"{root.path}/")]
-        root = max(around, key=lambda root: len(root.path), default=None)
-        if root is None or root.path == path:
-            return None
-        return values.Place(
-            root=root,
-            below=path.removeprefix(f"{root.path}/"),
-            others=tuple(other for other in self.roots if other is not root),
-        )
+        """Find the root that decides about a path. See places.place_of."""
+        return places.place_of(path, self.roots)
 
     @property
     def gids(self) -> frozenset[int]:

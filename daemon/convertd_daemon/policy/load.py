@@ -12,8 +12,7 @@ import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from convertd_daemon.policy import bind, decide, document, lookup, survey
-from convertd_daemon.service import root_only
+from convertd_daemon.policy import bind, decide, document, lookup, path_walk, survey
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -119,11 +118,11 @@ def _trusted(path: str) -> Iterator[int]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            *_, last = _checked(path, root_only.walk(os.path.dirname(path), stack))
+            *_, last = _checked(path, path_walk.steps(os.path.dirname(path), stack))
             # O_NONBLOCK: a FIFO must not make us wait for its writer.
-            file = root_only.open_step(path, last.fd, os.O_RDONLY | os.O_NONBLOCK)
-        except root_only.CantOpen as error:
-            raise LoadError(path, "", str(error)) from error
+            file = path_walk.open_step(last.fd, path, os.O_RDONLY | os.O_NONBLOCK)
+        except OSError as error:
+            raise LoadError(path, "", path_walk.reason(error)) from error
         stack.callback(os.close, file)
         status = os.fstat(file)
         _check_roots_alone(path, path, status)
@@ -132,7 +131,7 @@ def _trusted(path: str) -> Iterator[int]:
         yield file
 
 
-def _checked(path: str, steps: Iterable[root_only.Step]) -> Iterator[root_only.Step]:
+def _checked(path: str, steps: Iterable[path_walk.Step]) -> Iterator[path_walk.Step]:
     for step in steps:
         _check_roots_alone(path, step.path, step.status)
         yield step
@@ -140,5 +139,5 @@ def _checked(path: str, steps: Iterable[root_only.Step]) -> Iterator[root_only.S
 
 def _check_roots_alone(path: str, found: str, status: os.stat_result) -> None:
     """Refuse what others than root can change. A sticky bit is no excuse."""
-    if problem := root_only.problem_of(found, status):
+    if problem := path_walk.problem_of(found, status):
         raise LoadError(path, "", problem)

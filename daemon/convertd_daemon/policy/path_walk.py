@@ -1,11 +1,12 @@
-"""From `/` to a directory, one name at a time: what is on the way, and who could replace it.
+"""Walk from `/` to a directory, one name at a time, and judge who could replace what is there.
 
 Fails closed. No link is followed. Each directory is opened below the one before and stays open, so
-that what was judged is what was walked.
+that the directory that was judged is the one that is used.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from dataclasses import dataclass
@@ -65,16 +66,53 @@ def steps(path: str, stack: contextlib.ExitStack) -> Iterator[Step]:
     """Open `/` and each directory down to `path`, which is absolute and normal. `stack` closes.
 
     Raises:
-        OSError: one of them is not there, is a link, or no directory.
+        OSError: one of them is not there, is a link, or no directory. See open_step.
     """
     fd, so_far = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), "/"
     stack.callback(os.close, fd)
     yield Step(path=so_far, fd=fd, status=os.fstat(fd))
     for name in filter(None, path.split("/")):
         so_far = os.path.join(so_far, name)
-        fd = openat2(fd, name, flags=os.O_PATH | os.O_DIRECTORY, resolve=STRICTLY)
+        fd = open_step(fd, so_far, os.O_PATH | os.O_DIRECTORY)
         stack.callback(os.close, fd)
         yield Step(path=so_far, fd=fd, status=os.fstat(fd))
+
+
+def open_step(directory: int, path: str, flags: int) -> int:
+    """Open the last name of a path below its directory, and follow no link.
+
+    Raises:
+        OSError: the kernel's own answer; its file name is the whole path.
+    """
+    try:
+        return openat2(directory, os.path.basename(path), flags=flags, resolve=STRICTLY)
+    except OSError as error:
+        error.filename = path
+        raise
+
+
+def reason(error: OSError) -> str:
+    """Say in one clause why a step could not be opened."""
+    if error.errno in {errno.ELOOP, errno.ENOTDIR}:
+        return f"{error.filename} is a symbolic link or not a directory, and is not followed"
+    return f"{error.filename}: {os.strerror(error.errno or 0)}"
+
+
+def problem_of(path: str, status: os.stat_result, *, sticky_will_do: bool = False) -> str:
+    """Say why a user other than root could change a file or directory; empty if none could.
+
+    In a sticky directory of root's nobody else can rename or remove what is root's: that will do
+    for a file that we create and check afterwards. Write permission by an access control list shows
+    in the group's bits too. Source: acl(5).
+    """
+    if status.st_uid != 0:
+        return f"{path} belongs to uid {status.st_uid}, not to root"
+    if sticky_will_do and status.st_mode & stat.S_ISVTX:
+        return ""
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        mode = stat.S_IMODE(status.st_mode)
+        return f"{path} can be written by others than root (mode {mode:04o})"
+    return ""
 
 
 def identity_of(fd: int, status: os.stat_result) -> values.DirectoryIdentity:

@@ -12,6 +12,8 @@ import os
 import signal
 from typing import TYPE_CHECKING, Final
 
+from convertd_daemon.linux import prctl
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import NoReturn
@@ -45,6 +47,17 @@ class Emptied:
         """In the parent: there is no child."""
         os.close(self.writer)
         os.close(self._reader)
+
+
+def die_with(parent: int) -> None:
+    """Ask the kernel to kill this process when its parent ends; do it now if that has happened.
+
+    Every change of a uid or gid, setfsuid(2) included, disarms this: call it after the last one.
+    Source: PR_SET_PDEATHSIG(2const).
+    """
+    prctl.set_pdeathsig(signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,6 @@ A step that fails is reported, and the process ends.
 
 import contextlib
 import dataclasses
-import errno
 import fcntl
 import json
 import os
@@ -244,7 +243,7 @@ def _run_child(sock: int, parent: int, compiled: bytes) -> NoReturn:
     """Wait for the order, and go the way in; ends in exec or in a report, and never returns."""
     try:
         with failing_as(Stage.PARENT):
-            _die_with(parent)
+            forking.die_with(parent)
         with failing_as(Stage.DESCRIPTORS):
             sock = _close_inherited_descriptors(sock)
         with failing_as(Stage.SIGNALS):
@@ -280,7 +279,7 @@ def _steps(order: ProgramSpec, ends: ProgramDescriptors, parent: int, compiled: 
         (Stage.IDENTITY, lambda: _assume(order.identity, keep)),
         (Stage.CAPABILITIES, lambda: identity.limit_capabilities(keep)),
         (Stage.NO_NEW_PRIVS, prctl.set_no_new_privs),
-        (Stage.PARENT, lambda: _die_with(parent)),
+        (Stage.PARENT, lambda: forking.die_with(parent)),
         (Stage.LIMITS, lambda: limits.apply(order.limits)),
         (Stage.LANDLOCK, lambda: landlock.enforce(ends.ruleset)),
         (Stage.SECCOMP, lambda: seccomp.load(compiled)),
@@ -375,9 +374,3 @@ def _arrange_descriptors(numbers: tuple[int, ...], ends: ProgramDescriptors) -> 
 def _assume(whom: Identity | None, keep: tuple[Capability, ...]) -> None:
     if whom is not None:
         identity.assume(whom, keep=keep)
-
-
-def _die_with(parent: int) -> None:
-    prctl.set_pdeathsig(signal.SIGKILL)
-    if os.getppid() != parent:  # it died before that
-        raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from convertd_daemon.linux import scm_rights
-from convertd_daemon.service import root_only
+from convertd_daemon.policy import path_walk
 from convertd_daemon.service.preflight import StartError
 
 if TYPE_CHECKING:
@@ -133,14 +133,14 @@ def trusted(path: str) -> str:
         raise StartError(f"{directory}: is not a directory")
     with contextlib.ExitStack() as stack:
         try:
-            for step in root_only.walk(directory, stack):
-                problem = root_only.problem_of(step.path, step.status, sticky_will_do=True)
+            for step in path_walk.steps(directory, stack):
+                problem = path_walk.problem_of(step.path, step.status, sticky_will_do=True)
                 if problem:
                     raise StartError(
                         f"{directory}: others than root may put a socket there: {problem}"
                     )
-        except root_only.CantOpen as error:
-            raise StartError(str(error)) from error
+        except OSError as error:
+            raise StartError(path_walk.reason(error)) from error
     return os.path.join(directory, os.path.basename(path))
 
 

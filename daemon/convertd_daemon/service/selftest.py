@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Final, NoReturn
 from convertd_core import conditions, messages, values
 from convertd_daemon import channel
 from convertd_daemon.job import context
-from convertd_daemon.job.files import credentials
 from convertd_daemon.job.qemu import execution, plan
 from convertd_daemon.linux import close_range
-from convertd_daemon.sandbox import limits
+from convertd_daemon.sandbox import forking, limits
 from convertd_daemon.sandbox.prefork_slot import PreforkSlot
 from convertd_daemon.service.preflight import StartError
 
@@ -77,7 +76,7 @@ def run(setup: Setup, directory: str) -> SelfTest:
 def _be_the_child(setup: Setup, directory: str, line: channel.Channel, broker: int) -> NoReturn:
     try:
         close_range.close_all_but({0, 1, 2, line.fileno()})
-        credentials.die_with(broker)
+        forking.die_with(broker)
         with execution.opened(setup, PreforkSlot(setup.seccomp)) as worker:
             runner = execution.Runner(worker, context.JobContext(line, LIMIT_S))
             line.send(_convert_all(runner, directory))

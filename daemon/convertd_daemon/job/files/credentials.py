@@ -7,26 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 from typing import TYPE_CHECKING
 
 from convertd_core import values
-from convertd_daemon.linux import fsuid, prctl
+from convertd_daemon.linux import fsuid
+from convertd_daemon.sandbox import forking
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from convertd_daemon.sandbox import spawn
-
-
-def die_with(parent: int) -> None:
-    """Ask the kernel to kill this process when its parent ends; do it now if that has happened.
-
-    Every change of a uid, setfsuid(2) included, disarms this. Source: PR_SET_PDEATHSIG(2const).
-    """
-    prctl.set_pdeathsig(signal.SIGKILL)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -51,7 +41,7 @@ def acting_as(uid: int, gid: int, groups: Iterable[int]) -> Iterator[None]:
     parent = os.getppid()
     own_groups = os.getgroups()
     with contextlib.ExitStack() as undo:
-        undo.callback(die_with, parent)
+        undo.callback(forking.die_with, parent)
         undo.callback(os.setgroups, own_groups)
         os.setgroups(sorted(groups))
         undo.callback(fsuid.setfsgid, os.getegid())

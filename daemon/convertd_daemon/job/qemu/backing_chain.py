@@ -19,6 +19,7 @@ from convertd_core import conditions, messages, validation, values
 from convertd_daemon.job import damage
 from convertd_daemon.job.files import paths
 from convertd_daemon.job.qemu import image_info
+from convertd_daemon.policy import places
 
 if TYPE_CHECKING:
     from convertd_daemon.job.qemu.execution import Runner
@@ -191,16 +192,10 @@ def _place(grant: JobGrant, overlay: ChainLink, refused: _Refusal) -> values.Pla
         validation.check_path("backing", path)
     except conditions.BadPath as error:
         raise refused.because(error.problem) from error
-    roots = (*grant.readable, *grant.closed)
-    around = [root for root in roots if root.contains(path)]
-    root = max(around, key=lambda root: len(root.path), default=None)
-    if root is None or root not in grant.readable:
+    place = places.place_of(path, (*grant.readable, *grant.closed))
+    if place is None or place.root not in grant.readable:
         raise refused.because("it is not below a root that you may read")
-    return values.Place(
-        root=root,
-        below=path.removeprefix(root.path).lstrip("/"),
-        others=tuple(other for other in roots if other is not root),
-    )
+    return place
 
 
 def _is_same(one: paths.Source, other: paths.Source) -> bool:
