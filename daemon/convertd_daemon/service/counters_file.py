@@ -17,6 +17,7 @@ import stat
 import time
 from typing import Final, NoReturn
 
+from convertd_core import validation
 from convertd_daemon.linux import (
     close_range,
     getrandom,
@@ -37,7 +38,8 @@ MODE: Final = 0o644
 """Whatever the umask: node_exporter is another user."""
 
 OLD_S: Final = 60.0
-TEMPORARY: Final = re.compile(r"\.convertd-counters-[0-9a-f]{16}\.tmp")
+PREFIX: Final = f"{validation.TEMPORARY_PREFIX}counters-"
+TEMPORARY: Final = re.compile(re.escape(PREFIX) + r"[0-9a-f]{16}\.tmp")
 
 AT_FDCWD: Final = -100
 
@@ -121,7 +123,7 @@ def write(path: str, data: bytes) -> None:
 
 
 def _replace(directory: int, name: str, data: bytes) -> None:
-    temporary = f".convertd-counters-{getrandom.hex_name(8)}.tmp"
+    temporary = f"{PREFIX}{getrandom.hex_name(8)}.tmp"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     fd = os.open(temporary, flags, 0o600, dir_fd=directory)
     try:

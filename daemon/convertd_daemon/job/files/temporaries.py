@@ -22,11 +22,14 @@ import stat
 from collections.abc import Callable
 from typing import Final
 
+from convertd_core import validation
 from convertd_daemon.job.files import paths
 from convertd_daemon.linux import getrandom
 
+PREFIX: Final = validation.TEMPORARY_PREFIX
+
 _NAME: Final = re.compile(
-    r"\.convertd-[0-9a-f]{16}(?:-(?P<new>[0-9a-f]{1,16})-(?P<old>[0-9a-f]{1,16}))?\.tmp"
+    re.escape(PREFIX) + r"[0-9a-f]{16}(?:-(?P<new>[0-9a-f]{1,16})-(?P<old>[0-9a-f]{1,16}))?\.tmp"
 )
 
 Rights = Callable[[], contextlib.AbstractContextManager[None]]
@@ -39,17 +42,17 @@ up for longer than that takes (0.1 s)."""
 
 def new_name() -> str:
     """A name that leads to a result."""
-    return f".convertd-{getrandom.hex_name(8)}.tmp"
+    return f"{PREFIX}{getrandom.hex_name(8)}.tmp"
 
 
 def new_name_to_exchange(new: int, old: int) -> str:
     """A name for the inode number `new`, to be exchanged with that of the inode number `old`."""
-    return f".convertd-{getrandom.hex_name(8)}-{new:x}-{old:x}.tmp"
+    return f"{PREFIX}{getrandom.hex_name(8)}-{new:x}-{old:x}.tmp"
 
 
 def new_name_to_keep() -> str:
     """A name for what could not be given its own name back. No sweep removes it."""
-    return f".convertd-kept-{getrandom.hex_name(8)}"
+    return f"{PREFIX}kept-{getrandom.hex_name(8)}"
 
 
 def sweep(directory: int, owner: int, removing: Rights = contextlib.nullcontext) -> None:
