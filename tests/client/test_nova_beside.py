@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import encrypting
 import pytest
 from harness.callers import ALICE, PYTHON
 from harness.daemon import Daemon
@@ -130,11 +131,11 @@ def make_source(home: Path, image_format: str, *, locked: bool) -> None:
     inside = ["encrypt.format=luks"] if prefix else []
     options = [f"{prefix}key-secret=s", f"{prefix}iter-time=10", *inside] if locked else []
     secret = ["--object", f"secret,id=s,data={SECRET['secret']}"] if locked else []
-    argv = ["qemu-img", "convert", *secret, "-O", image_format]
+    argv = ["convert", *secret, "-O", image_format]
     for option in options:
         argv += ["-o", option]
     dest = home / f"source-{image_format}-{locked}"
-    subprocess.run([*argv, str(home / "source-raw-False"), str(dest)], check=True)
+    encrypting.qemu_img(*argv, home / "source-raw-False", dest)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +144,13 @@ def theirs(home: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
     assert NOVA.exists(), "make peers"
     wrapped = tmp_path_factory.mktemp("wrapped")
     script, noted = wrapped / "qemu-img", wrapped / "noted"
-    script.write_text(f'#!/bin/sh\necho "$@" >> {noted}\nexec {shutil.which("qemu-img")} "$@"\n')
+    # Nova does not begin anew where qemu-img could not measure its processor time.
+    script.write_text(
+        f'#!/bin/sh\necho "$@" >> {noted}\n'
+        f'for _ in 1 2 3 4 5 6 7 8 9; do\n  {shutil.which("qemu-img")} "$@" 2>"$0.err" && exit\n'
+        f'  status=$?\n  grep -q "{encrypting.NOT_MEASURED}" "$0.err" || break\n'
+        f'done\ncat "$0.err" >&2\nexit $status\n'
+    )
     script.chmod(0o755)
     subprocess.run(
         [NOVA, "-W", "ignore", DRIVE],

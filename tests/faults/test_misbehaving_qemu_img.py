@@ -35,6 +35,7 @@ access = "daemon"
 users = [1234]
 read = ["images"]
 write = ["images"]
+formats = ["raw", "luks"]
 """
 
 IMAGE_BYTES: Final = 65536
@@ -126,6 +127,40 @@ def test_what_it_says_does_no_harm_when_it_is_told_to(
     daemon.await_calm()
     assert (images_dir / "dest.raw").read_bytes() == (images_dir / "source.raw").read_bytes()
     assert sorted(os.listdir(images_dir)) == ["dest.raw", "source.raw"]
+
+
+def encrypted(alice: Agent, directory: Path, order: str) -> Call:
+    """The same, to an encrypted image that is not there yet."""
+    source = directory / "source.raw"
+    source.write_bytes(order.encode().ljust(IMAGE_BYTES, b"\0"))
+    request = conversion(source, directory / "dest.raw", dest_format="luks")
+    request.dest.encryption.passphrase = b"passphrase"
+    return alice.convert(request)
+
+
+def test_an_encrypted_conversion_is_begun_anew_where_time_was_not_measured(
+    daemon: Daemon, alice: Agent, images_dir: Path
+) -> None:
+    """As on a busy machine, up to four times; the passphrase is there each time."""
+    encrypted(alice, images_dir, "not measured four times").result()
+    daemon.await_calm()
+    assert sorted(os.listdir(images_dir)) == ["dest.raw", "source.raw"]
+
+
+def test_it_is_not_begun_for_ever(daemon: Daemon, alice: Agent, images_dir: Path) -> None:
+    """And the caller is told what to do."""
+    refusal = encrypted(alice, images_dir, "not measured five times").refusal()
+    assert refusal.reason == "CONVERSION_FAILED"
+    assert "try again when the machine is less busy" in refusal.message
+    daemon.await_calm()
+    assert os.listdir(images_dir) == ["source.raw"]
+
+
+def test_nothing_else_is_begun_anew(daemon: Daemon, alice: Agent, images_dir: Path) -> None:
+    """The same words, where nothing is encrypted."""
+    refusal = ordered(alice, images_dir, "not measured to raw").refusal()
+    assert refusal.reason == "CONVERSION_FAILED"
+    check_nothing_came_of_it(daemon, images_dir)
 
 
 @pytest.mark.parametrize("order", ["hang", "ignore signals", "close outputs and hang"])

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
+import encrypting
 import pytest
 from harness import images, processes
 from harness.agent import conversion
@@ -249,8 +250,8 @@ def test_a_passphrase_that_takes_hours_to_try_ends_with_the_job(
     key.write_bytes(b"key")
     path = own_dir / "made"
     secret = f"secret,id=s,file={key}"
-    argv = ["qemu-img", "create", "-q", "-f", "luks", "--object", secret]
-    subprocess.run([*argv, "-o", "key-secret=s,iter-time=10", str(path), "1M"], check=True)
+    options = ["-f", "luks", "--object", secret, "-o", "key-secret=s,iter-time=10"]
+    encrypting.qemu_img("create", "-q", *options, path, "1M")
     # The first key slot: active, and then its iterations. Source: LUKS on-disk format, 1.2.
     data = patched(path.read_bytes(), 208 + 4, struct.pack(">I", 2**32 - 1))
     path.unlink()

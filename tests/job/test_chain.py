@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import descriptors
+import encrypting
 import grants
 import pytest
 import whole_job
@@ -328,8 +329,7 @@ class TestRefusals:
         """There is one passphrase, and it is for the source itself."""
         options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
         secret = ["--object", "secret,id=s,data=x", "-o", options]
-        argv = ["qemu-img", "create", "-q", "-f", "qcow2", *secret, str(images / "base"), "1M"]
-        subprocess.run(argv, check=True)
+        encrypting.qemu_img("create", "-q", "-f", "qcow2", *secret, images / "base", "1M")
         found = followed(rules, overlay(images / "a", "base", "qcow2"))
         assert found.problem == "it is encrypted, and only the source itself may be"
 

@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Final
 
+import encrypting
 import grants
 import loop_devices
 import pytest
@@ -48,8 +49,7 @@ def made(path: Path, image_format: str, *options: str, data: bytes) -> Path:
     """An image of these bytes, by qemu-img itself."""
     raw = path.with_suffix(".raw")
     raw.write_bytes(data)
-    argv = ["qemu-img", "convert", "-f", "raw", "-O", image_format, *options]
-    subprocess.run([*argv, str(raw), str(path)], check=True)
+    encrypting.qemu_img("convert", "-f", "raw", "-O", image_format, *options, raw, path)
     return path
 
 

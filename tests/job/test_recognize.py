@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+import encrypting
 import grants
 import pytest
 import whole_job
@@ -245,8 +246,7 @@ class TestDataElsewhere:
     def test_a_luks_header_alone_is_refused(self, area: Path) -> None:
         """It would be a disk of no bytes."""
         secret = ["--object", "secret,id=s,data=x", "-o", "key-secret=s,iter-time=1"]
-        argv = ["qemu-img", "create", "-q", "-f", "luks", *secret, str(area / "in"), "1M"]
-        subprocess.run(argv, check=True)
+        encrypting.qemu_img("create", "-q", "-f", "luks", *secret, area / "in", "1M")
         os.truncate(area / "in", (area / "in").stat().st_size - MIB)
         assert failure_of(inspected(area / "in")).message.endswith("its data is in another file")
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
+import encrypting
 import grants
 import pytest
 import whole_job
@@ -461,19 +462,9 @@ def luks(shared_area: Path) -> Path:
     """An encrypted image of one MiB. Making one takes seconds: qemu-img measures the machine."""
     (shared_area / "raw").write_bytes(b"\x5a" * MIB)
     secret = ["--object", f"secret,id=s,data={PASSPHRASE.decode()}"]
-    argv = [
-        "qemu-img",
-        "convert",
-        *secret,
-        "-f",
-        "raw",
-        "-O",
-        "luks",
-        "-o",
-        "key-secret=s,iter-time=1",
-    ]
+    options = ["-f", "raw", "-O", "luks", "-o", "key-secret=s,iter-time=1"]
     path = shared_area / "luks"
-    subprocess.run([*argv, str(shared_area / "raw"), str(path)], check=True)
+    encrypting.qemu_img("convert", *secret, *options, shared_area / "raw", path)
     return path
 
 

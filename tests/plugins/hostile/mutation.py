@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import encrypting
+
 from hostile import forged
 from hostile.forged import Qcow2
 from hostile.secret import Secret
@@ -125,8 +127,8 @@ def _encrypted(directory: Path, raw: Path, key: Path) -> Iterator[Seed]:
         options = f"{prefix}key-secret=s,{prefix}iter-time=10"
         if prefix:
             options += ",encrypt.format=luks"
-        argv = ["qemu-img", "convert", "--object", f"secret,id=s,file={key}", "-f", "raw"]
-        subprocess.run([*argv, "-O", image_format, "-o", options, str(raw), str(path)], check=True)
+        argv = ["convert", "--object", f"secret,id=s,file={key}", "-f", "raw", "-O", image_format]
+        encrypting.qemu_img(*argv, "-o", options, raw, path)
         yield Seed(
             name=f"{image_format}, encrypted",
             format=image_format,

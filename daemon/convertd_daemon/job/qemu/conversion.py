@@ -39,6 +39,14 @@ MAX_WARNING_CHARACTERS: Final = 512
 CREATING: Final = "error while converting"
 """How qemu-img begins what it says of a result that it could not create."""
 
+NOT_MEASURED: Final = "unable to get accurate cpu usage"
+"""What it says where it could not measure how long a try at a passphrase takes. It reads how much
+processor time it used, which on a busy machine, a virtual one above all, may not have moved; so it
+is begun anew, which makes the file anew too. Source: qemu crypto/pbkdf.c."""
+
+ATTEMPTS: Final = 5
+"""Each fails by chance, on a busy machine about one in ten, and writes nothing of a guest's."""
+
 IN_USE: Final = ('failed to get "', 'failed to get shared "')
 WRONG_SECRET: Final = ("invalid password", "cannot unlock")
 """What qemu-img says, in lower case, of an image that is locked in one way or the other."""
@@ -70,18 +78,17 @@ def convert(
     """
     if clone.is_possible(grant, plan, ends) and clone.clone(plan, ends):
         return (clone.SHARED,)
-    bounds = limits.Limits(address_space_bytes=grant.limits.memory_bytes)
-    observer = Observer(runner.context, ends.dest.fd, grant.limits.stall_s)
-    with secrets.as_pipes(kept, runner.worker.setup.identity) as pipes:
-        argv = plans.with_secrets(plan.argv, pipes)
-        inodes = ends.inodes(tuple(pipes.values()))
-        outcome = runner.run(argv, inodes, bounds, observer)
+    outcome = _run(grant, plan, ends, kept, runner)
+    for _ in range(ATTEMPTS - 1):
+        if grant.request.dest.encryption is None or not _could_not_measure(outcome, plan):
+            break
+        outcome = _run(grant, plan, ends, kept, runner)
     if outcome.status != 0:
         log.warning(
             "convert failed path=%r status=%d said=%r",
             ends.source.place.path,
             outcome.status,
-            outcome.stderr,
+            outcome.excerpt,
         )
         raise _failure(outcome, plan, ends)
     return tuple(
@@ -89,6 +96,27 @@ def convert(
         for line in outcome.stderr.splitlines()[:MAX_WARNINGS]
         if line
     )
+
+
+def _run(
+    grant: values.ConvertGrant,
+    plan: values.Plan,
+    ends: Endpoints,
+    kept: secrets.Secrets,
+    runner: execution.Runner,
+) -> execution.Outcome:
+    bounds = limits.Limits(address_space_bytes=grant.limits.memory_bytes)
+    observer = Observer(runner.context, ends.dest.fd, grant.limits.stall_s)
+    with secrets.as_pipes(kept, runner.worker.setup.identity) as pipes:
+        argv = plans.with_secrets(plan.argv, pipes)
+        inodes = ends.inodes(tuple(pipes.values()))
+        return runner.run(argv, inodes, bounds, observer)
+
+
+def _could_not_measure(outcome: execution.Outcome, plan: values.Plan) -> bool:
+    """Whether qemu-img ended before it wrote a guest's first byte, for want of a clock."""
+    end = f"{CREATING} {plan.dest_format}: {NOT_MEASURED}"
+    return outcome.status == 1 and outcome.stderr.lower().endswith(end)
 
 
 class Observer:
@@ -215,6 +243,14 @@ _CONDITIONS: Final[
         lambda _, _plan, ends: conditions.WrongSecret(path=ends.source.place.path),
     ),
     (("cannot allocate memory", "could not allocate"), lambda *_: conditions.OutOfMemory()),
+    (
+        (NOT_MEASURED,),
+        lambda _, _plan, ends: conditions.ConversionFailed(
+            path=ends.source.place.path,
+            problem="it could not measure its processor time, as an encrypted result takes: "
+            "try again when the machine is less busy",
+        ),
+    ),
     (
         ("compression type", "unknown compression"),
         lambda *_: conditions.Unsupported(

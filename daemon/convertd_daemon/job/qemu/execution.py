@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 MAX_OUTPUT_BYTES: Final = 1024 * 1024
 """What is kept of each of qemu-img's outputs. The rest is read and dropped."""
 
+MAX_LOGGED_CHARACTERS: Final = 2000
+
 TICK_S: Final = 1.0
 """How often a program that says nothing is looked at."""
 
@@ -54,6 +56,17 @@ class Outcome:
     status: int
     stdout: bytes
     stderr: str
+
+    @property
+    def excerpt(self) -> str:
+        """What it said to standard error, as long as a line of a log may be.
+
+        An image decides how long it really is.
+        """
+        if len(self.stderr) <= MAX_LOGGED_CHARACTERS:
+            return self.stderr
+        half = MAX_LOGGED_CHARACTERS // 2
+        return f"{self.stderr[:half]} … {self.stderr[-half:]}"
 
 
 @contextlib.contextmanager

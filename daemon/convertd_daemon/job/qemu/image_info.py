@@ -106,7 +106,7 @@ def _describe(
     outcome = runner.run(argv, inodes, limits.INFO)
     path = source.place.path
     if outcome.status != 0:
-        log.info("info failed path=%r status=%d said=%r", path, outcome.status, outcome.stderr)
+        log.info("info failed path=%r status=%d said=%r", path, outcome.status, outcome.excerpt)
         raise _refusal(source, stated, image_format, argv[-1], outcome)
     try:
         said = json.loads(outcome.stdout)
@@ -142,7 +142,7 @@ def result_info(fd: int, image_format: str, runner: execution.Runner) -> tuple[s
     argv = plan.info_argv(fd, image_format)
     outcome = runner.run(argv, execution.Inodes(read=(fd,)), limits.INFO)
     if outcome.status != 0:
-        log.warning("result unreadable format=%s said=%r", image_format, outcome.stderr)
+        log.warning("result unreadable format=%s said=%r", image_format, outcome.excerpt)
         return "", 0
     try:
         found = json.loads(outcome.stdout)

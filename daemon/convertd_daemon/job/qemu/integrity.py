@@ -253,7 +253,7 @@ class _Answer(conversion.Observer, abc.ABC):
         """Why there is no answer: in the words in which the conversion itself would fail."""
         place, said = self.question.source.place, outcome.stderr.lower()
         path = place.path
-        log.warning("not examined path=%r status=%d said=%r", path, outcome.status, outcome.stderr)
+        log.warning("not examined path=%r status=%d said=%r", path, outcome.status, outcome.excerpt)
         if image_info.NO_MEMORY in said:
             return self.refused("examining it takes more memory than allowed")
         if outcome.status < 0:
@@ -289,7 +289,7 @@ class _Check(_Answer):
         if outcome.status not in {*SOUND, CORRUPT}:
             raise self.failed(outcome)
         if outcome.status == CORRUPT:
-            log.info("corrupt path=%r said=%r", self.question.source.place.path, outcome.stderr)
+            log.info("corrupt path=%r said=%r", self.question.source.place.path, outcome.excerpt)
             raise self.refused(
                 "its tables lead beyond its end, or contradict each other, as qemu-img check tells"
             )
