@@ -17,6 +17,8 @@ from markdown_it import token
 ROOT: Final = Path(__file__).parents[2]
 PAGES: Final = (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))
 
+SOURCE: Final = r"(?<![\w/.])(?:tests|core|daemon|client|proto)/[\w/]+\.(?:py|proto)\b"
+
 MISTAKES: Final = {
     "docs/policy.md": "[a page](nowhere.md)",
     "docs/client.md": "[an anchor](api.md#nowhere)",
@@ -86,10 +88,10 @@ def test_a_test_that_a_page_links_to_is_in_that_file(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_a_file_of_tests_that_a_page_names_is_there(page: Path) -> None:
-    """As in the commands of docs/reliability.md."""
+def test_a_source_file_that_a_page_names_is_there(page: Path) -> None:
+    """As in docs/architecture.md, and in the commands of docs/reliability.md."""
     code = (part.content for part in inline(page.read_text("utf-8")) if part.type == "code_inline")
-    for path in re.findall(r"\btests/[\w/]+\.py\b", "\n".join(code)):
+    for path in re.findall(SOURCE, "\n".join(code), re.MULTILINE):
         assert (ROOT / path).exists(), path
 
 
