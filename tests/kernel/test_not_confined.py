@@ -93,7 +93,7 @@ def start(request: pytest.FixtureRequest) -> Start:
             argv,
             confinement=confinement,
             inherit=inherit,
-            waiting=preforked.fork(confinement.filter),
+            child=preforked.fork(confinement.filter),
         )
 
     return make if request.param == "who waited" else start_now

@@ -1,13 +1,15 @@
-"""Close sockets to which strangers can send, without waiting for what they attached.
+"""Close a peer's sockets without blocking on descriptors that the peer attached.
 
-A peer can attach any descriptor to a byte that it sends. Whoever closes the last copy of the socket
-with that byte unread also closes what is attached, and waits for it: for a TCP socket with
-SO_LINGER and unsent data, as long as the peer chose. Since Linux 6.16 the kernel keeps descriptors
-out of our sockets; before, and for what was sent before the daemon set that option, there is this.
+A peer can attach any descriptor to a byte that it sends. The process that closes the last copy of
+the socket with that byte unread also closes the attached descriptor, and may block: for a TCP
+socket with SO_LINGER and unsent data, as long as the peer chose. Since Linux 6.16 the kernel keeps
+descriptors out of our sockets; this is for older kernels, and for what was sent before the daemon
+set that option.
 
-A socket is shut down first, so that nothing comes any more. Where nothing unread has descriptors it
-is closed. Else a process of its own gets a copy, the broker closes its own, and that process exits:
-a process that exits does not linger. Source: Linux inet_release(), PF_EXITING. Nobody waits for it.
+A socket is shut down first, so that no more data arrives. If no unread data has descriptors, it is
+closed. Else a separate process gets a copy, the broker closes its own, and that process exits: an
+exiting process does not linger. Source: Linux inet_release(), PF_EXITING. The broker never waits
+for it.
 """
 
 from __future__ import annotations
@@ -27,21 +29,21 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BATCH_S: Final = 0.05
-"""Those of so many seconds go to one process: strangers must not have us fork each time."""
+"""Sockets are collected for this long: a peer must not make us fork for each."""
 
 AT_ONCE: Final = 128
-"""So many go to one process at once, whenever the last one was forked."""
+"""This many go to one process at once, without waiting for BATCH_S."""
 
 MOST_PROCESSES: Final = 16
-"""So many at once. Each lives for a millisecond, unless what it closes hangs even at exit: a file
-on a FUSE file system of the peer's, for one."""
+"""At the same time. Each lives for a millisecond, unless what it closes hangs even at exit, as a
+file on a FUSE file system of the peer's can."""
 
 MOST_HELD: Final = 512
-"""With so many that wait for a process, nobody is accepted."""
+"""With this many waiting for a process, the broker accepts no connection."""
 
 
 class Closer:
-    """The sockets that wait to be closed elsewhere, and the processes that do it."""
+    """The sockets that wait to be closed by another process, and those processes."""
 
     def __init__(self, after: Callable[[float, Callable[[], None]], object]) -> None:
         """Begin with none. `after` calls something once, so many seconds later."""
@@ -53,20 +55,20 @@ class Closer:
 
     @property
     def is_full(self) -> bool:
-        """Whether nothing more should come that may have to be closed."""
+        """Whether to accept no more connections for now."""
         return len(self._held) >= MOST_HELD
 
     def close(self, sock: socket.socket) -> None:
-        """End a connection of which nobody else has a copy."""
+        """End a connection of which no other process has a copy."""
         if not close_if_free(sock):
             self.take(sock)
 
     def take(self, sock: socket.socket) -> None:
-        """Have a socket closed by a process that nobody waits for. It is the closer's from now on.
+        """Have a socket closed by another process. The closer owns it from now on.
 
-        Nobody else has a copy, or they die with it: who closes last would be the one that waits.
+        No other process may keep a copy: the one that closes the last copy would block.
         """
-        # Whoever has the other end hears of it now; and nothing more comes.
+        # The peer sees the end now, and no more data arrives.
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
         self._held.append(sock.detach())
@@ -94,7 +96,7 @@ class Closer:
             self._schedule()
 
     def _hand_on(self) -> None:
-        """Have a process close all that is held, if there may be one more."""
+        """Have a new process close all held sockets, unless there are too many processes."""
         if not self._held or len(self.processes) >= MOST_PROCESSES:
             return
         try:
@@ -109,7 +111,7 @@ class Closer:
 def close_if_free(sock: socket.socket) -> bool:
     """Shut a connection down, and close it if no descriptor is attached to what is unread.
 
-    Whoever else has a copy finds the same when it looks later, as nothing comes any more.
+    Another process with a copy finds the same later, as no more data arrives.
     """
     with contextlib.suppress(OSError):  # it was never connected, and nothing can be in it
         sock.shutdown(socket.SHUT_RDWR)
@@ -120,7 +122,7 @@ def close_if_free(sock: socket.socket) -> bool:
 
 
 def _fork(held: Iterable[int]) -> int:
-    """Fork a process that is the last to have these descriptors, and exits; they are closed here.
+    """Fork a process that keeps the last copies of these descriptors and exits; closes ours.
 
     Raises:
         OSError: there is no process, or no descriptors, to be had; nothing is closed.

@@ -37,11 +37,11 @@ def confine_front(private: int | str, compiled: bytes) -> None:
     seccomp.load(compiled)
 
 
-def confine_job(gate: PreforkSlot, program: int, rules: Iterable[landlock.Rule]) -> None:
+def confine_job(slot: PreforkSlot, program: int, rules: Iterable[landlock.Rule]) -> None:
     """Leave a job the inodes and directories of `rules`, and what qemu-img needs to start.
 
-    Layers of Landlock intersect: what a job may not do, none of its qemu-img may, and nobody who
-    waits at the gate to become one. So `rules` hold all that a later Confinement will name.
+    Layers of Landlock intersect: what a job may not do, none of its qemu-img may, nor the child in
+    its slot. So `rules` hold all that a later Confinement will name.
     `program` is qemu-img, open for reading. An inode of the job's that has no path (a pipe, a
     socket) needs no rule.
 
@@ -50,4 +50,4 @@ def confine_job(gate: PreforkSlot, program: int, rules: Iterable[landlock.Rule])
         OSError: a step was refused; the process may be half confined: exit.
         ValueError: there are several threads, or the program is no ELF file.
     """
-    gate.add_landlock_layer((*runtime.rules(program), *rules))
+    slot.add_landlock_layer((*runtime.rules(program), *rules))

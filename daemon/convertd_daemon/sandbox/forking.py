@@ -1,8 +1,8 @@
-"""Fork a child that closes what it was not to have before its parent goes on.
+"""Fork a child that closes the descriptors that it must not have before the parent goes on.
 
-fork(2) gives a child a copy of each descriptor, so that for a moment it may be the last to have one
-that the broker closes. What is behind it would then be cleaned up in the child, which may take as
-long as a stranger likes: see closer.py. So the broker closes nothing before the child has.
+fork(2) gives a child a copy of each descriptor, so that for a moment it may hold the last copy of
+one that the broker closes. Closing that copy can block the child for as long as a peer likes: see
+closer.py. So the broker waits until the child has closed its copies.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Emptied:
         self._reader, self.writer = os.pipe()
 
     def tell(self) -> None:
-        """In the child: all is closed but what it keeps, and `writer`, which goes now."""
+        """In the child, once all but its own and `writer` is closed: close `writer` too."""
         os.close(self.writer)
 
     def wait(self) -> None:
@@ -62,11 +62,10 @@ def die_with(parent: int) -> None:
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Hold signals back in the parent until the child is in safe hands; in the child, for good.
+    """Block all signals: in the parent until the block ends, in the child until it unblocks them.
 
-    The child still has our handlers, and our wakeup descriptor to write to: a SIGTERM to it would
-    be taken for our own. And a handler that raises here would leave behind a child that nobody
-    knows.
+    The child still has the parent's handlers and wakeup descriptor: the parent would take a SIGTERM
+    to the child for its own. And a handler that raised here would lose track of the child.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ALL_SIGNALS)
     try:

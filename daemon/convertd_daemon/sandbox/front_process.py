@@ -30,7 +30,7 @@ class Started:
     sock: socket.socket
 
     def end(self) -> None:
-        """End it now and see it gone, and close the channel; nothing, where that is closed."""
+        """Kill and reap it, and close the channel. Does nothing if the channel is closed."""
         if self.sock.fileno() >= 0:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
@@ -60,7 +60,7 @@ def _become_front(
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGCHLD, signal.SIGPIPE):
             signal.signal(number, signal.SIG_DFL)
-        # The terminal's Ctrl-C is for the broker, which then ends us in its own time.
+        # Ctrl-C in a terminal is for the broker, which then stops the front.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())  # or the program would have it as it is
         close_range.close_all_but({0, 1, 2, descriptor, child_is_empty.writer})
@@ -76,15 +76,15 @@ def _become_front(
         os.chdir("/")
         environment = {
             **{key: value for key, value in os.environ.items() if key != "NOTIFY_SOCKET"},
-            # Its atfork handlers are for programs that fork; this one can't. Source: grpc's
+            # Its atfork handlers are for programs that fork; the front can't. Source: grpc's
             # doc/fork_support.md.
             "GRPC_ENABLE_FORK_SUPPORT": "0",
-            # gRPC's core logs what a peer says, newlines and all: whoever could connect could write
-            # any line into our log. Source: grpc's doc/environment_variables.md.
+            # gRPC's core logs what a peer sends, newlines included: a peer could forge lines of our
+            # log. Source: grpc's doc/environment_variables.md.
             "GRPC_VERBOSITY": "NONE",
-            # Each piece that the relay takes from a peer begins as 64 KiB. In the heap, small
-            # things came to lie in the gaps between, and it grew by 1.1 KiB a call; where such
-            # pieces have mappings of their own, it stays as it is (2,100 calls, 2026-11).
+            # The relay reads from a peer into buffers of 64 KiB. In the heap they left gaps that
+            # small objects then filled, and it grew by 1.1 KiB a call; with a mapping for each
+            # buffer it does not grow (2,100 calls, 2026-11).
             "MALLOC_MMAP_THRESHOLD_": "32768",
             "MALLOC_ARENA_MAX": "1",
         }

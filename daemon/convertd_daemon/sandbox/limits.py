@@ -42,7 +42,7 @@ def raise_descriptors() -> None:
 
 
 def refuse_core_dumps() -> None:
-    """Have nobody of this process's kind dump core, for ever: it may hold a passphrase.
+    """Let this process and its children dump no core: it may hold a passphrase. Can't be undone.
 
     Raises:
         OSError: setrlimit(2) refused.
@@ -52,7 +52,7 @@ def refuse_core_dumps() -> None:
 
 
 def apply(limits: Limits) -> None:
-    """Bind the calling process and its children, for ever. Lowers, never raises.
+    """Limit the calling process and its children; can't be undone. Lowers, never raises.
 
     Raises:
         OSError: setrlimit(2) refused.

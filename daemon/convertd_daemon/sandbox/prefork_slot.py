@@ -1,7 +1,7 @@
-"""Where a job's programs go in: with one process, perhaps, that waits there ahead of its program.
+"""A slot for the one child that a job forks ahead of the program that the child will become.
 
 fork(2), and the first steps of a process whose pages are all still shared, take some 5 ms
-(2 cores, 2026-11); while a job waits for something, they cost nobody any time.
+(2 cores, 2026-11). Done while a job waits for something else, they delay nothing.
 """
 
 import os
@@ -12,15 +12,15 @@ from convertd_daemon.sandbox.preforked import PreforkedChild
 
 
 class PreforkSlot:
-    """A job's own. Owns the process that waits.
+    """A job's slot. Owns the child in it.
 
-    Layers of Landlock bind whom they find: a job that binds itself to its images could not end what
-    it forked before. So the layer about signals comes first, before anything is forked, and the
-    others are passed on to who waits.
+    A Landlock layer binds the calling process alone: a job that binds itself to its images could
+    not signal a child that it forked before. So the layer about signals comes first, before
+    anything is forked, and later layers are passed on to the child.
     """
 
     def __init__(self, compiled: bytes) -> None:
-        """Bind the calling process to signal nobody but what it forks from now on, for ever.
+        """Let the calling process signal only what it forks from now on; can't be undone.
 
         `compiled` is seccomp.compile_profile(seccomp.QEMU_IMG).
 
@@ -28,28 +28,28 @@ class PreforkSlot:
             OSError, ValueError: as landlock.enforce().
         """
         self._compiled = compiled
-        self._waiting: PreforkedChild | None = None
+        self._child: PreforkedChild | None = None
         self._bound = landlock.keep_signals()
 
     def fork(self) -> None:
-        """Have a process wait, if none does.
+        """Fork a child, if there is none.
 
         Raises:
             OSError: no process, or no descriptor, is to be had.
         """
-        if self._waiting is None:
-            self._waiting = preforked.fork(self._compiled)
+        if self._child is None:
+            self._child = preforked.fork(self._compiled)
 
     def take(self) -> PreforkedChild | None:
-        """Give away who waits; None if nobody does."""
-        waiting, self._waiting = self._waiting, None
-        if waiting is not None and not waiting.is_alive():
-            waiting.close()
+        """Give the child away; None if there is none, or it has died."""
+        child, self._child = self._child, None
+        if child is not None and not child.is_alive():
+            child.close()
             return None
-        return waiting
+        return child
 
     def add_landlock_layer(self, rules: Iterable[landlock.Rule]) -> None:
-        """Bind the calling process to `rules`, for ever, and who waits.
+        """Bind the calling process and the child to `rules`; can't be undone.
 
         Raises:
             LandlockMissing: the kernel has none.
@@ -59,13 +59,13 @@ class PreforkSlot:
         made = landlock.ruleset(rules, but=self._bound)
         try:
             landlock.enforce(made)
-            if self._waiting is not None:
-                self._waiting.add_landlock_layer(made)
+            if self._child is not None:
+                self._child.add_landlock_layer(made)
         finally:
             os.close(made)
 
     def close(self) -> None:
-        """Put down who waits."""
-        waiting, self._waiting = self._waiting, None
-        if waiting is not None:
-            waiting.close()
+        """Kill and reap the child, if there is one."""
+        child, self._child = self._child, None
+        if child is not None:
+            child.close()

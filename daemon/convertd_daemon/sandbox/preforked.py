@@ -1,13 +1,13 @@
-"""A process that goes into the sandbox and becomes a program there. Fails closed.
+"""A preforked child: it enters the sandbox and becomes a program there. Fails closed.
 
-It is forked from whoever starts the program, perhaps long before there is one to start, and waits
-at the door: it holds nothing but its end of a socket, and ends when the other end does. Its order
-says what to become, and brings the descriptors. It gives up one thing after the other, in an order
-that the kernel forces:
+The process that starts the program forks it, perhaps long before there is a program to start. It
+holds nothing but its end of a socket, waits for a message, and exits when the other end closes. The
+message says what to become, and brings the descriptors. The child then gives up its rights in an
+order that the kernel forces:
 
-    parent                  PDEATHSIG: is it still there
-    signals, descriptors    nothing of ours reaches the program
-    (the order comes)
+    parent                  PDEATHSIG, unless the parent has died already
+    signals, descriptors    nothing of the parent's reaches the program
+    (the message comes)
     identity, capabilities  setresuid(2) empties sets and disarms PDEATHSIG, so it goes first
     no_new_privs            Landlock and seccomp demand it
     parent                  PDEATHSIG, after the last change of identity
@@ -15,7 +15,7 @@ that the kernel forces:
     landlock, seccomp       last: the filter refuses much of the above
     exec                    the opened program itself, through the filter's one gap
 
-A step that fails is reported, and the process ends.
+The child reports a step that fails, and exits.
 """
 
 import contextlib
@@ -59,9 +59,9 @@ ENVIRONMENT: Final[Mapping[str, str]] = {
 FIRST_FREE: Final = 3
 """The first descriptor that is none of the standard three."""
 
-_CONFINED: Final = b"."  # the last word before exec
+_CONFINED: Final = b"."  # the last message before exec
 _REPORT_BYTES: Final = 4096
-_NAME: Final = "convertd-child"  # whoever stands there; exec gives it the program's
+_NAME: Final = "convertd-child"  # until exec, which gives it the program's
 _LAYER: Final = b"layer"
 _MOST_BYTES: Final = 256 * 1024  # more than a socket takes in one message
 _MOST_DESCRIPTORS: Final = 253  # SCM_MAX_FD: as many as one message can bring
@@ -70,7 +70,7 @@ _EXIT_NOT_CONFINED: Final = 127
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgramSpec:
-    """What to become, but for the descriptors, which go along. `inherit` are their numbers."""
+    """What to become. `inherit` are the numbers of the descriptors that the program keeps."""
 
     argv: tuple[str, ...]
     identity: Identity | None
@@ -81,7 +81,7 @@ class ProgramSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgramDescriptors:
-    """The descriptors of an order; all borrowed."""
+    """The descriptors that go with a ProgramSpec; all borrowed."""
 
     program: int
     ruleset: int
@@ -90,15 +90,15 @@ class ProgramDescriptors:
     inherit: tuple[int, ...]
 
     def all(self) -> tuple[int, ...]:
-        """All of them, as they are sent."""
+        """All of them, in the order in which they are sent."""
         return (self.program, self.ruleset, self.stdout, self.stderr, *self.inherit)
 
 
 class PreforkedChild:
-    """A process that waits to go in, as the process that forked it sees it.
+    """The parent's handle of a preforked child.
 
-    Leaving the `with` block kills, reaps and closes. pid, pidfd and the process are given away by
-    let_go(). `compiled` is the filter that it will load.
+    Leaving the `with` block kills, reaps and closes. release() gives away pid, pidfd and the
+    process. `compiled` is the filter that the child will load.
     """
 
     __slots__ = ("_socket", "compiled", "pid", "pidfd")
@@ -111,25 +111,25 @@ class PreforkedChild:
         self._socket = sock
 
     def is_alive(self) -> bool:
-        """Whether it still waits."""
+        """Whether the process still runs."""
         ended = select.poll()
         ended.register(self.pidfd, select.POLLIN)
         return not ended.poll(0)
 
     def add_landlock_layer(self, ruleset: int) -> None:
-        """Have it bind itself to a layer of Landlock before it goes on."""
+        """Have the child enforce a Landlock ruleset at once."""
         self._send(_LAYER, (ruleset,))
 
-    def become(self, order: ProgramSpec, ends: ProgramDescriptors) -> None:
-        """Have it become what the order says. What becomes of that, await_exec tells.
+    def become(self, spec: ProgramSpec, descriptors: ProgramDescriptors) -> None:
+        """Have the child become that program. await_exec tells whether it did.
 
         Raises:
-            OSError: a descriptor is not open, or the order is too long.
+            OSError: a descriptor is not open, or the spec is too long.
         """
-        self._send(json.dumps(dataclasses.asdict(order)).encode(), ends.all())
+        self._send(json.dumps(dataclasses.asdict(spec)).encode(), descriptors.all())
 
     def _send(self, data: bytes, descriptors: tuple[int, ...]) -> None:
-        # If it has ended, it has said why.
+        # A child that has ended has reported why.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             scm_rights.send(self._socket, data, descriptors)
 
@@ -140,7 +140,7 @@ class PreforkedChild:
             NotConfined: a step failed.
         """
         with failing_as(Stage.FORK):
-            text = b"".join(iter(self._hear, b""))
+            text = b"".join(iter(self._read_report, b""))
         if text == _CONFINED:
             return
         if not text.strip(_CONFINED):
@@ -148,8 +148,8 @@ class PreforkedChild:
         stage, error, detail = text.removeprefix(_CONFINED).decode(errors="replace").split(" ", 2)
         raise NotConfined(Stage(stage), int(error), detail)
 
-    def _hear(self) -> bytes:
-        # Of one that ended without having read all, the kernel tells that once, before its words.
+    def _read_report(self) -> bytes:
+        # If the child exited with unread data, the kernel says so once, before what it wrote.
         with contextlib.suppress(ConnectionResetError):
             return self._socket.recv(_REPORT_BYTES)
         return self._socket.recv(_REPORT_BYTES)
@@ -181,7 +181,7 @@ class PreforkedChild:
 
 
 def fork(compiled: bytes) -> PreforkedChild:
-    """Fork a process that waits for its order; `compiled` is the filter it will load.
+    """Fork a child that waits for its ProgramSpec; `compiled` is the filter it will load.
 
     It is killed when the calling process dies, as long as that has CAP_KILL or the same uid.
 
@@ -233,14 +233,14 @@ def failing_as(stage: Stage) -> Iterator[None]:
 
 
 class _NotNeeded(Exception):
-    """The other end is closed: there will be no order."""
+    """The other end is closed: there will be no program."""
 
 
 Steps = tuple[tuple[Stage, Callable[[], None]], ...]
 
 
 def _run_child(sock: int, parent: int, compiled: bytes) -> NoReturn:
-    """Wait for the order, and go the way in; ends in exec or in a report, and never returns."""
+    """Wait for the spec, then enter the sandbox; ends in exec or in a report, and never returns."""
     try:
         with failing_as(Stage.PARENT):
             forking.die_with(parent)
@@ -249,18 +249,18 @@ def _run_child(sock: int, parent: int, compiled: bytes) -> NoReturn:
         with failing_as(Stage.SIGNALS):
             _reset_signals()
         prctl.set_name(_NAME)
-        order, ends = _await_spec(sock)
-        for stage, step in _steps(order, ends, parent, compiled):
+        spec, descriptors = _await_spec(sock)
+        for stage, step in _steps(spec, descriptors, parent, compiled):
             with failing_as(stage):
                 step()
         os.write(sock, _CONFINED)
         with failing_as(Stage.EXEC):
-            execveat.execveat(limits.PROGRAM_DESCRIPTOR, order.argv, ENVIRONMENT)
+            execveat.execveat(limits.PROGRAM_DESCRIPTOR, spec.argv, ENVIRONMENT)
     except _NotNeeded:
         pass
     except NotConfined as failure:
         _report(sock, failure)
-    except BaseException as error:  # noqa: BLE001 - whatever it is, this copy of the parent must end
+    except BaseException as error:  # noqa: BLE001 - whatever it is, this copy of the parent must exit
         _report(sock, NotConfined(Stage.FORK, 0, repr(error)))
     finally:
         os._exit(_EXIT_NOT_CONFINED)
@@ -272,16 +272,18 @@ def _report(sock: int, failure: NotConfined) -> None:
     os.write(sock, text.encode(errors="replace")[:_REPORT_BYTES])
 
 
-def _steps(order: ProgramSpec, ends: ProgramDescriptors, parent: int, compiled: bytes) -> Steps:
-    keep = tuple(Capability(number) for number in order.keep)
+def _steps(
+    spec: ProgramSpec, descriptors: ProgramDescriptors, parent: int, compiled: bytes
+) -> Steps:
+    keep = tuple(Capability(number) for number in spec.keep)
     return (
-        (Stage.DESCRIPTORS, lambda: _arrange_descriptors(order.inherit, ends)),
-        (Stage.IDENTITY, lambda: _assume(order.identity, keep)),
+        (Stage.DESCRIPTORS, lambda: _arrange_descriptors(spec.inherit, descriptors)),
+        (Stage.IDENTITY, lambda: _assume(spec.identity, keep)),
         (Stage.CAPABILITIES, lambda: identity.limit_capabilities(keep)),
         (Stage.NO_NEW_PRIVS, prctl.set_no_new_privs),
         (Stage.PARENT, lambda: forking.die_with(parent)),
-        (Stage.LIMITS, lambda: limits.apply(order.limits)),
-        (Stage.LANDLOCK, lambda: landlock.enforce(ends.ruleset)),
+        (Stage.LIMITS, lambda: limits.apply(spec.limits)),
+        (Stage.LANDLOCK, lambda: landlock.enforce(descriptors.ruleset)),
         (Stage.SECCOMP, lambda: seccomp.load(compiled)),
     )
 
@@ -312,17 +314,17 @@ def _reset_signals() -> None:
 
 
 def _await_spec(sock: int) -> tuple[ProgramSpec, ProgramDescriptors]:
-    """Wait for the order; what comes before it are layers of Landlock.
+    """Wait for the spec; enforce the Landlock rulesets that come before it.
 
     Raises:
         _NotNeeded: there will be none.
         NotConfined: a layer can't be enforced.
     """
-    door = socket.socket(fileno=sock)
+    channel = socket.socket(fileno=sock)
     try:
         while True:
             with failing_as(Stage.DESCRIPTORS):
-                data, descriptors = _receive(door)
+                data, descriptors = _receive(channel)
             if not data:
                 raise _NotNeeded
             if data != _LAYER:
@@ -332,26 +334,26 @@ def _await_spec(sock: int) -> tuple[ProgramSpec, ProgramDescriptors]:
                 landlock.enforce(ruleset)
                 os.close(ruleset)
     finally:
-        door.detach()
+        channel.detach()
 
 
 def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:
     data, descriptors = scm_rights.receive(sock, _MOST_BYTES, _MOST_DESCRIPTORS)
-    # They come at the lowest free numbers, which the program may know others by.
+    # They arrive at the lowest free numbers, which the program may have to inherit for others.
     moved = [_move_above_inherited(descriptor) for descriptor in descriptors]
     scm_rights.close_all(descriptors)
     return data, moved
 
 
 def _spec_from(data: bytes) -> ProgramSpec:
-    said = json.loads(data)
-    whom = said["identity"]
+    fields = json.loads(data)
+    user = fields["identity"]
     return ProgramSpec(
-        argv=tuple(said["argv"]),
-        identity=whom and Identity(uid=whom["uid"], gid=whom["gid"], groups=tuple(whom["groups"])),
-        keep=tuple(said["keep"]),
-        limits=Limits(**said["limits"]),
-        inherit=tuple(said["inherit"]),
+        argv=tuple(fields["argv"]),
+        identity=user and Identity(uid=user["uid"], gid=user["gid"], groups=tuple(user["groups"])),
+        keep=tuple(fields["keep"]),
+        limits=Limits(**fields["limits"]),
+        inherit=tuple(fields["inherit"]),
     )
 
 
@@ -362,15 +364,15 @@ def _descriptors_from(descriptors: list[int]) -> ProgramDescriptors:
     )
 
 
-def _arrange_descriptors(numbers: tuple[int, ...], ends: ProgramDescriptors) -> None:
+def _arrange_descriptors(numbers: tuple[int, ...], descriptors: ProgramDescriptors) -> None:
     """Give each descriptor its number in the program; all others go with exec."""
-    os.dup2(ends.program, limits.PROGRAM_DESCRIPTOR, inheritable=False)
-    for number, descriptor in ((1, ends.stdout), (2, ends.stderr)):
+    os.dup2(descriptors.program, limits.PROGRAM_DESCRIPTOR, inheritable=False)
+    for number, descriptor in ((1, descriptors.stdout), (2, descriptors.stderr)):
         os.dup2(descriptor, number)
-    for number, descriptor in zip(numbers, ends.inherit, strict=True):
+    for number, descriptor in zip(numbers, descriptors.inherit, strict=True):
         os.dup2(descriptor, number)
 
 
-def _assume(whom: Identity | None, keep: tuple[Capability, ...]) -> None:
-    if whom is not None:
-        identity.assume(whom, keep=keep)
+def _assume(user: Identity | None, keep: tuple[Capability, ...]) -> None:
+    if user is not None:
+        identity.assume(user, keep=keep)

@@ -1,7 +1,7 @@
 """Start a program in the sandbox. Fails closed: whatever step fails, the program does not run.
 
-All that can be made beforehand is made here: the Landlock ruleset, with the rights that we have,
-and the pipes. The rest is done by the process that becomes the program: see entrant.py.
+The Landlock ruleset, which takes our rights, and the pipes are made here. The child that becomes
+the program does the rest: see preforked.py.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ class Confinement:
     """All that a program may do. Descriptors are borrowed until spawn() returns.
 
     Attributes:
-        identity: whom to become; None keeps the caller's uid, gid and groups. Either way no
+        identity: the user to become; None keeps the caller's uid, gid and groups. Either way no
             capability is left, but for the next one.
         keep_read_search: keep CAP_DAC_READ_SEARCH: the program may read what its uid may not,
             of what is allowed here.
@@ -78,7 +78,7 @@ def spawn(
     *,
     confinement: Confinement,
     inherit: tuple[int, ...] = (),
-    waiting: PreforkedChild | None = None,
+    child: PreforkedChild | None = None,
 ) -> ConfinedProgram:
     """Execute a program, given as a descriptor open for reading, in the sandbox.
 
@@ -86,18 +86,18 @@ def spawn(
     three: /dev/null and two pipes. What such a descriptor was opened for, it can be used for, as
     Landlock judges at open(2) only: pass a source read-only. When this returns, the program has
     been executed. It is killed when the calling process dies, as long as that has CAP_KILL or the
-    same uid. `waiting`, now ours, is the process to become it; else one is forked.
+    same uid. `child`, which this takes over, becomes it; without one, one is forked.
 
     Raises:
         NotConfined: a step failed, and the program was not executed.
         LandlockMissing: the kernel has none.
         ValueError: the calling process has several threads, a descriptor to inherit is one of the
-            standard three or not below limits.PROGRAM_DESCRIPTOR, or `waiting` has another filter.
+            standard three or not below limits.PROGRAM_DESCRIPTOR, or `child` has another filter.
     """
     with contextlib.ExitStack() as ours:
-        if waiting is not None:
-            ours.enter_context(waiting)
-        _refuse_misuse(inherit, confinement, waiting)
+        if child is not None:
+            ours.enter_context(child)
+        _refuse_misuse(inherit, confinement, child)
         with contextlib.ExitStack() as theirs:
             with failing_as(Stage.PREPARE):
                 preforked.check_standard_descriptors()
@@ -106,8 +106,8 @@ def spawn(
                 ruleset = _ruleset(program, confinement)
                 theirs.callback(os.close, ruleset)
             with failing_as(Stage.FORK):
-                going = waiting or ours.enter_context(preforked.fork(confinement.filter))
-            ends = preforked.ProgramDescriptors(
+                becoming = child or ours.enter_context(preforked.fork(confinement.filter))
+            descriptors = preforked.ProgramDescriptors(
                 program=program,
                 ruleset=ruleset,
                 stdout=stdout_end,
@@ -115,22 +115,22 @@ def spawn(
                 inherit=inherit,
             )
             with failing_as(Stage.DESCRIPTORS):
-                going.become(_order(argv, confinement, inherit), ends)
-        going.await_exec()
+                becoming.become(_spec(argv, confinement, inherit), descriptors)
+        becoming.await_exec()
         ours.pop_all()
-    pid, pidfd = going.release()
+    pid, pidfd = becoming.release()
     return ConfinedProgram(pid=pid, pidfd=pidfd, stdout=stdout, stderr=stderr)
 
 
 def _refuse_misuse(
-    inherit: tuple[int, ...], confinement: Confinement, waiting: PreforkedChild | None
+    inherit: tuple[int, ...], confinement: Confinement, child: PreforkedChild | None
 ) -> None:
     if not unshare.is_single_threaded():
         raise ValueError("can't fork safely: this process has several threads")
     if not all(preforked.FIRST_FREE <= number < limits.PROGRAM_DESCRIPTOR for number in inherit):
         raise ValueError(f"can't inherit descriptors {inherit}")
-    if waiting is not None and waiting.compiled != confinement.filter:
-        raise ValueError("who waits has another filter")
+    if child is not None and child.compiled != confinement.filter:
+        raise ValueError("the preforked child has another filter")
 
 
 def _pipe(ours: contextlib.ExitStack, theirs: contextlib.ExitStack) -> tuple[int, int]:
@@ -145,7 +145,7 @@ def _ruleset(program: int, confinement: Confinement) -> int:
     return landlock.ruleset(rules, abi=confinement.abi)
 
 
-def _order(
+def _spec(
     argv: Sequence[str], confinement: Confinement, inherit: tuple[int, ...]
 ) -> preforked.ProgramSpec:
     return preforked.ProgramSpec(

@@ -1,6 +1,6 @@
 """Run qemu-img in the sandbox, and listen to it until it ends.
 
-Fails closed: `sandbox.enter.spawn` either confines the program or does not start it.
+Fails closed: `sandbox.spawn.spawn` either confines the program or does not start it.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ TICK_S: Final = 1.0
 class Program:
     """A set-up with the program opened: one and the same through a job, whatever is upgraded.
 
-    `gate` is where it goes into the sandbox.
+    `slot` has the child that becomes the next qemu-img.
     """
 
     setup: Setup
     program: int
-    gate: PreforkSlot
+    slot: PreforkSlot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,14 +70,14 @@ class Outcome:
 
 
 @contextlib.contextmanager
-def opened(setup: Setup, gate: PreforkSlot) -> Iterator[Program]:
-    """Open the program for the length of a job, and close its gate at the end.
+def opened(setup: Setup, slot: PreforkSlot) -> Iterator[Program]:
+    """Open the program for the length of a job, and close its slot at the end.
 
     Raises:
         conditions.Unsupported: there is none, or it is a script, which can't be confined to itself.
     """
     with contextlib.ExitStack() as stack:
-        stack.callback(gate.close)
+        stack.callback(slot.close)
         try:
             program = os.open(setup.path, os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, program)
@@ -87,7 +87,7 @@ def opened(setup: Setup, gate: PreforkSlot) -> Iterator[Program]:
             raise conditions.Unsupported(
                 what="conversion", why=f"{setup.path}: {problem}"
             ) from error
-        yield Program(setup=setup, program=program, gate=gate)
+        yield Program(setup=setup, program=program, slot=slot)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +119,7 @@ class Listener(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """Runs qemu-img for one job: with its program, and on its leash.
+    """Runs qemu-img for one job: with its program and its context.
 
     `beside`, if there is one, is called as a program of `run` has begun, and then about once a
     second; raising ends the run. It must not wait. `asks` says that another run will follow.
@@ -174,12 +174,12 @@ class Runner:
             argv,
             confinement=confinement,
             inherit=inherit,
-            waiting=self.worker.gate.take(),
+            child=self.worker.slot.take(),
         ) as child:
             if self.asks:
-                # Whoever asks goes on to convert, which then need not wait for a process.
+                # The next run then need not wait for a fork.
                 with contextlib.suppress(OSError):
-                    self.worker.gate.fork()
+                    self.worker.slot.fork()
             try:
                 yield RunningProgram(child, self.context, listener)
             except conditions.DeadlineExceeded as error:
@@ -200,11 +200,11 @@ class RunningProgram:
     def __init__(
         self,
         child: spawn.ConfinedProgram,
-        leash: JobContext,
+        context: JobContext,
         listener: Listener | None,
     ) -> None:
         self.child = child
-        self.context = leash
+        self.context = context
         self.listener = listener
         self.outputs = {child.stdout: bytearray(), child.stderr: bytearray()}
         self.open_outputs = set(self.outputs)
@@ -212,7 +212,7 @@ class RunningProgram:
         for fd in self.outputs:
             self.poll.register(fd, select.POLLIN)
         # POLLHUP comes unasked: the channel's other end is gone.
-        self.poll.register(leash.channel.fileno(), 0)
+        self.poll.register(context.channel.fileno(), 0)
 
     def wait_until_done(self, beside: Callable[[], None] | None = None) -> Outcome:
         """Listen until both outputs are closed, then take the exit status. See Runner.beside."""
@@ -259,7 +259,7 @@ class RunningProgram:
             beside()
 
     def _status(self, beside: Callable[[], None] | None) -> int:
-        """Wait for the end of a program that has closed its outputs, on the same leash."""
+        """Wait for the end of a program that has closed its outputs, as wait_until_done does."""
         ended = select.poll()
         ended.register(self.child.pidfd, select.POLLIN)
         ended.register(self.context.channel.fileno(), 0)

@@ -1,4 +1,4 @@
-"""Who waits to become a program: what it holds, what binds it, and how it ends."""
+"""The preforked child in a job's slot: what it holds, what confines it, and how it ends."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VERSION = ["qemu-img", "--version"]
 OTHER = Identity(uid=1500, gid=1500)
 
 
-def who_waits() -> int:
+def child_pid() -> int:
     """Give the one child of this process."""
     (pid,) = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     return int(pid)
@@ -38,10 +38,10 @@ def comm(pid: int) -> str:
     return Path(f"/proc/{pid}/comm").read_text().strip()
 
 
-def version(qemu_img: int, confinement: Confinement, gate: PreforkSlot) -> tuple[bool, str]:
-    """Run a program; say whether it is in the process that waited, and what it said."""
-    waited = who_waits()
-    with spawn.spawn(qemu_img, VERSION, confinement=confinement, waiting=gate.take()) as child:
+def version(qemu_img: int, confinement: Confinement, slot: PreforkSlot) -> tuple[bool, str]:
+    """Run a program; say whether the preforked child became it, and what it printed."""
+    waited = child_pid()
+    with spawn.spawn(qemu_img, VERSION, confinement=confinement, child=slot.take()) as child:
         return child.pid == waited, output_of(child)
 
 
@@ -51,13 +51,13 @@ def confinement(compiled: bytes) -> Confinement:
     return Confinement(identity=OTHER, filter=compiled)
 
 
-def test_who_waits_becomes_the_program(qemu_img: int, confinement: Confinement) -> None:
-    """No other process is forked, and nobody waits afterwards."""
+def test_the_child_becomes_the_program(qemu_img: int, confinement: Confinement) -> None:
+    """No other process is forked, and the slot is empty afterwards."""
 
     def act() -> tuple[tuple[bool, str], bool]:
-        gate = PreforkSlot(confinement.filter)
-        gate.fork()
-        return version(qemu_img, confinement, gate), gate.take() is None
+        slot = PreforkSlot(confinement.filter)
+        slot.fork()
+        return version(qemu_img, confinement, slot), slot.take() is None
 
     (is_it, said), nobody = in_child(act)
     assert is_it
@@ -65,17 +65,17 @@ def test_who_waits_becomes_the_program(qemu_img: int, confinement: Confinement) 
     assert nobody
 
 
-def test_who_waits_holds_nothing(compiled: bytes) -> None:
+def test_the_child_holds_nothing(compiled: bytes) -> None:
     """Its end of a socket, and the standard three, of which input is nobody's."""
 
     def act() -> dict[int, str]:
         kept = os.open("/etc/passwd", os.O_RDONLY)
-        gate = PreforkSlot(compiled)
-        gate.fork()
-        pid = who_waits()
-        waiting.until(lambda: comm(pid) == "convertd-child", "it is at the gate")
+        slot = PreforkSlot(compiled)
+        slot.fork()
+        pid = child_pid()
+        waiting.until(lambda: comm(pid) == "convertd-child", "the child waits")
         held = processes.descriptors(pid)
-        gate.close()
+        slot.close()
         os.close(kept)
         return held
 
@@ -86,7 +86,7 @@ def test_who_waits_holds_nothing(compiled: bytes) -> None:
 
 
 @pytest.mark.parametrize("order", ["forked first", "bound first"])
-def test_a_job_ends_who_waits_and_what_it_becomes(
+def test_a_job_can_kill_the_child_and_the_program_that_it_becomes(
     qemu_img: int, confinement: Confinement, order: str
 ) -> None:
     """With all layers that a job has; but it signals nobody else."""
@@ -94,14 +94,14 @@ def test_a_job_ends_who_waits_and_what_it_becomes(
 
     def act() -> tuple[str, int]:
         confine_broker.narrow_broker()
-        gate = PreforkSlot(confinement.filter)
+        slot = PreforkSlot(confinement.filter)
         if order == "bound first":
-            confine.confine_job(gate, qemu_img, ())
-        gate.fork()
+            confine.confine_job(slot, qemu_img, ())
+        slot.fork()
         for _ in range(2):
-            confine.confine_job(gate, qemu_img, ())
+            confine.confine_job(slot, qemu_img, ())
         argv = ["qemu-img", "--help"]
-        with spawn.spawn(qemu_img, argv, confinement=confinement, waiting=gate.take()) as child:
+        with spawn.spawn(qemu_img, argv, confinement=confinement, child=slot.take()) as child:
             child.kill()
             status = child.wait()
         return errno_of(lambda: os.kill(outside, 0)), status
@@ -109,7 +109,9 @@ def test_a_job_ends_who_waits_and_what_it_becomes(
     assert in_child(act) == ("EPERM", -signal.SIGKILL)
 
 
-def test_a_layer_of_the_jobs_binds_who_waits_too(intruder: Intruder, tmp_path: Path) -> None:
+def test_a_landlock_layer_of_the_job_binds_the_child_too(
+    intruder: Intruder, tmp_path: Path
+) -> None:
     """What its own confinement allows, and the job may not any more, it can't do."""
     (tmp_path / "file").write_text("x")
     script = f"print(open({str(tmp_path / 'file')!r}).read())"
@@ -118,32 +120,32 @@ def test_a_layer_of_the_jobs_binds_who_waits_too(intruder: Intruder, tmp_path: P
         image = os.open(tmp_path / "file", os.O_RDONLY)
         own = intruder.but(identity=None).confinement
         own = dataclasses.replace(own, read=(image,))
-        gate = PreforkSlot(own.filter)
-        gate.fork()
-        waiting_now = gate.take()
+        slot = PreforkSlot(own.filter)
+        slot.fork()
+        waiting_now = slot.take()
         assert waiting_now is not None
         if is_narrowed:
             # As a job of which only who waits is left to be bound.
             made = landlock.ruleset((*runtime.rules(intruder.program), *own.extra))
             waiting_now.add_landlock_layer(made)
         argv = ["python", "-I", "-S", "-B", "-c", script]
-        with spawn.spawn(intruder.program, argv, confinement=own, waiting=waiting_now) as child:
+        with spawn.spawn(intruder.program, argv, confinement=own, child=waiting_now) as child:
             return child.wait()
 
     assert in_child(lambda: reads(is_narrowed=False)) == 0
     assert in_child(lambda: reads(is_narrowed=True)) == 1
 
 
-def test_one_that_was_killed_is_not_missed(qemu_img: int, confinement: Confinement) -> None:
+def test_a_killed_child_is_replaced(qemu_img: int, confinement: Confinement) -> None:
     """Another is forked, and nothing of the first is left."""
 
     def act() -> tuple[bool, str]:
-        gate = PreforkSlot(confinement.filter)
-        gate.fork()
-        dead = who_waits()
+        slot = PreforkSlot(confinement.filter)
+        slot.fork()
+        dead = child_pid()
         os.kill(dead, signal.SIGKILL)
         os.waitid(os.P_PID, dead, os.WEXITED | os.WNOWAIT)
-        is_it, said = version(qemu_img, confinement, gate)
+        is_it, said = version(qemu_img, confinement, slot)
         assert not Path(f"/proc/{dead}").exists()
         return is_it, said
 
@@ -153,16 +155,16 @@ def test_one_that_was_killed_is_not_missed(qemu_img: int, confinement: Confineme
 
 
 @pytest.mark.parametrize("how", ["killed", "ended", "closed"])
-def test_it_does_not_outlive_its_job(compiled: bytes, how: str) -> None:
+def test_the_child_does_not_outlive_its_job(compiled: bytes, how: str) -> None:
     """Whichever way that ends."""
 
     def act() -> int:
-        gate = PreforkSlot(compiled)
-        gate.fork()
-        pid = who_waits()
-        waiting.until(lambda: comm(pid) == "convertd-child", "it is at the gate")
+        slot = PreforkSlot(compiled)
+        slot.fork()
+        pid = child_pid()
+        waiting.until(lambda: comm(pid) == "convertd-child", "the child waits")
         if how == "closed":
-            gate.close()
+            slot.close()
             assert not Path(f"/proc/{pid}").exists()
         if how == "killed":
             os.write(tell, str(pid).encode())
@@ -182,7 +184,9 @@ def test_it_does_not_outlive_its_job(compiled: bytes, how: str) -> None:
 
 
 @pytest.mark.parametrize("standard", [0, 1, 2])
-def test_nobody_waits_where_a_standard_descriptor_is_closed(compiled: bytes, standard: int) -> None:
+def test_no_child_is_forked_where_a_standard_descriptor_is_closed(
+    compiled: bytes, standard: int
+) -> None:
     """The socket would get its number."""
 
     def act() -> tuple[str, str]:
@@ -194,13 +198,13 @@ def test_nobody_waits_where_a_standard_descriptor_is_closed(compiled: bytes, sta
     assert in_child(act) == ("EBADF", "")
 
 
-def test_one_for_another_filter_is_not_taken(qemu_img: int, confinement: Confinement) -> None:
-    """What is to be loaded was settled when it was forked; it is put down."""
+def test_a_child_with_another_filter_is_refused(qemu_img: int, confinement: Confinement) -> None:
+    """The filter is fixed at the fork; the child is killed and reaped."""
 
     def act() -> list[str]:
         waits = preforked.fork(b"another")
         with pytest.raises(ValueError, match="another filter"):
-            spawn.spawn(qemu_img, VERSION, confinement=confinement, waiting=waits)
+            spawn.spawn(qemu_img, VERSION, confinement=confinement, child=waits)
         return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
 
     assert in_child(act) == []
