@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, TypedDict, TypeVar, cast
 
-from convertd_client import errors, results
-from convertd_core import creation_options
+from convertd_client import errors
+from convertd_core import creation_options, values
 
 Path = str | os.PathLike[str]
 
-Choice = TypeVar("Choice", results.CacheMode, results.Compression, results.Preallocation)
+Choice = TypeVar("Choice", values.CacheMode, values.Compression, values.Preallocation)
 
 _LARGEST: Final = {"mode": 2**32 - 1, "rate_limit": 2**64 - 1}
 """What the contract's fields hold."""
@@ -95,28 +95,16 @@ class ConvertOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversion:
-    """One conversion, as it will be asked for. Only `asked` makes one."""
+    """One conversion, as it will be asked for, and its passphrases. Only `asked` makes one."""
 
-    source: str
-    dest: str
-    dest_format: str
-    source_format: str
-    compression: results.Compression
-    cache_mode: results.CacheMode
-    preallocation: results.Preallocation
-    mode: int | None
-    group: str
-    overwrite: bool
-    verify: bool
-    rate_limit_bytes_per_second: int
-    label: str
-    validate_only: bool
-    is_zero: bool
-    accept_damaged: bool
-    created: tuple[tuple[str, creation_options.Value], ...]
-    """The options of the result's format, by qemu's names."""
+    request: values.ConvertRequest
     source_secret: bytes | None = field(repr=False)
     dest_secret: bytes | None = field(repr=False)
+
+    @property
+    def secrets(self) -> tuple[bytes, ...]:
+        """The passphrases that there are, the source's first."""
+        return tuple(item for item in (self.source_secret, self.dest_secret) if item is not None)
 
 
 def asked(source: Path, dest: Path, dest_format: str, options: ConvertOptions) -> Conversion:
@@ -129,29 +117,35 @@ def asked(source: Path, dest: Path, dest_format: str, options: ConvertOptions) -
     unknown = options.keys() - ConvertOptions.__optional_keys__
     if unknown:
         raise TypeError(f"convert() has no option {min(unknown)!r}")
-    return Conversion(
-        source=path_text("source.path", source),
-        dest=path_text("dest.path", dest),
-        dest_format=_text("dest.format", dest_format),
-        source_format=_text("source.format", options.get("source_format") or ""),
-        compression=_compression(options),
-        cache_mode=_choice("cache_mode", options.get("cache_mode", "auto"), results.CacheMode),
-        preallocation=_choice(
-            "dest.preallocation", options.get("preallocation") or "off", results.Preallocation
+    source_secret, dest_secret = options.get("source_secret"), options.get("dest_secret")
+    request = values.ConvertRequest(
+        source=values.Source(
+            path=path_text("source.path", source),
+            format=_text("source.format", options.get("source_format") or ""),
+            encryption=None if source_secret is None else values.SourceEncryption(),
+            accept_damaged=options.get("accept_damaged", False),
         ),
-        mode=_bounded("mode", options.get("mode")),
-        group=_text("dest.group", options.get("group") or ""),
-        overwrite=options.get("overwrite", False),
+        dest=values.Destination(
+            path=path_text("dest.path", dest),
+            format=_text("dest.format", dest_format),
+            encryption=None if dest_secret is None else values.DestinationEncryption(),
+            compression=_compression(options),
+            preallocation=_choice(
+                "dest.preallocation", options.get("preallocation") or "off", values.Preallocation
+            ),
+            mode=_bounded("mode", options.get("mode")),
+            group=_text("dest.group", options.get("group") or ""),
+            overwrite=options.get("overwrite", False),
+            is_zero=options.get("is_zero", False),
+            options=_created(dest_format, options),
+        ),
+        cache_mode=_choice("cache_mode", options.get("cache_mode", "auto"), values.CacheMode),
         verify=options.get("verify", False),
         rate_limit_bytes_per_second=_bounded("rate_limit", options.get("rate_limit")) or 0,
-        label=_text("label", options.get("label", "")),
         validate_only=options.get("validate_only", False),
-        is_zero=options.get("is_zero", False),
-        accept_damaged=options.get("accept_damaged", False),
-        created=_created(dest_format, options),
-        source_secret=options.get("source_secret"),
-        dest_secret=options.get("dest_secret"),
+        label=_text("label", options.get("label", "")),
     )
+    return Conversion(request=request, source_secret=source_secret, dest_secret=dest_secret)
 
 
 def path_text(name: str, path: Path) -> str:
@@ -198,19 +192,17 @@ def bad_option(name: str, problem: str) -> errors.InvalidArgument:
     return errors.InvalidArgument(f"{name}: {problem}", reason="BAD_OPTION", metadata=metadata)
 
 
-def _compression(options: ConvertOptions) -> results.Compression:
+def _compression(options: ConvertOptions) -> values.Compression:
     stated = options.get("compression")
     if stated is not None:
-        return _choice("dest.compression", stated, results.Compression)
-    return results.Compression.DEFAULT if options.get("compress") else results.Compression.NONE
+        return _choice("dest.compression", stated, values.Compression)
+    return values.Compression.DEFAULT if options.get("compress") else values.Compression.NONE
 
 
-def _created(
-    dest_format: str, options: ConvertOptions
-) -> tuple[tuple[str, creation_options.Value], ...]:
+def _created(dest_format: str, options: ConvertOptions) -> tuple[values.CreationOption, ...]:
     """The options of the result's format that are asked for, checked as far as need be."""
     given: Mapping[str, object] = options
-    found: dict[str, creation_options.Value] = {}
+    found: list[values.CreationOption] = []
     for name in sorted(creation_options.NAMES & given.keys()):
         value = given[name]
         if value is None or value == 0:
@@ -222,8 +214,9 @@ def _created(
         problem = kind.problem_of(value)
         if problem:
             raise bad_option(field_name, problem)
-        found[name] = cast("creation_options.Value", value)
-    return tuple(found.items())
+        text = creation_options.qemu_value(cast("creation_options.Value", value))
+        found.append(values.CreationOption(name=name, value=text))
+    return tuple(found)
 
 
 def _choice(name: str, value: str, kind: type[Choice]) -> Choice:

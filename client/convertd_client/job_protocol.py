@@ -12,64 +12,22 @@ from typing import Any, Final
 
 from convertd_client import errors, results
 from convertd_client.conversion import Conversion
-from convertd_core import creation_options
+from convertd_core import codec, messages, values
 
 Fields = dict[str, Any]
 
-_LUKS: Final = {
-    "cipher_alg": "aes-256",
-    "cipher_mode": "xts",
-    "hash_alg": "sha256",
-    "ivgen_alg": "plain64",
-    "ivgen_hash_alg": "sha256",
-    "iter_time_ms": 2000,
-}
-"""How a result is encrypted: as the contract has it where a request leaves it out."""
-
 
 def convert(asked: Conversion, qemu_img: str) -> bytes:
-    """The order to convert an image. Its passphrases go another way: see `secrets`."""
-    dest = {
-        "path": asked.dest,
-        "format": asked.dest_format,
-        "compression": asked.compression,
-        "preallocation": asked.preallocation,
-        "mode": asked.mode,
-        "group": asked.group,
-        "overwrite": asked.overwrite,
-        "is_zero": asked.is_zero,
-        "encryption": None if asked.dest_secret is None else _LUKS,
-        "options": [
-            {"name": name, "value": creation_options.qemu_value(value)}
-            for name, value in asked.created
-        ],
-    }
-    request = {
-        "source": _source(
-            asked.source,
-            asked.source_format,
-            encrypted=asked.source_secret is not None,
-            accept_damaged=asked.accept_damaged,
-        ),
-        "dest": dest,
-        "cache_mode": asked.cache_mode,
-        "verify": asked.verify,
-        "rate_limit_bytes_per_second": asked.rate_limit_bytes_per_second,
-        "validate_only": asked.validate_only,
-        "label": asked.label,
-    }
-    return _order({"qemu_img": qemu_img, "convert": request, "inspect": None})
-
-
-def secrets(asked: Conversion) -> tuple[bytes, ...]:
-    """The passphrases that go with the order, each by a pipe."""
-    return tuple(item for item in (asked.source_secret, asked.dest_secret) if item is not None)
+    """The order to convert an image. Its passphrases go another way."""
+    order = messages.LocalRequest(qemu_img=qemu_img, convert=asked.request, inspect=None)
+    return codec.encode(order)
 
 
 def inspect(path: str, image_format: str, qemu_img: str) -> bytes:
     """The order to look at an image."""
-    request = {"source": _source(path, image_format, encrypted=False)}
-    return _order({"qemu_img": qemu_img, "convert": None, "inspect": request})
+    request = values.InspectRequest(source=values.Source(path=path, format=image_format))
+    order = messages.LocalRequest(qemu_img=qemu_img, convert=None, inspect=request)
+    return codec.encode(order)
 
 
 def unsupported(what: str, why: str) -> errors.Unimplemented:
@@ -171,21 +129,6 @@ def failure(fields: Fields) -> errors.ConvertError:
     """Why the job was not done."""
     told = fields["failure"]
     return errors.of_reason(told["reason"], told["message"], dict(told["values"]))
-
-
-def _source(
-    path: str, image_format: str, *, encrypted: bool, accept_damaged: bool = False
-) -> Fields:
-    return {
-        "path": path,
-        "format": image_format,
-        "encrypted": encrypted,
-        "accept_damaged": accept_damaged,
-    }
-
-
-def _order(fields: Fields) -> bytes:
-    return json.dumps(["LocalRequest", fields], ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def _cache(fields: Fields) -> results.CacheChoice:

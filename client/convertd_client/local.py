@@ -51,7 +51,7 @@ def conversion_of(
     """
     paths = conversion.absolute(source), conversion.absolute(dest)
     asked = conversion.asked(*paths, dest_format, options)
-    return job.Conversion(job_protocol.convert(asked, job.qemu_img()), job_protocol.secrets(asked))
+    return job.Conversion(job_protocol.convert(asked, job.qemu_img()), asked.secrets)
 
 
 def inspect(

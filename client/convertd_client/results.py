@@ -11,36 +11,11 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from convertd_core import values
 
-class CacheMode(enum.StrEnum):
-    """How an image is opened with regard to the page cache, by qemu's names."""
-
-    UNSPECIFIED = "unspecified"
-    AUTO = "auto"
-    NONE = "none"
-    WRITEBACK = "writeback"
-    WRITETHROUGH = "writethrough"
-    DIRECTSYNC = "directsync"
-
-
-class Compression(enum.StrEnum):
-    """How an image's clusters are compressed."""
-
-    UNSPECIFIED = "unspecified"
-    NONE = "none"
-    DEFAULT = "default"
-    ZLIB = "zlib"
-    ZSTD = "zstd"
-
-
-class Preallocation(enum.StrEnum):
-    """How much of an image is reserved before it is written."""
-
-    UNSPECIFIED = "unspecified"
-    OFF = "off"
-    METADATA = "metadata"
-    FALLOC = "falloc"
-    FULL = "full"
+CacheMode = values.CacheMode
+Compression = values.Compression
+Preallocation = values.Preallocation
 
 
 class Phase(enum.StrEnum):

@@ -6,14 +6,12 @@ import urllib.parse
 from collections.abc import Callable
 from typing import Final
 
+from google.protobuf.message import Message
+
 from convertd.v1 import convert_pb2 as pb
-from convertd_client import (
-    errors,
-    from_proto,
-    results,
-)
+from convertd_client import errors, from_proto, results
 from convertd_client.conversion import Conversion
-from convertd_core import creation_options
+from convertd_core import creation_options, proto_mapping, values
 
 CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     # A conversion is not repeated by itself, not even one that gRPC thinks never arrived.
@@ -42,50 +40,30 @@ def target(path: str) -> str:
 
 def convert_request(asked: Conversion) -> pb.ConvertRequest:
     """Put a conversion into the contract's words."""
-    dest = pb.Destination(
-        path=asked.dest,
-        format=asked.dest_format,
-        compression=pb.Compression.Value(f"COMPRESSION_{asked.compression.name}"),
-        preallocation=pb.Preallocation.Value(f"PREALLOCATION_{asked.preallocation.name}"),
-        mode=asked.mode,
-        group=asked.group,
-        overwrite=asked.overwrite,
-        is_zero=asked.is_zero,
-    )
-    _create(dest, asked)
-    if asked.dest_secret is not None:
-        dest.encryption.passphrase = asked.dest_secret
-    source = pb.Source(
-        path=asked.source, format=asked.source_format, accept_damaged=asked.accept_damaged
-    )
+    message = pb.ConvertRequest()
+    proto_mapping.to_message(asked.request, message)
+    for option in asked.request.dest.options:
+        _set_option(getattr(message.dest, asked.request.dest.format), option)
     if asked.source_secret is not None:
-        source.encryption.passphrase = asked.source_secret
-    return pb.ConvertRequest(
-        source=source,
-        dest=dest,
-        cache_mode=pb.CacheMode.Value(f"CACHE_MODE_{asked.cache_mode.name}"),
-        verify=asked.verify,
-        rate_limit_bytes_per_second=asked.rate_limit_bytes_per_second,
-        validate_only=asked.validate_only,
-        label=asked.label,
-    )
+        message.source.encryption.passphrase = asked.source_secret
+    if asked.dest_secret is not None:
+        message.dest.encryption.passphrase = asked.dest_secret
+    return message
 
 
-def _create(dest: pb.Destination, asked: Conversion) -> None:
-    """Put the options of dest's format in."""
-    for name, value in asked.created:
-        options = getattr(dest, asked.dest_format)
-        field = options.DESCRIPTOR.fields_by_name[creation_options.field_of(name)]
-        if field.enum_type is None:
-            setattr(options, field.name, value)
-            continue
-        values = field.enum_type.values_by_name
+def _set_option(options: Message, option: values.CreationOption) -> None:
+    """Put an option of dest's format in, which has the contract's names there."""
+    field = options.DESCRIPTOR.fields_by_name[creation_options.field_of(option.name)]
+    value: object
+    if field.enum_type is not None:
         prefix = field.enum_type.values[0].name.removesuffix("UNSPECIFIED")
-        setattr(
-            options,
-            field.name,
-            values[prefix + creation_options.contract_choice(str(value))].number,
-        )
+        name = prefix + creation_options.contract_choice(option.value)
+        value = field.enum_type.values_by_name[name].number
+    elif option.value.isdecimal():
+        value = int(option.value)
+    else:
+        value = option.value == "on"
+    setattr(options, field.name, value)
 
 
 def inspect_request(path: str, image_format: str) -> pb.InspectRequest:

@@ -136,9 +136,12 @@ def _is_unicode(text: str) -> bool:
 def _enum(kind: type[enum.StrEnum]) -> Decoder:
     def decode_enum(value: Any) -> Any:
         try:
-            return kind(value)
+            member = kind(value)
         except ValueError as error:
             raise CodecError(str(error)) from error
+        if member.name == "UNSPECIFIED":
+            raise CodecError(f"expected a {kind.__name__} that is one")
+        return member
 
     return decode_enum
 

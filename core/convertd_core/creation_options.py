@@ -206,6 +206,6 @@ def _check_encryption(asked: values.DestinationEncryption) -> None:
         if getattr(asked, name) not in choices:
             problem = f"can't be {getattr(asked, name)[:32]!r}"
             raise conditions.BadOption(field=f"dest.encryption.{name}", problem=problem)
-    if not 1 <= asked.iter_time_ms <= MAX_ITER_TIME_MS:
+    if not 1 <= asked.iter_time_milliseconds <= MAX_ITER_TIME_MS:
         problem = f"must be 1 to {MAX_ITER_TIME_MS}"
         raise conditions.BadOption(field="dest.encryption.iter_time_milliseconds", problem=problem)

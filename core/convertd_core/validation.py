@@ -91,7 +91,7 @@ def _check_path_and_format(source: values.Source) -> None:
 def _check_source(source: values.Source) -> None:
     _check_path_and_format(source)
     if source.format:
-        _check_encryption("source", source.format, encrypted=source.encrypted)
+        _check_encryption("source", source.format, encrypted=source.encryption is not None)
 
 
 def _check_dest(dest: values.Destination) -> None:

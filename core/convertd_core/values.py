@@ -23,9 +23,17 @@ FORMATS: Final = frozenset(
 WRITABLE_FORMATS: Final = FORMATS - {"dmg"}
 
 
-class CacheMode(enum.StrEnum):
-    """qemu's cache modes. `unsafe` is missing on purpose."""
+# An enum's UNSPECIFIED stands for what a newer peer says and this version does not know. It is only
+# ever in what a client tells its caller: no decoder of ours takes it.
 
+
+class CacheMode(enum.StrEnum):
+    """How an image is opened with regard to the page cache, by qemu's names.
+
+    `unsafe` is missing on purpose.
+    """
+
+    UNSPECIFIED = "unspecified"
     AUTO = "auto"
     NONE = "none"
     WRITEBACK = "writeback"
@@ -34,8 +42,9 @@ class CacheMode(enum.StrEnum):
 
 
 class Compression(enum.StrEnum):
-    """How the clusters of the result are compressed."""
+    """How an image's clusters are compressed."""
 
+    UNSPECIFIED = "unspecified"
     NONE = "none"
     DEFAULT = "default"
     ZLIB = "zlib"
@@ -43,8 +52,9 @@ class Compression(enum.StrEnum):
 
 
 class Preallocation(enum.StrEnum):
-    """qemu's preallocation modes."""
+    """How much of an image is reserved before it is written, by qemu's names."""
 
+    UNSPECIFIED = "unspecified"
     OFF = "off"
     METADATA = "metadata"
     FALLOC = "falloc"
@@ -97,17 +107,30 @@ class Peer:
     pid: int
 
 
+class EncryptionFormat(enum.StrEnum):
+    """A way in which images are encrypted."""
+
+    UNSPECIFIED = "unspecified"
+    LUKS = "luks"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceEncryption:
+    """That there is a passphrase: it goes from the front to the job, in no message."""
+
+    format: EncryptionFormat = EncryptionFormat.LUKS
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """The image to read, as the caller named it. An empty format means: find out, safely.
 
-    `encrypted` says that there is a passphrase: it goes from the front to the job, in no message.
     `accept_damaged` takes an image whose reference counts are wrong, or that is marked as corrupt.
     """
 
     path: str
     format: str = ""
-    encrypted: bool = False
+    encryption: SourceEncryption | None = None
     accept_damaged: bool = False
 
 
@@ -121,14 +144,15 @@ class CreationOption:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DestinationEncryption:
-    """How a result is encrypted with LUKS, in qemu's terms. The passphrase is never here."""
+    """How a result is encrypted, in qemu's terms. The passphrase is never here."""
 
+    format: EncryptionFormat = EncryptionFormat.LUKS
     cipher_alg: str = "aes-256"
     cipher_mode: str = "xts"
     hash_alg: str = "sha256"
     ivgen_alg: str = "plain64"
     ivgen_hash_alg: str = "sha256"
-    iter_time_ms: int = 2000
+    iter_time_milliseconds: int = 2000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +160,7 @@ class Destination:
     """The image to write, as the caller asked for it.
 
     `mode` None means the root's; `group` empty means what the root's owner or a setgid directory
-    gives.
+    gives. `options` are of `format`.
     """
 
     path: str

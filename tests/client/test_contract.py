@@ -145,18 +145,31 @@ def test_a_request_has_what_was_asked_for() -> None:
         rate_limit=1 << 20,
         label="nightly",
         validate_only=True,
+        accept_damaged=True,
         source_secret=b"one",
         dest_secret=b"two",
     )
     asked = conversion.asked("/a", "/b", "qcow2", options)
     assert to_proto.convert_request(asked) == pb.ConvertRequest(
         source=pb.Source(
-            path="/a", format="raw", encryption=pb.SourceEncryption(passphrase=b"one")
+            path="/a",
+            format="raw",
+            encryption=pb.SourceEncryption(passphrase=b"one", format=pb.ENCRYPTION_FORMAT_LUKS),
+            accept_damaged=True,
         ),
         dest=pb.Destination(
             path="/b",
             format="qcow2",
-            encryption=pb.DestinationEncryption(passphrase=b"two"),
+            encryption=pb.DestinationEncryption(
+                passphrase=b"two",
+                format=pb.ENCRYPTION_FORMAT_LUKS,
+                cipher_alg="aes-256",
+                cipher_mode="xts",
+                hash_alg="sha256",
+                ivgen_alg="plain64",
+                ivgen_hash_alg="sha256",
+                iter_time_milliseconds=2000,
+            ),
             compression=pb.COMPRESSION_ZSTD,
             preallocation=pb.PREALLOCATION_FALLOC,
             mode=0o640,

@@ -9,18 +9,15 @@ import pytest
 
 from convertd_client import conversion, errors, results
 from convertd_client.conversion import ConvertOptions
+from convertd_core import values
 
 
 def test_left_out_options_have_the_defaults_of_the_contract() -> None:
     """Nothing but the two ends and the format is needed."""
-    asked = conversion.asked("/a", Path("/b"), "qcow2", {})
-    assert (asked.source, asked.dest, asked.dest_format) == ("/a", "/b", "qcow2")
-    assert asked.source_format == ""
-    assert asked.compression is results.Compression.NONE
-    assert asked.cache_mode is results.CacheMode.AUTO
-    assert asked.preallocation is results.Preallocation.OFF
-    assert asked.mode is None
-    assert not asked.overwrite
+    asked = conversion.asked("/a", Path("/b"), "qcow2", {}).request
+    assert asked == values.ConvertRequest(
+        source=values.Source(path="/a"), dest=values.Destination(path="/b", format="qcow2")
+    )
 
 
 @pytest.mark.parametrize(
@@ -36,7 +33,7 @@ def test_a_stated_compression_wins_over_a_plain_compress(
     options: ConvertOptions, compression: results.Compression
 ) -> None:
     """Which leaves the choice to the policy."""
-    assert conversion.asked("/a", "/b", "qcow2", options).compression is compression
+    assert conversion.asked("/a", "/b", "qcow2", options).request.dest.compression is compression
 
 
 @pytest.mark.parametrize(
@@ -70,7 +67,7 @@ def test_a_value_that_the_contract_has_not_is_refused(options: ConvertOptions) -
 def test_options_of_a_format_that_say_nothing_are_not_said() -> None:
     """None, False and 0 leave it to qemu, whatever the format."""
     nothing = ConvertOptions(cluster_size=0, subformat=None, static=False)
-    assert conversion.asked("/a", "/b", "raw", nothing).created == ()
+    assert conversion.asked("/a", "/b", "raw", nothing).request.dest.options == ()
 
 
 def test_a_path_that_is_not_utf_8_is_refused() -> None:

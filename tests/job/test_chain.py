@@ -434,7 +434,8 @@ class TestPassphrases:
         )
         place = grants.Rules(roots=(grants.files("/images"),)).place("/images/a")
         source = paths.Source(place=place, fd=-1, size_bytes=1, allocated_bytes=1)
-        asked = values.Source(path="/images/a", encrypted=has_one)
+        encryption = values.SourceEncryption() if has_one else None
+        asked = values.Source(path="/images/a", encryption=encryption)
         link = backing_chain.ChainLink(source=source, info=info)
         if expected is None:
             backing_chain.check_encryption(asked, link)

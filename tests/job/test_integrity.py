@@ -71,8 +71,9 @@ def converted(
     devices = () if dest is None else (grants.devices(dest.parent),)
     roots = (grants.files(source.parent), *devices)
     request = grants.request(source, dest or source.parent / "out", image_format)
-    encrypted = dataclasses.replace(request.source, encrypted=bool(passphrases))
-    request = dataclasses.replace(request, source=encrypted, **asked)  # type: ignore[arg-type]
+    encryption = values.SourceEncryption() if passphrases else None
+    source_ = dataclasses.replace(request.source, encryption=encryption)
+    request = dataclasses.replace(request, source=source_, **asked)  # type: ignore[arg-type]
     return whole_job.run(grants.Rules(roots=roots).convert(request), *passphrases)
 
 

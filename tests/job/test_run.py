@@ -396,8 +396,10 @@ class TestWhole:
     def test_encrypted_at_both_ends_it_takes_both_passphrases(self, area: Path, luks: Path) -> None:
         """Each at its own end; a wrong one has its own condition."""
         (area / "in").write_bytes(luks.read_bytes())
-        source = values.Source(path=str(area / "in"), format="luks", encrypted=True)
-        fast = values.DestinationEncryption(iter_time_ms=1)
+        source = values.Source(
+            path=str(area / "in"), format="luks", encryption=values.SourceEncryption()
+        )
+        fast = values.DestinationEncryption(iter_time_milliseconds=1)
         wrong = self.converted(
             area, b"wrong", b"new", source=source, format="luks", encryption=fast
         )

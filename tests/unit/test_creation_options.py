@@ -241,13 +241,14 @@ class TestEncryption:
         expected: bool,  # noqa: FBT001
     ) -> None:
         """Longer would be a way to keep the machine busy."""
-        asked = values.DestinationEncryption(iter_time_ms=iter_time_ms)
+        asked = values.DestinationEncryption(iter_time_milliseconds=iter_time_ms)
         assert (refusal_of(dest("luks", encryption=asked)) is None) is expected
 
     def test_the_defaults_are_novas(self) -> None:
         """And pass."""
         assert refusal_of(dest("luks", encryption=values.DestinationEncryption())) is None
         assert dataclasses.astuple(values.DestinationEncryption()) == (
+            values.EncryptionFormat.LUKS,
             *("aes-256", "xts", "sha256", "plain64", "sha256"),
             2000,
         )

@@ -74,7 +74,7 @@ class TestRequests:
             label="nightly",
         )
         assert translate.convert_request(message) == values.ConvertRequest(
-            source=values.Source(path="/in/a", format="vmdk", encrypted=True),
+            source=values.Source(path="/in/a", format="vmdk", encryption=values.SourceEncryption()),
             dest=values.Destination(
                 path="/out/b",
                 format="qcow2",
@@ -90,7 +90,7 @@ class TestRequests:
                     hash_alg="sha512",
                     ivgen_alg="essiv",
                     ivgen_hash_alg="sha1",
-                    iter_time_ms=7,
+                    iter_time_milliseconds=7,
                 ),
                 options=(values.CreationOption(name="cluster_size", value="512"),),
             ),
@@ -262,7 +262,7 @@ class TestSecrets:
         assert translate.secrets(message) == expected
         assert translate.secrets(message) == [b""] * len(expected)
         asked = translate.convert_request(message)
-        assert asked.source.encrypted is (source is not None)
+        assert (asked.source.encryption is not None) is (source is not None)
         assert (asked.dest.encryption is not None) is (dest is not None)
 
     @given(st.binary(min_size=8, max_size=64))

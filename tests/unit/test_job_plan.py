@@ -47,7 +47,9 @@ def asked(**changes: object) -> values.ConvertGrant:
     return RULES.convert(dataclasses.replace(REQUEST, **changes))  # type: ignore[arg-type]
 
 
-ENCRYPTED = values.Source(path="/images/in.luks", format="luks", encrypted=True)
+ENCRYPTED = values.Source(
+    path="/images/in.luks", format="luks", encryption=values.SourceEncryption()
+)
 
 
 def member(info: values.ImageInfo = INFO, path: str = "/images/in.qcow2") -> values.ChainMember:

@@ -40,7 +40,8 @@ def to(**changes: object) -> values.ConvertRequest:
 
 def of(name: str, *, encrypted: bool = False) -> values.ConvertRequest:
     """A request that states the source's format, and whether a passphrase comes along."""
-    source = values.Source(path="/in/a", format=name, encrypted=encrypted)
+    encryption = values.SourceEncryption() if encrypted else None
+    source = values.Source(path="/in/a", format=name, encryption=encryption)
     return dataclasses.replace(request(), source=source)
 
 

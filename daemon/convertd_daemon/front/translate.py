@@ -5,16 +5,15 @@ Nothing is judged here but whether a message says something that has a value on 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from convertd.v1 import convert_pb2 as pb
-from convertd_core import conditions, creation_options, messages, values
+from convertd_core import conditions, creation_options, messages, proto_mapping, values
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from google.protobuf.descriptor import FieldDescriptor
 
 V = TypeVar("V")
@@ -22,7 +21,6 @@ V = TypeVar("V")
 NOT_YET: Final = "not in this version"
 
 CACHE_MODES: Final = {
-    pb.CACHE_MODE_UNSPECIFIED: values.CacheMode.AUTO,
     pb.CACHE_MODE_AUTO: values.CacheMode.AUTO,
     pb.CACHE_MODE_NONE: values.CacheMode.NONE,
     pb.CACHE_MODE_WRITEBACK: values.CacheMode.WRITEBACK,
@@ -30,24 +28,11 @@ CACHE_MODES: Final = {
     pb.CACHE_MODE_DIRECTSYNC: values.CacheMode.DIRECTSYNC,
 }
 COMPRESSIONS: Final = {
-    pb.COMPRESSION_UNSPECIFIED: values.Compression.NONE,
     pb.COMPRESSION_NONE: values.Compression.NONE,
     pb.COMPRESSION_DEFAULT: values.Compression.DEFAULT,
     pb.COMPRESSION_ZLIB: values.Compression.ZLIB,
     pb.COMPRESSION_ZSTD: values.Compression.ZSTD,
 }
-PREALLOCATIONS: Final = {
-    pb.PREALLOCATION_UNSPECIFIED: values.Preallocation.OFF,
-    pb.PREALLOCATION_OFF: values.Preallocation.OFF,
-    pb.PREALLOCATION_METADATA: values.Preallocation.METADATA,
-    pb.PREALLOCATION_FALLOC: values.Preallocation.FALLOC,
-    pb.PREALLOCATION_FULL: values.Preallocation.FULL,
-}
-ENCRYPTIONS: Final = {
-    pb.ENCRYPTION_FORMAT_UNSPECIFIED: "luks",
-    pb.ENCRYPTION_FORMAT_LUKS: "luks",
-}
-
 CACHE_MODES_OUT: Final = {mode: number for number, mode in CACHE_MODES.items()}
 COMPRESSIONS_OUT: Final = {mode.value: number for number, mode in COMPRESSIONS.items()}
 PHASES: Final = {
@@ -88,20 +73,18 @@ def convert_request(message: pb.ConvertRequest) -> values.ConvertRequest:
         conditions.BadOption: a value of an enum that this version does not know.
         conditions.BadOption: options of another format.
     """
-    return values.ConvertRequest(
-        source=_source(message.source),
-        dest=_dest(message.dest),
-        cache_mode=_known(CACHE_MODES, message.cache_mode, "cache_mode"),
-        verify=message.verify,
-        rate_limit_bytes_per_second=message.rate_limit_bytes_per_second,
-        validate_only=message.validate_only,
-        label=message.label,
-    )
+    request = proto_mapping.from_message(values.ConvertRequest, message, _unknown)
+    dest = dataclasses.replace(request.dest, options=_options(message.dest))
+    return dataclasses.replace(request, dest=dest)
 
 
 def inspect_request(message: pb.InspectRequest) -> values.InspectRequest:
     """What an InspectRequest asks for."""
-    return values.InspectRequest(source=_source(message.source))
+    return proto_mapping.from_message(values.InspectRequest, message, _unknown)
+
+
+def _unknown(field: str, number: int) -> conditions.BadOption:
+    return conditions.BadOption(field=field, problem=f"has no value {number}")
 
 
 def secrets(message: pb.ConvertRequest) -> list[bytes]:
@@ -117,48 +100,6 @@ def _taken(ends: list[pb.SourceEncryption] | list[pb.DestinationEncryption]) -> 
     for end in ends:
         end.ClearField("passphrase")
     return found
-
-
-def _source(message: pb.Source) -> values.Source:
-    encrypted = message.HasField("encryption")
-    if encrypted:
-        _known(ENCRYPTIONS, message.encryption.format, "source.encryption.format")
-    return values.Source(
-        path=message.path,
-        format=message.format,
-        encrypted=encrypted,
-        accept_damaged=message.accept_damaged,
-    )
-
-
-def _dest(message: pb.Destination) -> values.Destination:
-    return values.Destination(
-        path=message.path,
-        format=message.format,
-        compression=_known(COMPRESSIONS, message.compression, "dest.compression"),
-        preallocation=_known(PREALLOCATIONS, message.preallocation, "dest.preallocation"),
-        mode=message.mode if message.HasField("mode") else None,
-        group=message.group,
-        overwrite=message.overwrite,
-        is_zero=message.is_zero,
-        encryption=_encryption(message),
-        options=_options(message),
-    )
-
-
-def _encryption(message: pb.Destination) -> values.DestinationEncryption | None:
-    if not message.HasField("encryption"):
-        return None
-    asked, default = message.encryption, values.DestinationEncryption()
-    _known(ENCRYPTIONS, asked.format, "dest.encryption.format")
-    return values.DestinationEncryption(
-        cipher_alg=asked.cipher_alg or default.cipher_alg,
-        cipher_mode=asked.cipher_mode or default.cipher_mode,
-        hash_alg=asked.hash_alg or default.hash_alg,
-        ivgen_alg=asked.ivgen_alg or default.ivgen_alg,
-        ivgen_hash_alg=asked.ivgen_hash_alg or default.ivgen_hash_alg,
-        iter_time_ms=asked.iter_time_milliseconds or default.iter_time_ms,
-    )
 
 
 def _options(message: pb.Destination) -> tuple[values.CreationOption, ...]:
@@ -191,14 +132,7 @@ def _qemu_value(
     for choice in option.known:
         if named is not None and named.name == prefix + creation_options.contract_choice(choice):
             return choice
-    raise conditions.BadOption(field=path, problem=f"has no value {value}")
-
-
-def _known(table: Mapping[Any, V], key: object, field: str) -> V:
-    try:
-        return table[key]
-    except KeyError as error:
-        raise conditions.BadOption(field=field, problem=f"has no value {key}") from error
+    raise _unknown(path, value)
 
 
 # --- replies -----------------------------------------------------------------------------------

@@ -161,7 +161,9 @@ def _work(
 def _secrets_of(request: values.ConvertRequest, job_channel: channel.Channel) -> secrets.Secrets:
     try:
         return secrets.take(
-            job_channel, source=request.source.encrypted, dest=request.dest.encryption is not None
+            job_channel,
+            source=request.source.encryption is not None,
+            dest=request.dest.encryption is not None,
         )
     except channel.Closed as error:
         raise context.Cancelled from error

@@ -116,9 +116,9 @@ def check_encryption(asked: values.Source, link: ChainLink) -> None:
         conditions.SecretMissing: the source is encrypted, and none was given.
         conditions.BadOption: one was given, and the source is not encrypted.
     """
-    if link.info.encrypted and not asked.encrypted:
+    if link.info.encrypted and asked.encryption is None:
         raise conditions.SecretMissing(path=link.source.place.path)
-    if asked.encrypted and not link.info.encrypted:
+    if asked.encryption is not None and not link.info.encrypted:
         raise conditions.BadOption(field="source.encryption", problem="the image is not encrypted")
 
 

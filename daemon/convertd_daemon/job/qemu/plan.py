@@ -84,7 +84,7 @@ def make(
     source_cache = _source_cache(facts)
     dest_cache = _dest_cache(grant, facts)
     options = _options(grant, source_cache, dest_cache)
-    source = graph(facts.chain, encrypted=grant.request.source.encrypted)
+    source = graph(facts.chain, encrypted=grant.request.source.encryption is not None)
     return values.Plan(
         chain=chain,
         dest_format=dest.format,
@@ -153,7 +153,7 @@ def compare_argv(
         # A device may be larger than the image that is on it.
         size_bytes=plan.source.virtual_size_bytes if dest.on_device else 0,
     )
-    read = graph(chain, encrypted=request.source.encrypted)
+    read = graph(chain, encrypted=request.source.encryption is not None)
     return ("qemu-img", "compare", "-T", plan.source_cache.mode.value, read, written)
 
 
@@ -323,7 +323,7 @@ def _encryption_options(
         "hash-alg": asked.hash_alg,
         "ivgen-alg": asked.ivgen_alg,
         "ivgen-hash-alg": asked.ivgen_hash_alg,
-        "iter-time": str(asked.iter_time_ms),
+        "iter-time": str(asked.iter_time_milliseconds),
     }
     if image_format != "qcow2":
         return [values.CreationOption(name=name, value=value) for name, value in named.items()]
