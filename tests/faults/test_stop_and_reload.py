@@ -14,6 +14,7 @@ from harness.agent import Call, conversion
 from harness.callers import ALICE, BOB
 from harness.daemon import FRONT, JOB, QEMU_IMG, Daemon, DidNotStart
 from harness.fixtures import MakeDaemon
+from harness.tracing import Tracer
 
 from convertd.v1 import convert_pb2 as pb
 
@@ -279,6 +280,20 @@ def test_a_policy_that_others_may_write_is_not_taken(
     daemon.signal(signal.SIGHUP)
     daemon.await_notice("READY=1")
     assert "No such file or directory" in daemon.log
+    request = conversion(library / "small.raw", images_dir / "dest.qcow2")
+    assert daemon.agent(ALICE).convert(request).result().published
+
+
+@pytest.mark.parametrize("inject", ["clone:error=EAGAIN", "pipe2:error=EMFILE"])
+def test_a_policy_that_can_not_be_checked_now_is_not_taken(
+    daemon: Daemon, library: Path, images_dir: Path, inject: str
+) -> None:
+    """No process, or no descriptor, is to be had: what runs goes on, under the policy in force."""
+    running = begin(daemon, library / "slow.raw", images_dir / "slow.qcow2")
+    with Tracer([daemon.pid], inject, follow=False):
+        daemon.reload(POLICY)
+    assert "policy not reloaded, the old one stays in force" in daemon.log
+    assert running.result().published
     request = conversion(library / "small.raw", images_dir / "dest.qcow2")
     assert daemon.agent(ALICE).convert(request).result().published
 

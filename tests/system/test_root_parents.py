@@ -150,6 +150,8 @@ def test_a_root_that_anybody_could_make_is_refused(parent: Path) -> None:
         load.load(str(daemon_policy))
     daemon_policy.unlink()
     assert refused.value.key == KEY
+    # Not: take the permission away, which a directory as /tmp must have.
+    assert refused.value.reason.endswith("it is not there: make it first")
 
 
 def test_the_root_itself_may_be_anybodys(

@@ -121,6 +121,40 @@ class TestProgram:
         spoil(program)
         assert "only root can write" in complaint_of(lambda: preflight.check_program(str(program)))
 
+    @pytest.mark.parametrize(
+        ("spoil", "by_whom"),
+        [
+            pytest.param(lambda path: path.chmod(0o775), "members of gid 0", id="its-group-may"),
+            pytest.param(lambda path: path.chmod(0o757), "everybody", id="anybody-may"),
+            pytest.param(lambda path: os.chown(path, 1234, 0), "uid 1234", id="it-is-anothers"),
+        ],
+    )
+    @pytest.mark.parametrize("way", ["qemu-img", "there", "back", "away"])
+    def test_one_in_a_directory_that_others_can_write_is_refused(
+        self, directory: Path, way: str, spoil: Callable[[Path], object], by_whom: str
+    ) -> None:
+        """They would put another in its place; so would who can write where a link to it lies."""
+        theirs = directory / "theirs"
+        (theirs / "below").mkdir(parents=True)
+        theirs.chmod(0o755)
+        directory.chmod(0o755)
+        for program in (directory / "qemu-img", theirs / "qemu-img"):
+            program.touch(0o755)
+        (directory / "there").symlink_to("theirs/qemu-img")
+        (directory / "back").symlink_to(theirs / "below" / ".." / ".." / "qemu-img")
+        (theirs / "away").symlink_to("../qemu-img")
+        named = str({"there": directory, "back": directory}.get(way, theirs) / way)
+        preflight.check_program(named)
+        spoil(theirs)
+        reason = f"{theirs} can be changed by {by_whom}, who could so replace it"
+        assert complaint_of(lambda: preflight.check_program(named)) == f"{named}: {reason}"
+
+    def test_links_that_never_end_are_told(self, directory: Path) -> None:
+        """As the kernel does."""
+        (directory / "qemu-img").symlink_to("qemu-img")
+        complaint = complaint_of(lambda: preflight.check_program(str(directory / "qemu-img")))
+        assert "Too many levels of symbolic links" in complaint
+
 
 @contextlib.contextmanager
 def _exchanging(directory: Path, one: bytes, other: bytes) -> Iterator[None]:

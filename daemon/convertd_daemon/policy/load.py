@@ -64,6 +64,9 @@ def load(path: str, *, limit_s: float = lookup.LIMIT_S) -> Loaded:
         raise LoadError(path, error.key, error.reason) from error
     except lookup.LookupFailed as error:
         raise LoadError(path, "", str(error)) from error
+    except OSError as error:
+        # No process to be had, or no descriptor: at a reload the policy in force stays.
+        raise LoadError(path, "", f"can't be checked: {os.strerror(error.errno or 0)}") from error
     for root in bound.roots:
         if parsed.parents_count(root.name):
             _check_parents(path, root, seen[root.name])
@@ -91,7 +94,9 @@ def _check_parents(file: str, root: values.Root, seen: survey.Seen) -> None:
         return
     first = beyond[0]
     reason = f"{first.path} can be changed by {first}, who could so replace {root.path}"
-    if first.everybody:
+    if first.everybody and first.is_sticky:
+        reason += "; it is not there: make it first"
+    elif first.everybody:
         reason += f"; take that from them: chmod o-w {first.path}"
     else:
         uids = frozenset[int]().union(root.parent_uids, *(found.uids for found in beyond))

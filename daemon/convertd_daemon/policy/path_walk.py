@@ -1,7 +1,7 @@
 """Walk from `/` to a directory, one name at a time, and judge who could replace what is there.
 
-Fails closed. No link is followed. Each directory is opened below the one before and stays open, so
-that the directory that was judged is the one that is used.
+Fails closed. Each directory is opened below the one before and stays open, so that the directory
+that was judged is the one that is used. No link is followed; `followed` gives each one, as a step.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 STRICTLY: Final = Resolve.NO_SYMLINKS | Resolve.NO_MAGICLINKS
+
+MOST_LINKS: Final = 40
+"""As the kernel's MAXSYMLINKS. Source: linux/namei.h."""
 
 KEEP_BIRTHS: Final = frozenset(fstatfs.Magic)
 """Where an inode has one time of birth for as long as it lives, which nobody can set."""
@@ -43,6 +46,7 @@ class Writers:
     uids: frozenset[int] = frozenset()
     gids: frozenset[int] = frozenset()
     everybody: bool = False
+    is_sticky: bool = False
 
     def __bool__(self) -> bool:
         return self.everybody or bool(self.uids or self.gids)
@@ -54,6 +58,7 @@ class Writers:
             uids=self.uids - root.parent_uids,
             gids=self.gids - root.parent_gids,
             everybody=self.everybody,
+            is_sticky=self.is_sticky,
         )
 
     def __str__(self) -> str:
@@ -68,14 +73,54 @@ def steps(path: str, stack: contextlib.ExitStack) -> Iterator[Step]:
     Raises:
         OSError: one of them is not there, is a link, or no directory. See open_step.
     """
-    fd, so_far = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), "/"
-    stack.callback(os.close, fd)
-    yield Step(path=so_far, fd=fd, status=os.fstat(fd))
+    here = _top(stack)
+    yield here
     for name in filter(None, path.split("/")):
-        so_far = os.path.join(so_far, name)
-        fd = open_step(fd, so_far, os.O_PATH | os.O_DIRECTORY)
-        stack.callback(os.close, fd)
-        yield Step(path=so_far, fd=fd, status=os.fstat(fd))
+        here = _next(here, name, os.O_PATH | os.O_DIRECTORY, stack)
+        yield here
+
+
+def followed(path: str, stack: contextlib.ExitStack) -> Iterator[tuple[Step, Step]]:
+    """Walk a path and all links on it: each directory, and what has the next name in there.
+
+    That is a directory, a link, or in the end whatever it is. `path` is absolute. `stack` closes.
+
+    Raises:
+        OSError: one of them is not there, or no directory, or there are too many links.
+    """
+    above, left, links = [_top(stack)], path.split("/")[::-1], 0
+    while left:
+        name = left.pop()
+        if name in {"", "."}:
+            continue
+        if name == "..":
+            del above[max(1, len(above) - 1) :]
+            continue
+        found = _next(above[-1], name, os.O_PATH | os.O_NOFOLLOW, stack)
+        yield above[-1], found
+        if not stat.S_ISLNK(found.status.st_mode):
+            above.append(found)
+            continue
+        links += 1
+        if links > MOST_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+        target = os.readlink("", dir_fd=found.fd)
+        if target.startswith("/"):
+            del above[1:]
+        left += target.split("/")[::-1]
+
+
+def _top(stack: contextlib.ExitStack) -> Step:
+    fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    stack.callback(os.close, fd)
+    return Step(path="/", fd=fd, status=os.fstat(fd))
+
+
+def _next(here: Step, name: str, flags: int, stack: contextlib.ExitStack) -> Step:
+    path = os.path.join(here.path, name)
+    fd = open_step(here.fd, path, flags)
+    stack.callback(os.close, fd)
+    return Step(path=path, fd=fd, status=os.fstat(fd))
 
 
 def open_step(directory: int, path: str, flags: int) -> int:
@@ -142,14 +187,17 @@ def writers_above(path: str, kind: values.RootKind, way: list[Step]) -> Iterator
     for number, step in enumerate(way):
         below = way[number + 1].status if number + 1 < len(way) else None
         if below is not None or step.path != path or links_count:
-            yield _writers(step, below)
+            yield writers(step, below)
 
 
-def _writers(step: Step, below: os.stat_result | None) -> Writers:
-    """Who could replace `below`, or make it where it is missing.
+def writers(step: Step, below: os.stat_result | None) -> Writers:
+    """Who could replace `below` in a directory, or make it where it is missing, or write a file.
 
     An owner can give itself every permission. In a sticky directory only its owner, and the owner
     of what is in it, can rename that. Source: inode(7), unlink(2).
+
+    Raises:
+        OSError: an access control list could not be read.
     """
     mode = step.status.st_mode
     uids, gids = {step.status.st_uid}, set[int]()
@@ -172,4 +220,5 @@ def _writers(step: Step, below: os.stat_result | None) -> Writers:
         uids=frozenset(uids - {0}),
         gids=frozenset(gids),
         everybody=everybody,
+        is_sticky=bool(mode & stat.S_ISVTX),
     )

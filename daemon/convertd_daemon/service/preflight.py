@@ -11,6 +11,7 @@ import stat
 from typing import TYPE_CHECKING, Final
 
 from convertd_daemon.linux import children, landlock
+from convertd_daemon.policy import path_walk
 from convertd_daemon.sandbox.identity import Identity
 
 if TYPE_CHECKING:
@@ -102,17 +103,28 @@ def check_descriptors(limits: values.Limits) -> None:
 
 
 def check_program(path: str) -> None:
-    """Check that there is a qemu-img, and that nobody but root can change it.
+    """Check that there is a qemu-img, and that nobody but root can change or replace it.
+
+    Links are followed, and each directory that they lead through counts.
 
     Raises:
-        CantStart: there is none, or others could replace it.
+        StartError: there is none, or others could.
     """
     try:
-        status = os.stat(path)
+        with contextlib.ExitStack() as stack:
+            program = None
+            for above, program in path_walk.followed(path, stack):
+                if writers := path_walk.writers(above, program.status):
+                    reason = f"{above.path} can be changed by {writers}, who could so replace it"
+                    raise StartError(f"{path}: {reason}")
+            if program is None or not _is_roots_program(program):
+                raise StartError(f"{path}: is not a program that only root can write")
     except OSError as error:
         raise StartError(f"{path}: {os.strerror(error.errno or 0)} (package qemu-utils)") from error
-    if not stat.S_ISREG(status.st_mode) or status.st_uid != 0 or status.st_mode & 0o022:
-        raise StartError(f"{path}: is not a program that only root can write")
+
+
+def _is_roots_program(found: path_walk.Step) -> bool:
+    return stat.S_ISREG(found.status.st_mode) and not path_walk.writers(found, None)
 
 
 def private_directory(socket_path: str, front: Identity) -> str:
