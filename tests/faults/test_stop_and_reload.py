@@ -284,15 +284,22 @@ def test_a_policy_that_others_may_write_is_not_taken(
     assert daemon.agent(ALICE).convert(request).result().published
 
 
-@pytest.mark.parametrize("inject", ["clone:error=EAGAIN", "pipe2:error=EMFILE"])
+@pytest.mark.parametrize(
+    ("inject", "reason"),
+    [
+        ("clone:error=EAGAIN", "can't be checked: Resource temporarily unavailable"),
+        ("pipe2:error=EMFILE", "can't be checked: Too many open files"),
+    ],
+)
 def test_a_policy_that_can_not_be_checked_now_is_not_taken(
-    daemon: Daemon, library: Path, images_dir: Path, inject: str
+    daemon: Daemon, library: Path, images_dir: Path, inject: str, reason: str
 ) -> None:
     """No process, or no descriptor, is to be had: what runs goes on, under the policy in force."""
     running = begin(daemon, library / "slow.raw", images_dir / "slow.qcow2")
     with Tracer([daemon.pid], inject, follow=False):
-        daemon.reload(POLICY)
-    assert "policy not reloaded, the old one stays in force" in daemon.log
+        daemon.reload(daemon.policy_path.read_text(encoding="utf-8"))
+    stays = "policy not reloaded, the old one stays in force"
+    assert f"{stays}: {daemon.policy_path}: {reason}" in daemon.log
     assert running.result().published
     request = conversion(library / "small.raw", images_dir / "dest.qcow2")
     assert daemon.agent(ALICE).convert(request).result().published
