@@ -7,6 +7,7 @@ number of a connection that the broker itself accepted.
 from __future__ import annotations
 
 import enum
+import typing
 from dataclasses import dataclass
 from typing import Final
 
@@ -129,20 +130,11 @@ class RequestRejected:
     reason: str
 
 
-FROM_FRONT: Final = (
-    Ready,
-    Convert,
-    Inspect,
-    ListJobs,
-    CancelJob,
-    GetAccess,
-    GetStats,
-    ProbeAnswered,
-    CallAbandoned,
-    JobFinished,
-    Released,
-    RequestRejected,
+Request = Convert | Inspect | ListJobs | CancelJob | GetAccess | GetStats
+FromFront = (
+    Ready | Request | ProbeAnswered | CallAbandoned | JobFinished | Released | RequestRejected
 )
+FROM_FRONT: Final = typing.get_args(FromFront)
 
 # --- broker to front ---------------------------------------------------------------------------
 
@@ -311,20 +303,7 @@ ToFront = (
     | RefusalStats
 )
 
-FROM_BROKER: Final = (
-    Connected,
-    Probe,
-    Queued,
-    Started,
-    Refused,
-    Ended,
-    JobEntry,
-    ReplyComplete,
-    AccessReport,
-    StatsReport,
-    ConversionStats,
-    RefusalStats,
-)
+FROM_BROKER: Final = typing.get_args(ToFront)
 
 # --- to a job ----------------------------------------------------------------------------------
 

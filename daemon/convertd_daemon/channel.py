@@ -7,11 +7,13 @@ joins a job and the front, and *is* the job's life: whoever closes it ends the j
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
+import os
 import socket
 from collections.abc import Iterator
-from typing import Any, Final, Self
+from typing import Any, Final, Protocol, Self
 
 from convertd_core import codec
 from convertd_daemon.linux import scm_rights
@@ -147,6 +149,75 @@ class Channel:
             scm_rights.close_all(descriptors)
             raise Closed
         return data, descriptors
+
+
+class Sender(Protocol):
+    """Whoever sends on, at once or later."""
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether what is sent now would wait."""
+
+    def send(self, message: object, descriptor: int | None = None) -> None:
+        """Send a message, with a descriptor, which is then no longer the caller's."""
+
+
+class SendQueue:
+    """What is to be sent on a channel, in order, also when the channel has no room for it now.
+
+    Whoever has messages in it waits until the channel can be written to, and calls `flush`. Owns
+    the descriptors that it was given. `sent` counts the messages that there was room for.
+    """
+
+    def __init__(self, to: Channel) -> None:
+        self.sent = 0
+        self._channel = to
+        self._pending: collections.deque[tuple[bytes, int | None]] = collections.deque()
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether something waits for room in the channel."""
+        return bool(self._pending)
+
+    def send(self, message: object, descriptor: int | None = None) -> None:
+        """Send a message, with a descriptor that is then closed here; later, if there is no room.
+
+        Raises:
+            Closed: the other end is gone. Nothing waits any more.
+            TooLong: it is not sent. It must not wait with the others: nothing would get past it.
+        """
+        with contextlib.ExitStack() as unsent:
+            if descriptor is not None:
+                unsent.callback(os.close, descriptor)
+            data = encoded(message)
+            unsent.pop_all()
+        self._pending.append((data, descriptor))
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what waits, as far as there is room.
+
+        Raises:
+            Closed: the other end is gone. Nothing waits any more.
+        """
+        while self._pending:
+            data, descriptor = self._pending[0]
+            rights = () if descriptor is None else (descriptor,)
+            try:
+                if not self._channel.send_bytes(data, *rights, wait=False):
+                    return
+            except Closed:
+                self.clear()
+                raise
+            self._pending.popleft()
+            self.sent += 1
+            if descriptor is not None:
+                os.close(descriptor)
+
+    def clear(self) -> None:
+        """Close the descriptors that were not sent, of which others may have copies."""
+        scm_rights.close_all([fd for _, fd in self._pending if fd is not None])
+        self._pending.clear()
 
 
 @contextlib.contextmanager

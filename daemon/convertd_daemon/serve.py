@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from convertd_core import messages
 from convertd_daemon import __version__
-from convertd_daemon.broker import broker, front_supervisor
+from convertd_daemon.broker import broker
 from convertd_daemon.policy import load
 from convertd_daemon.sandbox import seccomp
 from convertd_daemon.sandbox.setup import Setup
@@ -58,7 +58,7 @@ def serve(policy_path: str, outset: Bootstrap) -> None:
     # What is here now stays: a collection would only copy pages that each job shares with us.
     gc.collect()
     gc.freeze()
-    running.run(front_supervisor.FrontProcess(outset.front))
+    running.run(outset.front)
     if running.failed:
         raise preflight.StartError(running.failed)
 

@@ -438,7 +438,7 @@ class TestWhole:
         with whole_job.started(rules.convert(slow)) as (job, line):
             while not isinstance(line.receive(*messages.FROM_JOB)[0], messages.Planned):
                 pass
-            job.signal(signal.SIGTERM)
+            os.kill(job.pid, signal.SIGTERM)
             with contextlib.suppress(channel.Closed):
                 while True:
                     assert not isinstance(line.receive(*messages.FROM_JOB)[0], messages.Failed)

@@ -10,12 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from convertd_core import conditions, messages, values
 from convertd_daemon import channel
-from convertd_daemon.broker import (
-    jobs,
-    loop,
-    queue,
-    workers,
-)
+from convertd_daemon.broker import loop, workers
 from convertd_daemon.front import secret_pipes
 from convertd_daemon.sandbox import seccomp
 from convertd_daemon.sandbox.identity import Identity
@@ -69,22 +64,17 @@ class Said:
 @contextlib.contextmanager
 def started(
     grant: values.ConvertGrant | values.InspectGrant, *passphrases: bytes
-) -> Iterator[tuple[jobs.Job, channel.Channel]]:
+) -> Iterator[tuple[workers.JobProcess, channel.Channel]]:
     """Fork a job; gives it, and the front's end of its channel. Afterwards it is gone."""
-    lane: queue.JobQueue[jobs.Job] = queue.JobQueue(
-        slots=1, slots_per_user=1, waiting=1, per_user=1
-    )
     with secret_pipes.holding(list(passphrases)) as held:
-        job = jobs.Job(job_id="job-1", call=1, connection=1, grant=grant, queue=lane)
-        line = job.start(workers.PreforkedJob(loop.Loop(), setup(), lambda: False), grant.peer)
-        secret_pipes.hand_on(held, line)
-    with line:
-        try:
-            yield job, line
-        finally:
-            line.close()
-            os.waitpid(job.pid, 0)
-            job.close()
+        spare = workers.PreforkedJob(loop.Loop(), setup(), lambda: False)
+        job = spare.begin("job-1", grant)
+        secret_pipes.hand_on(held, job.channel)
+    try:
+        yield job, job.channel
+    finally:
+        job.close()
+        os.waitpid(job.pid, 0)
 
 
 def run(grant: values.ConvertGrant | values.InspectGrant, *passphrases: bytes) -> Said:

@@ -17,6 +17,7 @@ from convertd_daemon.broker import (
     loop,
 )
 from convertd_daemon.sandbox import closer
+from convertd_daemon.service import audit
 
 RULES = grants.Rules(roots=(grants.files("/images"), grants.devices("/dev/vg")))
 LIMITS = values.Limits(jobs=1, queue=3, inspections=2)
@@ -46,6 +47,17 @@ def to(dest: str, **changes: object) -> values.ConvertGrant:
     return RULES.convert(dataclasses.replace(request, **changes))  # type: ignore[arg-type]
 
 
+def add(
+    table: jobs.Jobs,
+    call: int,
+    connection: connections.Connection,
+    grant: values.ConvertGrant | values.InspectGrant,
+) -> jobs.Job:
+    """Queue what was granted."""
+    asked = audit.RequestSummary(operation=messages.Operation.CONVERT, caller=connection.caller)
+    return table.add(call, connection, grant, asked)
+
+
 LOOK = RULES.inspect(values.Source(path="/images/a"))
 
 
@@ -53,9 +65,9 @@ def test_a_look_never_waits_behind_a_conversion(
     table: jobs.Jobs, connection: connections.Connection
 ) -> None:
     """Inspect, and what is only to be checked."""
-    table.add(1, connection, to("/images/b"))
-    look = table.add(2, connection, LOOK)
-    check = table.add(3, connection, to("/images/b", validate_only=True))
+    add(table, 1, connection, to("/images/b"))
+    look = add(table, 2, connection, LOOK)
+    check = add(table, 3, connection, to("/images/b", validate_only=True))
     assert (len(table.conversions), len(table.inspections)) == (1, 2)
     assert [table.inspections.next(), table.inspections.next()] == [look, check]
 
@@ -64,15 +76,15 @@ def test_one_destination_is_one_jobs_at_a_time(
     table: jobs.Jobs, connection: connections.Connection
 ) -> None:
     """Until it has published, or is gone; a look at the same path does not count."""
-    first = table.add(1, connection, to("/images/b"))
-    table.add(2, connection, to("/images/b", validate_only=True))
-    busy = refusals.reason_of(lambda: table.add(3, connection, to("/images/b")))
+    first = add(table, 1, connection, to("/images/b"))
+    add(table, 2, connection, to("/images/b", validate_only=True))
+    busy = refusals.reason_of(lambda: add(table, 3, connection, to("/images/b")))
     assert busy == "DEST_BUSY"
     assert len(table) == 2
     first.finished = True
-    second = table.add(3, connection, to("/images/b"))
+    second = add(table, 3, connection, to("/images/b"))
     table.remove(second)
-    table.add(4, connection, to("/images/b"))
+    add(table, 4, connection, to("/images/b"))
 
 
 def test_one_that_has_no_room_to_wait_is_in_no_list(
@@ -80,8 +92,8 @@ def test_one_that_has_no_room_to_wait_is_in_no_list(
 ) -> None:
     """It is refused, and nothing of it stays."""
     for number in range(3):
-        table.add(number, connection, to(f"/images/{number}"))
-    full = refusals.reason_of(lambda: table.add(9, connection, to("/images/9")))
+        add(table, number, connection, to(f"/images/{number}"))
+    full = refusals.reason_of(lambda: add(table, 9, connection, to("/images/9")))
     assert full == "QUEUE_FULL"
     assert table.by_call(9) is None
     assert len(table) == 3
@@ -91,7 +103,7 @@ def test_a_job_is_found_by_whatever_names_it(
     table: jobs.Jobs, connection: connections.Connection
 ) -> None:
     """Its id, its call, its process, its connection."""
-    job = table.add(7, connection, to("/images/b"))
+    job = add(table, 7, connection, to("/images/b"))
     job.pid = 4711
     assert table.find(job.job_id) is job
     assert table.by_call(7) is job
@@ -104,33 +116,17 @@ def test_a_job_is_found_by_whatever_names_it(
 
 def test_ids_are_not_to_be_guessed(table: jobs.Jobs, connection: connections.Connection) -> None:
     """Whoever knows one could ask to cancel it; that it is refused is another thing."""
-    ids = {table.add(number, connection, LOOK).job_id for number in range(3)}
+    ids = {add(table, number, connection, LOOK).job_id for number in range(3)}
     assert len(ids) == 3
     assert all(len(job_id) == 12 for job_id in ids)
-
-
-def test_who_waits_is_told_when_the_place_in_the_queue_changes(
-    table: jobs.Jobs, connection: connections.Connection
-) -> None:
-    """And only then; it counts from one, in each of the two queues."""
-    first, second = (table.add(number, connection, to(f"/images/{number}")) for number in (1, 2))
-    look = table.add(3, connection, LOOK)
-    assert table.moved() == [first, second, look]
-    for job, position in ((first, 1), (second, 2), (look, 1)):
-        assert job.position == position
-        job.told_position = position
-    assert table.moved() == []
-    assert table.conversions.next() is first
-    assert table.moved() == [second]
-    assert second.position == 1
 
 
 def test_a_job_that_is_removed_gives_its_place_back(
     table: jobs.Jobs, connection: connections.Connection
 ) -> None:
     """Whether it waited or ran."""
-    running = table.add(1, connection, to("/images/b"))
-    waiting = table.add(2, connection, to("/images/c"))
+    running = add(table, 1, connection, to("/images/b"))
+    waiting = add(table, 2, connection, to("/images/c"))
     assert table.conversions.next() is running
     assert table.conversions.next() is None
     table.remove(waiting)
@@ -141,7 +137,7 @@ def test_a_job_that_is_removed_gives_its_place_back(
 def test_new_limits_hold_at_once(table: jobs.Jobs, connection: connections.Connection) -> None:
     """As the policy was reloaded."""
     for number in (1, 2):
-        table.add(number, connection, to(f"/images/{number}"))
+        add(table, number, connection, to(f"/images/{number}"))
     assert table.conversions.next() is not None
     assert table.conversions.next() is None
     table.set_limits(dataclasses.replace(LIMITS, jobs=2))
@@ -152,7 +148,7 @@ def test_a_list_shows_what_was_asked_and_nothing_secret(
     table: jobs.Jobs, connection: connections.Connection
 ) -> None:
     """Paths and formats in the caller's own words."""
-    job = table.add(1, connection, to("/images/b", label="nightly"))
+    job = add(table, 1, connection, to("/images/b", label="nightly"))
     job.position = 2
     assert job.entry(9) == messages.JobEntry(
         call=9,
@@ -168,7 +164,7 @@ def test_a_list_shows_what_was_asked_and_nothing_secret(
         queued=job.queued,
         started=None,
     )
-    look = table.add(2, connection, LOOK).entry(9)
+    look = add(table, 2, connection, LOOK).entry(9)
     assert (look.dest, look.dest_format, look.label) == ("", "", "")
 
 
@@ -189,7 +185,7 @@ def test_a_device_may_be_half_written_once_its_job_runs(
     expected: bool,  # noqa: FBT001
 ) -> None:
     """Which is what is said if it then ends without a word."""
-    job = table.add(1, connection, to(dest))
+    job = add(table, 1, connection, to(dest))
     job.state = state
     assert job.is_writing_a_device is expected
     job.finished = True

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 from collections.abc import Iterator
 
 import grants
 import pytest
 
-from convertd_core import values
-from convertd_daemon.broker import (
-    connections,
-    jobs,
-    loop,
-    positions,
-)
+from convertd_core import messages, values
+from convertd_daemon.broker import connections, jobs, loop, queue
 from convertd_daemon.sandbox import closer
+from convertd_daemon.service import audit
 
 RULES = grants.Rules(roots=(grants.files("/images"),))
 
@@ -26,16 +23,23 @@ class Waiting:
     def __init__(self, connection: connections.Connection) -> None:
         self.loop = loop.Loop()
         self.jobs = jobs.Jobs(values.Limits(jobs=9, jobs_per_user=9, queue=100, queue_per_user=100))
-        self.positions = positions.Positions(self.loop, self.jobs, self._send)
+        lanes = (self.jobs.conversions, self.jobs.inspections)
+        self.positions = queue.Positions(self.loop, lanes, self._send)
         self.told_position: list[tuple[int, int]] = []
         self.deaf = False
         self._is_awaited = False
         self._connection = connection
 
-    def join(self, number: int) -> None:
+    def join(self, number: int, *, validate_only: bool = False) -> None:
         """Queue one more."""
-        request = grants.request("/images/a", f"/images/{number}")
-        self.jobs.add(number, self._connection, RULES.convert(request))
+        request = dataclasses.replace(
+            grants.request("/images/a", f"/images/{number}"), validate_only=validate_only
+        )
+        asked = audit.conversion(
+            messages.Convert(call=number, connection=self._connection.number, request=request),
+            self._connection.caller,
+        )
+        self.jobs.add(number, self._connection, RULES.convert(request), asked)
         self.positions.notify()
 
     def start(self, count: int) -> None:
@@ -88,11 +92,18 @@ def test_who_moves_up_is_told_a_little_later_and_only_the_last(waiting: Waiting)
     assert waiting.told_position == [(3, 1)]
 
 
+def test_those_who_only_look_are_counted_by_themselves(waiting: Waiting) -> None:
+    """From one, in each of the two queues."""
+    waiting.join(1)
+    waiting.join(2, validate_only=True)
+    assert waiting.told_position == [(1, 1), (2, 1)]
+
+
 def test_who_moves_up_when_it_has_been_quiet_is_told_at_once(
     waiting: Waiting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a short queue nobody notices that positions are held back."""
-    monkeypatch.setattr(positions, "AGAIN_S", 0.0)
+    monkeypatch.setattr(queue, "AGAIN_S", 0.0)
     waiting.join(1)
     waiting.join(2)
     waiting.told_position.clear()

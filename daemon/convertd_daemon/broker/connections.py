@@ -7,10 +7,8 @@ somebody attached descriptors to what is unread: see closer.py.
 
 from __future__ import annotations
 
-import errno
 import itertools
 import logging
-import os
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -73,6 +71,11 @@ class Connections:
     def __len__(self) -> int:
         return len(self._by_number)
 
+    @property
+    def is_closing_many(self) -> bool:
+        """Whether nothing more should come that may have to be closed by another process."""
+        return self._closer.is_full
+
     def find(self, number: int) -> Connection | None:
         """The connection of that number, if it lives and somebody may ask for something over it.
 
@@ -99,17 +102,6 @@ class Connections:
             found = gids and gids & connection.peer().groups
             self._in[connection.number] = gids, found
         return values.Peer(uid=connection.uid, gid=connection.gid, groups=found, pid=connection.pid)
-
-    def peer_on(self, number: int) -> values.Peer:
-        """Who called connect(2) for a connection, groups included.
-
-        Raises:
-            OSError: it is over.
-        """
-        found = self.find(number)
-        if found is None:
-            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
-        return found.peer()
 
     def admit(self, sock: socket.socket) -> Connection | None:
         """Ask the kernel who this is and keep it; None, and closed, if there are too many.

@@ -1,97 +1,258 @@
-"""The front's process, as the broker sees it: something to start, to feed, and not to trust."""
+"""The front's process, as the broker sees it: something to start, to feed, and not to trust.
+
+A front that ends is replaced, one that takes no messages is killed first, and when one after the
+other ends before it serves, the daemon gives up.
+"""
 
 from __future__ import annotations
 
-import collections
-import contextlib
+import logging
 import os
 import signal
-from typing import TYPE_CHECKING
+import socket
+from typing import TYPE_CHECKING, Final, Protocol
 
+from convertd_core import codec, conditions, messages
 from convertd_daemon import channel
+from convertd_daemon.broker import loop
 from convertd_daemon.linux import scm_rights
-from convertd_daemon.sandbox import front_process
 
 if TYPE_CHECKING:
-    from convertd_daemon.sandbox.identity import Identity
+    from collections.abc import Callable
+
+    from convertd_daemon.sandbox.closer import Closer
+    from convertd_daemon.sandbox.front_process import Started
+
+log = logging.getLogger(__name__)
+
+START_S: Final = 30.0
+
+RESTARTS: Final = 5
+"""So many fronts may die before one has served; then the daemon gives up."""
+
+READS_S: Final = 10.0
+"""A front that has messages waiting and takes none of them for so long is replaced. Sooner than
+systemd's watchdog would replace all of us, jobs included."""
+
+STOP_S: Final = 5.0
+
+TOO_LONG: Final = conditions.Unsupported(
+    what="so long an answer", why="it does not fit into a message"
+)
+
+
+class Events(Protocol):
+    """Who is told what becomes of the front."""
+
+    def on_front_message(self, message: messages.FromFront) -> None:
+        """It sent a message."""
+
+    def on_front_behind(self) -> None:
+        """It has not read what there is for it: nothing new is to be taken."""
+
+    def on_front_caught_up(self) -> None:
+        """It has, again."""
+
+    def on_front_disconnected(self) -> None:
+        """It hears nothing more, and is about to end."""
+
+    def on_front_exit(self) -> None:
+        """Its process is gone, and with it its calls. Another is started after this."""
+
+    def on_front_failed(self, why: str) -> None:
+        """There will be no other."""
 
 
 class FrontProcess:
     """The running front: its process, our end of its channel, and what could not yet be sent.
 
-    `sent` counts the messages that there was room for.
-
     Owns the channel and every descriptor it is asked to send.
     """
 
-    def __init__(self, started: front_process.Started) -> None:
+    def __init__(self, started: Started) -> None:
         """Take over a started front."""
         self.pid = started.pid
         self.channel = channel.Channel(started.sock)
-        self.sent = 0
-        self._pending: collections.deque[tuple[bytes, int | None]] = collections.deque()
-
-    @property
-    def has_pending(self) -> bool:
-        """Whether something waits for room in the channel."""
-        return bool(self._pending)
-
-    def send(self, message: object, descriptor: int | None = None) -> None:
-        """Send a message, with a descriptor that is then closed here; later, if there is no room.
-
-        Raises:
-            channel.Closed: the front is gone.
-            channel.TooLong: the message can't be sent.
-        """
-        with contextlib.ExitStack() as unsent:
-            if descriptor is not None:
-                unsent.callback(os.close, descriptor)
-            data = channel.encoded(message)
-            unsent.pop_all()
-        self._pending.append((data, descriptor))
-        self.catch_up()
-
-    def catch_up(self) -> None:
-        """Send what waits, as far as there is room.
-
-        Raises:
-            channel.Closed: the front is gone.
-        """
-        while self._pending:
-            data, descriptor = self._pending[0]
-            rights = () if descriptor is None else (descriptor,)
-            try:
-                if not self.channel.send_bytes(data, *rights, wait=False):
-                    return
-            except channel.Closed:
-                self._forget_all()
-                raise
-            self._pending.popleft()
-            self.sent += 1
-            if descriptor is not None:
-                os.close(descriptor)
-
-    def close(self) -> None:
-        """Close the channel, which ends the front, and whatever it has not been sent.
-
-        Of the connections among that others have copies.
-        """
-        self.channel.close()
-        self._forget_all()
-
-    def _forget_all(self) -> None:
-        scm_rights.close_all([fd for _, fd in self._pending if fd is not None])
-        self._pending.clear()
+        self.outbound = channel.SendQueue(self.channel)
 
     def kill(self) -> None:
         """End it now. It is our child and not reaped yet, so the pid is its own."""
         os.kill(self.pid, signal.SIGKILL)
 
 
-def start(user: Identity, private: str) -> FrontProcess:
-    """Start a front; see front_process.start.
+class FrontSupervisor:
+    """Keeps a front alive, and takes and gives its messages."""
 
-    Raises:
-        OSError: no process, or no descriptors, to be had.
-    """
-    return FrontProcess(front_process.start(user, private))
+    def __init__(
+        self, a_loop: loop.Loop, closer: Closer, start: Callable[[], Started], events: Events
+    ) -> None:
+        """Have none yet. `start` starts one."""
+        self._loop = a_loop
+        self._closer = closer
+        self._start = start
+        self._events = events
+        self._front: FrontProcess | None = None
+        self._timer: loop.Timer | None = None
+        """Runs while the front has not read what there is for it."""
+        self._serves = False
+        self._lost = 0
+        self._is_last = False
+        self._is_ending = False
+
+    @property
+    def pid(self) -> int:
+        """Its process; 0 if there is none."""
+        return 0 if self._front is None else self._front.pid
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether there is no front that takes a message at once."""
+        return self._front is None or self._front.outbound.has_pending
+
+    def watch(self, started: Started) -> None:
+        """Have a front, that is to serve within a time."""
+        front = self._front = FrontProcess(started)
+        self._serves = False
+        self._listen(front)
+        self._loop.after(START_S, lambda: self._on_start_timeout(front))
+
+    def on_ready(self) -> None:
+        """Take note that the front serves."""
+        self._serves = True
+        self._lost = 0
+
+    def keep_no_other(self) -> None:
+        """Start none when this one ends."""
+        self._is_last = True
+
+    def end(self) -> bool:
+        """Have the front say what it still has to say, and end; False if there is none."""
+        if self._front is None:
+            return False
+        if not self._is_ending:
+            ending, self._is_ending = self._front, True
+            self._loop.forget(ending.channel.fileno())
+            ending.channel.sock.shutdown(socket.SHUT_RDWR)
+            self._loop.after(STOP_S, lambda: self._kill_if_left(ending))
+        return True
+
+    def _kill_if_left(self, front: FrontProcess) -> None:
+        if self._front is front:
+            front.kill()
+
+    def _on_start_timeout(self, started: FrontProcess) -> None:
+        if self._front is started and not self._serves and not self._is_last:
+            log.error("the front did not begin to serve within %d s", START_S)
+            started.kill()
+
+    # --- messages ----------------------------------------------------------------------------
+
+    def send(self, message: object, descriptor: int | None = None) -> None:
+        """Send the front a message; a front that is gone is dealt with, not reported."""
+        front = self._front
+        if front is None:
+            scm_rights.close_all([] if descriptor is None else [descriptor])
+            return
+        try:
+            front.outbound.send(message, descriptor)
+        except channel.Closed:
+            self._disconnect(front)
+            return
+        except channel.TooLong as error:
+            # A caller in 65,536 groups, a policy of a megabyte: its call ends, and nothing else.
+            log.warning("an answer does not fit into a message: %s", error)
+            call = getattr(message, "call", None)
+            if call is not None and not isinstance(message, messages.Refused):
+                self.send(messages.Refused(call=call, failure=TOO_LONG.failure()))
+        if front.outbound.has_pending and self._timer is None:
+            # The front itself never waits to send. What waits for it stays within what the jobs
+            # there are, and the watchdog, can make.
+            self._loop.watch(front.channel.fileno(), loop.WRITE, lambda _: self._flush(front))
+            self._events.on_front_behind()
+            self._schedule_read_check(front)
+
+    def _schedule_read_check(self, front: FrontProcess) -> None:
+        sent = front.outbound.sent
+        self._timer = self._loop.after(READS_S, lambda: self._check_reads(front, sent))
+
+    def _check_reads(self, front: FrontProcess, sent: int) -> None:
+        # There may be room of which epoll says nothing until there is more.
+        self._flush(front)
+        if self._timer is None:
+            return
+        if front.outbound.sent > sent:
+            self._schedule_read_check(front)
+        else:
+            log.error("the front does not read its messages")
+            front.kill()
+
+    def _flush(self, front: FrontProcess) -> None:
+        """Send what waits, and when nothing does, go on as before."""
+        try:
+            front.outbound.flush()
+        except channel.Closed:
+            self._disconnect(front)
+            return
+        if not front.outbound.has_pending:
+            self._cancel_timer()
+            self._listen(front)
+            self._events.on_front_caught_up()
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _listen(self, front: FrontProcess) -> None:
+        self._loop.watch(front.channel.fileno(), loop.READ, lambda _: self._receive(front))
+
+    def _receive(self, front: FrontProcess) -> None:
+        """Take one message."""
+        try:
+            message, _ = front.channel.receive(*messages.FROM_FRONT, wait=False)
+        except BlockingIOError:
+            return
+        except channel.Closed:
+            self._disconnect(front)
+            return
+        except codec.CodecError:
+            # We made it and it does not speak our language: it is no longer ours.
+            log.exception("the front sent what is no message")
+            self._disconnect(front)
+            return
+        self._events.on_front_message(message)
+
+    def _disconnect(self, front: FrontProcess) -> None:
+        """Its end is closed, or half of it: an honest front ends now. Another never answers."""
+        if self._is_ending:
+            return  # we closed it ourselves, and the front has time to say the last words
+        self._loop.forget(front.channel.fileno())
+        self._events.on_front_disconnected()
+        front.kill()
+
+    # --- its end -----------------------------------------------------------------------------
+
+    def on_exit(self, pid: int, status: int) -> bool:
+        """Take note that a process has ended, and say whether it was the front."""
+        front = self._front
+        if front is None or front.pid != pid:
+            return False
+        log.info("front ended pid=%d status=%d", pid, status)
+        self._loop.forget(front.channel.fileno())
+        # What it sent us at the last may have descriptors with it.
+        self._closer.take(front.channel.sock)
+        front.outbound.clear()
+        self._front = None
+        self._cancel_timer()
+        self._events.on_front_exit()
+        if self._is_last:
+            return True
+        self._lost += 1
+        if self._lost > RESTARTS:
+            self._events.on_front_failed(
+                "the front ended again and again; the journal has its last words"
+            )
+            return True
+        log.error("the front ended; starting another")
+        self.watch(self._start())
+        return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import os
+import re
 import signal
 import time
 from dataclasses import dataclass, field
@@ -17,16 +18,24 @@ from convertd_daemon.linux import getrandom
 from convertd_daemon.service import audit
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from convertd_daemon.broker.connections import Connection
-
 
 NO_CALL: Final = 0
 """The call of a job whose front is gone: a front's calls begin with 1."""
 
 ENTRY_BYTES: Final = 128
 """About what an entry of the job list has beside its caller's own texts."""
+
+PAGE_JOBS: Final = 1000
+"""On a page, if the caller asks for none in particular, or for more."""
+
+PAGE_BYTES: Final = 64 * 1024
+"""Of a page's texts, as the caller wrote them: an answer that nobody takes must cost little. It
+always has one job."""
+
+PAGE_TOKEN: Final = re.compile(r"[0-9a-f]{1,16}")
 
 
 class State(enum.Enum):
@@ -48,7 +57,8 @@ class Job:
 
     job_id: str
     call: int
-    connection: int
+    connection: Connection
+    asked: audit.RequestSummary
     grant: values.ConvertGrant | values.InspectGrant
     queue: queue.JobQueue[Job]
     order: int = 0
@@ -61,7 +71,6 @@ class Job:
     finished: bool = False
     ending: conditions.Failure | None = None
     timer: loop.Timer | None = None
-    caller: audit.Caller = audit.NOBODY
     left: set[int] = field(default_factory=set)
     _pipe: int = -1
 
@@ -87,15 +96,14 @@ class Job:
             return self.grant.dest.path
         return ""
 
-    def start(self, spare: workers.PreforkedJob, peer: values.Peer) -> channel.Channel:
+    def start(self, spare: workers.PreforkedJob) -> channel.Channel:
         """Start the job's process, and give the end of its channel that is for the front.
 
-        `peer` is who it is for, groups included.
-
         Raises:
-            OSError: no process, or no descriptors, to be had.
+            OSError: no process, or no descriptors, to be had; or the connection is over.
         """
-        worker = spare.begin(self.job_id, dataclasses.replace(self.grant, peer=peer))
+        grant = dataclasses.replace(self.grant, peer=self.connection.peer())
+        worker = spare.begin(self.job_id, grant)
         self.pid, self._pipe = worker.pid, worker.account
         self.state, self.started = State.RUNNING, time.time()
         return worker.channel
@@ -109,7 +117,7 @@ class Job:
         now = time.time()
         begun = now if self.started is None else self.started
         return audit.Record(
-            asked=audit.summary_of_request(self.grant.request, self.caller, self.job_id),
+            asked=dataclasses.replace(self.asked, job_id=self.job_id),
             outcome=audit.Outcome.DONE if said.done else audit.Outcome.FAILED,
             reason=failure.reason if cut else said.reason,
             detail=failure.message if cut else said.detail,
@@ -194,7 +202,11 @@ class Jobs:
         return len(self._by_id)
 
     def add(
-        self, call: int, asking: Connection, grant: values.ConvertGrant | values.InspectGrant
+        self,
+        call: int,
+        connection: Connection,
+        grant: values.ConvertGrant | values.InspectGrant,
+        asked: audit.RequestSummary,
     ) -> Job:
         """Put a granted request in its queue, without the groups of who asked: see `start`.
 
@@ -209,8 +221,8 @@ class Jobs:
         job = Job(
             job_id=getrandom.hex_name(6),
             call=call,
-            connection=asking.number,
-            caller=asking.caller,
+            connection=connection,
+            asked=asked,
             grant=dataclasses.replace(
                 grant, peer=dataclasses.replace(grant.peer, groups=frozenset())
             ),
@@ -253,17 +265,37 @@ class Jobs:
 
     def by_connection(self, connection: int) -> list[Job]:
         """The jobs that were asked for over a connection."""
-        return [job for job in self if job.connection == connection]
+        return [job for job in self if job.connection.number == connection]
 
-    def moved(self) -> list[Job]:
-        """Number those that wait anew; those whose position is another than they were told."""
-        moved = []
-        for lane in (self.conversions, self.inspections):
-            for position, job in enumerate(lane.in_order(), start=1):
-                job.position = position
-                if job.told_position != position:
-                    moved.append(job)
-        return moved
+    @property
+    def has_free_slot(self) -> bool:
+        """Whether a conversion could begin at once."""
+        return self.conversions.running < self.conversions.slots
+
+
+def page_of(jobs: Iterable[Job], size: int, token: str) -> tuple[list[Job], str]:
+    """Give the jobs, oldest first, that come after the page that gave the token.
+
+    Returns:
+        The page, and the token for the next; empty if there is none.
+
+    Raises:
+        conditions.BadOption: a size or a token that can't be meant.
+    """
+    if size < 0:
+        raise conditions.BadOption(field="page_size", problem="must not be negative")
+    if token and not PAGE_TOKEN.fullmatch(token):
+        raise conditions.BadOption(field="page_token", problem="is none that ListJobs gave")
+    after, room = int(token or "0", 16), PAGE_BYTES
+    page: list[Job] = []
+    for job in jobs:
+        if job.order <= after:
+            continue
+        room -= job.text_bytes
+        if page and (room < 0 or len(page) == min(size or PAGE_JOBS, PAGE_JOBS)):
+            return page, f"{page[-1].order:x}"
+        page.append(job)
+    return page, ""
 
 
 def _conversion_bounds(limits: values.Limits) -> dict[str, int]:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter, deque
 from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
 
 from convertd_core import conditions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
+
+    from convertd_daemon.broker.loop import Loop, Timer
+
+AGAIN_S: Final = 0.2
+"""How long nobody is told anew after somebody was. Each start moves everybody up, and each message
+costs front and caller processor time that conversions need."""
 
 
 class Owned(Protocol):
@@ -20,7 +27,15 @@ class Owned(Protocol):
         """Whose it is."""
 
 
+class Positioned(Owned, Protocol):
+    """What may wait, and whoever asked for it be told where it stands; 0 is not yet."""
+
+    position: int
+    told_position: int
+
+
 T = TypeVar("T", bound=Owned)
+P = TypeVar("P", bound=Positioned)
 
 THE_DAEMON: Final = "the daemon"
 
@@ -104,3 +119,51 @@ class JobQueue(Generic[T]):
         """All that wait, in the order in which they would be served if all places were free."""
         for turn in itertools.zip_longest(*self._queues.values()):
             yield from (item for item in turn if item is not None)
+
+
+class Positions(Generic[P]):
+    """Numbers those that wait, each queue from 1, and has their callers told.
+
+    Who is new hears it at once, the others now and then. `send` tells one caller, and says False if
+    nobody can be told at present; whoever knows when that is over calls `notify` again.
+    """
+
+    def __init__(
+        self, loop: Loop, queues: Iterable[JobQueue[P]], send: Callable[[P], bool]
+    ) -> None:
+        self._loop = loop
+        self._queues = tuple(queues)
+        self._send = send
+        self._due = 0.0
+        self._timer: Timer | None = None
+
+    def notify(self) -> None:
+        """Number those that wait anew, and tell whoever may be told now; the others later."""
+        now = time.monotonic()
+        is_due = now >= self._due
+        moved, held_back = self._moved(), False
+        for item in moved:
+            if item.told_position and not is_due:
+                held_back = True
+            elif self._send(item):
+                item.told_position = item.position
+            else:
+                return
+        if is_due and moved:
+            self._due = now + AGAIN_S
+        elif held_back and self._timer is None:
+            self._timer = self._loop.after(self._due - now, self._again)
+
+    def _moved(self) -> list[P]:
+        """Those whose position is another than they were told."""
+        moved = []
+        for queue in self._queues:
+            for position, item in enumerate(queue.in_order(), start=1):
+                item.position = position
+                if item.told_position != position:
+                    moved.append(item)
+        return moved
+
+    def _again(self) -> None:
+        self._timer = None
+        self.notify()

@@ -109,6 +109,7 @@ class PreforkedJob:
         self._setup = setup
         self._may_fork = may_fork
         self._worker: JobProcess | None = None
+        self._is_over = False
         self._timer: Timer | None = None
 
     @property
@@ -126,7 +127,7 @@ class PreforkedJob:
 
     def _fork(self) -> None:
         self._timer = None
-        if self._worker is None and self._may_fork():
+        if self._worker is None and not self._is_over and self._may_fork():
             # Whoever comes next has a process forked in his own time, or hears why not.
             with contextlib.suppress(OSError):
                 self._worker = fork(self._setup)
@@ -150,7 +151,8 @@ class PreforkedJob:
         return worker
 
     def end(self) -> None:
-        """End the one there is."""
+        """End the one there is, and fork no more ahead."""
+        self._is_over = True
         worker, self._worker = self._worker, None
         if worker is not None:
             worker.end()

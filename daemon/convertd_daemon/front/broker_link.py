@@ -133,7 +133,7 @@ class BrokerLink:
         self.ended = asyncio.Event()
         self._calls: dict[int, Call] = {}
         self._numbers = itertools.count(1)
-        self._pending: collections.deque[bytes] = collections.deque()
+        self._outbound = channel.SendQueue(line)
         asyncio.get_running_loop().add_reader(line.fileno(), self._listen)
 
     def call_of_job(self, job_id: str) -> Call | None:
@@ -169,21 +169,22 @@ class BrokerLink:
         Raises:
             channel.TooLong: it is not sent. It must not get in line: nothing would get past it.
         """
-        self._pending.append(channel.encoded(message))
-        self._catch_up()
+        # What a broker that is gone still said is there to be read; its end comes after that.
+        with contextlib.suppress(channel.Closed):
+            self._outbound.send(message)
+        self._await_room()
 
-    def _catch_up(self) -> None:
+    def _flush(self) -> None:
+        with contextlib.suppress(channel.Closed):
+            self._outbound.flush()
+        self._await_room()
+
+    def _await_room(self) -> None:
         loop = asyncio.get_running_loop()
-        try:
-            while self._pending:
-                if not self.channel.send_bytes(self._pending[0], wait=False):
-                    loop.add_writer(self.channel.fileno(), self._catch_up)
-                    return
-                self._pending.popleft()
-        except channel.Closed:
-            # What the broker still said is there to be read; its end comes after that.
-            self._pending.clear()
-        loop.remove_writer(self.channel.fileno())
+        if self._outbound.has_pending:
+            loop.add_writer(self.channel.fileno(), self._flush)
+        else:
+            loop.remove_writer(self.channel.fileno())
 
     def _listen(self) -> None:
         try:
@@ -229,7 +230,7 @@ class BrokerLink:
         loop.remove_reader(self.channel.fileno())
         loop.remove_writer(self.channel.fileno())
         self.closed = True
-        self._pending.clear()
+        self._outbound.clear()
         for call in self._calls.values():
             call.wake()
         self.ended.set()

@@ -16,12 +16,11 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from convertd_core import conditions, messages, values
+from convertd_core import conditions, messages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from convertd_daemon.broker.connections import Connection
 log = logging.getLogger("convertd.audit")
 
 JOURNAL: Final = "/run/systemd/journal/socket"
@@ -72,11 +71,6 @@ UNKNOWN: Final = messages.JobOutcome(done=False)
 
 NOBODY: Final = Caller(uid=None, gid=None, pid=None)
 """Who calls over a connection that the broker does not know."""
-
-
-def caller_on(connection: Connection | None) -> Caller:
-    """Who calls over a connection."""
-    return NOBODY if connection is None else connection.caller
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,45 +181,36 @@ def write(record: Record) -> None:
     )
 
 
-def summary_of_message(message: object, caller: Caller) -> RequestSummary:
-    """What a message from the front asks for."""
-    match message:
-        case messages.Convert(request=request) | messages.Inspect(request=request):
-            return summary_of_request(request, caller)
-        case messages.RequestRejected(operation=operation):
-            return RequestSummary(operation=operation, caller=caller)
-        case messages.CancelJob(job_id=job_id):
-            operation = messages.Operation.CANCEL_JOB
-            return RequestSummary(operation=operation, caller=caller, job_id=job_id[:LONGEST])
-        case messages.ListJobs():
-            return RequestSummary(operation=messages.Operation.LIST_JOBS, caller=caller)
-        case messages.GetAccess():
-            return RequestSummary(operation=messages.Operation.GET_ACCESS, caller=caller)
-        case messages.GetStats():
-            return RequestSummary(operation=messages.Operation.GET_STATS, caller=caller)
-    raise TypeError(message)
+# --- what a request asks for, not yet checked, and so cut to what can be meant ------------------
 
 
-def summary_of_request(
-    request: values.ConvertRequest | values.InspectRequest, caller: Caller, job_id: str = ""
-) -> RequestSummary:
-    """What a request for an image asks for. Not yet checked, so cut to what can be meant."""
-    if isinstance(request, values.InspectRequest):
-        return RequestSummary(
-            operation=messages.Operation.INSPECT,
-            caller=caller,
-            job_id=job_id,
-            source=request.source.path[:LONGEST],
-            source_format=request.source.format[:LONGEST],
-        )
+def conversion(message: messages.Convert, caller: Caller) -> RequestSummary:
+    """Sum up a request for a conversion, or for its check."""
+    request = message.request
     validates = request.validate_only
     return RequestSummary(
         operation=messages.Operation.VALIDATE if validates else messages.Operation.CONVERT,
         caller=caller,
-        job_id=job_id,
         label=request.label[:LONGEST],
         source=request.source.path[:LONGEST],
         source_format=request.source.format[:LONGEST],
         dest=request.dest.path[:LONGEST],
         dest_format=request.dest.format[:LONGEST],
     )
+
+
+def inspection(message: messages.Inspect, caller: Caller) -> RequestSummary:
+    """Sum up a request about an image."""
+    request = message.request
+    return RequestSummary(
+        operation=messages.Operation.INSPECT,
+        caller=caller,
+        source=request.source.path[:LONGEST],
+        source_format=request.source.format[:LONGEST],
+    )
+
+
+def cancellation(message: messages.CancelJob, caller: Caller) -> RequestSummary:
+    """Sum up a request to cancel a job."""
+    operation = messages.Operation.CANCEL_JOB
+    return RequestSummary(operation=operation, caller=caller, job_id=message.job_id[:LONGEST])

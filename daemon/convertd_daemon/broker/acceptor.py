@@ -1,0 +1,138 @@
+"""How connections come and go: from the backlog to the front, and away when either end is gone."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from typing import TYPE_CHECKING, Final, Protocol
+
+from convertd_core import messages
+from convertd_daemon.broker import loop
+
+if TYPE_CHECKING:
+    import socket
+
+    from convertd_daemon import channel
+    from convertd_daemon.broker.connections import Connection, Connections
+
+log = logging.getLogger(__name__)
+
+CLOSING_S: Final = 0.2
+"""In which room is made for connections that are to be closed by another process."""
+
+OUT_OF_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+class Events(Protocol):
+    """Who is told of those who come and go."""
+
+    def on_accept(self) -> None:
+        """One was taken from the backlog, whoever it is."""
+
+    def on_disconnect(self, connection: Connection) -> None:
+        """One is gone. No message names it any more."""
+
+
+class Acceptor:
+    """Takes those who wait in the listening socket's backlog, and hands them to the front."""
+
+    def __init__(
+        self,
+        a_loop: loop.Loop,
+        listening: socket.socket,
+        table: Connections,
+        front: channel.Sender,
+        events: Events,
+    ) -> None:
+        """Leave those who connect in the backlog, until `start`."""
+        self._loop = a_loop
+        self._listening = listening
+        self._connections = table
+        self._front = front
+        self._events = events
+        self._is_started = False
+
+    def start(self) -> None:
+        """Let people in."""
+        self._is_started = True
+        self.resume()
+
+    def stop(self) -> None:
+        """Leave those who connect in the backlog until the next `start`."""
+        self._is_started = False
+        self.pause()
+
+    def pause(self) -> None:
+        """Leave those who connect in the backlog until `resume`."""
+        self._loop.forget(self._listening.fileno())
+
+    def resume(self) -> None:
+        """Hear of those who connect, if they are let in and the front keeps up."""
+        if self._is_started and not self._front.is_behind:
+            self._loop.watch(self._listening.fileno(), loop.READ, self._accept)
+
+    def _accept(self, _events: int) -> None:
+        """Take one of those who wait in the backlog, and hand it to the front.
+
+        One each round of the loop, in which the front too is heard once: whoever connects as fast
+        as it can must not hold up those who are connected.
+        """
+        if self._connections.is_closing_many:
+            log.warning("too many connections with descriptors wait to be closed")
+            self._pause_for(CLOSING_S)
+            return
+        try:
+            sock, _ = self._listening.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno in OUT_OF_DESCRIPTORS:
+                log.warning("can't accept error=%s", error)
+                self._pause_for(1.0)
+            return  # else the peer was gone before we came. Source: accept(2)
+        self._events.on_accept()
+        self._admit(sock)
+
+    def _pause_for(self, seconds: float) -> None:
+        self.pause()
+        self._loop.after(seconds, self.resume)
+
+    def _admit(self, sock: socket.socket) -> None:
+        """Keep one descriptor of a connection, and send the front another."""
+        try:
+            connection = self._connections.admit(sock)
+            if connection is None:
+                return
+        except OSError as error:
+            log.info("connection lost at once error=%s", error)
+            return
+        try:
+            theirs = os.dup(sock.fileno())
+        except OSError as error:
+            log.warning("can't hand on a connection error=%s", error)
+            self._connections.drop(connection)
+            return
+        self._loop.watch(sock.fileno(), loop.PEER_GONE, lambda _: self._drop(connection))
+        came = messages.Connected(connection=connection.number, uid=connection.uid)
+        self._front.send(came, theirs)
+
+    def _drop(self, connection: Connection) -> None:
+        """A peer is gone, or the front has let go of it."""
+        self._loop.forget(connection.sock.fileno())
+        self._connections.drop(connection)
+        self._events.on_disconnect(connection)
+
+    def on_released(self, number: int) -> None:
+        """The front has let go of a connection: it is over, if it was not yet."""
+        connection = self._connections.kept(number)
+        if connection is not None:
+            self._drop(connection)
+        self._connections.released(number)
+
+    def on_front_exit(self) -> None:
+        """There is no front: nobody is connected any more, and nobody is let in."""
+        self.stop()
+        for connection in self._connections:
+            self._drop(connection)
+        self._connections.all_released()

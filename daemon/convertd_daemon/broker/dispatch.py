@@ -1,0 +1,237 @@
+"""Requests of the front's: who handles each, what it is called on record, and what answers it.
+
+The front is taken for an enemy. A request names a connection that the broker accepted, and is
+answered with the rights of who is at its other end, and with no others.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+
+from convertd_core import conditions, messages
+from convertd_daemon.broker import front_supervisor, jobs
+from convertd_daemon.linux import peercred
+from convertd_daemon.policy import decide
+from convertd_daemon.service import audit, metrics
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from convertd_core import values
+    from convertd_daemon import channel
+    from convertd_daemon.broker.connections import Connection, Connections
+    from convertd_daemon.broker.job_supervisor import JobSupervisor
+    from convertd_daemon.policy.decide import Policy
+    from convertd_daemon.service.reporting import Reporter
+
+log = logging.getLogger(__name__)
+
+B = TypeVar("B")
+
+MOST_GROUPS_TOLD: Final = 16_384
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asking:
+    """Who asks: over which connection, in which call, and what that is called on record.
+
+    `peer` has those of its groups that the policy names.
+    """
+
+    call: int
+    connection: Connection
+    peer: values.Peer
+    asked: audit.RequestSummary
+
+
+class Handlers:
+    """What each request does, under the policy in force.
+
+    Each gives what answers its request, in order, or raises conditions.ConvertError. Of a request
+    that has a job, that is nothing: the job's events are the answer, and its end is on record.
+    """
+
+    def __init__(
+        self,
+        rules: Policy,
+        versions: messages.Versions,
+        supervisor: JobSupervisor,
+        reporter: Reporter,
+    ) -> None:
+        self.rules = rules
+        self.is_stopping = False
+        self._versions = versions
+        self._supervisor = supervisor
+        self._reporter = reporter
+
+    def convert(self, asking: Asking, message: messages.Convert) -> tuple[object, ...]:
+        """Queue a conversion.
+
+        Raises:
+            conditions.ConvertError: it is not allowed, or there is no room.
+        """
+        if self.is_stopping:
+            raise conditions.Stopping
+        self._enqueue(asking, decide.decide(self.rules, asking.peer, message.request))
+        return ()
+
+    def inspect(self, asking: Asking, message: messages.Inspect) -> tuple[object, ...]:
+        """Queue an inspection.
+
+        Raises:
+            conditions.ConvertError: it is not allowed, or there is no room.
+        """
+        if self.is_stopping:
+            raise conditions.Stopping
+        self._enqueue(asking, decide.decide_inspect(self.rules, asking.peer, message.request))
+        return ()
+
+    def _enqueue(self, asking: Asking, grant: values.ConvertGrant | values.InspectGrant) -> None:
+        self._supervisor.enqueue(asking.call, asking.connection, grant, asking.asked)
+
+    def list_jobs(self, asking: Asking, message: messages.ListJobs) -> Iterator[object]:
+        """Give a page of the jobs that a peer may see: its own, or all to an operator.
+
+        Raises:
+            conditions.BadOption: there is no such page.
+        """
+        everybody = decide.is_operator(self.rules, asking.peer)
+        seen = (job for job in self._supervisor.jobs if everybody or job.uid == asking.peer.uid)
+        page, following = jobs.page_of(seen, message.page_size, message.page_token)
+        for job in page:
+            yield job.entry(asking.call)
+        yield messages.ReplyComplete(call=asking.call, next_page_token=following)
+
+    def cancel_job(self, asking: Asking, message: messages.CancelJob) -> Iterator[object]:
+        """Cancel a job for its owner or an operator; the answer shows the job.
+
+        Raises:
+            conditions.JobNotFound: there is none, or it is somebody else's.
+        """
+        job = self._supervisor.jobs.find(message.job_id)
+        own = job is not None and job.uid == asking.peer.uid
+        if job is None or not (own or decide.is_operator(self.rules, asking.peer)):
+            raise conditions.JobNotFound(job_id=message.job_id[:64])
+        log.info("cancelled job=%s by uid=%d", job.job_id, asking.peer.uid)
+        entry = job.entry(asking.call)
+        self._supervisor.end(
+            job, conditions.CancelledByCaller() if own else conditions.CancelledByOperator()
+        )
+        yield entry
+        yield messages.ReplyComplete(call=asking.call)
+
+    def get_access(self, asking: Asking, _message: messages.GetAccess) -> Iterator[object]:
+        """Say who we take the peer for, and what it may do.
+
+        Raises:
+            conditions.Unsupported: it is in more groups than a message is made for.
+        """
+        if peercred.group_count(asking.connection.sock) > MOST_GROUPS_TOLD:
+            raise front_supervisor.TOO_LONG
+        peer = asking.connection.peer()
+        yield messages.AccessReport(
+            call=asking.call,
+            uid=peer.uid,
+            gid=peer.gid,
+            groups=peer.groups,
+            rights=decide.access_of(self.rules, peer),
+            limits=self.rules.limits,
+            versions=self._versions,
+        )
+
+    def get_stats(self, asking: Asking, _message: messages.GetStats) -> Iterator[object]:
+        """Give an operator the counters.
+
+        Raises:
+            conditions.PermissionDenied: the peer is none.
+        """
+        if not decide.is_operator(self.rules, asking.peer):
+            raise conditions.PermissionDenied(
+                uid=asking.peer.uid, action="read the daemon's counters"
+            )
+        now, counters = self._reporter.now(), self._reporter.counters
+        yield messages.StatsReport(
+            call=asking.call,
+            started=counters.start_time,
+            running=now.running,
+            queued=now.queued,
+            connections=now.connections,
+            bounds=metrics.BOUNDS_S,
+        )
+        yield from counters.messages(asking.call)
+        yield messages.ReplyComplete(call=asking.call)
+
+
+@dataclass(frozen=True, slots=True)
+class Row(Generic[B]):
+    """One kind of request: who handles it, and what it is called on record.
+
+    `has_job` says that a job answers it, and that its end is on record when the job has ended.
+    """
+
+    handle: Callable[[Handlers, Asking, B], Iterator[object] | tuple[object, ...]]
+    summary: Callable[[B, audit.Caller], audit.RequestSummary]
+    has_job: bool = False
+
+
+def _query(operation: messages.Operation) -> Callable[[object, audit.Caller], audit.RequestSummary]:
+    """What a request is called on record of which there is nothing else to say."""
+    return lambda _, caller: audit.RequestSummary(operation=operation, caller=caller)
+
+
+ROWS: Final[Mapping[type[Any], Row[Any]]] = {
+    messages.Convert: Row(Handlers.convert, audit.conversion, has_job=True),
+    messages.Inspect: Row(Handlers.inspect, audit.inspection, has_job=True),
+    messages.ListJobs: Row(Handlers.list_jobs, _query(messages.Operation.LIST_JOBS)),
+    messages.CancelJob: Row(Handlers.cancel_job, audit.cancellation),
+    messages.GetAccess: Row(Handlers.get_access, _query(messages.Operation.GET_ACCESS)),
+    messages.GetStats: Row(Handlers.get_stats, _query(messages.Operation.GET_STATS)),
+}
+
+
+class Dispatcher:
+    """Has each request handled, answered, and put on record."""
+
+    def __init__(
+        self,
+        handlers: Handlers,
+        connections: Connections,
+        front: channel.Sender,
+        reporter: Reporter,
+    ) -> None:
+        self._handlers = handlers
+        self._connections = connections
+        self._front = front
+        self._reporter = reporter
+
+    def _caller_on(self, connection: Connection | None) -> audit.Caller:
+        return audit.NOBODY if connection is None else connection.caller
+
+    def dispatch(self, message: messages.Request) -> None:
+        """Answer one request or refuse it, and put that on record, unless a job will."""
+        row = ROWS[type(message)]
+        connection = self._connections.find(message.connection)
+        asked = row.summary(message, self._caller_on(connection))
+        try:
+            if connection is None:
+                raise conditions.UnknownConnection
+            peer = self._connections.peer_among(connection, self._handlers.rules.gids)
+            asking = Asking(call=message.call, connection=connection, peer=peer, asked=asked)
+            for answer in row.handle(self._handlers, asking, message):
+                self._front.send(answer)
+        except conditions.ConvertError as error:
+            self._reporter.report_refused(asked, error.reason, str(error))
+            self._front.send(messages.Refused(call=message.call, failure=error.failure()))
+        else:
+            if not row.has_job:
+                self._reporter.report(audit.Record(asked=asked, outcome=audit.Outcome.DONE))
+
+    def on_rejected(self, message: messages.RequestRejected) -> None:
+        """Put on record what the front refused itself, by a reason that there is."""
+        known = message.reason in conditions.BY_REASON
+        reason = message.reason if known else conditions.InternalError.reason
+        caller = self._caller_on(self._connections.find(message.connection))
+        asked = audit.RequestSummary(operation=message.operation, caller=caller)
+        self._reporter.report_refused(asked, reason)

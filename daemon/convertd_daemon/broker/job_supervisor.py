@@ -1,0 +1,233 @@
+"""What happens to a granted request: it waits, a process does it, and that ends or is ended."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from typing import TYPE_CHECKING, Final
+
+from convertd_core import conditions, messages
+from convertd_daemon.broker import jobs, queue
+from convertd_daemon.linux import children, getrandom
+
+if TYPE_CHECKING:
+    from convertd_core import values
+    from convertd_daemon import channel
+    from convertd_daemon.broker.connections import Connection
+    from convertd_daemon.broker.loop import Loop
+    from convertd_daemon.broker.workers import PreforkedJob
+    from convertd_daemon.service import audit
+    from convertd_daemon.service.reporting import Reporter
+
+log = logging.getLogger(__name__)
+
+ENDING_S: Final = 5.0
+"""How long a job that was told to end may take before it is killed, and after that before it is
+called unkillable."""
+
+
+class JobSupervisor:
+    """Starts the jobs of a table, in turn, and sees to it that each ends and is on record."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        table: jobs.Jobs,
+        spare: PreforkedJob,
+        front: channel.Sender,
+        reporter: Reporter,
+    ) -> None:
+        """Begin with none."""
+        self._loop = loop
+        self.jobs = table
+        self._spare = spare
+        self._front = front
+        self._reporter = reporter
+        self._is_draining = False
+        lanes = (table.conversions, table.inspections)
+        self._positions = queue.Positions(loop, lanes, self._send_position)
+
+    # --- before ------------------------------------------------------------------------------
+
+    def enqueue(
+        self,
+        call: int,
+        connection: Connection,
+        grant: values.ConvertGrant | values.InspectGrant,
+        asked: audit.RequestSummary,
+    ) -> None:
+        """Put a granted request in line; it starts at once if there is a place.
+
+        Raises:
+            conditions.QueueFull, conditions.DestBusy: as they say.
+            conditions.BadMessage: the call has a job.
+        """
+        if self.jobs.by_call(call) is not None:
+            raise conditions.BadMessage(problem="this call has a job already")
+        job = self.jobs.add(call, connection, grant, asked)
+        log.info(
+            "granted job=%s uid=%d gid=%d pid=%d rule=%s source=%r dest=%r",
+            job.job_id,
+            grant.peer.uid,
+            grant.peer.gid,
+            grant.peer.pid,
+            grant.rule,
+            grant.request.source.path,
+            asked.dest,
+        )
+        self.advance()
+
+    def advance(self) -> None:
+        """Start whatever has a place, and tell the others where they stand."""
+        for lane in (self.jobs.conversions, self.jobs.inspections):
+            while not self._is_draining and (job := lane.next()) is not None:
+                self._start(job)
+        self.notify_positions()
+        self._reporter.update_status()
+
+    def notify_positions(self) -> None:
+        """Tell those who wait where they stand."""
+        self._positions.notify()
+
+    def _send_position(self, job: jobs.Job) -> bool:
+        """Tell a caller where it stands; a front that is behind is told the last of it later."""
+        if self._front.is_behind:
+            return False
+        self._front.send(messages.Queued(call=job.call, job_id=job.job_id, position=job.position))
+        return True
+
+    def _start(self, job: jobs.Job) -> None:
+        """Have a process do a job, and give the front the other end of its channel."""
+        try:
+            job_channel = job.start(self._spare)
+        except OSError:
+            error_id = getrandom.hex_name(6)
+            log.exception("could not fork a job id=%s", error_id)
+            failure = conditions.InternalError(error_id=error_id).failure()
+            self._refuse(job, failure)
+            return
+        log.debug("started job=%s pid=%d", job.job_id, job.pid)
+        descriptor = job_channel.sock.detach()
+        self._front.send(messages.Started(call=job.call, job_id=job.job_id), descriptor)
+        self._spare.schedule_fork(len(self.jobs))
+        duration_s = job.grant.limits.duration_s
+        overdue = conditions.DurationExceeded(duration_s=duration_s)
+        # The job minds its time itself; this is for one that can't, being stuck in the kernel.
+        job.timer = self._loop.after(duration_s + ENDING_S, lambda: self.end(job, overdue))
+
+    def _refuse(self, job: jobs.Job, failure: conditions.Failure) -> None:
+        """End a job that has no process."""
+        self._reporter.report(job.record(None, failure))
+        self._front.send(messages.Refused(call=job.call, failure=failure))
+        self.jobs.remove(job)
+
+    # --- what others say of it ---------------------------------------------------------------
+
+    def on_abandoned(self, call: int) -> None:
+        """A call is over for the front. If its job is not, it is soon: its channel is closed."""
+        job = self.jobs.by_call(call)
+        if job is not None:
+            self.end(job, conditions.CancelledByCaller())
+
+    def on_finished(self, call: int) -> None:
+        """A call's job has done what it will. Its destination is free before its process ends.
+
+        A front that lies about this gains nothing: linkat(2) refuses a name that exists.
+        """
+        job = self.jobs.by_call(call)
+        if job is not None:
+            job.finished = True
+
+    def on_disconnect(self, connection: Connection) -> None:
+        """Whoever asked over a connection is gone: what it asked for is called off."""
+        for job in self.jobs.by_connection(connection.number):
+            self.end(job, conditions.CancelledByCaller())
+
+    def on_front_exit(self) -> None:
+        """There is another front, or none: what is still ending is no call of the next one's."""
+        for job in self.jobs:
+            job.call = jobs.NO_CALL
+
+    def drain(self) -> None:
+        """Start no more: refuse what waits."""
+        self._is_draining = True
+        self._spare.end()
+        for job in self.jobs:
+            if job.state is jobs.State.WAITING:
+                self.end(job, conditions.Stopping())
+
+    def end_all(self) -> None:
+        """End whatever runs."""
+        for job in self.jobs:
+            self.end(job, conditions.Stopping())
+
+    # --- ends --------------------------------------------------------------------------------
+
+    def end(self, job: jobs.Job, why: conditions.ConvertError) -> None:
+        """Take a job out of the queue, or have its process end: first asked, then killed."""
+        if self.jobs.find(job.job_id) is not job or job.ending is not None:
+            return
+        job.ending = why.failure()
+        if job.is_writing_a_device:
+            job.ending = job.ending.with_undefined(job.writes)
+        if job.state is jobs.State.WAITING:
+            self._refuse(job, job.ending)
+            self.advance()
+            return
+        job.state = jobs.State.ENDING
+        job.signal(signal.SIGTERM)
+        self._loop.after(ENDING_S, lambda: self._kill(job))
+
+    def _kill(self, job: jobs.Job) -> None:
+        if self.jobs.find(job.job_id) is job:
+            job.signal(signal.SIGKILL)
+            self._loop.after(ENDING_S, lambda: self._mark_unkillable(job))
+
+    def _mark_unkillable(self, job: jobs.Job) -> None:
+        """A process in state D: its caller is told, its place stays taken, the job list says so."""
+        if self.jobs.find(job.job_id) is job and job.ending is not None:
+            log.error("job can't be killed job=%s pids=%s", job.job_id, sorted(job.processes()))
+            job.state = jobs.State.UNKILLABLE
+            self._front.send(messages.Ended(job_id=job.job_id, failure=job.ending))
+
+    def on_exit(self, pid: int, status: int, others: frozenset[int]) -> None:
+        """Take note that a child has ended that is none of `others`, which are no job's."""
+        job = self.jobs.by_pid(pid)
+        if job is None:
+            self._spare.on_exit(pid)
+            return
+        if pid == job.pid:
+            # What it left to us, when it ended: children of ours that we did not start.
+            own = self.jobs.processes() | others | {self._spare.pid}
+            job.left = set(children.of_self() - own)
+            self._on_job_exit(job, status)
+        job.left.discard(pid)
+        if not job.left:
+            self.jobs.remove(job)
+            self.advance()
+            self._spare.schedule_fork(len(self.jobs))
+
+    def _on_job_exit(self, job: jobs.Job, status: int) -> None:
+        """A job's own process is gone: its call ends. Its place is taken while anything is left."""
+        failure = job.ending or _failure_without_outcome(job, status)
+        account = job.account()
+        cut = account is not None and not job.ending and not account.done and not account.reason
+        # The front closed the job's channel before it told us why: its caller was gone.
+        on_record = conditions.CancelledByCaller().failure() if cut else failure
+        self._reporter.report(job.record(account, on_record))
+        self._front.send(messages.Ended(job_id=job.job_id, failure=failure))
+        job.pid = 0
+        if job.left:
+            job.ending = failure
+            self._kill(job)
+
+
+def _failure_without_outcome(job: jobs.Job, status: int) -> conditions.Failure:
+    """What the caller is told if the job said nothing itself. Most jobs did."""
+    if status == -signal.SIGKILL:
+        log.warning("job was killed job=%s pid=%d", job.job_id, job.pid)
+        return conditions.OutOfMemory().failure()
+    error_id = job.job_id
+    if status != 0:
+        log.error("job ended job=%s status=%d id=%s", job.job_id, status, error_id)
+    return conditions.InternalError(error_id=error_id).failure()

@@ -1,0 +1,78 @@
+"""What the daemon tells systemd, the journal and node_exporter of itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from convertd_daemon.service import audit, counters_file, metrics, notify, status_line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Reporter:
+    """Puts requests on record, counts them, and shows what is going on.
+
+    Attributes:
+        stopping: whether the daemon takes no more.
+        metrics_path: the file for node_exporter, empty for none.
+    """
+
+    def __init__(
+        self,
+        after: Callable[[float, Callable[[], None]], object],
+        now: Callable[[], metrics.Now],
+    ) -> None:
+        """Count from 0. `after` calls something later; `now` says what is going on."""
+        self.now = now
+        self.stopping = False
+        self.metrics_path = ""
+        self.counters = metrics.Counters()
+        self._after = after
+        self._file = counters_file.Writer()
+        self._status = status_line.Status()
+
+    def on_reload(self, problem: str) -> None:
+        """Take note why the policy in force is not that of the file; empty if it is."""
+        self._status.policy_problem = problem
+        self.update_status()
+
+    @property
+    def pid(self) -> int:
+        """The process that writes the counters; 0 if there is none."""
+        return self._file.pid
+
+    def report(self, record: audit.Record) -> None:
+        """Put the end of a request on record."""
+        audit.write(record)
+        self.counters.count(record)
+        if record.outcome is audit.Outcome.REFUSED:
+            self._status.refused(record)
+            self.update_status()
+
+    def report_refused(self, asked: audit.RequestSummary, reason: str, detail: str = "") -> None:
+        """Put a refusal on record."""
+        refused = audit.Outcome.REFUSED
+        self.report(audit.Record(asked=asked, outcome=refused, reason=reason, detail=detail))
+
+    def update_status(self) -> None:
+        """Give systemd a new line for `systemctl status`."""
+        notify.status(self._status.line(self.now(), stopping=self.stopping))
+
+    def write_counters(self) -> None:
+        """Write the file for node_exporter, now and from now on, if the policy names one."""
+        if self.metrics_path:
+            from convertd_daemon.service import metrics_text  # noqa: PLC0415 - 7 MiB, for who wants it
+
+            self._file.write(self.metrics_path, metrics_text.text(self.counters, self.now()))
+        self._after(metrics.INTERVAL_S, self.write_counters)
+
+    def write_last_counters(self) -> None:
+        """Write the file once more, when the loop has ended and nobody reaps children."""
+        self._file.finish()
+        self.write_counters()
+        self._file.finish()
+
+    def on_exit(self, pid: int) -> bool:
+        """Take note that a process has ended, and say whether it wrote the counters."""
+        return self._file.ended(pid)
