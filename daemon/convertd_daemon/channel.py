@@ -191,6 +191,10 @@ class SendQueue:
                 unsent.callback(os.close, descriptor)
             data = encoded(message)
             unsent.pop_all()
+        self.send_bytes(data, descriptor)
+
+    def send_bytes(self, data: bytes, descriptor: int | None = None) -> None:
+        """Send an encoded message. See `send`."""
         self._pending.append((data, descriptor))
         self.flush()
 

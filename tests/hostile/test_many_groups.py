@@ -10,7 +10,7 @@ from typing import Final
 from harness import images, processes, waiting
 from harness.agent import conversion
 from harness.callers import PYTHON, Caller
-from harness.daemon import Daemon
+from harness.daemon import SPARE, Daemon
 
 from convertd.v1 import convert_pb2 as pb
 
@@ -114,3 +114,11 @@ def test_groups_decide_and_cost_nothing_in_the_queue(
     assert images.identical(library / "small.raw", images_dir / "dest-0")
     for call in (slow, *queued[1:]):
         call.end()
+
+
+def test_a_job_for_them_takes_nobody_elses_process(daemon: Daemon, library: Path) -> None:
+    """Their groups do not fit into a message to the one forked ahead, so it is not tried."""
+    spare = daemon.await_one(SPARE)
+    asked = pb.InspectRequest(source=pb.Source(path=str(library / "small.raw"), format="raw"))
+    assert daemon.agent(CROWDED).call("Inspect", asked).end().status == "OK"
+    assert daemon.await_one(SPARE) == spare

@@ -22,6 +22,7 @@ from convertd_daemon.front import (
     health_probe,
     relay,
     secret_pipes,
+    unanswered,
 )
 
 DEADLINE_S = 60.0
@@ -131,6 +132,43 @@ def test_an_answer_reaches_the_call_that_asked() -> None:
             assert await two.next() == messages.ReplyComplete(call=two.number)
 
     run(test)
+
+
+def test_no_more_is_asked_at_once_than_is_soon_answered() -> None:
+    """Of one user: others' requests would come after all of it. What is called off is not asked."""
+
+    async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
+        with contextlib.ExitStack() as stack:
+            calls = [stack.enter_context(a_link.call(list_jobs)) for _ in range(unanswered.AT_ONCE)]
+            for call in calls:
+                assert broker.hears() == list_jobs(call.number)
+            with a_link.call(list_jobs):
+                pass
+            later = stack.enter_context(a_link.call(list_jobs))
+            with pytest.raises(BlockingIOError):
+                broker.hears()
+            broker.line.send(messages.ReplyComplete(call=calls[0].number))
+            await calls[0].next()
+            assert broker.hears() == list_jobs(later.number)
+            with pytest.raises(BlockingIOError):
+                broker.hears()
+
+    run(test)
+
+
+def test_what_one_user_asks_does_not_keep_another_from_asking() -> None:
+    """However much waits; and an answer to a call that is over makes room as well."""
+    sent: list[bytes] = []
+    one = unanswered.Unanswered(sent.append)
+    for call in range(10):
+        one.ask(1234, call, b"%d" % call)
+    one.ask(1235, 10, b"another")
+    assert sent == [b"0", b"1", b"2", b"3", b"another"]
+    assert one.withdraw(1234, 4)
+    assert not one.withdraw(1234, 3)
+    for call in (3, 3, 99):
+        one.answered(call)
+    assert sent[5:] == [b"5"]
 
 
 def test_what_a_broker_that_stops_has_still_said_is_heard() -> None:

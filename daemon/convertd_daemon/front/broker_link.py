@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from convertd_core import codec, conditions, messages
 from convertd_daemon import channel
-from convertd_daemon.front import secret_pipes
+from convertd_daemon.front import secret_pipes, unanswered
 from convertd_daemon.linux import scm_rights
 
 if TYPE_CHECKING:
@@ -134,6 +134,8 @@ class BrokerLink:
         self._calls: dict[int, Call] = {}
         self._numbers = itertools.count(1)
         self._outbound = channel.SendQueue(line)
+        self._users: dict[int, int] = {}
+        self._unanswered = unanswered.Unanswered(self._send)
         asyncio.get_running_loop().add_reader(line.fileno(), self._listen)
 
     def call_of_job(self, job_id: str) -> Call | None:
@@ -153,14 +155,16 @@ class BrokerLink:
             channel.TooLong: the question is longer than any that can be answered.
         """
         call = Call(self, next(self._numbers), secrets)
+        request = make(call.number)
+        uid = self._users.get(getattr(request, "connection", 0))
         self._calls[call.number] = call
         try:
-            self.send(make(call.number))
+            self._unanswered.ask(uid, call.number, channel.encoded(request))
             yield call
         finally:
             del self._calls[call.number]
             call.close_job_channel()
-            if not call.over:
+            if not self._unanswered.withdraw(uid, call.number) and not call.over:
                 self.send(messages.CallAbandoned(call=call.number))
 
     def send(self, message: object) -> None:
@@ -169,9 +173,12 @@ class BrokerLink:
         Raises:
             channel.TooLong: it is not sent. It must not get in line: nothing would get past it.
         """
+        self._send(channel.encoded(message))
+
+    def _send(self, data: bytes) -> None:
         # What a broker that is gone still said is there to be read; its end comes after that.
         with contextlib.suppress(channel.Closed):
-            self._outbound.send(message)
+            self._outbound.send_bytes(data)
         self._await_room()
 
     def _flush(self) -> None:
@@ -204,8 +211,8 @@ class BrokerLink:
     def _dispatch(self, message: messages.ToFront, descriptors: list[int]) -> None:
         match message:
             case messages.Connected(connection=number, uid=uid):
-                released = messages.Released(connection=number)
-                self.relay.carry(number, descriptors.pop(), uid, lambda: self.send(released))
+                self._users[number] = uid
+                self.relay.carry(number, descriptors.pop(), uid, lambda: self._release(number))
             case messages.Probe(probe=number):
                 healthy = messages.ProbeAnswered(probe=number)
                 if self.prober is not None:
@@ -215,6 +222,7 @@ class BrokerLink:
                 if call is not None:
                     call.deliver_end(message)
             case _:
+                self._unanswered.answered(message.call)
                 call = self._calls.get(message.call)
                 if call is None:
                     log.debug("for a call that is over: %s", message)
@@ -224,6 +232,10 @@ class BrokerLink:
                     call.deliver(message)
         # A job whose caller is gone ends with this.
         scm_rights.close_all(descriptors)
+
+    def _release(self, number: int) -> None:
+        del self._users[number]
+        self.send(messages.Released(connection=number))
 
     def _close(self) -> None:
         loop = asyncio.get_running_loop()
