@@ -150,6 +150,37 @@ def test_a_nested_root_on_overlayfs_that_was_renamed_stays_closed(
         daemon.stop()
 
 
+def test_a_nested_root_in_a_snapshot_stays_closed(scratch: Path, make_daemon: MakeDaemon) -> None:
+    """On btrfs whoever owns a subvolume can make one. A root that is a snapshot can be granted."""
+    with Mounts(scratch) as mounts:
+        btrfs = mounts.on_a_loop("btrfs", "btrfs")
+        outer = btrfs / "outer"
+        subvolume = ["btrfs", "--quiet", "subvolume"]
+        subprocess.run([*subvolume, "create", str(outer)], check=True)
+        (outer / "closed").mkdir(mode=0o700)
+        os.chown(outer / "closed", BOB.uid, BOB.gid)
+        os.chown(outer, ALICE.uid, ALICE.gid)
+        asking.given_to(BOB, outer / "closed" / "disk.raw", MARKER)
+        asking.given_to(ALICE, outer / "own.raw", b"x" * forged.SIZE)
+        granted = btrfs / "granted"
+        subprocess.run([*subvolume, "snapshot", str(outer), str(granted)], check=True)
+        policy = POLICY.replace("{scratch}/outer", str(outer))
+        added = _GRANTED.replace("{scratch}/outer/granted", str(granted))
+        policy = policy.replace("[[grants]]", added, 1)
+        daemon = make_daemon(policy.replace('"outer"]', '"outer", "granted"]'))
+        daemon.start()
+        as_alice = ["setpriv", f"--reuid={ALICE.uid}", f"--regid={ALICE.gid}", "--clear-groups"]
+        snapshot = outer / "snapshot"
+        subprocess.run([*as_alice, *subvolume, "snapshot", str(outer), str(snapshot)], check=True)
+        for copy in (snapshot, granted):
+            answer = asking.convert(daemon, copy / "closed" / "disk.raw", outer / "out.raw", "raw")
+            assert answer.reason == "OUTSIDE_ROOT"
+        out = outer / "out.raw"
+        assert asking.convert(daemon, snapshot / "own.raw", out, "raw").is_ok
+        assert asking.convert(daemon, granted / "own.raw", outer / "out-2.raw", "raw").is_ok
+        daemon.stop()
+
+
 def test_a_nested_root_in_the_place_of_another_root_stays_closed(
     scratch: Path, outer: Path, make_daemon: MakeDaemon
 ) -> None:

@@ -59,7 +59,7 @@ def inherited(default: bytes, mode: int) -> tuple[bytes, int]:
     every user and group that is named), or others.
 
     Raises:
-        ValueError: these bytes are no list.
+        OSError: EINVAL, these bytes are no list. Whoever serves a FUSE file system chose them.
     """
     entries = _entries(default)
     # Where there is a mask it stands for the group class, and the group's own entry stays.
@@ -75,8 +75,8 @@ def inherited(default: bytes, mode: int) -> tuple[bytes, int]:
 
 def _entries(acl: bytes) -> list[tuple[int, int, int]]:
     if len(acl) < _HEADER.size or _HEADER.unpack_from(acl) != (_VERSION,):
-        raise ValueError("an access control list of an unknown version")
+        raise OSError(errno.EINVAL, "an access control list of an unknown version")
     try:
         return list(_ENTRY.iter_unpack(acl[_HEADER.size :]))
     except struct.error as error:
-        raise ValueError("an access control list of an odd length") from error
+        raise OSError(errno.EINVAL, "an access control list of an odd length") from error
