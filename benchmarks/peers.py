@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,7 +47,7 @@ write = ["images", "xfs"]
 JOBS: Final = 4
 """Conversions at once, as by default."""
 
-RAN: Final = re.compile(r"run argv=(\(.*'convert'.*\))$", re.MULTILINE)
+RAN: Final = re.compile(r"run command=(qemu-img convert .*)$", re.MULTILINE)
 """How the daemon logs at debug what it runs."""
 
 
@@ -301,6 +301,6 @@ def what_it_runs(verbose: Daemon, line: Line, case: Case, dest: Path) -> list[st
     found = RAN.findall(verbose.log[before:])
     if not found:
         return []
-    *argv, graph, _ = ast.literal_eval(found[-1])
+    *argv, graph, _ = shlex.split(found[-1])
     source = re.sub(r"/proc/self/fd/\d+", lambda _: str(case.source.path), graph)
     return [*argv, source, "DEST"]

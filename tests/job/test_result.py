@@ -181,7 +181,7 @@ class TestNamed:
         with created(grant) as dest:
             fuse.chmod(0o500)
             left = dest.temporary
-        assert f"{left!r}" in caplog.text
+        assert left in caplog.text
         fuse.chmod(0o700)
         with created(grant):
             assert left not in os.listdir(fuse)
@@ -302,7 +302,7 @@ class TestNamed:
 
     def test_a_crowd_of_names_holds_nobody_up(self, area: Path) -> None:
         """Whoever fills a directory with them has them looked at to a bound."""
-        for number in range(temporaries.MOST_LOOKED_AT + 100):
+        for number in range(temporaries.MOST_EXAMINED + 100):
             (area / f".convertd-{number:016x}.tmp").touch()
         with paths.open_target(grant_to(area)) as target:
             temporaries.sweep(target.directory, 0)

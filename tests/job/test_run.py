@@ -86,13 +86,13 @@ class TestProgress:
     @pytest.fixture(autouse=True)
     def at_any_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Tell it as soon as there is more to tell, but where a test says otherwise."""
-        monkeypatch.setattr(conversion, "TELL_S", 0.0)
+        monkeypatch.setattr(conversion, "PROGRESS_S", 0.0)
 
     def test_is_not_told_again_at_once(
         self, front: Front, written: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Nobody sees a hundred steps of a second; the end of the writing is told in any case."""
-        monkeypatch.setattr(conversion, "TELL_S", 60.0)
+        monkeypatch.setattr(conversion, "PROGRESS_S", 60.0)
         observer = conversion.Observer(front.context, written, 1.0)
         observer.on_output(printed(0.0, 10.0, 20.0))
         observer.on_output(printed(99.0, 100.0))
@@ -103,7 +103,7 @@ class TestProgress:
     ) -> None:
         """What was held back is not made up for: the newest counts."""
         now = 5.0
-        monkeypatch.setattr(conversion, "TELL_S", 0.1)
+        monkeypatch.setattr(conversion, "PROGRESS_S", 0.1)
         monkeypatch.setattr(time, "monotonic", lambda: now)
         observer = conversion.Observer(front.context, written, 1.0)
         observer.on_output(printed(1.0, 2.0))

@@ -1,4 +1,4 @@
-"""What is left of the file system for a job, in two steps. Fails closed.
+"""Confine a job's view of the file system, in two steps. Fails closed.
 
 Layers of Landlock intersect, so each step can only take away. The first leaves the roots that the
 caller may read, for members of a chain that are not known yet, or none if the source says that it
@@ -39,7 +39,7 @@ def to_roots(
     with contextlib.ExitStack() as stack:
         if _may_have_members(grant, source):
             for root in grant.readable:
-                # One that can't be opened is none, and is said to be by what opens a member in it.
+                # A root that can't be opened is reported by the code that opens a member in it.
                 with contextlib.suppress(OSError):
                     fd = paths.open_root(root)
                     stack.callback(os.close, fd)
@@ -47,14 +47,14 @@ def to_roots(
         confine.confine_job(worker.slot, worker.program, rules)
 
 
-def to_inodes(grant: values.ConvertGrant, both: Endpoints, worker: Program) -> None:
+def to_inodes(grant: values.ConvertGrant, ends: Endpoints, worker: Program) -> None:
     """Close everything but what is open; the first step has, for a source that stands alone.
 
     Raises:
         OSError, SandboxError: Landlock refused; the job must not go on.
     """
-    if _may_have_members(grant, both.source):
-        confine.confine_job(worker.slot, worker.program, both.rules())
+    if _may_have_members(grant, ends.source):
+        confine.confine_job(worker.slot, worker.program, ends.rules())
 
 
 STAND_ALONE: Final = frozenset({"raw", "vdi", "vpc", "vhdx", "parallels", "luks", "dmg"})
@@ -71,12 +71,12 @@ def _may_have_members(
 ) -> bool:
     """Whether other images than the source may have to be opened.
 
-    A wrong No takes rights away that an image needs which then is refused, and gives none: so the
-    image's own word is enough for it.
+    The image's own header may decide: a wrong "no" only takes rights away, and the image is then
+    refused.
     """
     if grant.request.source.format in STAND_ALONE:
         return False
-    with contextlib.suppress(OSError):  # whoever reads it next says so
+    with contextlib.suppress(OSError):  # the next read reports it
         begin = os.pread(source.fd, _NAME_AT.stop, 0)
         return not (begin.startswith(_QCOW2) and begin[_NAME_AT] == bytes(8))
     return True

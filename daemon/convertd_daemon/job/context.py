@@ -1,8 +1,8 @@
-"""What ends a job before its work is done: its caller, the broker, its time.
+"""What ends a job early: its caller, the broker, its time limit.
 
-The job's channel leads to the front. When the front closes it, or dies, nobody waits for the result
-any more. The broker sends SIGTERM. Both are a `Cancelled`: the job ends without another word, and
-whoever cut it knows why.
+The job's channel leads to the front. When the front closes it, or dies, the result is no longer
+wanted. The broker sends SIGTERM. Both raise `Cancelled`: the job ends without sending anything
+more.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 class Cancelled(BaseException):
-    """The job is to end at once. Not an Exception: nobody should handle it by accident."""
+    """The job must end at once. Not an Exception, so that no handler catches it by accident."""
 
 
 class JobContext:
     """A job's end of its channel, and its time. Owns neither.
 
-    `undefined_device` is the device that holds what nobody knows, should the job fail now.
+    `undefined_device` is the device whose content is undefined if the job fails now; "" for none.
     """
 
     def __init__(self, channel_: channel.Channel, duration_s: float) -> None:
@@ -35,7 +35,7 @@ class JobContext:
         self.duration_s = duration_s
         self.started = time.monotonic()
         self.undefined_device = ""
-        self._told: values.Progress | None = None
+        self._sent: values.Progress | None = None
         self._poll = select.poll()
         self._poll.register(channel_.fileno(), 0)
 
@@ -45,7 +45,7 @@ class JobContext:
         return time.monotonic() - self.started
 
     def check(self) -> None:
-        """Stop here if nobody waits for the result, or if it took too long.
+        """Stop here if the result is no longer wanted, or if the job took too long.
 
         Raises:
             Cancelled: the channel is closed.
@@ -57,11 +57,11 @@ class JobContext:
             raise conditions.DurationExceeded(duration_s=self.duration_s)
 
     def send(self, message: object) -> None:
-        """Send what must arrive.
+        """Send a message that must arrive.
 
         Raises:
-            Cancelled: nobody is there to hear it.
-            conditions.Unsupported: it is too long to be told.
+            Cancelled: the channel is closed.
+            conditions.Unsupported: it does not fit into a message.
         """
         try:
             self.channel.send(message)
@@ -72,25 +72,25 @@ class JobContext:
             raise conditions.Unsupported(what="so much in an image", why=problem) from error
 
     def send_failure(self, error: conditions.ConvertError) -> None:
-        """Send how the job fails, before what may take long.
+        """Send how the job fails, before a clean-up that may take long.
 
         Raises:
-            Cancelled: nobody is there to hear it.
+            Cancelled: the channel is closed.
         """
         error.undefined_device = self.undefined_device
         self.send(messages.Failed(failure=error.failure()))
 
     def progress(self, phase: values.Phase, percent: float = 0.0) -> None:
-        """Send how far the job is, unless that is what was said last.
+        """Send how far the job is, unless that is what was sent last.
 
         Dropped if the front is behind: a job never waits for that.
         """
         progress = values.Progress(phase=phase, percent=percent)
-        if progress == self._told:
+        if progress == self._sent:
             return
         try:
             if self.channel.send(messages.Progressed(progress=progress), wait=False):
-                self._told = progress
+                self._sent = progress
         except channel.Closed as error:
             raise Cancelled from error
 
@@ -101,9 +101,9 @@ def cancel_on_sigterm() -> None:
 
 
 def ignore_sigterm() -> None:
-    """Make SIGTERM nothing: the job ends anyway.
+    """Ignore SIGTERM: the job is ending anyway.
 
-    Not SIG_IGN: of a signal that comes just then, Python would print a traceback.
+    Not SIG_IGN: Python would print a traceback for a signal that arrives at that moment.
     """
     signal.signal(signal.SIGTERM, _ignore)
 
@@ -118,7 +118,7 @@ def _cancel(_number: int, _frame: object) -> NoReturn:
 
 @contextlib.contextmanager
 def defer_sigterm() -> Iterator[None]:
-    """Hold SIGTERM back: what is published is reported, not taken back half-way."""
+    """Block SIGTERM in the block: a result that is being published is reported as published."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield

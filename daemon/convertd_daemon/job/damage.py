@@ -1,7 +1,7 @@
 """Damage to an image that leaves what a guest wrote where it is, and who may accept it.
 
 Fails closed. A host that crashed leaves a qcow2 with wrong reference counts, or marked as corrupt:
-whoever would write to it could destroy data, and reading it gives all of it. That is said of it
+writing to it could destroy data, but reading it gives all of it. An image counts as such
 only where every complaint of `qemu-img check` is one of a count that is too high, or 0, or of a
 flag that says the same. What is missing in the file, and what two tables claim, is never accepted.
 """

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoints:
-    """What is read, the source and all it stands on, and what is written."""
+    """What is read, the source with its backing chain, and what is written."""
 
     chain: tuple[ChainLink, ...]
     dest: Destination
@@ -50,12 +50,12 @@ class Endpoints:
         return tuple(link.member for link in self.chain)
 
     def inodes(self, pipes: tuple[int, ...] = ()) -> execution.Inodes:
-        """What qemu-img may touch to convert."""
+        """What qemu-img needs to convert."""
         read = tuple(link.source.fd for link in self.chain)
         return dataclasses.replace(self.dest.inodes(), read=read, pipes=pipes)
 
     def nodes(self) -> tuple[plan.Node, ...]:
-        """The chain as the plan speaks of it."""
+        """The chain, as the plan needs it."""
         return tuple(
             plan.Node(
                 format=link.info.format,
@@ -66,7 +66,7 @@ class Endpoints:
         )
 
     def dest_node(self, image_format: str) -> plan.Node:
-        """The destination as the plan speaks of it."""
+        """The destination, as the plan needs it."""
         dest = self.dest
         return plan.Node(
             format=image_format, fd=dest.fd, on_device=dest.on_device, alias=dest.alias

@@ -1,4 +1,4 @@
-"""The grant that somebody has without a daemon: to whatever its own rights allow.
+"""The grant of a caller without a daemon: whatever the caller's own rights allow.
 
 Nothing is decided here that the kernel does not decide again: the job runs with its caller's uid
 and no capability of the daemon's.
@@ -14,22 +14,22 @@ from convertd_core import conditions, messages, validation, values
 EVERYTHING: Final = values.Root(
     name="own", path="/", access=values.RootAccess.OWN, allow_ownerless=True, accept_damaged=True
 )
-"""Whoever converts with its own rights chose the file system itself, and is warned."""
+"""A caller that converts with its own rights chose the file system itself, and is warned."""
 
 RULE: Final = "own rights"
 
 
-def grant(order: messages.LocalRequest) -> values.ConvertGrant | values.InspectGrant:
-    """Make the grant that an order amounts to.
+def grant(local: messages.LocalRequest) -> values.ConvertGrant | values.InspectGrant:
+    """Make the grant for a local request.
 
     Raises:
-        conditions.Invalid: the request can't be meant; the same conditions as with a daemon.
+        conditions.Invalid: the request is invalid; the same conditions as with a daemon.
     """
-    if order.convert is not None:
-        return _convert(validation.checked_convert(order.convert))
-    if order.inspect is not None:
-        return _inspect(validation.checked_inspect(order.inspect))
-    raise conditions.BadMessage(problem="an order without a request")
+    if local.convert is not None:
+        return _convert(validation.checked_convert(local.convert))
+    if local.inspect is not None:
+        return _inspect(validation.checked_inspect(local.inspect))
+    raise conditions.BadMessage(problem="a local request without a body")
 
 
 def _convert(request: values.ConvertRequest) -> values.ConvertGrant:

@@ -1,8 +1,8 @@
 """How a job begins and ends: forked from the broker, or as a program of its own.
 
-As a program (`python -m convertd_daemon.job`) it reads one message, its order, from the channel on
-standard input, and answers there with the same events: that is how somebody converts with nobody's
-rights but his own, without a daemon.
+As a program (`python -m convertd_daemon.job`) it reads one LocalRequest from the channel on
+standard input, and answers there with the same events: so a user converts with the user's own
+rights, and without a daemon.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ def run_forked(
     setup: Setup,
     empty: forking.Emptied,
 ) -> NoReturn:
-    """Be a job, in the child that the broker just forked; first wait for it, unless it is given.
+    """Run a job in the child that the broker just forked; wait for an assignment if there is none.
 
-    Never returns. fork(2) gives a child all its parent has, close-on-exec or not; so the first act
-    is to close what belongs to the broker and to other jobs, and to tell the broker, which waits
-    for that. All signals are blocked until ours are set.
+    Never returns. A forked child has all descriptors of its parent, close-on-exec or not: first it
+    closes those of the broker and of other jobs, and tells the broker, which waits for that. All
+    signals are blocked until the job's own handlers are set.
     """
     try:
         close_range.close_all_but(
@@ -75,17 +75,17 @@ def run_forked(
         prctl.set_name("convertd-job")
         _work(lambda: job.grant, job_channel, setup, slot)
     except context.Cancelled:
-        log.info("job cut short at its very end")
+        log.info("job cancelled at its end")
     except channel.Closed:
-        log.debug("no job came pid=%d", os.getpid())
+        log.debug("idle job process ends pid=%d", os.getpid())
     except BaseException:
-        log.exception("job failed before its work")
+        log.exception("job failed before it began")
     finally:
         # Whatever happens, and SIGTERM may happen here too: a job must never return into the
         # broker's code.
         try:
             context.ignore_sigterm()
-            job_channel.give(done=False)
+            job_channel.report(done=False)
             logging.shutdown()
         finally:
             os._exit(0)
@@ -94,36 +94,36 @@ def run_forked(
 def _wait_for_assignment(
     assignments: channel.Channel, setup: Setup
 ) -> tuple[AssignedJob, PreforkSlot]:
-    """Wait for the one order, at the gate with a process that will be its first qemu-img.
+    """Wait for a job, with a preforked child that will become its first qemu-img.
 
     Raises:
         channel.Closed: there will be none.
-        leash.Cancelled: SIGTERM came first.
+        context.Cancelled: SIGTERM came first.
     """
     prctl.set_name("convertd-idle")
     slot = PreforkSlot(setup.seccomp)
-    # What can't be forked now is forked when it is needed, or says why not.
+    # If the fork fails now, it is tried again when the child is needed.
     with contextlib.suppress(OSError):
         slot.fork()
     try:
-        begin, _ = assignments.receive(messages.StartJob)
+        start, _ = assignments.receive(messages.StartJob)
     except BaseException:
         slot.close()
         raise
-    return AssignedJob(job_id=begin.job_id, grant=begin.grant), slot
+    return AssignedJob(job_id=start.job_id, grant=start.grant), slot
 
 
 def main() -> int:
-    """Be the job as a program of its own, with the caller's own rights."""
+    """Run the job as a program of its own, with the caller's own rights."""
     logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
     job_channel = channel.Channel(socket.socket(fileno=os.dup(0)))
     os.umask(0o077)
     limits.refuse_core_dumps()
-    order, _ = job_channel.receive(messages.LocalRequest)
+    request, _ = job_channel.receive(messages.LocalRequest)
     setup = Setup(
-        path=order.qemu_img, identity=None, seccomp=seccomp.compile_profile(seccomp.QEMU_IMG)
+        path=request.qemu_img, identity=None, seccomp=seccomp.compile_profile(seccomp.QEMU_IMG)
     )
-    _work(lambda: local_grant.grant(order), job_channel, setup)
+    _work(lambda: local_grant.grant(request), job_channel, setup)
     return 0
 
 
@@ -133,9 +133,9 @@ def _work(
     setup: Setup,
     slot: PreforkSlot | None = None,
 ) -> None:
-    """Do what is granted, and say how it ended, unless somebody cut it short and knows.
+    """Do what is granted, and send how it ended, unless it was cancelled.
 
-    `gate` is the one that was made ahead.
+    `slot` is the one that was made while the process waited.
     """
     context.cancel_on_sigterm()
     try:
@@ -149,7 +149,7 @@ def _work(
                 job_context = context.JobContext(job_channel, grant.limits.inspect_s)
                 pipeline.inspect(grant, execution.Runner(worker, job_context))
     except context.Cancelled:
-        log.info("job cut short")
+        log.info("job cancelled")
     except conditions.ConvertError as error:
         _send_failure(job_channel, error.failure())
     except Exception:
@@ -173,4 +173,8 @@ def _send_failure(job_channel: channel.Channel, failure: conditions.Failure) -> 
     try:
         job_channel.send(messages.Failed(failure=failure))
     except channel.Closed:
-        log.info("nobody heard reason=%s message=%r", failure.reason, failure.message)
+        log.info(
+            "the caller is gone, failure not sent reason=%s message=%r",
+            failure.reason,
+            failure.message,
+        )

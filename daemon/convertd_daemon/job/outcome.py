@@ -1,7 +1,7 @@
-"""What a job tells the broker of its end: once, by a pipe of its own, before the front hears of it.
+"""The outcome that a job reports to the broker: once, on a pipe of its own, before the front's.
 
-The channel to the front is the caller's affair: whoever closes it ends the job. What goes on record
-does not depend on anybody there.
+The channel to the front belongs to the caller, and closing it ends the job. The audit record must
+not depend on it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from convertd_core import values
 
 LONGEST_DETAIL: Final = 2000
-"""In characters. All of an account fits into an empty pipe, so that giving it never waits."""
+"""In characters. An outcome fits into an empty pipe, so that writing it never blocks."""
 
 
 class OutcomeReporter(channel.Channel):
-    """A job's channel that gives the account when the job says how it ended.
+    """A job's channel that also reports the outcome when the job sends how it ended.
 
     Owns the socket, and the pipe's writing end.
     """
@@ -40,7 +40,7 @@ class OutcomeReporter(channel.Channel):
         return self.fileno(), self._pipe
 
     def send(self, message: object, *descriptors: int, wait: bool = True) -> bool:
-        """Note what the message says, then send it. See Channel."""
+        """Note what the message tells of the outcome, then send it. See Channel."""
         match message:
             case messages.Planned(plan=plan):
                 self._known = _with_plan(self._known, plan)
@@ -50,30 +50,30 @@ class OutcomeReporter(channel.Channel):
                     source_format=image.info.format,
                     virtual_size_bytes=image.info.virtual_size_bytes,
                 )
-                self.give(done=True)
+                self.report(done=True)
             case messages.Succeeded(published=published):
                 self._known = dataclasses.replace(
                     _with_plan(self._known, published.plan),
                     allocated_size_bytes=published.allocated_size_bytes,
                 )
-                self.give(done=True)
+                self.report(done=True)
             case messages.Failed(failure=failure):
-                self.give(done=False, reason=failure.reason, detail=failure.message)
+                self.report(done=False, reason=failure.reason, detail=failure.message)
         return super().send(message, *descriptors, wait=wait)
 
-    def give(self, *, done: bool, reason: str = "", detail: str = "") -> None:
-        """Give the account, if it was not given yet."""
+    def report(self, *, done: bool, reason: str = "", detail: str = "") -> None:
+        """Report the outcome, unless it was reported already."""
         if self._pipe < 0:
             return
-        account = dataclasses.replace(
+        outcome = dataclasses.replace(
             self._known, done=done, reason=reason, detail=detail[:LONGEST_DETAIL]
         )
-        # A Cancelled in the middle would lose it, or give it twice.
+        # A Cancelled in the middle would lose it, or report it twice.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
-            # A broker that is gone keeps no record any more.
+            # If the broker is gone, there is no record to keep.
             with contextlib.suppress(BrokenPipeError):
-                os.write(self._pipe, codec.encode(account))
+                os.write(self._pipe, codec.encode(outcome))
             os.close(self._pipe)
             self._pipe = -1
         finally:

@@ -1,7 +1,7 @@
-"""The way of one job, from a grant to a published image. Read this page first.
+"""The steps of one job, from a grant to a published image. Read this page first.
 
-Each step takes what the earlier ones made, so that none can be left out. Everything opened is
-closed, and everything unpublished gone, when the function is left, by whichever door.
+Each step takes the results of the earlier ones, so that none can be left out. However the function
+is left, everything opened is closed, and everything unpublished is gone.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from convertd_daemon.job.qemu import (
 def convert(
     grant: values.ConvertGrant, passphrases: secrets.Secrets, runner: execution.Runner
 ) -> None:
-    """Convert one image, and tell the channel what becomes of it."""
+    """Convert one image, and send progress and outcome on the job's channel."""
     context_, request = runner.context, grant.request
     context_.progress(values.Phase.PREPARING)
     with contextlib.ExitStack() as stack:
-        # 1. Open: names become descriptors, and the rest of the file system is closed to us.
+        # 1. Open: names become descriptors, and Landlock closes the rest of the file system.
         source = stack.enter_context(paths.open_source(grant.source, grant.peer))
         dest = stack.enter_context(endpoints.open_dest(grant, runner.worker.setup))
         confinement.to_roots(grant, source, dest, runner.worker)
-        # 2. Ask what the source is, and what it stands on.
+        # 2. Ask qemu-img what the source is, and follow its backing chain.
         links = backing_chain.follow(grant, source, dataclasses.replace(runner, asks=True), stack)
         backing_chain.check_encryption(grant.request.source, links[0])
         both = endpoints.Endpoints(chain=links, dest=dest)
@@ -56,7 +56,7 @@ def convert(
         context_.send(messages.Planned(plan=planned))
         whole = stack.enter_context(integrity.IntegrityCheck(grant, both, passphrases, runner))
         if request.validate_only or dest.on_device:
-            # A device is not begun with what can't be ended.
+            # A device is not written before it is known that the source is whole.
             whole.finish()
         if request.validate_only:
             context_.send(messages.Succeeded(published=_validated(planned, dest, whole, context_)))
@@ -94,7 +94,7 @@ def convert(
 
 
 def inspect(grant: values.InspectGrant, runner: execution.Runner) -> None:
-    """Say what an image is, and what it stands on as far as the caller may read."""
+    """Send what an image is, and its backing chain as far as the caller may read it."""
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(paths.open_source(grant.source, grant.peer))
         confinement.to_roots(grant, source, None, runner.worker)
@@ -107,7 +107,7 @@ def _validated(
     whole: integrity.IntegrityCheck,
     context_: context.JobContext,
 ) -> values.Published:
-    """The outcome of a request that was only to be checked."""
+    """The outcome of a request with validate_only."""
     return values.Published(
         plan=planned,
         published=False,

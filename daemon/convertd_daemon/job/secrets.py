@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 MAX_BYTES: Final = 4096
 
 LIMIT_S: Final = 10.0
-"""The front sends it as soon as it hears that the job has started."""
+"""The front sends it as soon as it knows that the job has started."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,23 +41,23 @@ class Secrets:
     dest: bytes = field(default=b"", repr=False)
 
 
-def take(line: channel.Channel, *, source: bool, dest: bool) -> Secrets:
-    """Take the passphrases of the ends that have one from the front, in that order.
+def take(job_channel: channel.Channel, *, source: bool, dest: bool) -> Secrets:
+    """Receive from the front the passphrases that the request needs, the source's first.
 
     Raises:
         conditions.BadMessage: one did not come in time, or something else did.
         conditions.BadOption: one is empty or too long.
-        channel.Closed: nobody waits for the result any more.
+        channel.Closed: the result is no longer wanted.
     """
     asked = {plan.SOURCE_SECRET: source, plan.DEST_SECRET: dest}
-    return Secrets(**{name: _receive(name, line) for name in asked if asked[name]})
+    return Secrets(**{name: _receive(name, job_channel) for name in asked if asked[name]})
 
 
-def _receive(name: str, line: channel.Channel) -> bytes:
-    if not select.select([line], [], [], LIMIT_S)[0]:
+def _receive(name: str, job_channel: channel.Channel) -> bytes:
+    if not select.select([job_channel], [], [], LIMIT_S)[0]:
         raise conditions.BadMessage(problem="a passphrase did not come")
     try:
-        secret = line.receive_passphrase(MAX_BYTES + 1)
+        secret = job_channel.receive_passphrase(MAX_BYTES + 1)
     except codec.CodecError as error:
         raise conditions.BadMessage(problem="not a passphrase") from error
     if not 1 <= len(secret) <= MAX_BYTES:

@@ -1,6 +1,7 @@
 """From names to ids: a Document becomes a Policy.
 
-Pure: who has asked the system hands the answers in. Fails closed: what has no id grants nothing.
+Pure: the caller passes the ids, and what the roots are. Fails closed: a name without an id grants
+nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Final
 from convertd_core import values
 from convertd_daemon.policy import decide, document, value_types
 
-_NOT_LOOKED_AT: Final[Mapping[str, Directory]] = {}
+_NOT_SURVEYED: Final[Mapping[str, Directory]] = {}
 
 
 class Kind(enum.StrEnum):
@@ -25,7 +26,7 @@ class Kind(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NeededNames:
-    """Names whose ids must be asked for."""
+    """Names whose ids must be looked up."""
 
     users: frozenset[str] = frozenset()
     groups: frozenset[str] = frozenset()
@@ -72,7 +73,7 @@ def missing_names(parsed: document.Document, ids: Ids) -> tuple[document.PolicyE
 
 
 def bind(
-    parsed: document.Document, ids: Ids, directories: Mapping[str, Directory] = _NOT_LOOKED_AT
+    parsed: document.Document, ids: Ids, directories: Mapping[str, Directory] = _NOT_SURVEYED
 ) -> decide.Policy:
     """Make a Policy, in which a name that doesn't exist grants nothing.
 
@@ -81,7 +82,7 @@ def bind(
     the roots are, by their names; a root that is not in there was not there.
 
     Raises:
-        policy_toml.PolicyError: a name has an id that nobody can have.
+        document.PolicyError: a name has an id that nobody can have.
     """
     _check_ids(parsed, ids)
     roots = {

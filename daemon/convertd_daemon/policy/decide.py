@@ -99,10 +99,10 @@ class Policy:
 def decide(
     policy: Policy, peer: values.Peer, request: values.ConvertRequest
 ) -> values.ConvertGrant:
-    """Give leave for a conversion, by the first rule that allows both of its ends.
+    """Grant a conversion, by the first rule that allows both source and destination.
 
     Raises:
-        conditions.BadPath, conditions.BadFormat, conditions.BadOption: the request can't be meant.
+        conditions.BadPath, conditions.BadFormat, conditions.BadOption: the request is invalid.
         conditions.PermissionDenied: no rule allows it.
         conditions.ClaimNotAllowed: one does, but not that `is_zero` is claimed.
     """
@@ -132,7 +132,7 @@ def decide(
 
 
 def _check_device_options(asked: values.Destination, dest: values.Place) -> None:
-    """Hold what is for devices only, or not for them, against the destination's root."""
+    """Refuse options that do not fit the kind of the destination's root."""
     if asked.mode is not None and dest.root.kind is values.RootKind.BLOCK:
         raise conditions.BadOption(field="dest.mode", problem="is for files only")
     if not asked.is_zero:
@@ -146,10 +146,10 @@ def _check_device_options(asked: values.Destination, dest: values.Place) -> None
 def decide_inspect(
     policy: Policy, peer: values.Peer, request: values.InspectRequest
 ) -> values.InspectGrant:
-    """Give leave to look at an image, by the first rule that allows reading it.
+    """Grant an inspection, by the first rule that allows reading the image.
 
     Raises:
-        conditions.BadPath, conditions.BadFormat: the request can't be meant.
+        conditions.BadPath, conditions.BadFormat: the request is invalid.
         conditions.PermissionDenied: no rule allows it.
     """
     request = validation.checked_inspect(request)
@@ -177,7 +177,7 @@ def is_operator(policy: Policy, peer: values.Peer) -> bool:
 
 
 def access_of(policy: Policy, peer: values.Peer) -> values.AccessRights:
-    """What the caller may do, for whoever asks about itself."""
+    """What the caller may do, for the answer to GetAccess."""
     return values.AccessRights(
         is_operator=is_operator(policy, peer),
         rules=tuple(_rights(rule) for rule in policy.rules_for(peer)),

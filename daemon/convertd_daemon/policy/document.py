@@ -1,7 +1,7 @@
-"""The policy as its file says it: TOML, strictly.
+"""The policy file, parsed strictly: TOML text becomes a Document.
 
-Pure: text in, a Document out. Names mean nothing until somebody has asked the system for their ids,
-so a Document is not yet a Policy: policy_bind makes that of it. docs/policy.md has every key.
+Pure. Users and groups are names still, whose ids have to be looked up; bind.py makes a Policy of a
+Document. docs/policy.md has every key.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ SYSTEM_TREES: Final = (
     "/sys",
     "/usr",
 )
-"""Directories that no root may be, nor lie in: whoever writes there owns the machine."""
+"""Directories that no root may be, nor lie in: a user who writes there controls the machine."""
 TOO_WIDE: Final = ("/", "/dev", "/run")
 """Directories that no root may be, though one may lie in them."""
 

@@ -1,4 +1,4 @@
-"""A child that is asked what may take for ever to find out: it may be given up, the broker not."""
+"""Run in a forked child what may block for ever: the child can be killed, the broker goes on."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _KILL_S: Final = 1.0
 def answer(work: Callable[[BinaryIO], None], limit_s: float) -> Iterator[int]:
     """Have a forked child write its answer into a pipe, whose other end this gives.
 
-    In the end the child is killed and reaped; one that can't be killed now is left to whoever reaps
-    orphans. Call it from a process without threads.
+    In the end the child is killed and reaped; one that can't be killed now is reaped later, with
+    the broker's orphans. Call it from a process without threads.
     """
     reader, writer = os.pipe2(os.O_CLOEXEC)
     with contextlib.closing(open(reader, "rb", buffering=0)):
@@ -42,7 +42,7 @@ def _work(
     limit_s: float,
     child_is_empty: forking.Emptied,
 ) -> NoReturn:
-    """All that the child does. One that is left keeps open nothing of the broker's."""
+    """All that the child does. A child that is left keeps none of the broker's descriptors."""
     status = 1
     try:
         close_range.close_all_but({0, 1, 2, writer, child_is_empty.writer})

@@ -1,7 +1,7 @@
-"""The ids of users and groups, asked for in a child that may be given up.
+"""Look up the ids of users and groups in a child, which can be killed if it blocks.
 
 A name can lead to a directory service that doesn't answer, and getpwnam(3) has no time limit. So a
-forked child asks, and the broker waits only so long.
+forked child looks them up, and the broker waits for a limited time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the directories of a policy's roots are, and who could replace them, as it is loaded.
 
 A root can lie on storage that does not answer, and stat(2) has no time limit. So a forked child
-looks, and a root of which it says nothing in time is left out: that is no matter of the others.
+walks to each root, and a root without an answer in time is left out; the others are not affected.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LIMIT_S: Final = 5.0
 """How long all may take."""
 
 SILENT: Final = errno.ETIMEDOUT
-"""The error of a root of which nothing was said in time."""
+"""The error of a root without an answer in time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,14 +54,14 @@ class Seen:
 def of(
     roots: Mapping[str, document.RootTable], *, patience_s: float = PATIENCE_S
 ) -> dict[str, Seen]:
-    """Look at each root. Forks."""
+    """Walk to each root. Forks."""
     found: dict[str, Seen] = {}
     deadline = time.monotonic() + LIMIT_S
     while left := [name for name in roots if name not in found]:
         with forked.answer(lambda told: _tell(told, [roots[n] for n in left]), LIMIT_S) as answer:
             told = _lines(answer, patience_s, deadline)
             found.update(zip(left, (codec.decode(line, Seen) for line in told), strict=False))
-        # The first of which nothing was said is the one that keeps silent.
+        # The first root without an answer is the one that blocks.
         silent = [name for name in left if name not in found]
         if time.monotonic() < deadline:
             silent = silent[:1]
@@ -90,11 +90,11 @@ def _aliases(name: str, seen: Mapping[str, Seen]) -> frozenset[str]:
 
 def _tell(told: BinaryIO, roots: Sequence[document.RootTable]) -> None:
     for root in roots:
-        told.write(codec.encode(_look(root)) + b"\n")
+        told.write(codec.encode(_survey(root)) + b"\n")
         told.flush()
 
 
-def _look(root: document.RootTable) -> Seen:
+def _survey(root: document.RootTable) -> Seen:
     """Walk to one root, or as far as there is a way."""
     way: list[path_walk.Step] = []
     stopped = 0

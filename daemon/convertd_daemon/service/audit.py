@@ -1,9 +1,9 @@
-"""The audit record: one for each request, refused ones too, when it is over.
+"""The audit record: one for each request, refused ones too, when the request ends.
 
 It goes to the journal, field by field, so that no name can pass for a field or a second record: a
 value with a newline is sent with its length. Where there is no journal it is one line on stderr, in
-which whatever could break or disguise the line is escaped. Never in it: passphrases, which the
-broker never reads.
+which every character that could break or disguise the line is escaped. It never has passphrases,
+which the broker never reads.
 
 The fields and the message ids are for outsiders to rely on: docs/operations.md.
 """
@@ -31,7 +31,7 @@ class Outcome(enum.StrEnum):
 
     DONE = "done"
     REFUSED = "refused"
-    """Before anything was opened: by the policy, for want of room, or because it can't be meant."""
+    """Before anything was opened: by the policy, by a limit, or because it is invalid."""
     FAILED = "failed"
     """After it was allowed."""
 
@@ -47,7 +47,7 @@ PRIORITIES: Final = {Outcome.DONE: 6, Outcome.REFUSED: 5, Outcome.FAILED: 4}
 """info, notice, warning. Source: syslog(3)."""
 
 LONGEST: Final = 4096
-"""What a refused caller may have put on record in one field, in characters: a path's length."""
+"""The most characters of a refused caller's text in one field: a path's length."""
 
 QUERIES: Final = frozenset(
     {messages.Operation.LIST_JOBS, messages.Operation.GET_ACCESS, messages.Operation.GET_STATS}
@@ -57,7 +57,7 @@ QUERIES: Final = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    """Who asked. `comm` and `unit` are its own word, and may be empty."""
+    """The caller. `comm` and `unit` are unverified, and may be empty."""
 
     uid: int | None
     gid: int | None
@@ -70,12 +70,12 @@ UNKNOWN: Final = messages.JobOutcome(done=False)
 """Of a request that had no job, or of one that was killed."""
 
 NOBODY: Final = Caller(uid=None, gid=None, pid=None)
-"""Who calls over a connection that the broker does not know."""
+"""The caller on a connection that the broker does not know."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestSummary:
-    """What was asked, by whom, in the caller's own words."""
+    """The request and its caller; texts as the caller wrote them."""
 
     operation: messages.Operation
     caller: Caller
@@ -147,7 +147,7 @@ class Record:
 
     @property
     def priority(self) -> int:
-        """How much it should stand out, as syslog counts."""
+        """Its syslog priority."""
         if self.reason == conditions.InternalError.reason:
             return 3
         if self.outcome is Outcome.DONE and self.asked.operation in QUERIES:
@@ -164,7 +164,7 @@ def _printable(value: str) -> str:
 def write(record: Record) -> None:
     """Put a record into the journal, or on stderr if there is none.
 
-    Waits for a journal that has no room: what is not on record shall not go on.
+    Blocks while the journal has no room: nothing goes on without its record.
     """
     line = record.line()
     if not os.path.exists(JOURNAL):

@@ -1,8 +1,8 @@
-"""The file with the counters, for node_exporter: written whole, in a process that nobody waits for.
+"""The file with the counters, for node_exporter: written whole, by a child process.
 
-The policy names its directory, which may be another user's, or on a file system that somebody else
-serves. So nothing there is opened that a name, a link or a FIFO put there could turn into something
-else; and a child does it, for open(2) itself can last as long as that file system likes.
+The policy names its directory, which may be another user's, or on a file system that another user
+serves. So nothing is opened there that a link or a FIFO could redirect or block. A child does it,
+for open(2) itself can block for as long as that file system likes.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from convertd_daemon.sandbox import forking
 log = logging.getLogger(__name__)
 
 LIMIT_S: Final = 10.0
-"""How long one writing may last. One that no signal ends is left, and none follows it."""
+"""How long one write may last. If a child can't be killed, no other one is started."""
 
 LAST_S: Final = 2.0
-"""How long the daemon's end waits for the last one."""
+"""How long the daemon waits for the last write when it stops."""
 
 MODE: Final = 0o644
 """Whatever the umask: node_exporter is another user."""
@@ -52,9 +52,9 @@ class Writer:
         self.pid = 0
 
     def write(self, path: str, data: bytes) -> None:
-        """Have a child write it. It logs what goes wrong, and `ended` is to be told of its end."""
+        """Have a child write it. The child logs errors; call `ended` when it is reaped."""
         if self.pid:
-            log.warning("the counters of before are still being written file=%r", path)
+            log.warning("the last write of the counters has not ended file=%r", path)
             return
         try:
             self.pid = forking.fork(lambda empty: _be_the_child(path, data, empty))
@@ -62,14 +62,14 @@ class Writer:
             log.warning("can't write counters file=%r error=%s", path, error)
 
     def ended(self, pid: int) -> bool:
-        """Take note that a child of the broker's was reaped; whether it was ours."""
+        """Note that a child was reaped; True if it was the writer's."""
         ours = pid == self.pid != 0
         if ours:
             self.pid = 0
         return ours
 
     def finish(self) -> None:
-        """Wait a little for what is being written, when nobody reaps children any more."""
+        """Wait up to LAST_S for a write, when the broker reaps no more children."""
         if not self.pid:
             return
         pidfd = os.pidfd_open(self.pid)

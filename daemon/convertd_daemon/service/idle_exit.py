@@ -1,4 +1,4 @@
-"""End when nobody needs the daemon. Off unless the policy says otherwise."""
+"""Exit when the daemon is idle. Off unless the policy sets it."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ if TYPE_CHECKING:
 
     from convertd_daemon.broker.loop import Loop, Timer
 
-LOOKS: Final = 4
-"""So often in the time allowed it is looked whether there is something to do."""
+CHECKS: Final = 4
+"""How often within the limit the daemon checks whether it is idle."""
 
 
 class Idle:
-    """Calls something when there has been nothing to do for a while.
+    """Calls a function when the daemon has been idle for a while.
 
-    What begins and ends between two looks is overlooked: then the daemon ends a little early, and
-    the socket starts it again. Nobody is lost: who connects meanwhile waits in the socket's queue.
+    Work that begins and ends between two checks is not seen: then the daemon exits a little early,
+    and the socket starts it again. No caller is lost: new connections wait in the socket's queue.
     """
 
     def __init__(self, loop: Loop, on_idle: Callable[[], None]) -> None:
-        """Watch nothing yet."""
+        """Begin without a limit."""
         self._loop = loop
         self._on_idle = on_idle
         self._timer: Timer | None = None
         self._busy_at = 0.0
 
     def watch(self, limit_s: float, is_idle: Callable[[], bool]) -> None:
-        """Begin anew, with another limit; 0 means never."""
+        """Start again, with another limit; 0 means never."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         self._busy_at = time.monotonic()
         if limit_s:
-            self._look(limit_s, is_idle)
+            self._check(limit_s, is_idle)
 
-    def _look(self, limit_s: float, is_idle: Callable[[], bool]) -> None:
+    def _check(self, limit_s: float, is_idle: Callable[[], bool]) -> None:
         now = time.monotonic()
         if not is_idle():
             self._busy_at = now
         if now - self._busy_at >= limit_s:
             self._on_idle()
             return
-        self._timer = self._loop.after(limit_s / LOOKS, lambda: self._look(limit_s, is_idle))
+        self._timer = self._loop.after(limit_s / CHECKS, lambda: self._check(limit_s, is_idle))

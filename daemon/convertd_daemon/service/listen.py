@@ -24,7 +24,7 @@ FIRST_PASSED: Final = 3
 BACKLOG: Final = 1024
 
 MODE: Final = 0o666
-"""Anybody may connect and be refused by name; the policy decides, not the socket's mode."""
+"""Every user may connect; the policy decides, not the socket's mode."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ class Listener:
             return
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.own_path)
-        # From now on whoever connects is refused, and those who have are all there will be.
+        # From now on new connections are refused; those in the backlog are the last.
         self.sock.shutdown(socket.SHUT_RDWR)
         with contextlib.suppress(OSError):
             while True:
@@ -62,7 +62,7 @@ def listen(path: str) -> Listener:
     """Take the socket that systemd passed, or make one at `path`.
 
     Raises:
-        CantStart: what was passed is not one listening local socket, or another daemon listens at
+        StartError: what was passed is not one listening local socket, or another daemon listens at
             the path, or something else is there.
     """
     passed = _passed()
@@ -100,7 +100,7 @@ def _is_ours(descriptor: int) -> bool:
 
 
 def _make(path: str) -> socket.socket:
-    """Bind, set the mode, listen: until listen(2) whoever connects is refused.
+    """Bind, set the mode, listen. Connections before listen(2) are refused.
 
     By its path: along that nobody but root can change anything, as `trusted` has seen.
     """
@@ -123,7 +123,7 @@ def trusted(path: str) -> str:
     A directory of root's that is sticky will do: nobody else can rename or remove what is root's.
 
     Raises:
-        CantStart: its directory is missing, or others could put another in its place.
+        StartError: its directory is missing, or others could put another in its place.
     """
     directory = os.path.realpath(os.path.dirname(path))
     if not os.path.exists(directory):
@@ -148,7 +148,7 @@ def _clear(path: str) -> None:
     """Remove a socket that nobody listens at, and nothing else.
 
     Raises:
-        CantStart: somebody listens, or it is no socket.
+        StartError: somebody listens, or it is no socket.
     """
     try:
         found = os.lstat(path)

@@ -1,4 +1,4 @@
-"""The counters in Prometheus' text format. Imports much, and so is imported only where wanted."""
+"""The counters in Prometheus' text format. A large import, so imported only where it is used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tell systemd how the service is. Source: sd_notify(3)."""
+"""Notify systemd of the service's state. Source: sd_notify(3)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from typing import Final
 
 PATIENCE_S: Final = 1.0
-"""How long a manager may keep us from serving: the few messages that it acts on are worth that."""
+"""How long to wait for systemd to take a message."""
 
 log = logging.getLogger(__name__)
 
@@ -31,13 +31,13 @@ def notify(*assignments: str, patience_s: float = PATIENCE_S) -> None:
         try:
             sock.sendto("\n".join(assignments).encode(), address)
         except BlockingIOError:
-            log.debug("the manager is behind, not told: %s", assignments)
+            log.debug("systemd takes no message, dropped assignments=%s", " ".join(assignments))
         except OSError as error:
-            log.warning("notify failed error=%s", error)
+            log.warning("can't notify systemd error=%s", error)
 
 
 def ready() -> None:
-    """The service serves, or has reloaded."""
+    """The service serves requests, or has reloaded."""
     notify("READY=1")
 
 
@@ -47,12 +47,12 @@ def reloading() -> None:
 
 
 def stopping(limit_s: float) -> None:
-    """The service takes no more work, and may take so long to end, whatever the unit says."""
+    """The service takes no more work, and may take this long to stop, whatever the unit sets."""
     notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={int(limit_s * 1e6)}")
 
 
 def watchdog() -> None:
-    """The service lives."""
+    """Ping the watchdog."""
     notify("WATCHDOG=1")
 
 

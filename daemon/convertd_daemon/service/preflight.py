@@ -1,4 +1,4 @@
-"""What must be there before the daemon serves anybody. Fails closed, with one clear line."""
+"""What must be there before the daemon serves requests. Fails closed, with one clear sentence."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ PROTECTED_HARDLINKS: Final = "/proc/sys/fs/protected_hardlinks"
 
 
 class StartError(Exception):
-    """The one line that says why the daemon does not start."""
+    """Why the daemon does not start, in one sentence."""
 
 
 def user(name: str) -> Identity:
     """Find one of the two users that the daemon's processes run as.
 
     Raises:
-        CantStart: there is none, or it is root.
+        StartError: there is none, or it is root.
     """
     try:
         entry = pwd.getpwnam(name)
@@ -65,8 +65,8 @@ def check_kernel() -> int:
     """Check what the kernel must give, and tell its Landlock ABI.
 
     Raises:
-        CantStart: Landlock is missing or off, hard links to others' files are allowed, or processes
-            that a job leaves can't be found.
+        StartError: Landlock is missing or off, hard links to others' files are allowed, or
+            processes that a job leaves can't be found.
     """
     if os.geteuid() != 0:
         raise StartError("the daemon must be started as root; see docs/operations.md")
@@ -91,7 +91,7 @@ def check_descriptors(limits: values.Limits) -> None:
     """Check that as many connections as the policy allows can be open, in the front too.
 
     Raises:
-        CantStart: the hard limit on descriptors is too low for them.
+        StartError: the hard limit on descriptors is too low for them.
     """
     needed = limits.connections * DESCRIPTORS_PER_CONNECTION + OWN_DESCRIPTORS
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -131,7 +131,7 @@ def private_directory(socket_path: str, front: Identity) -> str:
     """Make the directory that only the front can enter, beside the public socket.
 
     Raises:
-        CantStart: something else has that name.
+        StartError: something else has that name.
     """
     return _fresh_directory(f"{socket_path}.private", front, 0o700)
 
@@ -140,7 +140,7 @@ def names_directory(socket_path: str) -> str:
     """Make the directory in which jobs make links; anybody may pass through it, and see nothing.
 
     Raises:
-        CantStart: something else has that name.
+        StartError: something else has that name.
     """
     return _fresh_directory(f"{socket_path}.names", None, 0o711)
 
@@ -200,8 +200,8 @@ def remove_directory(path: str) -> None:
 def _empty(directory: int) -> None:
     """Remove what a daemon that was killed left: sockets, and directories with a link in each.
 
-    By descriptors: a front of before may still live, and whose directory it is may put a link where
-    a directory was. What a link leads to is not ours to remove.
+    By descriptors: an earlier front may still run, and the directory's owner may put a link in the
+    place of a directory. What a link leads to must not be removed.
     """
     for name in os.listdir(directory):
         try:

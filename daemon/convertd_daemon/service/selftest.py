@@ -1,4 +1,4 @@
-"""Convert 64 KiB in the sandbox before serving anybody: what does not work now never will.
+"""Convert 64 KiB in the sandbox before the daemon serves requests.
 
 Runs in a child, as a job does, and by a job's code: the same rights, the same Landlock, the same
 seccomp filter.
@@ -36,7 +36,7 @@ LIMITS: Final = dataclasses.replace(limits.CONVERT, niceness=0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelfTest:
-    """What the self-test learnt of the qemu-img that is installed."""
+    """What the self-test found out about the installed qemu-img."""
 
     qemu_version: str
     compressions: tuple[str, ...]
@@ -47,7 +47,7 @@ def run(setup: Setup, directory: str) -> SelfTest:
     """Convert in `directory`, which only needs to take files.
 
     Raises:
-        CantStart: the conversion failed; the line says of what.
+        StartError: the conversion failed; the message says why.
     """
     ours, theirs = channel.Channel.pair()
     broker = os.getpid()
@@ -73,23 +73,25 @@ def run(setup: Setup, directory: str) -> SelfTest:
     )
 
 
-def _be_the_child(setup: Setup, directory: str, line: channel.Channel, broker: int) -> NoReturn:
+def _be_the_child(
+    setup: Setup, directory: str, job_channel: channel.Channel, broker: int
+) -> NoReturn:
     try:
-        close_range.close_all_but({0, 1, 2, line.fileno()})
+        close_range.close_all_but({0, 1, 2, job_channel.fileno()})
         forking.die_with(broker)
         with execution.opened(setup, PreforkSlot(setup.seccomp)) as worker:
-            runner = execution.Runner(worker, context.JobContext(line, LIMIT_S))
-            line.send(_convert_all(runner, directory))
+            runner = execution.Runner(worker, context.JobContext(job_channel, LIMIT_S))
+            job_channel.send(_convert_all(runner, directory))
     except conditions.ConvertError as error:
-        line.send(messages.Failed(failure=error.failure()))
+        job_channel.send(messages.Failed(failure=error.failure()))
     except BaseException:
-        log.exception("self-test")
+        log.exception("self-test failed")
     finally:
         os._exit(0)
 
 
 def _convert_all(runner: execution.Runner, directory: str) -> SelfTest:
-    # It begins with the version, too.
+    # Its first line has the version.
     said = runner.run(("qemu-img", "--help"), execution.Inodes(), LIMITS)
     _convert(runner, directory, "zlib")
     compressions = ["zlib"]

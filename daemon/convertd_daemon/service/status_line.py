@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, kw_only=True)
 class Status:
-    """What the line tells besides the present numbers."""
+    """What the line shows besides the current numbers."""
 
     policy_problem: str = ""
     last_refusal: str = ""
 
     def refused(self, record: audit.Record) -> None:
-        """Remember a refusal. The caller's own words are not repeated here."""
+        """Remember a refusal, without the caller's own text."""
         when = time.strftime("%H:%M:%S")
         self.last_refusal = f"{record.reason} for uid {record.asked.caller.uid} at {when}"
 

@@ -26,7 +26,7 @@ class _Prioritized(logging.Formatter):
 
 
 def log_to_it(level: int) -> None:
-    """Send what is logged to stderr; to the journal, if that is where it leads, with priorities."""
+    """Log to stderr; with priorities, if stderr is the journal."""
     handler = logging.StreamHandler(sys.stderr)
     if _is_journal():
         # Time, name and pid are the journal's own.

@@ -1,7 +1,7 @@
-"""Whether the service, as systemd confined it, can do what the policy grants. Asked of the kernel.
+"""Check that systemd's confinement of the service allows what the policy grants.
 
-The policy alone opens nothing: what the unit closes stays closed. This only says so early, in the
-journal, and not first to a caller.
+A policy can't lift what the unit forbids. This reports it at the start, in the journal, before the
+first caller meets it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ REMEDY: Final = "`convertd unit-dropin` prints what the service needs"
 
 
 def problems(loaded: Loaded) -> Iterator[str]:
-    """Say what the kernel would refuse us of what a policy grants, as things were at its load."""
+    """What the kernel would refuse of a policy's grants, as of when the policy was loaded."""
     policy = loaded.policy
     used = {root for rule in policy.rules for root in (*rule.read, *rule.write)}
     if used and not can_resolve():

@@ -1,10 +1,9 @@
-"""Tell systemd that we live, after having asked ourselves as a caller would.
+"""Ping systemd's watchdog after a health check over the public socket.
 
-A ping says that a health check was answered over the public socket: that the broker's loop
-accepts and hands on, that the front relays, and that gRPC answers. The broker may not speak
-gRPC, and the front may open no path; so the broker connects to its own socket and gives the
-front the calling end, over which the front, as a client, checks the health of whoever answers.
-A front that lies gains nothing but to stay.
+A ping means that the broker's loop accepts connections and hands them on, that the front relays
+them, and that gRPC answers. The broker may not speak gRPC, and the front may open no path; so the
+broker connects to its own socket and passes the client's end to the front, which does the health
+check over it. A front that reports a false answer gains nothing but that it is not restarted.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROBES_PER_LIMIT: Final = 3
-"""So often within the time after which systemd gives us up."""
+"""How often within the time after which systemd restarts the daemon."""
 
 
 def limit_s() -> float:
-    """The time after which systemd wants to have heard of us, 0 if it doesn't ask.
+    """The time within which systemd expects a ping; 0 if it expects none.
 
     Source: sd_watchdog_enabled(3).
     """
@@ -39,7 +38,7 @@ def limit_s() -> float:
 
 
 class Watchdog:
-    """Probes the daemon from outside, and pings systemd for each probe that came through."""
+    """Probes the daemon from outside, and pings systemd for each probe that was answered."""
 
     def __init__(
         self,
@@ -48,10 +47,10 @@ class Watchdog:
         send: Callable[[object, int], None],
         is_draining: Callable[[], bool],
     ) -> None:
-        """Probe whoever accepts from this socket, once started.
+        """Probe through this listening socket, once started.
 
-        `send` gives the front a message and a descriptor. While the daemon drains nobody is
-        accepted any more: then the loop alone vouches for it.
+        `send` gives the front a message and a descriptor. While the daemon drains it accepts no
+        connection: then it pings without a probe.
         """
         self._loop = loop
         self._address = listening.getsockname()
@@ -72,9 +71,9 @@ class Watchdog:
         self._loop.after(self._interval_s, self.tick)
 
     def on_accept(self) -> None:
-        """Somebody was let in, so that the backlog has room for a probe that found none.
+        """A connection was accepted: retry a probe for which the backlog had no room.
 
-        Others may see to it that it is full whenever else we look.
+        At any other moment other callers may have filled it again.
         """
         if self._wants_room:
             self._begin()
@@ -89,15 +88,15 @@ class Watchdog:
         except BlockingIOError:
             self._wants_room = True
         except OSError as error:
-            log.warning("can't connect to ourselves error=%s", error)
+            log.warning("watchdog can't connect to the daemon's own socket error=%s", error)
         else:
             self._send(messages.Probe(probe=self._probe), descriptor)
 
     def on_answer(self, probe: int) -> None:
-        """A probe came through, begun no longer ago than systemd waits for us.
+        """A probe was answered; ping if it began within the time that systemd allows.
 
-        It may have been slow: a crowd was before it in the backlog. What counts is that we hear of
-        it now, from a front that answered just before.
+        It may have been slow, behind many others in the backlog. What counts is that the front
+        answers now.
         """
         if probe > self._probe - PROBES_PER_LIMIT:
             notify.watchdog()

@@ -1,4 +1,4 @@
-"""Raw to raw within one file system that shares blocks: no byte need be read, and no program run.
+"""Clone raw to raw within one file system that shares blocks: nothing is read, nothing is run.
 
 A raw image has no structure, so its copy is the file's. 20 GiB take milliseconds on XFS and btrfs,
 where qemu-img reads and writes every block that is not a hole. Nothing is parsed here; what is
@@ -24,11 +24,11 @@ SHARED: Final = values.Warning(
     reason="BLOCKS_SHARED",
     message="the result shares the source's blocks until either is written: nothing was copied",
 )
-"""Worth knowing to whoever counts on the space being taken now."""
+"""For callers that rely on the space being allocated now."""
 
 
 def is_possible(grant: values.ConvertGrant, plan: values.Plan, ends: Endpoints) -> bool:
-    """Whether a clone would be what was asked for: two raw files, and nothing asked of the way."""
+    """Whether a clone gives what was asked for: two raw files, and no option about the transfer."""
     request = grant.request
     return (
         plan.source.format == plan.dest_format == "raw"

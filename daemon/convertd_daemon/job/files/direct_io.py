@@ -1,8 +1,8 @@
-"""Whether an inode takes direct I/O: by the kernel's word, or else by doing it.
+"""Whether an inode takes direct I/O: the kernel's promise, or else a trial.
 
 A file system may accept O_DIRECT at open and refuse it at the first transfer, or the reverse. Some
-tell what they take, in statx(2). Of all others, and of whoever says no, 4096 aligned bytes are
-transferred, to or from the very inode in question. That takes the disk 3 ms (ext4, 2026-11).
+tell what they take, in statx(2). On all others, and where statx says no, 4096 aligned bytes are
+transferred, to or from the inode itself. That takes the disk 3 ms (ext4, 2026-11).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _is_promised(fd: int) -> bool:
     try:
         alignment = statx.direct_alignment(fd)
     except OSError:
-        return False  # a filter that lets nobody ask
+        return False  # a filter that refuses statx(2)
     return alignment is not None and (
         0 < alignment.memory <= BLOCK_BYTES and 0 < alignment.offset <= BLOCK_BYTES
     )

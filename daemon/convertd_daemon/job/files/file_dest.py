@@ -3,7 +3,7 @@
 An inode opened with O_TMPFILE is in no directory: nobody can see it half-written, and the kernel
 frees it when its last descriptor closes, however that comes about. Where a file system has no
 O_TMPFILE (NFS, FUSE) a named temporary stands in, locked with flock(2) for as long as its job
-lives; whoever makes the next one there for the same owner removes those that nobody locks.
+lives. The next job that makes one there for the same owner removes those that are not locked.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ WITHOUT_TMPFILE: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.ENOSYS
 """What open(2) says of O_TMPFILE where kernel or file system lacks it."""
 
 ATTEMPTS: Final = 8
-"""How often a temporary is made anew that a sweep removes before it is locked."""
+"""How often a temporary is made again because a sweep removed it before it was locked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +159,7 @@ def create(grant: values.ConvertGrant, target: Target, setup: Setup) -> Iterator
 
 
 def _open_new(target: Target) -> tuple[int, str]:
-    """Open a new inode, locked: whoever sweeps the directory takes that lock first."""
+    """Open a new inode, locked: a sweep of the directory skips locked files."""
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE
     try:
         fd = os.open(".", flags, 0o600, dir_fd=target.directory)
@@ -173,7 +173,7 @@ def _open_new(target: Target) -> tuple[int, str]:
 
 def _open_named(target: Target) -> tuple[int, str]:
     directory = os.path.dirname(target.place.path)
-    # A name that can't be taken away again must not be made.
+    # Make no name that could not be removed again.
     attributes.check_directory(target.directory, directory, renames=True)
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     for _ in range(ATTEMPTS):
@@ -182,7 +182,7 @@ def _open_named(target: Target) -> tuple[int, str]:
         with contextlib.suppress(BlockingIOError, FileNotFoundError):
             if os.path.samestat(os.fstat(_locked(fd)), paths.status_of(target.directory, name)):
                 return fd, name
-        # A sweep found it before it was locked.
+        # A sweep removed it before it was locked.
         os.close(fd)
     raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
@@ -205,7 +205,9 @@ def _unlink(grant: values.ConvertGrant, target: Target, name: str, fd: int) -> N
     except FileNotFoundError:
         pass
     except OSError as error:
-        log.warning("a temporary is left path=%r name=%r error=%s", target.place.path, name, error)
+        log.warning(
+            "can't remove a temporary path=%r name=%s error=%s", target.place.path, name, error
+        )
 
 
 def _raise_for(error: OSError, grant: values.ConvertGrant, target: Target) -> NoReturn:

@@ -1,7 +1,7 @@
-"""Whose a result is: while it is written, and in the end. Fails closed.
+"""Owner and mode of a result: while it is written, and in the end. Fails closed.
 
-What fchown(2) and fchmod(2) say is not taken at their word: ntfs-3g says 0, and keeps the file
-root's with mode 0777. The kernel is asked afterwards.
+The status of fchown(2) and fchmod(2) is not trusted: ntfs-3g returns 0, and the file stays root's
+with mode 0777. So fstat(2) is called afterwards.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ FOR_THE_WORKER: Final = 0o060
 """The mode while qemu-img writes. Its group may; and what it does not own it can't chmod."""
 
 _NOT_HERE: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.EINVAL, errno.EOVERFLOW})
-"""What a file system says that has no owners, or not this one. Source: chown(2), fs/fat/file.c."""
+"""The errors of a file system that has no owners, or not this one. Source: chown(2),
+fs/fat/file.c."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ownership:
-    """Whose the result is in the end, and its mode. A gid of -1 leaves the group as it is.
+    """The owner and the mode of the result in the end. A gid of -1 leaves the group as it is.
 
     `acl` is its access control list, empty if it has none; the mode is then what that shows.
     """
@@ -47,7 +48,7 @@ class Ownership:
 
 
 def wanted(grant: values.ConvertGrant, target: Target) -> Ownership:
-    """Whose the result of a grant is to be: of the request, the directory and the root the first.
+    """The owner and mode that a result will have: of the request, the directory or the root.
 
     A default access control list of the directory is inherited, as open(2) would.
 
@@ -130,7 +131,7 @@ def _warning(found: Ownership, final: Ownership) -> values.Warning:
 
 @contextlib.contextmanager
 def _refused_here() -> Iterator[None]:
-    """Go on after what a file system without owners says: what is there is looked at anyway."""
+    """Ignore the errors of a file system without owners: the result is checked afterwards."""
     try:
         yield
     except OSError as error:

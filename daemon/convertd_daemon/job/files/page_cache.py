@@ -1,4 +1,4 @@
-"""Whether what will be read is in memory already.
+"""Whether a file that will be read is in the page cache.
 
 An image that was just downloaded is in the page cache. Read past it, it comes from the disk once
 more: of 2 GiB with 700 MiB of data, qcow2 to raw, 1.3 s against 0.7 s (2 cores, 2026-11; Nova's
@@ -16,12 +16,12 @@ from typing import Final
 from convertd_daemon.linux import mincore
 
 SAMPLES: Final = 16
-"""Places that are looked at, evenly over the file. Each takes 0.1 ms."""
+"""Places that are sampled, evenly over the file. Each takes 0.1 ms."""
 
 SAMPLE_BYTES: Final = 128 * 1024
 
 MISSING: Final = 0.05
-"""So much of a file may be read into memory after all."""
+"""The share of a file that may be missing."""
 
 
 def is_in_memory(fd: int) -> bool:
@@ -33,18 +33,18 @@ def is_in_memory(fd: int) -> bool:
     if not stat.S_ISREG(status.st_mode) or os.geteuid() not in {0, status.st_uid}:
         return False
     try:
-        looked_at, resident = _sample(fd, status.st_size)
+        sampled, resident = _sample(fd, status.st_size)
     except OSError:
-        # A file system that maps no files, or a filter that lets nobody ask.
+        # A file system that maps no files, or a filter that refuses mincore(2).
         return False
-    return looked_at > 0 and looked_at - resident <= MISSING * looked_at
+    return sampled > 0 and sampled - resident <= MISSING * sampled
 
 
 def _sample(fd: int, size: int) -> tuple[int, int]:
-    """Pages that were looked at, and those in memory; the holes of a large file are passed over."""
+    """Pages that were sampled, and those in memory; the holes of a large file are skipped."""
     if size <= SAMPLES * SAMPLE_BYTES:
-        return _look(fd, 0, size) if _data_from(fd, 0) is not None else (0, 0)
-    looked_at = resident = 0
+        return _resident(fd, 0, size) if _data_from(fd, 0) is not None else (0, 0)
+    sampled = resident = 0
     end = 0
     for number in range(SAMPLES):
         begin = _data_from(fd, max(end, size * number // SAMPLES))
@@ -53,13 +53,13 @@ def _sample(fd: int, size: int) -> tuple[int, int]:
         # Up to the next hole: an image of a file system is full of them.
         end = min(begin + SAMPLE_BYTES, os.lseek(fd, begin, os.SEEK_HOLE), size)
         begin -= begin % mmap.PAGESIZE
-        looked_at_here, resident_here = _look(fd, begin, end)
-        looked_at += looked_at_here
+        sampled_here, resident_here = _resident(fd, begin, end)
+        sampled += sampled_here
         resident += resident_here
-    return looked_at, resident
+    return sampled, resident
 
 
-def _look(fd: int, begin: int, end: int) -> tuple[int, int]:
+def _resident(fd: int, begin: int, end: int) -> tuple[int, int]:
     """The pages of a part of the file, and how many of them are in memory."""
     pages = -(-(end - begin) // mmap.PAGESIZE)
     return pages, mincore.resident_pages(fd, begin, end - begin)

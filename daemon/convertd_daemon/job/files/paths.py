@@ -1,8 +1,8 @@
 """From names to descriptors. After this module a path is never a string again.
 
-Fails closed. Each name is resolved once, by openat2(2), and what it led to is kept: whoever moves,
-swaps or links files meanwhile changes nothing for us. A root is resolved anew by each job, from
-`/`: a descriptor of it kept since the start would outlive an unmount or a swap of the root.
+Fails closed. Each name is resolved once, by openat2(2), and its inode is kept open: moving or
+swapping files meanwhile has no effect. Each job resolves a root anew, from `/`: a descriptor of it
+kept since the start would outlive an unmount or a swap of the root.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ QEMU_LOCKS: Final = (100, 203)
 """The first and last byte on which qemu takes its image locks. Source: qemu block/file-posix.c."""
 
 QEMU_WRITES: Final = 101
-"""The one of them that is locked by who may write: 100, and the bit of BLK_PERM_WRITE."""
+"""The byte that a writing qemu locks: 100, and the bit of BLK_PERM_WRITE."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """An image, open for reading. Whoever holds this owns the descriptor.
+    """An image, open for reading. `open_source` closes the descriptor.
 
-    `opened` is what a file was when it was opened, before anything of it was read; see unchanged.
+    `opened` is what a file was when it was opened, before any of it was read: see source_change.
     """
 
     place: values.Place
@@ -143,10 +143,10 @@ def open_target(grant: values.ConvertGrant) -> Iterator[Target]:
 
 
 def _existing(grant: values.ConvertGrant, directory: int, name: str) -> os.stat_result | None:
-    """What bears the result's name now, if it may be replaced."""
+    """The file that has the result's name now, if it may be replaced."""
     place = grant.dest
     try:
-        # With the rights in force: whoever may not search the directory learns no name in it.
+        # With the rights in force: a caller that may not search the directory learns no name in it.
         with credentials.acting_for(place.root, grant.peer):
             fd = look_up(directory, name)
     except FileNotFoundError:
@@ -171,10 +171,10 @@ def _existing(grant: values.ConvertGrant, directory: int, name: str) -> os.stat_
 
 
 def look_up(directory: int, name: str) -> int:
-    """Open what bears a name in a directory, with O_PATH: a link itself, and never a mount's root.
+    """Open a name in a directory, with O_PATH: a link itself, and never a mount's root.
 
-    A file can be a mount point too. What is mounted there may be a FUSE file system of its owner's,
-    which can hold whoever so much as asks for its size in state D.
+    A file can be a mount point too. A FUSE file system of its owner's may be mounted there, which
+    can hold a process that only calls fstat(2) in state D.
 
     Raises:
         OSError: EXDEV, something is mounted there; or what the kernel says.
@@ -197,7 +197,7 @@ def status_of(directory: int, name: str) -> os.stat_result:
 
 
 def check_unlocked(fd: int, place: values.Place) -> None:
-    """Refuse to replace the disk of a running qemu, which would go on writing into the void.
+    """Refuse to replace the disk of a running qemu: its further writes would be lost.
 
     Raises:
         conditions.ImageInUse: a qemu has locked it.
@@ -230,7 +230,7 @@ def open_beneath(place: values.Place, below: str, flags: int = 0) -> int:
     """
     root = place.root
     if root.access is values.RootAccess.OWN:
-        # Nobody's rights but our own: links are followed as every other program follows them.
+        # The process has only its caller's rights: links are followed as by every other program.
         path = posixpath.join(root.path, below)
         return openat2(_AT_FDCWD, path, flags=os.O_PATH | flags, resolve=Resolve.NO_MAGICLINKS)
     if root.kind is values.RootKind.BLOCK:
@@ -244,8 +244,8 @@ def open_beneath(place: values.Place, below: str, flags: int = 0) -> int:
 def open_root(root: values.Root) -> int:
     """Open what has a root's name now, for Landlock, with O_PATH; /dev for a root of devices.
 
-    It is not judged, nor asked for anything: it may be on storage that does not answer. Whatever is
-    read in it is opened by open_beneath.
+    It is not checked, for it may be on storage that does not answer. Every file in it is opened by
+    open_beneath.
 
     Raises:
         OSError: it is not there, or a link is on the way.

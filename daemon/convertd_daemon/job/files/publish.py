@@ -4,13 +4,13 @@ What holds, and what does not:
 
 - Before the name appears, everything the result consists of is on disk (fsync of the descriptor
   that has been open since before the first write), with its owner and its mode.
-- The name appears by linkat(2), which refuses a name that exists. To overwrite, the result is given
-  a temporary name, which is exchanged with the destination's: a reader sees the old one whole or
-  the new one whole. A kill meanwhile leaves one complete file by a temporary name, which the next
+- The name appears by linkat(2), which refuses a name that exists. To overwrite, the result gets a
+  temporary name, which is exchanged with the destination's: a reader sees the whole old file or the
+  whole new one. A kill in between leaves one complete file under a temporary name, which the next
   job that overwrites there for the same owner removes. See replace.py.
-- When `name` returns, the name too is on disk (fsync of the directory). If only that fails, the
-  file is there and complete, and the caller is told so: PUBLISHED_BUT_NOT_DURABLE.
-- After an error of any other kind nothing new is visible.
+- When `assign_name` returns, the name too is on disk (fsync of the directory). If only that fails,
+  the file is there and complete, and the caller gets PUBLISHED_BUT_NOT_DURABLE.
+- After any other error nothing new is visible.
 """
 
 from __future__ import annotations
@@ -89,13 +89,13 @@ def assign_name(grant: values.ConvertGrant, dest: NewFile) -> bool:
     except FileExistsError as error:
         raise conditions.DestExists(path=path) from error
     except FileNotFoundError as error:
-        # Removed meanwhile, and with it the place for a name.
+        # The directory was removed meanwhile.
         raise conditions.DirectoryNotFound(path=os.path.dirname(path)) from error
     except BlockingIOError as error:
-        # Whoever has a lease on it is asked to give it up first.
+        # A process has a lease on it, which the kernel has to break first.
         raise conditions.ImageInUse(path=path) from error
     except PermissionError as error:
-        # A sticky directory, most likely: what is there is another's, and stays.
+        # Most likely a sticky directory, and another user's file in it.
         whose = credentials.describe_rights(dest.place.root, grant.peer)
         raise conditions.AccessRefused(path=path, rights=whose) from error
     except OSError as error:
@@ -111,7 +111,7 @@ def assign_name(grant: values.ConvertGrant, dest: NewFile) -> bool:
 
 
 def _check_name(dest: NewFile) -> None:
-    """Make sure that the name leads to what we wrote, and to nobody else's file."""
+    """Make sure that the name leads to the file that we wrote."""
     try:
         # On FUSE, an inode that was removed can't be asked either.
         ours = os.fstat(dest.fd)

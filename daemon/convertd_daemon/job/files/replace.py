@@ -1,16 +1,16 @@
-"""Put a finished result over the file that has its name, and lose nobody's data. Fails closed.
+"""Put a finished result over the file that has its name, without losing other data. Fails closed.
 
-A check and then rename(2) would leave a moment in which somebody puts another file at the name: it
-would be gone. So the two names are exchanged, in one step; what came out is judged, as the inode
-that it is; and what may not be replaced is exchanged back. At every instant both files have a name.
+Between a check and rename(2) another process could put a file at the name, which would be lost. So
+the two names are exchanged, in one step; then the inode that came out is judged, and exchanged back
+if it may not be replaced. At every instant both files have a name.
 
 - After a kill between the exchange and the judgement the result is in place, and what it replaced
   is there under a temporary name. The next sweep removes it only if it is the very inode that had
   been judged before (temporaries.py).
-- Whoever takes the destination's name between the two exchanges gets the temporary name for his
-  file, and the name goes back to the file that had it. That is logged; nothing of his is removed.
-  A file of the caller's own does not get its name back from another's: in a sticky directory the
-  caller could so take a name from anybody. It is kept under a name that no sweep removes.
+- A file that takes the destination's name between the two exchanges gets the temporary name, and
+  the name goes back to the file that had it. That is logged, and the file in between is kept.
+  A file of the caller's own does not get its name back from another user's: in a sticky directory
+  the caller could so take a name from any user. It is kept under a name that no sweep removes.
 
 A file system that can't exchange (NFS, most of FUSE; vfat before Linux 6.0) gets rename(2); and
 where the policy lets a caller replace its own files only, this only in a directory in which nobody
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ATTEMPTS: Final = 64
-"""How often a name that others change all the time is tried."""
+"""How often a name that other processes keep changing is tried."""
 
 CANT_EXCHANGE: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 """What renameat2(2) says where the file system does not know RENAME_EXCHANGE."""
@@ -184,11 +184,11 @@ def _put_over(grant: values.ConvertGrant, dest: NewFile, held: str) -> None:
             os.unlink(held, dir_fd=target.directory)
     except OSError as error:
         # The result is in place: what it replaced goes with the next sweep.
-        log.warning("what was replaced is left name=%r error=%s", held, error)
+        log.warning("can't remove the replaced file name=%s error=%s", held, error)
 
 
 def _rename(grant: values.ConvertGrant, dest: NewFile, held: str) -> None:
-    """Rename over what was just judged: where nobody can come between, or it does not matter."""
+    """Rename over what was just judged, if no other user can replace it, or if any file may go."""
     target = dest.target
     if grant.overwrite is values.OverwriteScope.OWN and _others_may_write(target, grant.peer):
         raise _not_safe(target)
@@ -259,7 +259,7 @@ def _judge(grant: values.ConvertGrant, target: paths.Target, name: str) -> int:
 
 
 def _give_back(grant: values.ConvertGrant, dest: NewFile, held: str) -> None:
-    """Give the file at `held` the destination's name back, with the rights that took it away.
+    """Give the file at `held` the destination's name back, with the same rights as the exchange.
 
     Raises:
         conditions.WriteFailed: it can't be; its data is whole, and the message says where.
@@ -275,7 +275,7 @@ def _give_back(grant: values.ConvertGrant, dest: NewFile, held: str) -> None:
                 if _owner_of(here, held) is None or _is_result(dest, held):
                     return
                 if not is_callers:
-                    log.warning("a file that came in between is kept name=%r", held)
+                    log.warning("kept a file that took the name in between name=%s", held)
                     return
                 renameat2(here, held, name, Flag.EXCHANGE)
                 problem = "another file has its name by now"
@@ -283,7 +283,7 @@ def _give_back(grant: values.ConvertGrant, dest: NewFile, held: str) -> None:
     except OSError as error:
         problem = os.strerror(error.errno or 0)
     kept = _kept(grant, dest, held)
-    log.error("a file could not be given its name back path=%r name=%r", dest.place.path, kept)
+    log.error("can't give a file its name back path=%r name=%s", dest.place.path, kept)
     problem = f"the file that was there is kept as {kept}: {problem}"
     raise conditions.WriteFailed(path=dest.place.path, problem=problem)
 

@@ -1,13 +1,13 @@
-"""A root as it is now, and the way below it. Fails closed.
+"""Open a root as it is now, and the path below it. Fails closed.
 
-Two things hold beside what openat2(2) refuses, and both are asked anew by each job:
+Two things hold in addition to what openat2(2) refuses. Each job checks both again:
 
-- Nobody but root, and those whom the policy names, could have put another directory in place of a
-  root that is opened with the daemon's rights.
-- The way meets no other root. By name it can't, for the longest root decides; but a directory can
-  be renamed, mounted once more, or found by another spelling of its name. So each directory on the
-  way is compared, while it is held, with what the other roots were when the policy was loaded, and
-  with what has their names now.
+- Only root and those whom the policy names could have put another directory in place of a root that
+  is opened with the daemon's rights.
+- The path enters no other root. By name it can't, for the longest root decides; but a directory can
+  be renamed, mounted twice, or found by another spelling of its name. So each directory on the path
+  is compared, while it is open, with what the other roots were when the policy was loaded, and with
+  what has their names now.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _CALLERS_AFFAIR: Final = frozenset(
     {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EXDEV}
 )
-"""What is said of a path in a root whose own way gives this, as of any other path."""
+"""Errors on the way to a root that are reported like those of any path in it."""
 
 _CANT_BE_MET: Final = frozenset(
     {
@@ -37,7 +37,7 @@ _CANT_BE_MET: Final = frozenset(
         *(errno.ESTALE, errno.ENOTCONN, errno.EIO, errno.ETIMEDOUT, errno.EHOSTDOWN),
     }
 )
-"""What says that no way leads into a root inside of this one now: it is not there, or broken."""
+"""Errors of a nested root that mean that no path leads into it now: it is missing or broken."""
 
 
 def open_beneath(place: values.Place, below: str, flags: int) -> int:
@@ -118,7 +118,7 @@ def check_devices(root: values.Root) -> None:
         return
     with contextlib.ExitStack() as stack:
         way: list[path_walk.Step] = []
-        # What is not there is said of the device. A link that root made may be on the way.
+        # A missing directory is reported for the device. A link that root made may be on the way.
         with contextlib.suppress(OSError):
             way.extend(path_walk.steps(root.path, stack))
         check_parents(root, way)

@@ -1,14 +1,14 @@
-"""Was what was converted what was opened? Fails closed: a file that changed meanwhile is refused.
+"""Refuse a source that changed while it was converted. Fails closed.
 
-qemu-img reads a file piece by piece, and takes no notice of what somebody else writes meanwhile: a
-result could have the old in one place and the new in another, with status 0. So size and time of
+qemu-img reads a file piece by piece, and does not notice what another process writes meanwhile: a
+result could have old data in one place and new data in another, with status 0. So size and time of
 modification are asked of each file of the chain when it is opened, before anything of it is read,
 and again when all has been read. A chmod or a link, which move ctime alone, is no change.
 
 The kernel stamps a file with the tick of its clock (1 to 10 ms; finer since Linux 6.13), so that
 two writes within one tick can't be told apart. So reading begins in a later tick than the stamp.
 
-What this can't tell: who sets the time back with utimensat(2); stores into a shared mapping's pages
+What this can't detect: a time set back with utimensat(2); stores into a shared mapping's pages
 that were dirty when the file was opened; block devices, which have no such time.
 """
 

@@ -42,7 +42,7 @@ def no_space(target: Target, needed_bytes: int) -> conditions.NoSpace:
 
 
 def ran_out(target: Target, result: int, expected_bytes: int) -> conditions.NoSpace:
-    """The condition that the file system got full of this very result, which is not removed yet.
+    """The condition for a file system that this result filled; the result still exists.
 
     What it has to give is what the result took and what is left; what the result needs is more than
     that, by a block at least, and no less than what was expected of it.

@@ -1,14 +1,14 @@
-"""Names that a result has for a moment, and the removal of those that killed jobs left.
+"""Temporary names of results, and the removal of those that killed jobs left.
 
 Two forms, each with 16 random hexadecimal digits that nobody can guess:
 
 - `.convertd-RANDOM.tmp`: it only ever leads to a result.
 - `.convertd-RANDOM-NEW-OLD.tmp`: it is exchanged with the destination's name, so it leads to the
   result, whose inode number is NEW, or to what was there before: OLD if that is the file that was
-  judged beforehand to be replaceable. Anything else is somebody's file that came in between; it is
-  never removed.
+  judged beforehand to be replaceable. Any other inode is a file that another process put there in
+  between; it is never removed.
 
-Whoever makes either locks the result with flock(2) for as long as its job lives.
+The job that makes either locks the result with flock(2) for as long as it lives.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _NAME: Final = re.compile(
 Rights = Callable[[], contextlib.AbstractContextManager[None]]
 """What takes on somebody's rights for the length of a block."""
 
-MOST_LOOKED_AT: Final = 4096
-"""So many such names are looked at in one sweep: whoever fills a directory with them holds nobody
-up for longer than that takes (0.1 s)."""
+MOST_EXAMINED: Final = 4096
+"""The most names examined in one sweep, so that a directory full of them delays a job by no more
+than 0.1 s."""
 
 
 def new_name() -> str:
@@ -64,7 +64,7 @@ def sweep(directory: int, owner: int, removing: Rights = contextlib.nullcontext)
     """
     with os.scandir(directory) as entries:
         matches = filter(None, (_NAME.fullmatch(entry.name) for entry in entries))
-        found = list(itertools.islice(matches, MOST_LOOKED_AT))
+        found = list(itertools.islice(matches, MOST_EXAMINED))
     for match in found:
         with contextlib.suppress(OSError):
             _remove_if_left(directory, match, owner, removing)

@@ -1,9 +1,9 @@
-"""An image and all it stands on: each member found, judged and kept open.
+"""An image and its backing chain: each member is found, judged and kept open.
 
-Fails closed. What an overlay's header says about its backing file is a wish of whoever wrote the
-header. It is read as if the caller had asked for that path: below a root that the rule lets the
-caller read, resolved by the kernel in the same way, of a format that the rule allows. A refusal is
-the same whether the file exists or not, unless it lies where the caller may look anyway.
+Fails closed. A backing file that an overlay's header names is treated as if the caller had asked
+for that path: it must lie below a root that the rule lets the caller read, is resolved by the
+kernel in the same way, and must have a format that the rule allows. A refusal is the same whether
+the file exists or not, unless the caller may read there anyway.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ JobGrant = values.ConvertGrant | values.InspectGrant
 def follow(
     grant: JobGrant, top: paths.Source, runner: Runner, stack: contextlib.ExitStack
 ) -> tuple[ChainLink, ...]:
-    """Find out what the source is and what it stands on, down to the base.
+    """Find out what the source is, and follow its backing chain down to the base.
 
     Members are opened as they are found, and closed by `stack`.
 
@@ -81,7 +81,7 @@ def follow(
 def describe(
     grant: values.InspectGrant, top: paths.Source, runner: Runner, stack: contextlib.ExitStack
 ) -> messages.Inspected:
-    """What the image is, in qemu-img's own JSON too, and what it stands on as far as allowed.
+    """What the image is, in qemu-img's own JSON too, and its backing chain as far as allowed.
 
     Raises:
         conditions.ConvertError: as in follow, but only for the image itself.
@@ -110,7 +110,7 @@ def describe(
 
 
 def check_encryption(asked: values.Source, link: ChainLink) -> None:
-    """Hold what was said about a passphrase against what the source is.
+    """Compare the request's passphrase with the source's encryption.
 
     Raises:
         conditions.SecretMissing: the source is encrypted, and none was given.
@@ -125,7 +125,7 @@ def check_encryption(asked: values.Source, link: ChainLink) -> None:
 def open_parent(
     grant: JobGrant, links: list[ChainLink], runner: Runner, stack: contextlib.ExitStack
 ) -> ChainLink:
-    """Open and judge what the last member stands on.
+    """Open and judge the backing file of the last member.
 
     Raises:
         conditions.BackingRefused, conditions.FormatNotAllowed, conditions.ImageRefused, …: as in

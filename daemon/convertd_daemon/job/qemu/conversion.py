@@ -1,4 +1,4 @@
-"""Run the conversion, and tell how far it is."""
+"""Run the conversion, and report its progress."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ IN_USE: Final = ('failed to get "', 'failed to get shared "')
 WRONG_SECRET: Final = ("invalid password", "cannot unlock")
 """What qemu-img says, in lower case, of an image that is locked in one way or the other."""
 
-TELL_S: Final = 0.1
-"""How long no progress is told after some was: each costs the front and the caller processor time.
+PROGRESS_S: Final = 0.1
+"""The least time between two progress messages: each costs the front and the caller processor time.
 Half a second of conversion (tmpfs, 2 cores) took 1.04 of qemu-img's own time, 1.18 when all were
-told."""
+sent."""
 
 CPU_TICK_S: Final = 0.01
-"""A program that used less processor time than this since the last look did nothing."""
+"""A program that used less processor time than this since the last tick did nothing."""
 
 
 def convert(
@@ -127,26 +127,26 @@ class Observer:
     long as the job may.
     """
 
-    def __init__(self, leash: JobContext, result: int, stall_s: float) -> None:
+    def __init__(self, context: JobContext, result: int, stall_s: float) -> None:
         """Follow what is written to the descriptor `result`."""
-        self.context = leash
+        self.context = context
         self.result = result
         self.stall_s = stall_s
         self.percent = -1.0
         self._told = -math.inf
         self._tail = b""
         self._moved = time.monotonic()
-        self._heard_bytes = 0
+        self._output_bytes = 0
         self._seen: tuple[int, int, float] = (0, 0, 0.0)
 
     def on_output(self, data: bytes) -> None:
         """Take a piece of standard output. Until we do, the program may have to wait."""
-        self._heard_bytes += len(data)
+        self._output_bytes += len(data)
         self.read(data)
 
     def on_error_output(self, data: bytes) -> None:
         """Take a piece of standard error, which is kept as a whole elsewhere."""
-        self._heard_bytes += len(data)
+        self._output_bytes += len(data)
 
     def read(self, data: bytes) -> None:
         """Understand a piece of it: lines that end in a carriage return, cut anywhere."""
@@ -158,7 +158,7 @@ class Observer:
                 self._report(min(float(match[1]), ALL))
 
     def on_tick(self, child: ConfinedProgram) -> None:
-        """Compare with the last look.
+        """Compare with the last tick.
 
         Raises:
             conditions.Stalled: nothing moved for the stall limit.
@@ -173,7 +173,7 @@ class Observer:
         if int(percent) <= int(self.percent):
             return
         now = time.monotonic()
-        if percent < ALL and now - self._told < TELL_S:
+        if percent < ALL and now - self._told < PROGRESS_S:
             return
         self.percent, self._told = percent, now
         # qemu-img says 100 % before it flushes.
@@ -181,7 +181,7 @@ class Observer:
         self.context.progress(phase, percent)
 
     def _has_moved(self, child: ConfinedProgram) -> bool:
-        heard_bytes, blocks, cpu_s = self._seen
+        output_bytes, blocks, cpu_s = self._seen
         try:
             cpu_now_s = clock_getcpuclockid.cpu_time_s(child.pid)
         except OSError:
@@ -189,8 +189,8 @@ class Observer:
         blocks_now = blocks
         with contextlib.suppress(OSError):  # a file system that was shut down; qemu-img will say so
             blocks_now = os.fstat(self.result).st_blocks
-        self._seen = (self._heard_bytes, blocks_now, cpu_now_s)
-        return self._seen[:2] != (heard_bytes, blocks) or cpu_now_s - cpu_s >= CPU_TICK_S
+        self._seen = (self._output_bytes, blocks_now, cpu_now_s)
+        return self._seen[:2] != (output_bytes, blocks) or cpu_now_s - cpu_s >= CPU_TICK_S
 
 
 def _failure(

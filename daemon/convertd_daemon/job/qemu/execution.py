@@ -1,4 +1,4 @@
-"""Run qemu-img in the sandbox, and listen to it until it ends.
+"""Run qemu-img in the sandbox, and read its output until it ends.
 
 Fails closed: `sandbox.spawn.spawn` either confines the program or does not start it.
 """
@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import os
 import select
+import shlex
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
@@ -34,7 +35,7 @@ MAX_OUTPUT_BYTES: Final = 1024 * 1024
 MAX_LOGGED_CHARACTERS: Final = 2000
 
 TICK_S: Final = 1.0
-"""How often a program that says nothing is looked at."""
+"""How often a program without output is checked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +106,7 @@ class Inodes:
 
 
 class Listener(Protocol):
-    """Whoever follows a run of qemu-img while it lasts."""
+    """Follows a run of qemu-img while it lasts."""
 
     def on_output(self, data: bytes) -> None:
         """Take a piece of its standard output."""
@@ -114,15 +115,15 @@ class Listener(Protocol):
         """Take a piece of its standard error."""
 
     def on_tick(self, child: spawn.ConfinedProgram) -> None:
-        """Look at it, about once a second; raising ends the run."""
+        """Check it, about once a second; raising ends the run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Runner:
     """Runs qemu-img for one job: with its program and its context.
 
-    `beside`, if there is one, is called as a program of `run` has begun, and then about once a
-    second; raising ends the run. It must not wait. `asks` says that another run will follow.
+    `on_tick`, if there is one, is called as a program of `run` has begun, and then about once a
+    second; raising ends the run. It must not block. `asks` says that another run will follow.
     """
 
     worker: Program
@@ -140,11 +141,11 @@ class Runner:
         """Run qemu-img to its end. However this is left, the program is gone.
 
         Raises:
-            Cancelled: nobody waits for the result any more.
+            Cancelled: the result is no longer wanted.
             conditions.DurationExceeded: see JobContext.check.
         """
-        with self.started(argv, inodes, bounds, listener) as conversation:
-            return conversation.wait_until_done(self.on_tick)
+        with self.started(argv, inodes, bounds, listener) as running:
+            return running.wait_until_done(self.on_tick)
 
     @contextlib.contextmanager
     def started(
@@ -155,7 +156,7 @@ class Runner:
         listener: Listener | None = None,
     ) -> Iterator[RunningProgram]:
         """Have qemu-img run for the length of the block; afterwards the program is gone."""
-        log.debug("run argv=%r", argv)
+        log.debug("run command=%s", shlex.join(argv))
         identity = self.worker.setup.identity
         if identity is not None:
             identity = dataclasses.replace(identity, groups=inodes.groups)
@@ -184,7 +185,7 @@ class Runner:
                 yield RunningProgram(child, self.context, listener)
             except conditions.DeadlineExceeded as error:
                 # While storage does not answer, a program can't be killed, and leaving this block
-                # waits for its end: the caller is told before that.
+                # waits for its end: so the failure is sent first.
                 self.context.send_failure(error)
                 raise
 
@@ -214,18 +215,18 @@ class RunningProgram:
         # POLLHUP comes unasked: the channel's other end is gone.
         self.poll.register(context.channel.fileno(), 0)
 
-    def wait_until_done(self, beside: Callable[[], None] | None = None) -> Outcome:
-        """Listen until both outputs are closed, then take the exit status. See Runner.beside."""
-        if beside:
-            beside()
+    def wait_until_done(self, on_tick: Callable[[], None] | None = None) -> Outcome:
+        """Read until both outputs are closed, then take the exit status. See Runner.on_tick."""
+        if on_tick:
+            on_tick()
         looked = time.monotonic()
         while self.read_outputs(TICK_S):
             self.context.check()
             if time.monotonic() - looked >= TICK_S:
                 looked = time.monotonic()
-                self._tick(beside)
+                self._tick(on_tick)
         return Outcome(
-            status=self._status(beside),
+            status=self._status(on_tick),
             stdout=bytes(self.outputs[self.child.stdout]),
             stderr=self.outputs[self.child.stderr].decode("utf-8", "replace").strip(),
         )
@@ -252,18 +253,18 @@ class RunningProgram:
             (self.listener.on_output if is_output else self.listener.on_error_output)(data)
         return bool(data)
 
-    def _tick(self, beside: Callable[[], None] | None) -> None:
+    def _tick(self, on_tick: Callable[[], None] | None) -> None:
         if self.listener:
             self.listener.on_tick(self.child)
-        if beside:
-            beside()
+        if on_tick:
+            on_tick()
 
-    def _status(self, beside: Callable[[], None] | None) -> int:
+    def _status(self, on_tick: Callable[[], None] | None) -> int:
         """Wait for the end of a program that has closed its outputs, as wait_until_done does."""
         ended = select.poll()
         ended.register(self.child.pidfd, select.POLLIN)
         ended.register(self.context.channel.fileno(), 0)
         while not any(fd == self.child.pidfd for fd, _ in ended.poll(TICK_S * 1000)):
             self.context.check()
-            self._tick(beside)
+            self._tick(on_tick)
         return self.child.wait()

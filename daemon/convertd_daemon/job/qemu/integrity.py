@@ -1,4 +1,4 @@
-"""Does the file hold all of the image? Fails closed: what can't be found out is refused.
+"""Check that a file holds all of its image. Fails closed: what can't be determined is refused.
 
 qemu does not ask. Where a table leads beyond the end of the file, it reads zeroes, without a word:
 half of a qcow2 would become a whole disk. So qemu-img is asked, in the same sandbox and while the
@@ -82,7 +82,7 @@ class Question:
 
 
 class IntegrityCheck:
-    """Asks about one member of the chain after the other, beside the conversion or before it.
+    """Checks one member of the chain after the other, during the conversion or before it.
 
     Use it as a context manager: leaving the block ends what still runs.
     """
@@ -153,11 +153,11 @@ class IntegrityCheck:
     def poll(self) -> None:
         """Go on without waiting. What it raises is what finish would raise."""
         if self._asked is not None:
-            conversation, answer = self._asked
-            answer.on_tick(conversation.child)
-            if all(conversation.read_outputs(0) for _ in range(PIECES)):
+            running, answer = self._asked
+            answer.on_tick(running.child)
+            if all(running.read_outputs(0) for _ in range(PIECES)):
                 return
-            self._conclude(conversation, answer)
+            self._conclude(running, answer)
         self._ask()
 
     def finish(self) -> None:
@@ -188,13 +188,13 @@ class IntegrityCheck:
             argv = _argv(question)
             inodes = execution.Inodes(read=(question.source.fd,), pipes=tuple(pipes.values()))
             bounds = limits.Limits(address_space_bytes=self._limits.memory_bytes)
-            conversation = self._running.enter_context(
+            running = self._running.enter_context(
                 self._runner.started(plans.with_secrets(argv, pipes), inodes, bounds, answer)
             )
-        self._asked = conversation, answer
+        self._asked = running, answer
 
-    def _conclude(self, conversation: execution.RunningProgram, answer: _Answer) -> None:
-        outcome = conversation.wait_until_done()
+    def _conclude(self, running: execution.RunningProgram, answer: _Answer) -> None:
+        outcome = running.wait_until_done()
         self._asked = None
         self._running.close()
         question = answer.question
@@ -253,7 +253,7 @@ class _Answer(conversion.Observer, abc.ABC):
         """Why there is no answer: in the words in which the conversion itself would fail."""
         place, said = self.question.source.place, outcome.stderr.lower()
         path = place.path
-        log.warning("not examined path=%r status=%d said=%r", path, outcome.status, outcome.excerpt)
+        log.warning("check failed path=%r status=%d said=%r", path, outcome.status, outcome.excerpt)
         if image_info.NO_MEMORY in said:
             return self.refused("examining it takes more memory than allowed")
         if outcome.status < 0:

@@ -1,4 +1,4 @@
-"""Is the result what it should be? A qemu-img that says 0 is not taken at its word."""
+"""Check the result: exit status 0 of qemu-img is not enough."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LONG_S: Final = 2.0
-"""A job that took this long can afford to have its result looked at: `info` takes 10 ms."""
+"""After a job this long the result is checked by `qemu-img info`, which takes 10 ms."""
 
 BLOCKS_BYTES: Final = frozenset({4096, mmap.PAGESIZE})
 """Past the page cache, qemu writes whole blocks of the disk, on a tmpfs whole pages. A size is any
