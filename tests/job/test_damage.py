@@ -235,18 +235,14 @@ class TestNotClosed:
         assert not (area / "out").exists()
 
     def test_what_an_image_has_qemu_img_say_does_not_fill_the_log(
-        self, area: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+        self, area: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
         """The beginning and the end of it are enough for whoever reads it."""
         source = damaged(area / "in", os.urandom(20 * MIB), not_closed, "-o", "cluster_size=512")
         zero_all_counts(source)
         os.truncate(source, source.stat().st_size // 2)
-        # The one descriptor of a log that a job keeps.
-        with open(2, "w", closefd=False, encoding="utf-8") as stderr, caplog.at_level("INFO"):
-            handler = logging.StreamHandler(stderr)
-            logging.getLogger().addHandler(handler)
+        with whole_job.logging_to_stderr(logging.INFO):
             said = converted(source, accept=False)
-            logging.getLogger().removeHandler(handler)
         assert said.reason == "IMAGE_REFUSED"
         logged = capfd.readouterr().err
         assert "corrupt path=" in logged

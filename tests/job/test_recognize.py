@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import random
 import struct
@@ -166,6 +167,27 @@ class TestOnlyAllowedDrivers:
         assert converted(area / "in").reason == "done"
 
 
+ANY_DRIVER: Final = "json:{'driver':'bochs','file':{'driver':'file','filename':'/proc/self/fd/6'}}"
+
+NAMING: Final = {
+    "descriptor": ("vmdk", forged.flat_vmdk(ANY_DRIVER), "IMAGE_REFUSED"),
+    "descriptor in a sparse one": (
+        "vmdk",
+        forged.sparse_vmdk_with(forged.flat_vmdk(ANY_DRIVER)),
+        "IMAGE_REFUSED",
+    ),
+    "without a comment": ("vmdk", b"any\n" + forged.flat_vmdk(ANY_DRIVER), "IMAGE_REFUSED"),
+    "whose type comes late": (
+        "vmdk",
+        b"any\n" * 2000 + forged.flat_vmdk(ANY_DRIVER),
+        "FORMAT_MISMATCH",
+    ),
+    "data file": ("qcow2", forged.Qcow2(data_file=ANY_DRIVER).data(), "IMAGE_REFUSED"),
+    "none": ("qcow2", forged.Qcow2().data(), "done"),
+}
+"""Images that name another file: their format, what is in them, and how that ends."""
+
+
 class TestDataElsewhere:
     """What says that its data is in another file is not half a disk, it is none."""
 
@@ -258,6 +280,26 @@ class TestDataElsewhere:
         assert converted(area / "in", "dmg").reason == "done"
         assert (area / "out").read_bytes() == DISK
 
+    @pytest.mark.parametrize("more", [1, 100, 511])
+    def test_one_segment_is_seen_wherever_qemu_sees_it(self, area: Path, more: int) -> None:
+        """Its trailer may have something behind it."""
+        whole = containers.dmg(DISK, segments=2)
+        (area / "in").write_bytes(whole + b"\n" * more)
+        assert converted(area / "in").reason == "AMBIGUOUS_FORMAT"
+        assert converted(area / "in", "dmg").reason == "IMAGE_REFUSED"
+
+    @pytest.mark.parametrize("kind", NAMING)
+    def test_qemu_is_not_run_on_what_names_other_files(
+        self, area: Path, kind: str, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        """Older versions take a name for any driver at all: they never see it."""
+        image_format, data, reason = NAMING[kind]
+        (area / "in").write_bytes(data)
+        with whole_job.logging_to_stderr(logging.DEBUG):
+            found = [act(area / "in", image_format) for act in (inspected, converted)]
+        assert [said.reason for said in found] == [reason, reason]
+        assert ("run argv=" in capfd.readouterr().err) == (reason == "done")
+
 
 CREATORS: Final = (b"vbox", b"vpc ", b"vs  ", b"qemu", b"win ", b"qem2", b"d2v ", b"tap\0", b"CTXS")
 
@@ -315,6 +357,14 @@ class TestSizesOfVhds:
         large = Vhd(size=128 << 30, geometry=(65535, 16, 255), disk_type=containers.DYNAMIC)
         (area / "in").write_bytes(large.sparse({}))
         assert inspected(area / "in", "vpc").inspected.warnings == ()
+
+    def test_what_is_beyond_the_size_of_a_fixed_vhd_is_told(self, area: Path) -> None:
+        """It is no part of the disk, and whoever put it there may think so."""
+        (area / "in").write_bytes(Vhd(size=MIB, geometry=(30, 4, 17)).fixed(DISK + DISK))
+        (warning,) = converted(area / "in", "vpc").published.warnings
+        assert warning.reason == "VHD_SIZES_DIFFER"
+        assert warning.message.endswith(f"the last {MIB} are not read")
+        assert (area / "out").read_bytes() == DISK
 
     def test_a_fixed_vhd_that_says_more_than_its_file_has_is_refused(self, area: Path) -> None:
         """Its footer would be read as if it were on the disk."""
@@ -442,6 +492,26 @@ class TestTwoInOne:
         assert (area / "out").stat().st_size == forged.SIZE
         (area / "out").unlink()
         assert converted(area / "in", "raw").reason == "done"
+
+    @pytest.mark.parametrize(
+        ("image_format", "mib", "options"),
+        [
+            pytest.param("vpc", 514, "force_size=on", id="least vhd"),
+            pytest.param("vpc", 768, "force_size=on", id="largest vhd"),
+            pytest.param("vdi", 700, "static=off", id="vdi"),
+            pytest.param("qcow2", 6, "cluster_size=512", id="qcow2"),
+        ],
+    )
+    def test_a_partitioned_disk_in_an_image_is_none_beside_it(
+        self, area: Path, image_format: str, mib: int, options: str
+    ) -> None:
+        """Where its table comes to lie at the place that it has on a disk of larger sectors."""
+        (area / "disk").write_bytes(containers.gpt(size=mib * MIB))
+        os.truncate(area / "disk", mib * MIB)
+        argv = ["qemu-img", "convert", "-f", "raw", "-O", image_format, "-o", options]
+        subprocess.run([*argv, str(area / "disk"), str(area / "in")], check=True)
+        assert (area / "in").read_bytes()[4096:4104] == b"EFI PART"
+        assert converted(area / "in").reason == "done"
 
     def test_a_header_on_a_disk_in_a_fixed_vhd_is_refused(self, area: Path) -> None:
         """Its guest wrote it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import os
 from typing import TYPE_CHECKING, Final
 
@@ -75,6 +76,24 @@ def started(
     finally:
         job.close()
         os.waitpid(job.pid, 0)
+
+
+@contextlib.contextmanager
+def logging_to_stderr(level: int) -> Iterator[None]:
+    """Have jobs log to descriptor 2, which a job keeps, and nowhere else.
+
+    The test runner's own handlers write to descriptors whose numbers a job has given to others.
+    """
+    root = logging.getLogger()
+    before, handlers = root.level, root.handlers[:]
+    with open(2, "w", closefd=False, encoding="utf-8") as stderr:
+        root.handlers[:] = [logging.StreamHandler(stderr)]
+        root.setLevel(level)
+        try:
+            yield
+        finally:
+            root.handlers[:] = handlers
+            root.setLevel(before)
 
 
 def run(grant: values.ConvertGrant | values.InspectGrant, *passphrases: bytes) -> Said:

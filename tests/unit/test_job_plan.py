@@ -114,6 +114,16 @@ class TestCommand:
         assert command[:4] == ("qemu-img", "convert", "--object", "secret,id=dest,file=PASSPHRASE")
         assert command[-4:] == ("-f", "qcow2", "/images/in.qcow2", "/images/out")
 
+    def test_for_people_it_reads_all_of_a_vhd_too(self) -> None:
+        """A format alone would have the last sectors cut off; and a comma is in the path."""
+        info = dataclasses.replace(INFO, format="vpc")
+        request = dataclasses.replace(
+            REQUEST, source=values.Source(path="/images/a,b", format="vpc")
+        )
+        command = made(RULES.convert(request), chain=(member(info, "/images/a,b"),)).command
+        options = "driver=vpc,force_size_calc=current_size,file.filename=/images/a,,b"
+        assert command[-3:] == ("--image-opts", options, "/images/out")
+
     def test_for_people_it_has_every_option_with_which_the_result_is_made(self) -> None:
         """As it is run."""
         option = values.CreationOption(name="cluster_size", value="4096")

@@ -141,12 +141,15 @@ def cd(system_area: bytes = b"") -> bytes:
     )
 
 
-def gpt(sector: int = SECTOR) -> bytes:
-    """A partitioned disk's first sectors, and something on it."""
+def gpt(sector: int = SECTOR, *, size: int = 0) -> bytes:
+    """A partitioned disk's first sectors, and something on it; `size` if it is to go on."""
     boot = bytes(446) + b"\0\0\2\0\xee\xff\xff\xff" + struct.pack("<II", 1, 2047)
     first = boot.ljust(510, b"\0") + b"\x55\xaa"
-    table = b"EFI PART\0\0\1\0\x5c\0\0\0"
-    return (first.ljust(sector, b"\0") + table).ljust(64 * 1024, b"\0") + b"\xa5" * MIB
+    size = size or 64 * 1024 + MIB
+    table = b"EFI PART\0\0\1\0\x5c\0\0\0".ljust(24, b"\0")
+    table += struct.pack("<QQ", 1, size // sector - 1)
+    disk = (first.ljust(sector, b"\0") + table).ljust(64 * 1024, b"\0")
+    return disk.ljust(64 * 1024 + MIB, b"\xa5")
 
 
 def with_header(disk: bytes) -> bytes:

@@ -101,6 +101,7 @@ def _describe(
     *,
     shared: bool = False,
 ) -> tuple[values.ImageInfo, str]:
+    recognize.check_alone(source, image_format)
     inodes = execution.Inodes(read=(source.fd,))
     argv = plan.info_argv(source.fd, image_format, shared=shared)
     outcome = runner.run(argv, inodes, limits.INFO)

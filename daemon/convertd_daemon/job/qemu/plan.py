@@ -284,7 +284,14 @@ def _command(
     if facts.dest.on_device:
         made = ("-n", *(word for word in made if word == "--target-is-zero"), "-O", "raw")
     paths = (grant.source.path, request.dest.path)
-    return (program, verb, *objects, *rest, *made, "-f", source_format, *paths)
+    source, written = paths
+    opened: tuple[str, ...] = ("-f", source_format, source)
+    if source_format in RUNTIME_OPTIONS:
+        # A comma in a name is written twice. Source: qemu util/keyval.c.
+        name = source.replace(",", ",,")
+        found = {"driver": source_format, **RUNTIME_OPTIONS[source_format], "file.filename": name}
+        opened = ("--image-opts", ",".join(f"{key}={value}" for key, value in found.items()))
+    return (program, verb, *objects, *rest, *made, *opened, written)
 
 
 def _dest_name(facts: Facts) -> str:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from convertd_daemon.job.files.paths import Source
 
 SECTOR_BYTES: Final = signatures.SECTOR_BYTES
+TRAILER_BYTES: Final = signatures.TRAILER_BYTES
 
 
 def format_of(source: Source, stated: str, allowed: frozenset[str]) -> str:
@@ -53,7 +54,8 @@ def sample_of(source: Source) -> signatures.Sample:
             head=os.pread(source.fd, signatures.HEAD_BYTES, 0),
             volume=os.pread(source.fd, SECTOR_BYTES, signatures.VOLUME_OFFSET),
             tail=os.pread(source.fd, SECTOR_BYTES, _last_sector(size)),
-            trailer=os.pread(source.fd, SECTOR_BYTES, max(size - SECTOR_BYTES, 0)),
+            trailer=os.pread(source.fd, TRAILER_BYTES, max(size - TRAILER_BYTES, 0)),
+            size_bytes=size,
         )
     except OSError as error:
         problem = os.strerror(error.errno or 0)
@@ -63,6 +65,21 @@ def sample_of(source: Source) -> signatures.Sample:
 def _last_sector(size: int) -> int:
     """Where the last sector begins, a whole one or not."""
     return max(size - 1, 0) // SECTOR_BYTES * SECTOR_BYTES
+
+
+def check_alone(source: Source, image_format: str) -> None:
+    """Refuse an image for which qemu would open other files by name. Asked before qemu is.
+
+    Raises:
+        conditions.ImageRefused: its data is elsewhere.
+        conditions.FormatMismatch: it is no such image, and qemu would look for names in it.
+        conditions.ReadFailed: its first bytes can't be read.
+    """
+    path, head = source.place.path, sample_of(source).head
+    if signatures.names_other_files(image_format, head):
+        raise conditions.ImageRefused(path=path, problem="its data is in another file")
+    if image_format == "vmdk" and not signatures.is_sparse_vmdk(head):
+        raise conditions.FormatMismatch(path=path, format=image_format)
 
 
 def check_header(source: Source, image_format: str) -> tuple[values.Warning, ...]:
@@ -124,17 +141,21 @@ def _check_vhd(source: Source, sample: signatures.Sample) -> tuple[values.Warnin
     if not first and footer.current_size_bytes > _last_sector(source.size_bytes):
         problem = "its footer says that it is larger than its file"
         raise conditions.ImageRefused(path=path, problem=problem)
-    return _warnings_of(path, footer)
+    held = footer.current_size_bytes if first else _last_sector(source.size_bytes)
+    return _warnings_of(path, footer, held)
 
 
-def _warnings_of(path: str, footer: signatures.VhdFooter) -> tuple[values.Warning, ...]:
+def _warnings_of(path: str, footer: signatures.VhdFooter, held: int) -> tuple[values.Warning, ...]:
+    """Say where sizes differ; `held` is how many bytes of a disk the file has."""
     geometry, current = footer.geometry_bytes, footer.current_size_bytes
-    if geometry in {current, signatures.VHD_LARGEST_GEOMETRY}:
+    if held > current:
+        message = f"{path}: its file has {held} bytes, its current size is {current}: "
+        message += f"the last {held - current} are not read"
+    elif geometry not in {current, signatures.VHD_LARGEST_GEOMETRY}:
+        message = f"{path}: its geometry gives {geometry} bytes, its current size is {current}: "
+        message += f"{'all ' if geometry < current else ''}{current} are read"
+    else:
         return ()
-    message = (
-        f"{path}: its geometry gives {geometry} bytes, its current size is {current}: "
-        f"all {current} are read"
-    )
     return (values.Warning(reason="VHD_SIZES_DIFFER", message=message),)
 
 

@@ -18,6 +18,9 @@ SECTOR_BYTES: Final = 512
 HEAD_BYTES: Final = 4608
 """What is read of the beginning: qemu's own probe sees 512 bytes, a partition table may follow."""
 
+TRAILER_BYTES: Final = 1024
+"""Where qemu looks for Apple's trailer. Source: qemu block/dmg.c, dmg_find_koly_offset()."""
+
 VOLUME_OFFSET: Final = 32768
 """Where the volume descriptors of a CD begin. Source: ECMA-119, 6.2.1."""
 
@@ -27,14 +30,15 @@ class Sample:
     """Bytes of an image; what lies beyond its end is missing.
 
     `head` begins at 0, `volume` at VOLUME_OFFSET. `tail` is the last sector, which may not be a
-    whole one: qemu rounds a size up, and looks for a VHD's footer there. `trailer` is the last 512
-    bytes, where Apple puts its own.
+    whole one: qemu rounds a size up, and looks for a VHD's footer there. `trailer` is the last 1024
+    bytes, for Apple's may be followed by less than a sector of something else.
     """
 
     head: bytes = b""
     volume: bytes = b""
     tail: bytes = b""
     trailer: bytes = b""
+    size_bytes: int = 0
 
 
 # --- what qemu would take it for -----------------------------------------------------------------
@@ -76,6 +80,34 @@ def driver_of(head: bytes) -> str:
 
 
 # --- headers that say that data is elsewhere -----------------------------------------------------
+
+_QCOW2_DATA_FILE: Final = 1 << 2
+"""Of the incompatible features. Source: qemu docs/interop/qcow2.txt."""
+
+_SPARSE_VMDK: Final = (b"KDMV", b"COWD")
+
+
+def is_sparse_vmdk(head: bytes) -> bool:
+    """Whether it is a VMDK with data in it. All else is to qemu a text that names files."""
+    return head.startswith(_SPARSE_VMDK)
+
+
+def names_other_files(image_format: str, head: bytes) -> bool:
+    """Whether qemu, reading this as `image_format`, would open files that the image names.
+
+    A qcow2 with a data file; a VMDK that is a descriptor, or whose own descriptor counts for it has
+    no capacity of its own. Older versions of qemu take such a name for any driver at all:
+    `json:{…}` (CVE-2024-4467 and its kin). Source: qemu block/vmdk.c, vmdk_open_vmdk4().
+    """
+    if image_format == "qcow2":
+        is_versioned = head.startswith(_QCOW2) and _be32(head, 4) > _QCOW2_VERSION
+        return is_versioned and bool(_be32(head, 76) & _QCOW2_DATA_FILE)
+    if image_format == "vmdk":
+        if is_sparse_vmdk(head):
+            return head.startswith(b"KDMV") and not any(head[12:20])
+        return driver_of(head) == "vmdk" or b"createType" in head
+    return False
+
 
 VHD_FIXED: Final = 2
 VHD_DYNAMIC: Final = 3
@@ -120,8 +152,12 @@ def vdi_type(head: bytes) -> int:
 
 
 def dmg_segments(trailer: bytes) -> int:
-    """Over how many files an Apple disk image goes, from its trailer: 0 and 1 mean one."""
-    return _be32(trailer, 60) if trailer.startswith(b"koly") else 0
+    """Over how many files an Apple disk image goes, from its trailer: 0 and 1 mean one.
+
+    The most that anything there says which could be taken for one.
+    """
+    places = (found.start() for found in re.finditer(b"koly", trailer))
+    return max((_be32(trailer, place + 60) for place in places), default=0)
 
 
 # --- what else it may be -------------------------------------------------------------------------
@@ -140,11 +176,19 @@ class Container:
     unpack: str = ""
 
 
+_ZSTD: Final = Container(name="zstd data", unpack="zstd -dc IMAGE > DISK")
+
 _CONTAINERS: Final = (
     (b"\x1f\x8b\x08", Container(name="gzip data", unpack="gzip -dc IMAGE > DISK")),
     (b"\xfd7zXZ\0", Container(name="xz data", unpack="xz -dc IMAGE > DISK")),
-    (b"\x28\xb5\x2f\xfd", Container(name="zstd data", unpack="zstd -dc IMAGE > DISK")),
+    (b"\x28\xb5\x2f\xfd", _ZSTD),
     (b"\x04\x22\x4d\x18", Container(name="lz4 data", unpack="lz4 -dc IMAGE > DISK")),
+    (b"\x02\x21\x4c\x18", Container(name="lz4 data", unpack="lz4 -dc IMAGE > DISK")),
+    (b"\x1f\x9d\x90", Container(name="compress data", unpack="gzip -dc IMAGE > DISK")),
+    (b"LRZI", Container(name="lrzip data")),
+    (b"070701", Container(name="a cpio archive", unpack="cpio -id < IMAGE")),
+    (b"!<arch>\n", Container(name="an ar archive", unpack="ar x IMAGE")),
+    (b"\0ntfsclone-image", Container(name="an ntfsclone image")),
     (b"\x89LZO\0\r\n\x1a\n", Container(name="lzop data")),
     (b"LZIP\1", Container(name="lzip data")),
     (b"PK\3\4", Container(name="a zip archive", unpack="unzip IMAGE")),
@@ -164,6 +208,8 @@ _CONTAINERS: Final = (
 
 _BZIP2: Final = Container(name="bzip2 data", unpack="bzip2 -dc IMAGE > DISK")
 _BZIP2_BLOCKS: Final = frozenset({b"1AY&SY", b"\x17rE8P\x90"})
+_SKIPPABLE: Final = 5
+"""Half of the first byte of a frame without data, with which pzstd begins. Source: RFC 8878."""
 _TAR: Final = Container(name="a tar archive", unpack="tar -xf IMAGE")
 _OVA: Final = Container(name="an OVA (a tar archive with the disks in it)", unpack="tar -xf IMAGE")
 _DMG: Final = Container(name="an Apple disk image (dmg)", format="dmg")
@@ -178,6 +224,8 @@ def container_of(sample: Sample) -> Container | None:
             return container
     if head.startswith(b"BZh") and head[3:4].isdigit() and head[4:10] in _BZIP2_BLOCKS:
         return _BZIP2
+    if head[1:4] == b"\x2a\x4d\x18" and head[:1] and head[0] >> 4 == _SKIPPABLE:
+        return _ZSTD
     if _is_tar(head):
         return _OVA if head[:100].rstrip(b"\0").endswith(b".ovf") else _TAR
     if _has_apple_trailer(sample):
@@ -186,8 +234,17 @@ def container_of(sample: Sample) -> Container | None:
 
 
 def _has_gpt(sample: Sample) -> bool:
-    """Whether there is a table in the second sector, of 512 bytes or of 4096."""
-    return b"EFI PART" in {sample.head[512:520], sample.head[4096:4104]}
+    """Whether there is a table in the second sector, of 512 bytes or of 4096.
+
+    Its copy has to lie in the file too. In an image of another format, where the disk's first
+    sectors happen to lie so (a dynamic VHD of 514 to 768 MiB), that copy's place is eight times as
+    far as the disk is long. Source: UEFI, 5.3.2, AlternateLBA.
+    """
+    return any(
+        sample.head.startswith(b"EFI PART", sector)
+        and (_le64(sample.head, sector + 32) + 1) * sector <= sample.size_bytes
+        for sector in (SECTOR_BYTES, 4096)
+    )
 
 
 def _is_tar(head: bytes) -> bool:
@@ -200,7 +257,7 @@ def _is_tar(head: bytes) -> bool:
 
 
 def _has_apple_trailer(sample: Sample) -> bool:
-    return sample.trailer.startswith(b"koly\0\0\0\4\0\0\2\0")
+    return b"koly\0\0\0\4\0\0\2\0" in sample.trailer
 
 
 def _has_vhd_footer(sample: Sample) -> bool:
@@ -232,6 +289,10 @@ def second_self_of(driver: str, sample: Sample) -> str:
         if (driver, name) not in _CHANCE and is_one(sample):
             return name
     return ""
+
+
+def _le64(data: bytes, offset: int) -> int:
+    return int.from_bytes(data[offset : offset + 8], "little")
 
 
 def _be32(data: bytes, offset: int) -> int:
