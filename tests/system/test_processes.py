@@ -76,6 +76,8 @@ def converting(daemon: Daemon, source: Path, dest: Path) -> Iterator[Running]:
         call.cancel()
         call.end()
         waiting.until(lambda: not processes.exists(worker.parent), "the job is gone")
+        # The broker reaps it first, and then lets go of the destination.
+        waiting.until(lambda: not daemon.agent(ALICE).jobs(), "nobody converts")
 
 
 @pytest.fixture

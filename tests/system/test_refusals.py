@@ -754,7 +754,7 @@ def test_an_image_that_is_marked_corrupt_is_refused(alice: Agent, images_dir: Pa
         file.write(b"\x02")
     request = conversion(source, images_dir / "dest.qcow2", source_format="qcow2")
     refusal = alice.convert(request).refusal()
-    assert (refusal.status, refusal.reason) == ("FAILED_PRECONDITION", "IMAGE_REFUSED")
+    assert (refusal.status, refusal.reason) == ("FAILED_PRECONDITION", "IMAGE_DAMAGED")
 
 
 @contextlib.contextmanager
