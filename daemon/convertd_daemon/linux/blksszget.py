@@ -1,4 +1,4 @@
-"""ioctl(2), BLKSSZGET: the size of a block device's logical sectors."""
+"""ioctl(2), BLKSSZGET: a block device's logical sector size."""
 
 import fcntl
 import struct
@@ -8,11 +8,11 @@ _BLKSSZGET: Final = 0x1268  # _IO(0x12, 104), linux/fs.h; the same on every arch
 
 
 def sector_bytes(descriptor: int) -> int:
-    """Give the least that the device reads and writes.
+    """Return the device's smallest unit of I/O.
 
     Raises:
         OSError: ENOTTY, it is no block device.
     """
-    answer = fcntl.ioctl(descriptor, _BLKSSZGET, bytes(4))
-    size: int = struct.unpack("i", answer)[0]
+    packed = fcntl.ioctl(descriptor, _BLKSSZGET, bytes(4))
+    size: int = struct.unpack("i", packed)[0]
     return size

@@ -8,7 +8,7 @@ _BLKZEROOUT: Final = 0x127F  # _IO(0x12, 127), linux/fs.h; the same on every arc
 
 
 def blkzeroout(descriptor: int, start_byte: int, length_bytes: int) -> None:
-    """Write zeroes, or have the device make them; never a mere hint. Both in whole sectors.
+    """Zero a range, by writing or by the device's own command. It is whole logical sectors.
 
     Raises:
         OSError: EINVAL for a range that is not aligned or not on the device; EIO.

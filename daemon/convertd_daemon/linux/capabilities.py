@@ -1,4 +1,4 @@
-"""capabilities(7), capget(2) and capset(2): what the calling thread may do beyond its uid."""
+"""capabilities(7), capget(2) and capset(2): the calling thread's capability sets."""
 
 import ctypes
 import enum
@@ -15,7 +15,7 @@ _WORDS: Final = "6I"  # effective, permitted, inheritable: the low words, then t
 
 
 class Capability(enum.IntEnum):
-    """The capabilities that somebody here keeps, drops or asks about. Source: capability.h."""
+    """The capabilities that this package keeps, drops or queries. Source: capability.h."""
 
     CHOWN = 0
     DAC_OVERRIDE = 1
@@ -31,7 +31,7 @@ class Capability(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sets:
-    """A thread's three sets, each as the numbers of its capabilities."""
+    """A thread's three sets, each as capability numbers."""
 
     effective: frozenset[int] = frozenset()
     permitted: frozenset[int] = frozenset()
@@ -67,7 +67,7 @@ def capset(sets: Sets) -> None:
     """Set the calling thread's sets, all three at once.
 
     Raises:
-        OSError: EPERM, something would be gained that may not be.
+        OSError: EPERM, it would add a capability that the thread may not gain.
     """
     whole = [_bits(sets.effective), _bits(sets.permitted), _bits(sets.inheritable)]
     low, high = [bits & 0xFFFFFFFF for bits in whole], [bits >> 32 for bits in whole]

@@ -1,13 +1,13 @@
-"""/proc/self/task/<tid>/children: the processes whose parent the calling process is."""
+"""/proc/self/task/<tid>/children: the calling process's children."""
 
 import os
 
 
 def of_self() -> frozenset[int]:
-    """List the children of the calling process, ended ones that were not waited for included.
+    """List the children of the calling process, zombies included.
 
-    Of one with a single thread. A child can be missed only while another one ends. Source:
-    proc_tid_children(5).
+    The process must be single-threaded. A child can be missed only while another one exits.
+    Source: proc_tid_children(5).
 
     Raises:
         OSError: the kernel was built without CONFIG_PROC_CHILDREN.

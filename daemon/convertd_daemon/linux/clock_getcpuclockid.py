@@ -1,4 +1,4 @@
-"""clock_getcpuclockid(3): another process's processor time, without a look into /proc."""
+"""clock_getcpuclockid(3): another process's CPU time, without reading /proc."""
 
 import time
 from typing import Final
@@ -7,9 +7,9 @@ _CPUCLOCK_SCHED: Final = 2  # nanoseconds as the scheduler counts them
 
 
 def cpu_time_s(pid: int) -> float:
-    """Give the processor time, user and system, that all threads of a process have used.
+    """Return the CPU time, user and system, that all threads of a process have used.
 
-    Needs no right at all over the process, and no /proc, which Landlock may have closed.
+    Needs no permission over the process, and no /proc, which Landlock may deny.
     Source: linux/posix-timers_types.h, make_process_cpuclock().
 
     Raises:

@@ -1,4 +1,4 @@
-"""execveat(2): execute a descriptor, so that what was checked is what runs."""
+"""execveat(2): execute a descriptor, so that the checked program is the one that runs."""
 
 import ctypes
 import os
@@ -11,7 +11,7 @@ AT_EMPTY_PATH: Final = 0x1000
 
 
 def execveat(program: int, argv: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
-    """Become the program behind a descriptor; returns only by raising.
+    """Execute the program behind a descriptor; returns only by raising.
 
     The descriptor may be close-on-exec if it is a binary; a script would need it open.
 

@@ -1,4 +1,4 @@
-"""ioctl_ficlone(2): let a file share another one's blocks, until either is written."""
+"""ioctl_ficlone(2): share a file's blocks with another, copy-on-write."""
 
 import fcntl
 from typing import Final
@@ -7,9 +7,9 @@ _FICLONE: Final = 0x40049409  # _IOW(0x94, 9, int), linux/fs.h; the same on ever
 
 
 def ficlone(dest: int, source: int) -> None:
-    """Make the whole of `dest` share the blocks of `source`, in no time and no space.
+    """Make `dest` share all blocks of `source`, without copying data.
 
     Raises:
-        OSError: EOPNOTSUPP, EXDEV, EINVAL: this file system can't, or not with these two.
+        OSError: EOPNOTSUPP, EXDEV, EINVAL: the file system can't, or not for these two files.
     """
     fcntl.ioctl(dest, _FICLONE, source)

@@ -1,4 +1,4 @@
-"""fstatfs(2): which kind of file system an inode is on."""
+"""fstatfs(2): the type of an inode's file system."""
 
 import ctypes
 import enum
@@ -13,7 +13,7 @@ _TYPE: Final = struct.Struct("@l")
 
 
 class Magic(enum.IntEnum):
-    """A kind of file system. Source: linux/magic.h, statfs(2), fs/bcachefs/bcachefs_format.h."""
+    """A type of file system. Source: linux/magic.h, statfs(2), fs/bcachefs/bcachefs_format.h."""
 
     BCACHEFS = 0xCA451A4E
     BTRFS = 0x9123683E
@@ -24,12 +24,12 @@ class Magic(enum.IntEnum):
 
 
 def magic(fd: int) -> int:
-    """Give the number of the file system's kind. The descriptor may be of O_PATH.
+    """Return the file system's magic number. The descriptor may be O_PATH.
 
     Raises:
-        OSError: the kernel's own answer.
+        OSError: as fstatfs(2).
     """
-    told = ctypes.create_string_buffer(_BYTES)
-    syscall.call("fstatfs", fd, told)
-    (number,) = _TYPE.unpack_from(told)
+    buffer = ctypes.create_string_buffer(_BYTES)
+    syscall.call("fstatfs", fd, buffer)
+    (number,) = _TYPE.unpack_from(buffer)
     return int(number)

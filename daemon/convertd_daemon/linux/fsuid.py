@@ -1,7 +1,7 @@
-"""setfsuid(2) and setfsgid(2): whose rights count when files are opened and made.
+"""setfsuid(2) and setfsgid(2): the ids that the kernel checks and uses for file access.
 
-A change of either disarms PR_SET_PDEATHSIG. Leaving fsuid 0 also takes CHOWN, DAC_OVERRIDE,
-DAC_READ_SEARCH, FOWNER and their like out of the effective set; going back to 0 returns what is
+A change of either disarms PR_SET_PDEATHSIG. Leaving fsuid 0 also clears CHOWN, DAC_OVERRIDE,
+DAC_READ_SEARCH, FOWNER and the like from the effective set; going back to 0 restores those that are
 permitted. Source: capabilities(7), "Effect of user ID changes on capabilities".
 """
 
@@ -10,13 +10,13 @@ from typing import Final
 
 from convertd_daemon.linux import syscall
 
-_ASK: Final = -1  # an id that can't be set: the call changes nothing and gives the current one
+_QUERY: Final = -1  # an invalid id: the call changes nothing and returns the current one
 
 
 def _set(name: str, identity: int) -> None:
-    # Neither call reports failure; asking afterwards is the documented way to know.
+    # Neither call reports failure; a second call is the documented way to detect it.
     syscall.call(name, identity)
-    now = syscall.call(name, _ASK) & 0xFFFFFFFF
+    now = syscall.call(name, _QUERY) & 0xFFFFFFFF
     if now != identity:
         raise OSError(errno.EPERM, f"{name}({identity}): still {now}")
 

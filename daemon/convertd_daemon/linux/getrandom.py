@@ -1,8 +1,8 @@
-"""getrandom(2): names that nobody can guess, without the modules that `secrets` brings along."""
+"""getrandom(2): unguessable names, without the modules that `secrets` imports."""
 
 import os
 
 
 def hex_name(length_bytes: int) -> str:
-    """Give so many random bytes as hexadecimal digits, two for each."""
+    """Return random bytes as hexadecimal digits, two for each byte."""
     return os.urandom(length_bytes).hex()

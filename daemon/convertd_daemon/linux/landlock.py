@@ -1,4 +1,4 @@
-"""landlock(7): the four calls as they are, without any choice of what to ask for."""
+"""landlock(7): plain wrappers of its calls; `sandbox` decides which rights to ask for."""
 
 import enum
 import errno
@@ -12,7 +12,7 @@ _RULE_PATH_BENEATH: Final = 1
 
 
 class AccessFs(enum.IntFlag):
-    """What can be done with files. Source: linux/landlock.h, LANDLOCK_ACCESS_FS_*."""
+    """Rights on files. Source: linux/landlock.h, LANDLOCK_ACCESS_FS_*."""
 
     EXECUTE = 1 << 0
     WRITE_FILE = 1 << 1
@@ -33,21 +33,21 @@ class AccessFs(enum.IntFlag):
 
 
 class AccessNet(enum.IntFlag):
-    """What can be done with TCP. Source: linux/landlock.h, LANDLOCK_ACCESS_NET_*."""
+    """Rights on TCP ports. Source: linux/landlock.h, LANDLOCK_ACCESS_NET_*."""
 
     BIND_TCP = 1 << 0
     CONNECT_TCP = 1 << 1
 
 
 class Scope(enum.IntFlag):
-    """What can't reach out of the domain. Source: linux/landlock.h, LANDLOCK_SCOPE_*."""
+    """Actions confined to the domain. Source: linux/landlock.h, LANDLOCK_SCOPE_*."""
 
     ABSTRACT_UNIX_SOCKET = 1 << 0
     SIGNAL = 1 << 1
 
 
 def abi() -> int:
-    """Ask the running kernel which Landlock it has; 0 when it has none or it is off.
+    """Return the kernel's Landlock ABI; 0 when Landlock is not built in or off.
 
     Raises:
         OSError: anything but ENOSYS (not built) and EOPNOTSUPP (not among the boot's LSMs).
@@ -61,9 +61,9 @@ def abi() -> int:
 
 
 def create_ruleset(*, fs: AccessFs, net: AccessNet, scope: Scope) -> int:
-    """Make a ruleset that denies all of this, and give its descriptor (close-on-exec).
+    """Make a ruleset that denies these rights; returns its descriptor (close-on-exec).
 
-    An older kernel takes the longer struct as long as what it doesn't know is zero.
+    An older kernel accepts the longer struct if the fields that it does not know are zero.
 
     Raises:
         OSError: EINVAL or E2BIG, this kernel's ABI does not know one of the rights.

@@ -1,6 +1,6 @@
 """libseccomp: compile a typed description of a filter into the bytes that seccomp(2) takes.
 
-Loaded at the first use only, so that a process that loads ready bytes needs no library.
+The library is loaded at first use, so that a process that loads a compiled filter needs none.
 """
 
 import ctypes
@@ -62,7 +62,7 @@ def compile_rules(rules: Sequence[Rule]) -> bytes:
 
     Raises:
         OSError: the library is missing, or refuses a rule.
-        LookupError: a call's name that neither the library nor we know.
+        LookupError: neither the library nor SINCE_5_1 knows a call's name.
     """
     library = _library()
     context = library.seccomp_init(_ALLOW)
@@ -98,11 +98,11 @@ def _comparison(condition: Condition) -> bytes:
 
 
 def number(name: str) -> int | None:
-    """Give a system call's number on this architecture; None where it has no such call.
+    """Return a system call's number on this architecture; None where it has no such call.
 
     Raises:
         OSError: the library is missing.
-        LookupError: neither the library nor we know the name.
+        LookupError: neither the library nor SINCE_5_1 knows the name.
     """
     found: int = _library().seccomp_syscall_resolve_name(name.encode())
     if found >= 0:

@@ -1,4 +1,4 @@
-"""fcntl_locking(2), F_OFD_GETLK: does anybody hold a lock on a range of bytes."""
+"""fcntl_locking(2), F_OFD_GETLK: query record locks on a range of bytes."""
 
 import enum
 import fcntl
@@ -19,10 +19,10 @@ class Kind(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lock:
-    """The first lock that somebody holds in the range asked about.
+    """A conflicting lock.
 
-    length_bytes is 0 when it reaches to the end of the file; pid is -1 for a lock that belongs
-    to an open file description, as qemu's do.
+    length_bytes is 0 when it reaches to the end of the file; pid is -1 for a lock of an open file
+    description, as qemu's are.
     """
 
     kind: Kind
@@ -32,25 +32,25 @@ class Lock:
 
 
 def find_lock(descriptor: int, first_byte: int, last_byte: int) -> Lock | None:
-    """Give the first read or write lock that others hold on any byte from first to last.
+    """Return the first read or write lock that others hold on any byte from first to last.
 
-    A lock that was taken through this same open file description is not seen.
+    Locks of this same open file description are not reported.
 
     Raises:
         OSError: EBADF, the descriptor is O_PATH or not open.
     """
-    question = struct.pack(
+    query = struct.pack(
         _FLOCK, fcntl.F_WRLCK, os.SEEK_SET, first_byte, last_byte - first_byte + 1, 0
     )
-    answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, question)
-    kind, _, start, length, pid = struct.unpack(_FLOCK, answer)
+    found = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, query)
+    kind, _, start, length, pid = struct.unpack(_FLOCK, found)
     if kind == fcntl.F_UNLCK:
         return None
     return Lock(kind=Kind(kind), start_byte=start, length_bytes=length, pid=pid)
 
 
 def is_locked(descriptor: int, first_byte: int, last_byte: int) -> bool:
-    """Tell whether somebody else holds any lock on any byte from first to last.
+    """Whether others hold a lock on any byte from first to last.
 
     Raises:
         OSError: EBADF, the descriptor is O_PATH or not open.

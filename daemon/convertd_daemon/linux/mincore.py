@@ -10,17 +10,17 @@ _RESIDENT: Final = 1
 
 
 def resident_pages(fd: int, offset: int, length: int) -> int:
-    """Count the pages of a part of a file that are in memory now.
+    """Count the pages of a range of a file that are in the page cache.
 
-    The part begins at a page and lies in the file. Of a file that the calling process neither owns
-    nor may write, nor has CAP_FOWNER over, the kernel says that all of it is. Source: mincore(2).
+    The range begins at a page and lies in the file. The kernel reports all pages as resident unless
+    the caller owns the file, may write it, or has CAP_FOWNER. Source: mincore(2).
 
     Raises:
         OSError: it can't be mapped, or the call is refused.
     """
-    # A private mapping, for that can be of a descriptor that is open for reading only, and have an
-    # address; nothing is ever written to it. It is let go of, not closed: a job that is cut short
-    # in between would fail to close what is still referred to.
+    # A private mapping works with a read-only descriptor and has an address; nothing is written to
+    # it. It is dropped, not closed: mmap.close() would fail in a job that is cancelled in between,
+    # while `first` still refers to it.
     area = mmap.mmap(fd, length, access=mmap.ACCESS_COPY, offset=offset)
     first = (ctypes.c_char * length).from_buffer(area)
     pages = (ctypes.c_ubyte * -(-length // mmap.PAGESIZE))()

@@ -1,4 +1,4 @@
-"""openat2(2): open a path while the kernel refuses what the way to it must not contain."""
+"""openat2(2): open a path with restrictions on how the kernel resolves it."""
 
 import enum
 import errno
@@ -8,8 +8,8 @@ from typing import Final
 
 from convertd_daemon.linux import syscall
 
-# A rename or mount anywhere on the machine can make one walk fail with EAGAIN; it takes somebody
-# who renames all the time to make this many fail in a row, and that must not hold us for ever.
+# A rename or mount anywhere on the machine can make one path walk fail with EAGAIN. So many in a
+# row take a process that renames all the time, which must not keep us here for ever.
 _ATTEMPTS: Final = 1000
 
 
@@ -27,12 +27,12 @@ class Resolve(enum.IntFlag):
 def openat2(
     directory: int, path: str | bytes, *, flags: int, resolve: Resolve, mode: int = 0
 ) -> int:
-    """Open `path` below (or from) `directory` and give the descriptor, always close-on-exec.
+    """Open `path` below (or from) `directory`; returns a descriptor, always close-on-exec.
 
     EAGAIN, which BENEATH gives when something was renamed during the walk, is retried.
 
     Raises:
-        OSError: the kernel's own answer, for example ELOOP for a link, EXDEV for a way out.
+        OSError: as openat2(2), for example ELOOP for a link, EXDEV for a path out of `directory`.
         ValueError: the path has a NUL byte, at which the kernel would silently cut it.
     """
     name = os.fsencode(path)

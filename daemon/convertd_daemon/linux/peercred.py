@@ -11,7 +11,7 @@ from typing import Final
 
 _UCRED: Final = "iII"
 _SO_PEERGROUPS: Final = 59  # asm-generic/socket.h, since Linux 4.13; Python has no name for it
-_NOBODY_YET: Final = 0xFFFFFFFF
+_NO_PEER: Final = 0xFFFFFFFF
 _GID_BYTES: Final = 4
 _FIRST_GUESS: Final = 64 * _GID_BYTES
 
@@ -20,10 +20,10 @@ _getsockopt = ctypes.CDLL(None, use_errno=True).getsockopt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credentials:
-    """A peer's identity at the moment of connect(2), in our user namespace.
+    """A peer's identity when it called connect(2), in our user namespace.
 
-    The pid is for a log only: it may be another process by now. An id that our namespace does
-    not map reads as 65534.
+    The pid is for logs only: it may be another process by now. An id that our namespace does not
+    map is 65534.
     """
 
     pid: int
@@ -39,14 +39,14 @@ def peer_credentials(connection: socket.socket) -> Credentials:
     """
     data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize(_UCRED))
     pid, uid, gid = struct.unpack(_UCRED, data)
-    if pid <= 0 and uid == _NOBODY_YET:
-        # An unconnected socket is answered with (0, -1, -1) instead of an error.
+    if pid <= 0 and uid == _NO_PEER:
+        # The kernel returns (0, -1, -1), not an error, for an unconnected socket.
         raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
     return Credentials(pid=pid, uid=uid, gid=gid)
 
 
 def group_count(connection: socket.socket) -> int:
-    """Ask the kernel in how many supplementary groups who connected is.
+    """Ask the kernel how many supplementary groups the peer has.
 
     Raises:
         OSError: not a connected AF_UNIX socket.
@@ -61,12 +61,12 @@ def group_count(connection: socket.socket) -> int:
 
 
 def peer_groups(connection: socket.socket) -> frozenset[int]:
-    """Ask the kernel for the supplementary groups of who connected, however many there are.
+    """Ask the kernel for all supplementary groups of the peer.
 
     Raises:
         OSError: not a connected AF_UNIX socket.
     """
-    # socket.getsockopt() ends at 1,024 bytes, which is 256 groups; the kernel allows 65,536.
+    # socket.getsockopt() reads at most 1,024 bytes, 256 groups; the kernel allows 65,536.
     length = ctypes.c_uint32(_FIRST_GUESS)
     while True:
         buffer = ctypes.create_string_buffer(length.value)
@@ -75,7 +75,7 @@ def peer_groups(connection: socket.socket) -> frozenset[int]:
         ):
             return frozenset(array.array("I", buffer.raw[: length.value]))
         error = ctypes.get_errno()
-        # ERANGE: too short, and `length` says how much is needed. It can't change in between:
-        # the kernel keeps the peer's groups of the time of connect(2).
+        # ERANGE: too short, and `length` is the size needed. It can't change in between: the kernel
+        # keeps the groups that the peer had at connect(2).
         if error != errno.ERANGE or length.value <= len(buffer):
             raise OSError(error, f"SO_PEERGROUPS: {os.strerror(error)}")

@@ -1,4 +1,4 @@
-"""acl(5): whom an access control list lets write a directory."""
+"""acl(5): who may write an inode by its access control list."""
 
 import errno
 import os
@@ -21,9 +21,9 @@ _WITHOUT: Final = frozenset({errno.ENODATA, errno.EOPNOTSUPP})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Writers:
-    """Who may write by a list: users and groups that it names, and perhaps the owning group.
+    """The named users and groups with write permission, and whether the owning group has it.
 
-    What the mask takes from them is not considered: that is in the group's bits of the mode.
+    The mask is not applied: the group bits of the mode hold it.
     """
 
     uids: frozenset[int]
@@ -32,13 +32,13 @@ class Writers:
 
 
 def writers(fd: int) -> Writers | None:
-    """Read an inode's list; None if it has none. The descriptor may be of O_PATH.
+    """Read an inode's list; None if it has none. The descriptor may be O_PATH.
 
     Raises:
-        OSError: the kernel's own answer; EINVAL for a list that is none.
+        OSError: as getxattr(2); EINVAL for a malformed list.
     """
     try:
-        # fgetxattr(2) refuses a descriptor of O_PATH.
+        # fgetxattr(2) refuses an O_PATH descriptor.
         data = os.getxattr(f"/proc/self/fd/{fd}", _NAME)
     except OSError as error:
         if error.errno in _WITHOUT:

@@ -33,26 +33,26 @@ def _call(operation: int, *arguments: int) -> int:
 
 
 def set_no_new_privs() -> None:
-    """Let no execve(2) of this thread or its children grant anything; can't be undone."""
+    """Have no execve(2) of this thread or its children grant privileges. Irreversible."""
     _call(_SET_NO_NEW_PRIVS, 1)
 
 
 def get_no_new_privs() -> bool:
-    """Tell whether no_new_privs is set for the calling thread."""
+    """Whether no_new_privs is set for the calling thread."""
     return _call(_GET_NO_NEW_PRIVS) == 1
 
 
 def set_pdeathsig(signal: int) -> None:
-    """Have the kernel send `signal` when the parent's thread dies; 0 disarms.
+    """Have the kernel send `signal` when the parent's thread exits; 0 disarms.
 
-    Cleared by the next change of uid, gid or fsuid. A parent that has died before the call
-    sends nothing: compare getppid(2) afterwards.
+    The next change of uid, gid or fsuid clears it. If the parent exited before the call, no signal
+    is sent: compare getppid(2) afterwards.
     """
     _call(_SET_PDEATHSIG, signal)
 
 
 def get_pdeathsig() -> int:
-    """Give the signal that the parent's death sends, 0 for none."""
+    """Return the parent-death signal, 0 for none."""
     signal = ctypes.c_int()
     _call(_GET_PDEATHSIG, ctypes.addressof(signal))
     return signal.value
@@ -64,22 +64,22 @@ def set_child_subreaper() -> None:
 
 
 def set_keepcaps(*, keep: bool) -> None:
-    """Keep permitted capabilities through the next change from uid 0 to others."""
+    """Keep the permitted set when all uids change from 0 to another."""
     _call(_SET_KEEPCAPS, int(keep))
 
 
 def set_dumpable(*, dumpable: bool) -> None:
-    """Allow or forbid core dumps and ptrace(2) by the same uid."""
+    """Allow or forbid core dumps, and ptrace(2) by the same uid."""
     _call(_SET_DUMPABLE, int(dumpable))
 
 
 def set_name(name: str) -> None:
-    """Name the calling thread, cut to 15 bytes; it is what ps(1) and /proc/PID/comm show."""
+    """Name the calling thread, as ps(1) and /proc/PID/comm show it; truncated to 15 bytes."""
     _call(_SET_NAME, ctypes.addressof(ctypes.create_string_buffer(os.fsencode(name)[:15])))
 
 
 def capbset_read(capability: int) -> bool:
-    """Tell whether the bounding set has a capability.
+    """Whether the bounding set has a capability.
 
     Raises:
         OSError: EINVAL, this kernel has no such capability.

@@ -1,7 +1,7 @@
-"""What a caller's own process says of itself, for the audit record: its name, and its unit.
+"""The name and the unit of a caller's process, for the audit record.
 
-The kernel vouches for uid, gid and pid. These two are the process's word: it can name itself as it
-likes, and by the time they are read its pid may be another's.
+Unverified, unlike uid, gid and pid, which the kernel vouches for: a process can choose its name,
+and another process may have its pid by the time these are read.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ UNIT_SUFFIXES: Final = (".service", ".scope", ".socket", ".mount", ".swap")
 
 
 def name_and_unit(pid: int, uid: int, gid: int) -> tuple[str, str]:
-    """Read the name of a process and its system unit; empty where the process's own user can't.
+    """Read the name of a process and its system unit; empty where its own user may not read them.
 
-    Asked with the caller's ids, so it tells no more than the caller could see itself, and it works
-    where /proc hides the processes of others (ProtectProc=invisible). Of a process with rights that
-    the daemon lacks, root's for one, that /proc tells nothing. Source: proc(5), ptrace(2).
+    Reads with the caller's ids, so it reveals no more than the caller could see, and works where
+    /proc hides other users' processes (ProtectProc=invisible). For a process with capabilities that
+    the daemon lacks, such as root's, that /proc shows nothing. Source: proc(5), ptrace(2).
     """
     with _ids_for_files(uid, gid):
         name = _read(f"/proc/{pid}/comm").rstrip("\n")
@@ -32,7 +32,7 @@ def name_and_unit(pid: int, uid: int, gid: int) -> tuple[str, str]:
 
 
 def unit_in(cgroups: str) -> str:
-    """The system unit in the text of a /proc/PID/cgroup: the outermost that is not a slice."""
+    """Find the system unit in /proc/PID/cgroup's text: the outermost that is not a slice."""
     for line in cgroups.splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")

@@ -7,7 +7,7 @@ from convertd_daemon.linux import syscall
 
 
 class Flag(enum.IntFlag):
-    """What renameat2 does with a new name that exists. Source: renameat2(2), linux/fs.h."""
+    """What to do if the new name exists. Source: renameat2(2), linux/fs.h."""
 
     NOREPLACE = 0x1
     EXCHANGE = 0x2
@@ -20,7 +20,7 @@ def renameat2(directory: int, old: str, new: str, flag: Flag) -> None:
     neither name is ever missing; both must exist.
 
     Raises:
-        OSError: EEXIST, ENOENT, as said; EINVAL: the file system can't; or what the kernel says.
+        OSError: EEXIST or ENOENT, as above; EINVAL, the file system can't; others as renameat2(2).
         ValueError: a name has a NUL byte, at which the kernel would silently cut it.
     """
     names = [os.fsencode(name) for name in (old, new)]

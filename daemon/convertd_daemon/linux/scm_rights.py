@@ -1,4 +1,4 @@
-"""unix(7), SCM_RIGHTS: a message, and descriptors that the other end gets its own copies of."""
+"""unix(7), SCM_RIGHTS: send and receive messages with descriptors."""
 
 import array
 import contextlib
@@ -13,25 +13,25 @@ _SO_PASSRIGHTS: Final = 83
 """asm-generic/socket.h, since Linux 6.16; Python has no name for it."""
 
 _SIOCINQ: Final = 0x541B
-"""Bytes that wait to be read. Source: unix(7)."""
+"""The number of unread bytes. Source: unix(7)."""
 
-_MOST_LOOKED_THROUGH: Final = 1024 * 1024
-"""More than a peer can leave unread with Linux's own net.core.wmem_max."""
+_MAX_PEEKED_BYTES: Final = 1024 * 1024
+"""More than a peer can leave unread with Linux's default net.core.wmem_max."""
 
 
 class Attached(Exception):
-    """Descriptors are attached to what comes next. It was not read, and they are not ours."""
+    """Descriptors are attached to the next bytes. Neither was received."""
 
 
 def refuse(sock: socket.socket) -> bool:
-    """Have the kernel refuse descriptors that others attach from now on to what they send here.
+    """Have the kernel refuse descriptors that are sent to this socket from now on.
 
-    They get EPERM. Sockets that connect to a listening one inherit it. Before Linux 6.16 there is
-    no such option, and False says so: then, and for what was sent before, nothing but `peeked`,
-    `receive` and `holds_none` keeps this process from owning them.
+    Senders get EPERM. Sockets accepted from a listening one inherit it. Returns False before Linux
+    6.16, which lacks the option: then, and for bytes sent before, only `peeked`, `receive` and
+    `holds_none` keep this process from receiving descriptors.
 
     Raises:
-        OSError: the kernel has the option, and does not set it.
+        OSError: the kernel has the option, but setting it failed.
     """
     try:
         sock.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
@@ -43,9 +43,9 @@ def refuse(sock: socket.socket) -> bool:
 
 
 def inline_oob(sock: socket.socket) -> None:
-    """Have a byte that the peer sends out of band be read like others.
+    """Have a byte that the peer sends out of band read in line.
 
-    Else a read passes it over and drops what is attached to it, and a look does not show it
+    Else recv(2) skips it and drops descriptors attached to it, and MSG_PEEK does not show it
     (measured on 6.18, 2026-11).
 
     Raises:
@@ -55,26 +55,26 @@ def inline_oob(sock: socket.socket) -> None:
 
 
 def read(sock: socket.socket, most_bytes: int) -> bytes:
-    """Read from a stream without waiting, never owning a descriptor; empty at its end.
+    """Read from a stream without waiting, and receive no descriptor; empty at its end.
 
-    Nobody else may read from it. Needs `inline_oob`.
+    There must be no other reader. Needs `inline_oob`.
 
     Raises:
-        Attached: descriptors come along, with all or with a part of it.
-        BlockingIOError: there is nothing.
+        Attached: descriptors are attached to some of the bytes.
+        BlockingIOError: there is nothing to read.
         OSError: as recv(2).
     """
     count = len(peeked(sock, most_bytes, wait=False))
-    # Exactly that: what has come since may have descriptors with it.
+    # Exactly those: bytes that arrived since may have descriptors attached.
     return sock.recv(count, socket.MSG_DONTWAIT) if count else b""
 
 
 def peeked(sock: socket.socket, most_bytes: int, *, wait: bool) -> bytes:
-    """Look at what comes next, and leave it there.
+    """Return the next bytes without taking them from the socket.
 
     Raises:
-        Attached: descriptors come along. The kernel says MSG_CTRUNC, as there is no room for them.
-        BlockingIOError: `wait` is false and there is nothing.
+        Attached: descriptors are attached. The kernel sets MSG_CTRUNC, as there is no room.
+        BlockingIOError: `wait` is false and there is nothing to read.
         OSError: as recvmsg(2).
     """
     data, _, seen, _ = sock.recvmsg(most_bytes, 0, socket.MSG_PEEK | _waiting(wait=wait))
@@ -84,22 +84,22 @@ def peeked(sock: socket.socket, most_bytes: int, *, wait: bool) -> bytes:
 
 
 def holds_none(sock: socket.socket) -> bool:
-    """Whether nothing unread in a stream has descriptors with it. Whatever can't be seen has.
+    """Whether no unread bytes of a stream have descriptors attached; False if that is unknown.
 
-    For a socket that was shut down, to which nothing comes any more: then the answer stays true.
+    For a socket that was shut down and so receives no more: True stays true.
     """
-    waiting = _unread(sock)
-    while 0 < waiting <= _MOST_LOOKED_THROUGH:
+    unread = _unread(sock)
+    while 0 < unread <= _MAX_PEEKED_BYTES:
         try:
-            seen = len(peeked(sock, waiting, wait=False))
+            seen = len(peeked(sock, unread, wait=False))
         except (Attached, BlockingIOError):
             return False
-        still, before = _unread(sock), waiting
+        still, before = _unread(sock), unread
         if still == before:
-            # A look ends before a byte that was sent out of band.
+            # MSG_PEEK stops before a byte that was sent out of band.
             return seen == before
-        waiting = still  # somebody who has a copy of it reads
-    return not waiting
+        unread = still  # another process with a copy of the socket reads
+    return not unread
 
 
 def _unread(sock: socket.socket) -> int:
@@ -116,7 +116,7 @@ def send(
     Raises:
         BlockingIOError: `wait` is false and there is no room.
         BrokenPipeError, ConnectionResetError: the other end is gone.
-        OSError: anything else that sendmsg(2) says; nothing was sent.
+        OSError: as sendmsg(2); nothing was sent.
     """
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
     flags = socket.MSG_NOSIGNAL | _waiting(wait=wait)
@@ -126,16 +126,16 @@ def send(
 def receive(
     sock: socket.socket, most_bytes: int, most_descriptors: int, *, wait: bool = True
 ) -> tuple[bytes, list[int]]:
-    """Take a message, empty if the other end is gone, and its descriptors: now ours, close-on-exec.
+    """Receive a message, empty if the other end is gone, and its descriptors, close-on-exec.
 
-    There is room for an even number of them; the kernel makes it. Where none are expected, none
-    are ever ours.
+    The caller owns the descriptors. The kernel rounds their number up to an even one. With
+    `most_descriptors` 0 none is ever received.
 
     Raises:
-        Attached: none are expected, and there are. The message is not taken.
-        BlockingIOError: `wait` is false and there is nothing.
-        ConnectionResetError: the other end is gone, with something of ours unread.
-        OSError: EMSGSIZE: it is longer, or has more descriptors with it. They are closed.
+        Attached: none are expected, but some are attached. The message stays unread.
+        BlockingIOError: `wait` is false and there is nothing to receive.
+        ConnectionResetError: the other end is gone, and has left a message of ours unread.
+        OSError: EMSGSIZE, the message or its descriptors exceed the limits. They are closed.
     """
     if not most_descriptors:
         peeked(sock, 1, wait=wait)
@@ -150,7 +150,7 @@ def receive(
 
 
 def close_all(descriptors: Iterable[int]) -> None:
-    """Close descriptors that came along and are not wanted."""
+    """Close received descriptors that are not needed."""
     for descriptor in descriptors:
         with contextlib.suppress(OSError):
             os.close(descriptor)
@@ -164,7 +164,7 @@ def _descriptors_in(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
     descriptors = array.array("i")
     for level, kind, data in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            # Of a message cut short, the last number may be.
+            # In a truncated message the last number may be incomplete.
             usable = len(data) - len(data) % descriptors.itemsize
             descriptors.frombytes(data[:usable])
     return list(descriptors)

@@ -1,4 +1,4 @@
-"""seccomp(2): put a compiled filter on the calling thread."""
+"""seccomp(2): load a compiled filter into the calling thread."""
 
 import ctypes
 import struct
@@ -15,7 +15,7 @@ def set_mode_filter(program: bytes) -> None:
 
     Raises:
         OSError: EACCES, no_new_privs is not set; EINVAL, the kernel refuses the program.
-        ValueError: not a whole number of instructions, or none.
+        ValueError: the program is empty, or not a whole number of instructions.
     """
     count, rest = divmod(len(program), INSTRUCTION_BYTES)
     if rest or not count:

@@ -1,4 +1,4 @@
-"""statx(2): size, times and attributes of an inode, and what is said of direct I/O on it."""
+"""statx(2): size, times and attributes of an inode, and its alignment for direct I/O."""
 
 import ctypes
 import enum
@@ -30,7 +30,7 @@ _ATTRIBUTES_AT: Final = 8  # stx_attributes
 
 
 class Attribute(enum.IntFlag):
-    """What chattr(1) may have set. Source: statx(2), linux/stat.h."""
+    """Flags that chattr(1) sets. Source: statx(2), linux/stat.h."""
 
     IMMUTABLE = 0x10
     APPEND = 0x20
@@ -38,7 +38,7 @@ class Attribute(enum.IntFlag):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DirectAlignment:
-    """What direct I/O must be aligned to, in bytes, in memory and in the file; 0: there is none."""
+    """The alignment of direct I/O in bytes, in memory and in the file; 0: no direct I/O."""
 
     memory: int
     offset: int
@@ -46,72 +46,72 @@ class DirectAlignment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Content:
-    """What tells one content of a file from another: its size, and when it was last written."""
+    """Size and modification time, to detect that a file's content changed."""
 
     size_bytes: int
     mtime_ns: int
 
 
 def content(fd: int) -> Content:
-    """Ask for size and modification time, of a network file system's server too.
+    """Query size and modification time, from the server of a network file system too.
 
-    fstat(2) may be answered from what this client remembers: of NFS for a minute, of FUSE for as
-    long as the file system said. Source: statx(2), AT_STATX_FORCE_SYNC.
+    fstat(2) may answer from the client's cache: of NFS for a minute, of FUSE for as long as the
+    file system allows. Source: statx(2), AT_STATX_FORCE_SYNC.
 
     Raises:
-        OSError: the kernel's own answer.
+        OSError: as statx(2).
     """
-    told = ctypes.create_string_buffer(_BYTES)
-    syscall.call("statx", fd, b"", _AT_EMPTY_PATH | _AT_STATX_FORCE_SYNC, _MTIME | _SIZE, told)
-    (size,) = _SIZE_OF.unpack_from(told, _SIZE_AT)
-    seconds, nanoseconds = _TIMESTAMP.unpack_from(told, _MTIME_AT)
+    buffer = ctypes.create_string_buffer(_BYTES)
+    syscall.call("statx", fd, b"", _AT_EMPTY_PATH | _AT_STATX_FORCE_SYNC, _MTIME | _SIZE, buffer)
+    (size,) = _SIZE_OF.unpack_from(buffer, _SIZE_AT)
+    seconds, nanoseconds = _TIMESTAMP.unpack_from(buffer, _MTIME_AT)
     return Content(size_bytes=size, mtime_ns=seconds * _NS_PER_S + nanoseconds)
 
 
 def direct_alignment(fd: int) -> DirectAlignment | None:
-    """Ask what direct I/O on the inode takes; None where kernel or file system do not say.
+    """Query the alignment of direct I/O; None where kernel or file system do not report it.
 
-    Kernels say it since Linux 6.1, of ext4, XFS, f2fs and block devices; btrfs, tmpfs and most
-    network file systems do not.
+    Linux 6.1 and later report it for ext4, XFS, f2fs and block devices; not for btrfs, tmpfs and
+    most network file systems.
 
     Raises:
-        OSError: the kernel's own answer.
+        OSError: as statx(2).
     """
-    told = _ask(fd, _DIOALIGN)
-    if told is None:
+    buffer = _query(fd, _DIOALIGN)
+    if buffer is None:
         return None
-    memory, offset = _ALIGNMENTS.unpack_from(told, _ALIGNMENTS_AT)
+    memory, offset = _ALIGNMENTS.unpack_from(buffer, _ALIGNMENTS_AT)
     return DirectAlignment(memory=memory, offset=offset)
 
 
 def attributes(fd: int) -> Attribute:
-    """Ask which attributes the inode has; a file system that has none tells of none.
+    """Query the inode's attributes; none on a file system without attributes.
 
     Raises:
-        OSError: the kernel's own answer.
+        OSError: as statx(2).
     """
-    told = ctypes.create_string_buffer(_BYTES)
-    syscall.call("statx", fd, b"", _AT_EMPTY_PATH, 0, told)
-    (found,) = _ATTRIBUTES.unpack_from(told, _ATTRIBUTES_AT)
+    buffer = ctypes.create_string_buffer(_BYTES)
+    syscall.call("statx", fd, b"", _AT_EMPTY_PATH, 0, buffer)
+    (found,) = _ATTRIBUTES.unpack_from(buffer, _ATTRIBUTES_AT)
     return Attribute(found & (Attribute.IMMUTABLE | Attribute.APPEND))
 
 
 def birth_ns(fd: int) -> int:
-    """When the inode was made, as a Unix time in ns; 0 where the file system does not say.
+    """Query the inode's birth time, in ns since the epoch; 0 where the file system has none.
 
     Raises:
-        OSError: the kernel's own answer.
+        OSError: as statx(2).
     """
-    told = _ask(fd, _BTIME)
-    if told is None:
+    buffer = _query(fd, _BTIME)
+    if buffer is None:
         return 0
-    seconds, nanoseconds = _TIMESTAMP.unpack_from(told, _BTIME_AT)
+    seconds, nanoseconds = _TIMESTAMP.unpack_from(buffer, _BTIME_AT)
     return int(seconds * _NS_PER_S + nanoseconds)
 
 
-def _ask(fd: int, field: int) -> ctypes.Array[ctypes.c_char] | None:
-    """Ask for one field; None if it is not told."""
-    told = ctypes.create_string_buffer(_BYTES)
-    syscall.call("statx", fd, b"", _AT_EMPTY_PATH, field, told)
-    (known,) = _MASK.unpack_from(told)
-    return told if known & field else None
+def _query(fd: int, field: int) -> ctypes.Array[ctypes.c_char] | None:
+    """Query one field; None if it is not reported."""
+    buffer = ctypes.create_string_buffer(_BYTES)
+    syscall.call("statx", fd, b"", _AT_EMPTY_PATH, field, buffer)
+    (known,) = _MASK.unpack_from(buffer)
+    return buffer if known & field else None

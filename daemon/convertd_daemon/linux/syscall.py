@@ -1,4 +1,4 @@
-"""syscall(2): the calls that neither Python nor every supported libc offers by name."""
+"""syscall(2): system calls without a wrapper in Python or in every supported libc."""
 
 import ctypes
 import errno
@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any, Final
 
-# Calls added since Linux 5.1 have one number on all architectures, 424 and up. Those that we never
-# make are here for filters, because an older libseccomp does not know their names.
+# Calls added since Linux 5.1 have one number on all architectures, 424 and up. Those that are never
+# made here are for seccomp filters: an older libseccomp does not know their names.
 # Source: scripts/syscall.tbl of the kernel.
 SINCE_5_1: Final[Mapping[str, int]] = {
     "pidfd_send_signal": 424,
@@ -87,15 +87,15 @@ _syscall.restype = ctypes.c_long
 
 
 def number(name: str) -> int:
-    """Give a system call's number on this machine.
+    """Return a system call's number on this machine.
 
     Raises:
-        OSError: ENOSYS, this architecture (or a 32-bit Python) has no number for it here.
+        OSError: ENOSYS, the number on this architecture (or in 32-bit Python) is not known here.
     """
     if name in SINCE_5_1:
         return SINCE_5_1[name]
     machine = os.uname().machine
-    # A 32-bit process on a 64-bit kernel is told "x86_64" too, but has other numbers.
+    # A 32-bit process on a 64-bit kernel sees "x86_64" too, but has other numbers.
     if ctypes.sizeof(ctypes.c_void_p) == 8 and name in _BEFORE_5_1.get(machine, {}):  # noqa: PLR2004
         return _BEFORE_5_1[machine][name]
     raise OSError(errno.ENOSYS, f"no number known for {name} on {machine}")

@@ -1,4 +1,4 @@
-"""unshare(2), for its check only: is the calling process single-threaded."""
+"""unshare(2), only to check that the calling process is single-threaded."""
 
 import errno
 from typing import Final
@@ -9,11 +9,11 @@ _CLONE_THREAD: Final = 0x00010000
 
 
 def is_single_threaded() -> bool:
-    """Tell whether the calling process has one thread, native ones counted.
+    """Whether the calling process has one thread, native threads included.
 
-    CLONE_THREAD changes nothing; the kernel answers EINVAL where there are more threads. Where
-    the call itself is filtered away (some containers), the answer is yes, or nothing would run
-    there: who asks has no threads, unless by mistake.
+    CLONE_THREAD changes nothing; the kernel returns EINVAL for a process with more threads. Where
+    a filter refuses the call itself (some containers), the result is True, or the daemon could not
+    run there: its callers have more threads only by mistake.
     """
     try:
         syscall.call("unshare", _CLONE_THREAD)
