@@ -1,1 +1,1 @@
-"""The process that knows gRPC, and has no right to anything. See `main`."""
+"""The process that speaks gRPC and has no privileges. See `main`."""

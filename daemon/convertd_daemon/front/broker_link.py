@@ -1,7 +1,7 @@
 """The front's side of its channel to the broker, and of each job's channel.
 
-A `Call` collects what broker and job say of one gRPC call. Progress that nobody has read yet is
-replaced by newer progress, so a peer that reads slowly costs one message, not memory.
+A `Call` queues the messages that broker and job send for one gRPC call. Newer progress replaces
+unread progress, so a slow peer costs one message, not memory.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 AT_A_TIME: Final = 16
-"""So many messages are taken from the broker before calls get their turn: some make much work."""
+"""Messages read from the broker before other tasks of the loop run: some make much work."""
 
 REPLACED_BY_NEWER: Final = (messages.Progressed, messages.Queued)
 
 
 class BrokerIsGone(Exception):
-    """The broker's end of the channel closed: nothing more will be heard."""
+    """The broker closed its end of the channel: no more messages will come."""
 
 
 class Call:
-    """What is said about one call, in order. Used by one coroutine at a time."""
+    """The messages of one call, in order. One coroutine at a time may use it."""
 
     def __init__(self, link: BrokerLink, number: int, secrets: tuple[int, ...]) -> None:
-        """Belongs to a link, which hands it what it hears. Borrows the pipes with passphrases."""
+        """The link delivers the messages. `secrets` are borrowed pipes with passphrases."""
         self.number = number
         self._secrets = secrets
         self.job_id = ""
@@ -52,7 +52,7 @@ class Call:
         self._channel: channel.Channel | None = None
 
     def deliver(self, message: object) -> None:
-        """Take in a message from the broker or the job."""
+        """Queue a message from the broker or the job."""
         replaces = isinstance(message, REPLACED_BY_NEWER)
         if replaces and self._heard and type(self._heard[-1]) is type(message):
             self._heard.pop()
@@ -60,9 +60,9 @@ class Call:
         self._news.set()
 
     def deliver_end(self, message: messages.Ended) -> None:
-        """Take in that the job's process is gone, after whatever the job itself still said.
+        """Queue the exit of the job's process, after all messages of the job itself.
 
-        Both come at once, on two channels, and epoll(7) tells in any order.
+        They arrive on two channels, and epoll(7) reports these in any order.
         """
         self._listen()
         self.deliver(message)
@@ -81,14 +81,14 @@ class Call:
         return self._heard.popleft()
 
     def wake(self) -> None:
-        """Let whoever waits see that the link is closed."""
+        """Wake the coroutine in `next`, so that it sees that the link is closed."""
         self._news.set()
 
     def attach_job(self, job_id: str, descriptor: int) -> None:
-        """Listen to a job's channel from now on, which is ours, and send its passphrases."""
+        """Own a job's channel, read from it from now on, and send the job its passphrases."""
         self.job_id = job_id
         self._channel = channel.Channel(socket.socket(fileno=descriptor))
-        # A job that is gone already is heard of as any other.
+        # If the job is gone already, the broker reports that as for any other job.
         with contextlib.suppress(channel.Closed):
             secret_pipes.hand_on(self._secrets, self._channel)
         asyncio.get_running_loop().add_reader(descriptor, self._listen)
@@ -103,18 +103,18 @@ class Call:
         except BlockingIOError:
             return
         except channel.Closed:
-            # How it ended, if it did not say so itself, is for the broker to tell.
+            # If the job did not report how it ended, the broker will.
             asyncio.get_running_loop().remove_reader(self._channel.fileno())
         except codec.CodecError:
-            log.exception("a job sent what is no message job=%s", self.job_id)
+            log.exception("a job sent an invalid message job=%s", self.job_id)
             self.close_job_channel()
 
     def finish(self) -> None:
-        """Its job said how it ended: the broker need not wait for the process to know."""
+        """Tell the broker that the job reported its end, before its process has exited."""
         self._link.send(messages.JobFinished(call=self.number))
 
     def close_job_channel(self) -> None:
-        """Close the job's channel: if the job still runs, that ends it."""
+        """Close the job's channel. This ends a job that still runs."""
         if self._channel is not None:
             asyncio.get_running_loop().remove_reader(self._channel.fileno())
             self._channel.close()
@@ -125,7 +125,7 @@ class BrokerLink:
     """The channel to the broker. Owns it."""
 
     def __init__(self, line: channel.Channel, relay: Relay, prober: Prober | None = None) -> None:
-        """Hand new connections to the relay, and those to probe to the prober, if there is one."""
+        """Pass new connections to the relay, and health probes to the prober, if there is one."""
         self.channel = line
         self.relay = relay
         self.prober = prober
@@ -139,20 +139,18 @@ class BrokerLink:
         asyncio.get_running_loop().add_reader(line.fileno(), self._listen)
 
     def call_of_job(self, job_id: str) -> Call | None:
-        """The call that a job belongs to."""
+        """The call that started a job."""
         return next((call for call in self._calls.values() if call.job_id == job_id), None)
 
     @contextlib.contextmanager
     def call(self, make: Callable[[int], object], secrets: tuple[int, ...] = ()) -> Iterator[Call]:
-        """Ask the broker something; when the block is left, by whichever way, the call is over.
+        """Send the broker a request; the call ends when the block is left.
 
-        `secrets` are pipes with passphrases for its job; they are the caller's to close, after the
-        block.
-
-        If nobody said that it ended, the broker is told that nobody wants it any more.
+        `secrets` are pipes with passphrases for its job; the caller closes them after the block.
+        The broker is told that the call was abandoned unless `over` was set.
 
         Raises:
-            channel.TooLong: the question is longer than any that can be answered.
+            channel.TooLong: the request does not fit in a message.
         """
         call = Call(self, next(self._numbers), secrets)
         request = make(call.number)
@@ -171,12 +169,12 @@ class BrokerLink:
         """Send to the broker, later if there is no room now.
 
         Raises:
-            channel.TooLong: it is not sent. It must not get in line: nothing would get past it.
+            channel.TooLong: it is not sent, and not queued: it would block the queue for ever.
         """
         self._send(channel.encoded(message))
 
     def _send(self, data: bytes) -> None:
-        # What a broker that is gone still said is there to be read; its end comes after that.
+        # The broker's last messages are still to be read; the end of the channel follows them.
         with contextlib.suppress(channel.Closed):
             self._outbound.send_bytes(data)
         self._await_room()
@@ -205,7 +203,7 @@ class BrokerLink:
         except channel.Closed:
             self._close()
         except codec.CodecError:
-            # Of our own broker's: it sent what we don't know, or we ran out of descriptors.
+            # From our own broker: a message of another version, or we ran out of descriptors.
             log.exception("a message from the broker was lost")
 
     def _dispatch(self, message: messages.ToFront, descriptors: list[int]) -> None:
@@ -225,12 +223,12 @@ class BrokerLink:
                 self._unanswered.answered(message.call)
                 call = self._calls.get(message.call)
                 if call is None:
-                    log.debug("for a call that is over: %s", message)
+                    log.debug("message for a call that is over: %s", message)
                 elif isinstance(message, messages.Started):
                     call.attach_job(message.job_id, descriptors.pop())
                 else:
                     call.deliver(message)
-        # A job whose caller is gone ends with this.
+        # This ends a job whose caller is gone.
         scm_rights.close_all(descriptors)
 
     def _release(self, number: int) -> None:
@@ -249,7 +247,7 @@ class BrokerLink:
 
 
 def is_last(message: object) -> conditions.Failure | None:
-    """The failure with which a message ends a call; None if it does not."""
+    """The failure with which a message ends a call; None if it does not end the call."""
     match message:
         case messages.Refused(failure=failure) | messages.Failed(failure=failure):
             return failure

@@ -1,12 +1,12 @@
-"""What one user may have gRPC keep: so many calls, and so many replies that it does not take.
+"""Limits on one user's open calls and unread replies, which gRPC keeps in memory.
 
-A peer can read all there is on its socket, and yet have gRPC send no reply: HTTP/2 has windows of
-its own, and 0 is one. gRPC keeps each reply until it may be sent: 1.7 GB in 77 s, by one user, and
-others waited for 24 s (grpcio 1.85, measured 2026-11). All connections of a user count together.
+A peer can read its socket and still have gRPC send no reply, with an HTTP/2 window of 0. gRPC keeps
+each reply until it may be sent: one user filled 1.7 GB in 77 s, and others waited for 24 s (grpcio
+1.85, measured 2026-11). All connections of a user count together.
 
-It also keeps what has come of a request that is not whole: 340 MiB for 124 connections of one user
-(2026-11). So a call is counted, and refused, when it begins: gRPC asks a handler of a stream of
-requests before the first of them is there, and so all are such handlers.
+gRPC also buffers incomplete requests: 340 MiB for 124 connections of one user (2026-11). So a call
+is counted, and refused, when it begins. Only a handler of a stream of requests is called before the
+first request is complete, so every handler is made into one.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 IN_FLIGHT: Final = 128
-"""Calls of one user that go on, or whose reply was not taken. One more is refused, by a status
-alone, for which HTTP/2 needs no window. A conversion does not count until it is over: the queue's
-bounds hold for it."""
+"""Open calls of one user: running, or with a reply that was not read. One more is refused by a
+status alone, for which HTTP/2 needs no window. A running conversion does not count: the limits of
+the job queue apply to it."""
 
 TAKEN_WITHIN_S: Final = 20.0
-"""A connection with replies that are not taken, or calls whose request does not come, is ended if
-none of its calls has ended for so long."""
+"""A connection with unread replies or incomplete requests is closed if none of its calls has ended
+for so long."""
 
-LOOK_S: Final = 1.0
+CHECK_INTERVAL_S: Final = 1.0
 
 CONVERT: Final = "/convertd.v1.ConvertService/Convert"
 
 
 class Calls(grpc.aio.ServerInterceptor):
-    """Stands before every handler of the server, health and reflection included."""
+    """Wraps every handler of the server, health and reflection included."""
 
     def __init__(self, relay: Relay) -> None:
-        """Count calls of the connections of this relay, by user."""
+        """Count the calls on this relay's connections, per user."""
         self._relay = relay
 
     async def intercept_service(
@@ -58,7 +58,7 @@ class Calls(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
-        """Put what counts before what answers."""
+        """Return the method's handler, wrapped in the count."""
         handler = await continuation(handler_call_details)
         return None if handler is None else self._counted(handler, handler_call_details.method)
 
@@ -92,11 +92,11 @@ class Calls(grpc.aio.ServerInterceptor):
     def _stream(self, answer: Any, *, converts: bool) -> Any:  # noqa: ANN401
         async def counted(_requests: object, context: Context) -> AsyncIterator[Any]:
             carried = await self._admit(context)
-            # Whoever answers may be done with a request long before the call ends.
+            # A list, so that the handler holds the only reference: it may drop the request early.
             asked = [await _only_request(context)]
             with Running(carried, converts=converts) as running:
                 async for reply in answer(asked.pop(), context):
-                    # A conversion waits for nobody to take its progress, which newer replaces.
+                    # Newer progress replaces unread progress: a conversion does not wait for it.
                     if not converts or reply.HasField("result"):
                         with running.paused():
                             yield reply
@@ -115,10 +115,10 @@ class Calls(grpc.aio.ServerInterceptor):
         return counted
 
     async def _admit(self, context: Context) -> Carried | None:
-        """Let a call in, and give its connection.
+        """Admit a call, and return its connection.
 
         Raises:
-            grpc.aio.AbortError: its user has too many.
+            grpc.aio.AbortError: its user has too many calls.
         """
         carried = self._relay.carried(context.peer())
         if carried is not None and self._relay.open_calls(carried.uid) > IN_FLIGHT:
@@ -126,17 +126,17 @@ class Calls(grpc.aio.ServerInterceptor):
         return carried
 
     async def watch(self) -> None:
-        """End connections that take nothing, for ever."""
+        """Close idle connections, until cancelled."""
         while True:
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(CHECK_INTERVAL_S)
             self._relay.end_idle(asyncio.get_running_loop().time(), TAKEN_WITHIN_S)
 
 
 class Running:
-    """A call to which somebody makes a reply, on a connection of the relay's if it has one."""
+    """Marks a call as being handled, on its connection of the relay if it has one."""
 
     def __init__(self, carried: Carried | None, *, converts: bool = False) -> None:
-        """Of that connection."""
+        """Mark a call of this connection."""
         self._carried = carried
         self._converts = converts
 
@@ -149,7 +149,7 @@ class Running:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """While a reply is to be taken, nobody makes one."""
+        """The call is not being handled while its reply waits to be read."""
         self._add(-1)
         try:
             yield
@@ -163,10 +163,10 @@ class Running:
 
 
 async def _only_request(context: Context) -> Any:  # noqa: ANN401
-    """Wait for the request of a call that has one.
+    """Wait for the one request of a call.
 
     Raises:
-        grpc.aio.AbortError: it has none.
+        grpc.aio.AbortError: the peer sent none.
     """
     request = await context.read()
     if request is grpc.aio.EOF:

@@ -1,4 +1,4 @@
-"""From a condition to what gRPC sends: a status, and in its details exactly one ErrorInfo.
+"""Convert a condition to a gRPC status with exactly one ErrorInfo in its details.
 
 Source: https://google.aip.dev/193, google/rpc/error_details.proto.
 """
@@ -21,8 +21,8 @@ DOMAIN: Final = "convertd"
 DETAILS_KEY: Final = "grpc-status-details-bin"
 
 MAX_VALUE_BYTES: Final = 256
-"""Longer values are cut in the middle: clients refuse metadata of over 8 or 16 KiB in all, and the
-message is sent with three bytes for each that is not ASCII."""
+"""Longer values are shortened in the middle: clients refuse metadata of over 8 or 16 KiB in all,
+and a byte of the message that is not ASCII is sent as three."""
 
 CODES: Final = {status: grpc.StatusCode[status.value] for status in conditions.Status}
 
@@ -38,7 +38,7 @@ async def abort(context: grpc.aio.ServicerContext, failure: conditions.Failure) 
 
 
 def details_of(failure: conditions.Failure) -> status_pb2.Status:
-    """The google.rpc.Status of a condition."""
+    """Build the google.rpc.Status of a condition."""
     code: int = CODES[failure.status].value[0]
     status = status_pb2.Status(code=code, message=cut(failure.message, 4))
     metadata = {name: cut(value) for name, value in failure.values}
@@ -51,17 +51,17 @@ def details_of(failure: conditions.Failure) -> status_pb2.Status:
 
 
 def cut(text: str, times: int = 1) -> str:
-    """Cancelled a text that is too long in its middle."""
+    """Shorten a text of more than `times` MAX_VALUE_BYTES in its middle."""
     data, most = text.encode(), MAX_VALUE_BYTES * times
     if len(data) <= most:
         return text
-    # What is left of a character that was cut in two is dropped.
+    # errors="ignore" drops the rest of a character that was cut in two.
     begin, end = (part.decode(errors="ignore") for part in (data[: most // 2], data[-most // 2 :]))
     return f"{begin}…{end}"
 
 
 def _more(failure: conditions.Failure, metadata: dict[str, str]) -> list[Message]:
-    """What standard tools understand beside ErrorInfo."""
+    """Build the detail beside ErrorInfo that standard tools understand, if one fits."""
     description = cut(failure.message)
     if failure.status is conditions.Status.INVALID_ARGUMENT:
         field = metadata.get("field", "")

@@ -1,8 +1,8 @@
-"""Whose bytes go on next: users in turn, and no faster than gRPC takes their calls up.
+"""A fair queue: users in turn send bytes to gRPC, no faster than gRPC accepts their calls.
 
-gRPC takes calls up in the order in which they come, and the loop serves all connections in each
-round. With 48 connections of others that sent calls as fast as they could, a round took a second,
-and whoever else called waited half a minute (measured 2026-11).
+gRPC accepts calls in the order of arrival, and the event loop serves all connections in each
+iteration. With 48 connections of one user that sent calls as fast as they could, an iteration took
+a second, and a call of another user waited half a minute (measured 2026-11).
 """
 
 from __future__ import annotations
@@ -12,24 +12,25 @@ import collections
 from typing import Final
 
 AHEAD: Final = 8
-"""So many calls may wait to be taken up."""
+"""Calls that were sent to gRPC and that it has not yet accepted."""
 
 LOST_S: Final = 0.05
-"""Calls that are not taken up for so long never will be: refused by gRPC, or taken back."""
+"""A call that gRPC has not accepted for so long never will be: gRPC refused it, or the peer
+cancelled it."""
 
 
 class FairQueue:
-    """A turn that goes round among the users who wait for it."""
+    """One turn, which the waiting users get one after the other."""
 
     def __init__(self) -> None:
-        """Nobody has it."""
+        """Begin with no user waiting."""
         self._waiting: dict[int, collections.deque[asyncio.Future[None]]] = {}
         self._is_taken = False
         self._ahead = 0
-        self._held: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     async def take(self, uid: int) -> None:
-        """Wait for a turn of this user's, which lasts until the next round of the loop."""
+        """Wait for this user's turn, which lasts until the next iteration of the loop."""
         if self._is_taken:
             turn = asyncio.get_running_loop().create_future()
             self._waiting.setdefault(uid, collections.deque()).append(turn)
@@ -39,38 +40,38 @@ class FairQueue:
             asyncio.get_running_loop().call_soon(self._pass_on)
 
     def add(self, calls: int) -> None:
-        """Take note that whoever has the turn sends so many calls."""
+        """Count calls that are being sent to gRPC in the current turn."""
         self._ahead += calls
 
     def taken_up(self) -> None:
-        """Gather that gRPC has taken up a call."""
+        """Count that gRPC has accepted a call."""
         self._ahead = max(self._ahead - 1, 0)
-        if self._held is not None:
-            self._held.cancel()
-            self._go_on()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._resume()
 
-    def _give_up(self) -> None:
+    def _forget_lost(self) -> None:
         self._ahead = 0
-        self._go_on()
+        self._resume()
 
-    def _go_on(self) -> None:
-        self._held = None
+    def _resume(self) -> None:
+        self._timer = None
         self._pass_on()
 
     def _pass_on(self) -> None:
-        """Give the turn to whoever had it longest ago, and so on in the next round."""
+        """Give the turn to the user who had it longest ago; repeat in the next iteration."""
         loop = asyncio.get_running_loop()
         if self._ahead >= AHEAD:
-            self._held = loop.call_later(LOST_S, self._give_up)
+            self._timer = loop.call_later(LOST_S, self._forget_lost)
             return
         while self._waiting:
             uid = next(iter(self._waiting))
-            line = self._waiting.pop(uid)
-            turn = line.popleft()
-            while line and turn.done():  # whoever waited is gone
-                turn = line.popleft()
-            if line:
-                self._waiting[uid] = line
+            queue = self._waiting.pop(uid)
+            turn = queue.popleft()
+            while queue and turn.done():  # cancelled: its connection is gone
+                turn = queue.popleft()
+            if queue:
+                self._waiting[uid] = queue
             if not turn.done():
                 turn.set_result(None)
                 loop.call_soon(self._pass_on)

@@ -1,12 +1,12 @@
-"""What a peer's bytes must be before gRPC sees them: header blocks of plain text. Fails closed.
+"""Check a peer's HTTP/2 header blocks before gRPC parses them: only ASCII passes. Fails closed.
 
-grpcio's asyncio server decodes the path of a call as UTF-8 in the loop that takes all calls. One
-path that is none ended that loop, and with it the service, for everybody (grpcio 1.85, measured
-2026-11). So each header block is looked through before it is passed on, and a connection that sends
-other text than ASCII in one is over. Names and values that stand in a table need no look: they are
-HTTP/2's own, or were spelled out in an earlier block. What the frames mean is gRPC's business.
+grpcio's asyncio server decodes the path of a call as UTF-8 in the loop that accepts all calls. One
+invalid path ended that loop, and with it the service for all users (grpcio 1.85, measured 2026-11).
+So each header block is checked before it is forwarded, and a connection that sends other text than
+ASCII is closed. Names and values from a table need no check: they are HTTP/2's own, or were
+literals in an earlier block. The meaning of the frames is left to gRPC.
 
-No client needs more: gRPC sends what is not ASCII in base64, unless the server offers to take true
+No client needs more: gRPC sends binary metadata in base64, unless the server offers to accept true
 binary metadata. Source: RFC 9113 (frames), RFC 7541 (HPACK), gRPC over HTTP2.
 """
 
@@ -28,19 +28,19 @@ CONTINUATION: Final = 9
 END_HEADERS: Final = 0x04
 HAS_PRIORITY: Final = 0x20
 FLAGS: Final = {HEADERS: 0x01 | END_HEADERS | HAS_PRIORITY, CONTINUATION: END_HEADERS}
-"""What such a frame may have. Not PADDED, of which implementations think differently."""
+"""The flags that are allowed. Not PADDED, which implementations interpret differently."""
 PRIORITY_BYTES: Final = 5
-"""Whole in its frame, or refused: gRPC takes what there is of a shorter one for the beginning of
-the block, and so reads that from another byte on than we do (grpcio 1.85, measured 2026-11)."""
+"""A frame too short for it is refused: gRPC then reads the block from another byte on than we do
+(grpcio 1.85, measured 2026-11)."""
 
 MAX_BLOCK_BYTES: Final = 32 * 1024
-"""More than gRPC takes. To look through so many takes 16 ms, in one turn (2026-11)."""
+"""More than gRPC accepts. To check so many takes 16 ms, in one turn (2026-11)."""
 
 MAX_INTEGER_BYTES: Final = 4
 """No length and no index in such a block needs more."""
 
 NEW_SIZE: Final = 0x20
-"""What the first three bits of a block's field say, if it is a new size of the table."""
+"""The first three bits of a field that sets a new size of the table."""
 
 CODES: Final = {
     5: "012aceiost",
@@ -55,28 +55,28 @@ CODES: Final = {
     15: "<`{",
     19: "\\",
 }
-"""HPACK's Huffman code by length in bits: it is canonical, so that the order of the letters tells
-their codes. Other codes stand for other controls, and for what is not ASCII."""
+"""The letters of HPACK's Huffman code by length of their code in bits. The code is canonical, so
+their order gives the codes. All other codes are control characters or not ASCII."""
 
 MAX_PADDING_BITS: Final = 7
 
 
 class Refused(Exception):
-    """The peer sent what no client of gRPC sends; the connection must end."""
+    """The peer sent bytes that no gRPC client sends; the connection must be closed."""
 
 
 class Piece(NamedTuple):
-    """Bytes that may go on, and whether a call begins with them."""
+    """Bytes that may be forwarded, and whether a call begins with them."""
 
     data: bytes
     begins_call: bool
 
 
 class HeaderFilter:
-    """Looks through what one peer sends, in pieces as they come."""
+    """Checks the bytes of one peer as they arrive."""
 
     def __init__(self, calls: streams.Streams) -> None:
-        """Begin with the preface. The calls that the peer begins and ends are told."""
+        """Expect the preface. Calls that the peer begins and ends are recorded in `calls`."""
         self._calls = calls
         self._rest = bytearray()
         self._unseen = PREFACE_BYTES
@@ -84,13 +84,13 @@ class HeaderFilter:
         self._block = bytearray()
 
     def pieces(self, data: bytes) -> Iterator[Piece]:
-        """Take what came, and give what may go on now: all but an unfinished header block.
+        """Take received bytes, and yield those to forward: all but an unfinished header block.
 
-        In pieces, each of which has one header block at most. None is looked through before the
-        piece ahead of it was taken.
+        A piece has one header block at most, and is not checked before the one ahead of it was
+        taken.
 
         Raises:
-            Refused: nothing of this connection may go on any more.
+            Refused: nothing more of this connection may be forwarded.
         """
         self._rest += data
         ready, begins_call = bytearray(), False
@@ -114,13 +114,13 @@ class HeaderFilter:
         return len(self._rest) >= FRAME_HEADER_BYTES and self._rest[3] == HEADERS
 
     def _next_frame(self, ready: bytearray) -> bool:
-        """Deal with one frame; False if that takes more data. Its payload may be left unseen."""
+        """Handle one frame; False if more data is needed. Some payloads are skipped unseen."""
         if len(self._rest) < FRAME_HEADER_BYTES:
             return False
         whole = FRAME_HEADER_BYTES + int.from_bytes(self._rest[:3])
         kind, flags = self._rest[3:5]
         if bool(self._held) is not (kind == CONTINUATION):
-            raise Refused("a header block that is not continued, or a continuation of none")
+            raise Refused("a header block without its continuation, or the reverse")
         stream = int.from_bytes(self._rest[5:9]) & 0x7FFFFFFF
         if kind == streams.RST_STREAM:
             self._calls.end(stream)
@@ -130,7 +130,7 @@ class HeaderFilter:
         if flags & ~FLAGS[kind] or len(self._held) + whole > MAX_BLOCK_BYTES:
             raise Refused("a header block of an unusual kind or length")
         if flags & HAS_PRIORITY and whole < FRAME_HEADER_BYTES + PRIORITY_BYTES:
-            raise Refused("a priority that is cut off")
+            raise Refused("a truncated priority")
         if len(self._rest) < whole:
             return False
         self._hold(self._taken(whole), flags)
@@ -154,26 +154,26 @@ class HeaderFilter:
 
 
 def check(block: bytes) -> None:
-    """Check that a whole header block spells out ASCII only. Source: RFC 7541, section 6.
+    """Check that all literals of a whole header block are ASCII. Source: RFC 7541, section 6.
 
     Raises:
-        Refused: it does not, or it is no header block.
+        Refused: one is not, or it is no header block.
     """
     at = 0
     while at < len(block):
         first = block[at]
-        if first & 0x80:  # a field of the table
+        if first & 0x80:  # a field from the table
             _, at = _integer(block, at, 7)
         elif first & 0xE0 == NEW_SIZE:  # a new size of the table
             _, at = _integer(block, at, 5)
-        else:  # a literal: with a name of the table, or one of its own
+        else:  # a literal, with a name from the table or its own
             name, at = _integer(block, at, 6 if first & 0x40 else 4)
             for _ in range(1 if name else 2):
                 at = _after_text(block, at)
 
 
 def _integer(block: bytes, at: int, bits: int) -> tuple[int, int]:
-    """An integer, and where it ends. Source: RFC 7541, section 5.1."""
+    """Decode an integer; gives it and the offset after it. Source: RFC 7541, section 5.1."""
     most = (1 << bits) - 1
     value = block[at] & most
     if value < most:
@@ -186,23 +186,23 @@ def _integer(block: bytes, at: int, bits: int) -> tuple[int, int]:
 
 
 def _after_text(block: bytes, at: int) -> int:
-    """Where a text ends, once it is seen to be ASCII. Source: RFC 7541, section 5.2."""
+    """Check that a text is ASCII; gives the offset after it. Source: RFC 7541, section 5.2."""
     if at >= len(block):
-        raise Refused("a header block that is cut off")
+        raise Refused("a truncated header block")
     is_coded = bool(block[at] & 0x80)
     length, at = _integer(block, at, 7)
     text = block[at : at + length]
     if len(text) < length:
-        raise Refused("a header block that is cut off")
+        raise Refused("a truncated header block")
     if not (is_plain_when_decoded(text) if is_coded else text.isascii()):
         raise Refused("a header that is not ASCII")
     return at + length
 
 
 def is_plain_when_decoded(text: bytes) -> bool:
-    """Whether a Huffman-coded text is one of printable ASCII, properly padded.
+    """Whether a Huffman-coded text is printable ASCII, properly padded.
 
-    Four bits a step: bit by bit, 64 KiB held up everybody in this process for 0.13 s (2026-11).
+    Four bits a step: bit by bit, 64 KiB blocked this process for 0.13 s (2026-11).
     Source: RFC 7541, section 5.2 and appendix B.
     """
     begun = ""
@@ -211,12 +211,12 @@ def is_plain_when_decoded(text: bytes) -> bool:
         if after is None:
             return False
         begun = after
-    # What is left over has to be padding: less than a byte, and all ones.
+    # The rest must be padding: less than a byte, all ones.
     return len(begun) <= MAX_PADDING_BITS and "0" not in begun
 
 
 def _canonical() -> frozenset[str]:
-    """The codes, in bits."""
+    """Build the codes, as strings of bits."""
     codes, code, before = set(), 0, 0
     for length, letters in CODES.items():
         code <<= length - before
@@ -226,7 +226,7 @@ def _canonical() -> frozenset[str]:
 
 
 def _steps() -> dict[str, dict[str, str]]:
-    """For each beginning of a code, what of a code is begun after another hexadecimal digit."""
+    """Build the decoder: for each prefix of a code and hexadecimal digit, the next prefix."""
     codes = _canonical()
     beginnings = {code[:length] for code in codes for length in range(len(code))}
     steps: dict[str, dict[str, str]] = {begun: {} for begun in beginnings}

@@ -1,7 +1,8 @@
-"""grpc.health.v1: we serve, as long as there is somebody who says so.
+"""grpc.health.v1: SERVING, for as long as this process runs.
 
-Not grpcio's own: there, all who watch a service share a lock, and hold it while their first reply
-is on its way. Whoever did not take his kept everybody else waiting (1.85, measured 2026-11).
+grpcio's own servicer is not used: all watchers of a service share a lock there, and hold it while
+their first reply is sent. A peer that did not read its reply blocked all others (1.85, measured
+2026-11).
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ UNKNOWN: Final = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
 class Health(health_pb2_grpc.HealthServicer):
-    """Answers for these services, which are there from the beginning to the end."""
+    """The health of services that run from start to end of the process."""
 
     def __init__(self, *services: str) -> None:
-        """Of these names; the empty one is the whole server."""
+        """Serve these names; the empty one is the whole server."""
         self._services = frozenset(services)
 
     async def Check(  # noqa: N802 - the contract's name
         self, request: health_pb2.HealthCheckRequest, context: Context
     ) -> health_pb2.HealthCheckResponse:
-        """Say that a service serves."""
+        """Report that a service serves."""
         if request.service not in self._services:
             await context.abort(grpc.StatusCode.NOT_FOUND)
         return health_pb2.HealthCheckResponse(status=SERVING)
@@ -40,8 +41,8 @@ class Health(health_pb2_grpc.HealthServicer):
     async def Watch(  # noqa: N802 - the contract's name
         self, request: health_pb2.HealthCheckRequest, _context: Context
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
-        """Say the same once; nothing changes before the call ends."""
+        """Report the same once, and keep the call open: nothing ever changes."""
         status = SERVING if request.service in self._services else UNKNOWN
-        del request  # it may be long, and this call may be
+        del request  # a call may stay open for long, with a long request
         yield health_pb2.HealthCheckResponse(status=status)
         await asyncio.get_running_loop().create_future()

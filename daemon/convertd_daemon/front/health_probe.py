@@ -1,8 +1,8 @@
-"""A health check from outside: a gRPC client over a connection that the broker made to itself.
+"""A health check from outside: a gRPC client on a connection of the broker to its public socket.
 
 grpcio can't adopt a connected socket. So the client connects to a socket in the private directory,
-and what is accepted there is joined to the broker's connection, which leads through the public
-socket back to the server in this process.
+and the connection accepted there is joined to the broker's, which leads through the public socket
+back to the server in this process.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LIMIT_S: Final = 30.0
-"""A crowd may be before us: a check is slow then, and as good as a quick one."""
+"""The server may be busy: a slow check counts like a quick one."""
 
 CHECK: Final = "/grpc.health.v1.Health/Check"
 
@@ -37,21 +37,21 @@ OPTIONS: Final = (
 
 
 class Prober:
-    """Checks the health of a service over connections that it is given."""
+    """Checks the health of a service over given connections."""
 
     def __init__(self, path: str, service: str) -> None:
-        """Listen at `path` for the client, which is our own."""
+        """Listen at `path` for our own client."""
         self.path = path
         self.service = service
         self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)  # a front's before us
+            os.unlink(path)  # of an earlier front
         self._listening.bind(path)
         self._listening.listen()
         self._checks: set[asyncio.Task[None]] = set()
 
     def probe(self, descriptor: int, on_health: Callable[[], None]) -> None:
-        """Check over a connection, which is ours from now on."""
+        """Check over a connection, and own it from now on."""
         work = self._check(descriptor, on_health)
         check = asyncio.get_running_loop().create_task(work)
         self._checks.add(check)

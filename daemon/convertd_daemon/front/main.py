@@ -1,8 +1,9 @@
-"""How the front begins and ends.
+"""Start and end of the front process.
 
-It is executed by the broker, as a user of its own and with one descriptor: its channel. It imports
-all it will ever need, locks itself in, and only then makes a gRPC server, whose threads inherit the
-lock: Landlock, no_new_privs and seccomp bind a thread and those it starts, none that runs already.
+The broker executes it, as a user of its own and with one descriptor: its channel. It imports all
+that it will ever need, sandboxes itself, and only then makes a gRPC server, whose threads inherit
+the sandbox: Landlock, no_new_privs and seccomp bind a thread and those it starts, none that runs
+already.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ LATE: Final = (
     zoneinfo,
     importlib.import_module("_strptime"),
 )
-"""Used by nobody here, but imported late by others: after the lock no file can be opened."""
+"""Modules that others import late: in the sandbox no file can be opened."""
 
 GRACE_S: Final = 1.0
-"""For replies that are on their way when the broker is gone or stops."""
+"""For replies in flight when the broker is gone or stops."""
 
 
 def main() -> int:
@@ -58,31 +59,31 @@ def main() -> int:
         stream=sys.stderr,
     )
     private = sys.argv[1]
-    line = channel.Channel(socket.socket(fileno=CHANNEL_DESCRIPTOR))
+    broker_channel = channel.Channel(socket.socket(fileno=CHANNEL_DESCRIPTOR))
     prctl.set_name("convertd-front")
     _remember_sources()
     confine.confine_front(private, seccomp.compile_profile(seccomp.FRONT))
-    asyncio.run(_serve(line, private))
+    asyncio.run(_serve(broker_channel, private))
     return 0
 
 
 def _remember_sources() -> None:
-    """Read the source of our modules, for tracebacks: later no file can be read."""
+    """Cache the source of our modules for tracebacks: in the sandbox no file can be read."""
     for name, module in tuple(sys.modules.items()):
         if name.startswith("convertd"):
             linecache.getlines(getattr(module, "__file__", None) or "")
 
 
-async def _serve(line: channel.Channel, private: str) -> None:
+async def _serve(broker_channel: channel.Channel, private: str) -> None:
     path = f"{private}/grpc.sock"
-    carrier = relay.Relay(path, lambda calls: header_filter.HeaderFilter(calls).pieces)
-    watcher = health_probe.Prober(f"{private}/probe.sock", service.SERVICE)
-    broker = broker_link.BrokerLink(line, carrier, watcher)
-    counter = call_limits.Calls(carrier)
-    serving = await server.start(path, broker, carrier, counter)
-    watching = asyncio.get_running_loop().create_task(counter.watch())
+    a_relay = relay.Relay(path, lambda calls: header_filter.HeaderFilter(calls).pieces)
+    prober = health_probe.Prober(f"{private}/probe.sock", service.SERVICE)
+    broker = broker_link.BrokerLink(broker_channel, a_relay, prober)
+    calls = call_limits.Calls(a_relay)
+    serving = await server.start(path, broker, a_relay, calls)
+    watching = asyncio.get_running_loop().create_task(calls.watch())
     broker.send(messages.Ready())
     await broker.ended.wait()
     watching.cancel()
     await serving.stop(GRACE_S)
-    await carrier.drain(GRACE_S)
+    await a_relay.drain(GRACE_S)

@@ -1,10 +1,10 @@
-"""Carry each connection's bytes between the peer and gRPC, so that a call tells whose it is.
+"""Relay each connection's bytes between the peer and gRPC, so that a call is known by its peer.
 
-grpcio can neither adopt an accepted socket nor tell a peer's credentials. So gRPC listens at a path
-that only this process can reach, and each connection is carried there over a socket bound to a
-fresh abstract name: `context.peer()` of a call is that name, and a table leads from it to the
-number that the broker gave the connection. The name means nothing and is no secret: every uid can
-read it in /proc/net/unix, and nobody else can connect to where it counts.
+grpcio can neither adopt an accepted socket nor report a peer's credentials. So gRPC listens at a
+path that only this process can reach, and each connection is relayed there over a socket bound to a
+fresh abstract name: `context.peer()` of a call is that name, and a table maps it to the broker's
+number for the connection. The name is no secret: every uid can read it in /proc/net/unix, but no
+other process can connect to gRPC's path.
 """
 
 from __future__ import annotations
@@ -26,28 +26,29 @@ from convertd_daemon.linux import getrandom, scm_rights
 log = logging.getLogger(__name__)
 
 Filtered = Callable[[bytes], Iterable[header_filter.Piece]]
-"""What may go on of the bytes that came: pieces. Raises header_filter.Refused if nothing may any
-more."""
+"""From received bytes to the pieces to forward. Raises header_filter.Refused to end it."""
 
 Passed = Callable[[bytes], Iterable[bytes]]
-"""The same, of which each piece takes a turn."""
+"""The same, as bare bytes."""
 
 Turn = Callable[[], Awaitable[None]]
-"""Waits until the next piece may be looked for, and go on."""
+"""Waits until the next piece may be checked and forwarded."""
 
 ASKED_BYTES: Final = 4 * 1024
-"""What is taken at once of what a peer says: a few calls, and work for a millisecond at most."""
+"""Read at once from a peer: a few calls, and work for a millisecond at most."""
 
 ANSWERED_BYTES: Final = 64 * 1024
-"""The same of what gRPC answers."""
+"""Read at once from gRPC."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Carried:
-    """A connection that is being carried: the broker's number for it, whose it is, and its calls.
+    """A relayed connection: the broker's number for it, its peer's uid, and its calls.
 
-    `conversions` of these go on; `seen` are the calls that had ended when it last was looked at,
-    and `since` when it was first seen that no more had, in seconds of the loop's clock.
+    Attributes:
+        conversions: how many of its calls are running conversions.
+        seen: calls that had ended at the last check, -1 if it was not idle then.
+        since: when a check first found this number of them, in seconds of the loop's clock.
     """
 
     number: int
@@ -59,7 +60,7 @@ class Carried:
     since: float = 0.0
 
     def is_idle(self, now: float, limit_s: float) -> bool:
-        """Whether it has replies that are not taken, or calls without a request, for so long."""
+        """Whether it has had unread replies or incomplete requests, and no ended call, so long."""
         if len(self.streams) <= self.streams.running:
             self.seen = -1
         elif self.seen != self.streams.ended:
@@ -70,30 +71,32 @@ class Carried:
 
 
 class Relay:
-    """The connections that are being carried, by the name that gRPC knows them under."""
+    """The relayed connections, by gRPC's name for their peer."""
 
-    def __init__(self, upstream_path: str, screened: Callable[[streams.Streams], Filtered]) -> None:
-        """Carry to the gRPC server at this path, through a screen for each connection."""
+    def __init__(
+        self, upstream_path: str, make_filter: Callable[[streams.Streams], Filtered]
+    ) -> None:
+        """Relay to the gRPC server at this path, with a header filter for each connection."""
         self.upstream_path = upstream_path
-        self._screened = screened
+        self._make_filter = make_filter
         self._carried: dict[str, Carried] = {}
-        self.turns = fair_queue.FairQueue()
+        self.queue = fair_queue.FairQueue()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
         return len(self._tasks)
 
     def connection_of(self, grpc_peer: str) -> int | None:
-        """The broker's number for what gRPC calls a peer; None for one that is not ours."""
+        """The broker's number for a peer of gRPC's; None for one that is not ours."""
         carried = self._carried.get(grpc_peer)
         return None if carried is None else carried.number
 
     def carried(self, grpc_peer: str) -> Carried | None:
-        """The connection that gRPC calls so; None for one that is not ours."""
+        """The connection of a peer of gRPC's; None for one that is not ours."""
         return self._carried.get(grpc_peer)
 
     def open_calls(self, uid: int) -> int:
-        """How many calls a user has on all connections, but for conversions that go on."""
+        """How many calls a user has on all connections, running conversions not counted."""
         return sum(
             len(carried.streams) - carried.conversions
             for carried in self._carried.values()
@@ -101,7 +104,7 @@ class Relay:
         )
 
     def end_idle(self, now: float, limit_s: float) -> None:
-        """End connections, with all their calls, that have taken nothing for so long."""
+        """Close connections that were idle for so long, which ends their calls."""
         for carried in self._carried.values():
             if carried.is_idle(now, limit_s):
                 log.info("ended a connection that takes no replies uid=%d", carried.uid)
@@ -111,9 +114,9 @@ class Relay:
     def carry(
         self, number: int, descriptor: int, uid: int, on_released: Callable[[], None]
     ) -> None:
-        """Carry a user's connection until either side ends it. Owns the descriptor from now on.
+        """Relay a user's connection until either side ends it. Owns the descriptor from now on.
 
-        When that is closed `on_released` is called: before, the broker does not close the last one.
+        `on_released` is called when it is closed: until then the broker keeps its own copy open.
         """
         carrying = self._carry(number, descriptor, uid)
         task = asyncio.get_running_loop().create_task(carrying)
@@ -122,7 +125,7 @@ class Relay:
         task.add_done_callback(self._tasks.discard)
 
     async def drain(self, seconds: float) -> None:
-        """Let connections that are ending end, for so long."""
+        """Wait for connections that are ending, for so long."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=seconds)
 
@@ -137,7 +140,7 @@ class Relay:
             _end(downstream)
 
     async def _carry_upstream(self, number: int, downstream: socket.socket, uid: int) -> None:
-        """Carry until either side ends it.
+        """Relay until either side ends it.
 
         Raises:
             OSError: a side ended it, or there are no descriptors.
@@ -153,27 +156,27 @@ class Relay:
             self._carried[peer] = Carried(
                 number=number, uid=uid, downstream=downstream, streams=calls
             )
-            # First forget the name, then close: nobody may find it under somebody else's number.
+            # Forget the name before close() frees it: a later socket of that name is another's.
             stack.callback(self._carried.pop, peer, None)
             await _connect(upstream, self.upstream_path, downstream)
 
             def passed(data: bytes) -> Iterable[bytes]:
                 for piece in filtered(data):
-                    self.turns.add(piece.begins_call)
+                    self.queue.add(piece.begins_call)
                     yield piece.data
 
-            filtered, turn = self._screened(calls), functools.partial(self.turns.take, uid)
+            filtered, turn = self._make_filter(calls), functools.partial(self.queue.take, uid)
             await join(downstream, upstream, passed, turn, calls.answered)
 
 
 async def _connect(sock: socket.socket, path: str, caller: socket.socket) -> None:
-    """Connect; a full backlog, which AF_UNIX answers with EAGAIN, has room a little later.
+    """Connect; retry while the backlog is full, which AF_UNIX answers with EAGAIN.
 
-    Whoever comes and goes takes no place in it. The broker counts a connection only until its peer
-    is gone: with those that are, one user filled the table of descriptors (measured 2026-11).
+    Ends when the caller disconnects. The broker counts a connection only until its peer is gone:
+    with those that were, one user filled the table of descriptors (measured 2026-11).
 
     Raises:
-        OSError: there is nobody to connect for any more, or nobody to connect to.
+        OSError: the caller is gone, or nothing listens.
     """
     pause_s = 0.001
     while True:
@@ -189,12 +192,12 @@ async def _connect(sock: socket.socket, path: str, caller: socket.socket) -> Non
 
 
 def whole(data: bytes) -> Iterable[bytes]:
-    """All of it passes."""
+    """Forward everything."""
     return (data,)
 
 
 async def at_once() -> None:
-    """Nobody has to wait for a turn."""
+    """Wait for no turn."""
 
 
 async def join(
@@ -204,10 +207,10 @@ async def join(
     turn: Turn = at_once,
     answered: Callable[[bytes], object] = len,
 ) -> None:
-    """Carry both ways until one side ends; then the connection is over, both ways.
+    """Relay both ways until one side ends; then the connection is over, both ways.
 
-    What is asked, downstream, goes through `passed`, which makes each piece in a `turn`: to look
-    through what comes is work too. What is answered is shown to `answered`.
+    Bytes from downstream go through `passed`, which makes each piece in a `turn`: the check is work
+    too. Bytes from upstream are shown to `answered`.
     """
     loop, answering = asyncio.get_running_loop(), asyncio.Lock()
     ways = {
@@ -225,7 +228,7 @@ async def join(
 async def _ask(
     source: socket.socket, sink: socket.socket, answering: asyncio.Lock, passed: Passed, turn: Turn
 ) -> None:
-    """Carry up. Who does not read its answers is not heard: else they would pile up in gRPC."""
+    """Relay upstream, while the peer reads its replies: else they would pile up in gRPC."""
     loop = asyncio.get_running_loop()
     try:
         while data := await _received(source):
@@ -241,16 +244,16 @@ async def _ask(
     except header_filter.Refused as error:
         log.debug("connection ended: %s", error)
     except scm_rights.Attached:
-        log.debug("connection ended: it brought descriptors")
+        log.debug("connection ended: the peer attached descriptors")
 
 
 async def _received(source: socket.socket) -> bytes:
-    """Wait for something that was asked, and read it: never a descriptor that a peer attached.
+    """Wait for bytes from a peer, and read them; never a descriptor that the peer attached.
 
-    To close one takes as long as the peer likes, and would hold everybody up.
+    To close one takes as long as the peer likes, and would block this process.
 
     Raises:
-        scm_rights.Attached: there is one. It stays where it is.
+        scm_rights.Attached: there is one. It stays in the socket.
         OSError: the connection is over.
     """
     while True:
@@ -276,9 +279,9 @@ async def _answer(
     answering: asyncio.Lock,
     answered: Callable[[bytes], object],
 ) -> None:
-    """Carry down. What one side sends before the other listens waits in the kernel.
+    """Relay downstream.
 
-    No buffer is kept while there is nothing to carry: for 1,000 connections that would be 64 MiB.
+    No buffer is kept while there is nothing to relay: for 1,000 connections that would be 64 MiB.
     """
     loop = asyncio.get_running_loop()
     while data := await loop.sock_recv(source, ANSWERED_BYTES):
@@ -288,7 +291,7 @@ async def _answer(
 
 
 def _is_over(sock: socket.socket) -> bool:
-    """Whether the peer has ended a connection, or its own half, which the broker takes for both."""
+    """Whether the peer has closed its half of a connection; the broker takes that for both."""
     poll = select.poll()
     poll.register(sock, select.POLLRDHUP)
     return bool(poll.poll(0))
@@ -297,7 +300,7 @@ def _is_over(sock: socket.socket) -> bool:
 def _end(sock: socket.socket) -> None:
     """End a connection of which the broker holds a copy: close() alone would leave it open.
 
-    That copy is also why nobody waits here for what is attached to unread bytes.
+    Thanks to that copy, this close() need not close descriptors attached to unread bytes.
     """
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)

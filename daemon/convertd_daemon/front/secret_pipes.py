@@ -1,4 +1,4 @@
-"""Passphrases that wait in the front: on a pipe each, until there is a job to send them to."""
+"""Keep each passphrase on a pipe of its own, until there is a job to send it to."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ MAX_BYTES: Final = 4096
 
 @contextlib.contextmanager
 def holding(secrets: list[bytes]) -> Iterator[tuple[int, ...]]:
-    """Put each passphrase on a pipe of its own; gives the reading ends, and closes them at the end.
+    """Write each passphrase to a pipe; gives the reading ends, and closes them at the end.
 
-    The list is emptied at once: from then on only the pipes have them.
+    The list is emptied: from then on only the pipes hold the passphrases.
 
     Raises:
         conditions.BadOption: one is empty or too long.
@@ -34,7 +34,7 @@ def holding(secrets: list[bytes]) -> Iterator[tuple[int, ...]]:
         yield tuple(ends)
 
 
-def hand_on(held: tuple[int, ...], line: channel.Channel) -> None:
+def hand_on(held: tuple[int, ...], job_channel: channel.Channel) -> None:
     """Send each passphrase to a job that has just started, over its channel.
 
     Raises:
@@ -42,7 +42,7 @@ def hand_on(held: tuple[int, ...], line: channel.Channel) -> None:
     """
     for reader in held:
         # There is room: nothing was sent on it before.
-        line.send_bytes(channel.PASSPHRASE + os.read(reader, MAX_BYTES), wait=False)
+        job_channel.send_bytes(channel.PASSPHRASE + os.read(reader, MAX_BYTES), wait=False)
 
 
 def _pipe_with(secret: bytes) -> int:

@@ -24,8 +24,8 @@ OPTIONS: Final = (
     ("grpc.max_send_message_length", 4 * 1024 * 1024),
     ("grpc.max_metadata_size", 8 * 1024),
     ("grpc.absolute_max_metadata_size", 16 * 1024),
-    # Not maximum_concurrent_rpcs, with which one client locks all others out. As do these: when
-    # more than 1,000 calls wait to be taken up, or one has for 30 s, gRPC cancels anybody's.
+    # maximum_concurrent_rpcs is not set: one client could lock out all others. So could the
+    # defaults of these: with 1,000 calls pending, or one for 30 s, gRPC cancels calls of any peer.
     ("grpc.server.max_pending_requests", 2**31 - 1),
     ("grpc.server.max_pending_requests_hard_limit", 2**31 - 1),
     ("grpc.server_max_unrequested_time_in_server", 3600),
@@ -36,39 +36,39 @@ OPTIONS: Final = (
     # keepalive_timeout_ms is ignored; this one decides.
     ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.so_reuseport", 0),
-    # Metadata that is not text comes in base64: screen.py lets nothing else pass.
+    # Binary metadata comes in base64: header_filter.py lets nothing else pass.
     ("grpc.http2.true_binary", 0),
 )
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a record of gRPC's tells more than that a peer went away in the middle of a call.
+    """Whether a log record of gRPC's is more than a peer that disconnected during a call.
 
-    That comes with a traceback, as often as a peer likes.
+    gRPC logs that with a traceback, as often as a peer likes.
     """
     return "ExecuteBatchError raised in core" not in str(record.msg)
 
 
 class CallCounter(grpc.GenericRpcHandler):
-    """Is asked first what is to be done with each call that gRPC takes up, and only takes note."""
+    """Counts the calls that gRPC accepts: the first of its handlers, and it handles none."""
 
     def __init__(self, taken_up: Callable[[], None]) -> None:
-        """Tell of each call."""
+        """Report each accepted call to `taken_up`."""
         self._taken_up = taken_up
 
     def service(self, _details: grpc.HandlerCallDetails) -> None:
-        """Leave it to the next."""
+        """Count a call, and leave it to the next handler."""
         self._taken_up()
 
 
 async def start(
-    path: str, broker: BrokerLink, relay: Relay, counter: call_limits.Calls
+    path: str, broker: BrokerLink, relay: Relay, calls: call_limits.Calls
 ) -> grpc.aio.Server:
-    """Make the server and listen at the internal path."""
+    """Start the server, listening at the internal path."""
     logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
-    server = grpc.aio.server(options=OPTIONS, interceptors=(counter,))
+    server = grpc.aio.server(options=OPTIONS, interceptors=(calls,))
     handlers = service.ConvertService(broker, relay).handler()
-    server.add_generic_rpc_handlers((CallCounter(relay.turns.taken_up), handlers))
+    server.add_generic_rpc_handlers((CallCounter(relay.queue.taken_up), handlers))
     health_pb2_grpc.add_HealthServicer_to_server(health.Health("", service.SERVICE), server)
     watched = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
     reflection.enable_server_reflection((service.SERVICE, watched, reflection.SERVICE_NAME), server)

@@ -1,8 +1,8 @@
-"""Which calls of a connection go on, as its bytes tell: begun by the peer, ended by gRPC or by it.
+"""The open calls (HTTP/2 streams) of a connection, as told by its frames in both directions.
 
-A call that was answered goes on for as long as its reply has not gone out. gRPC's server does not
-tell that: it calls a unary reply sent that HTTP/2's flow control holds back (grpcio 1.85, measured
-2026-11). Its frames do. Source: RFC 9113, sections 5.1 and 6.
+A call is open until its reply has been sent. gRPC's server does not report that: it takes a unary
+reply for sent that HTTP/2's flow control holds back (grpcio 1.85, measured 2026-11). The frames
+show it. Source: RFC 9113, sections 5.1 and 6.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Streams:
     """The calls that one connection has open.
 
     Attributes:
-        running: how many of them somebody is still making a reply to. The others have none yet to
-            make, for their request did not come, or one that was not taken.
+        running: how many of them are being handled. The others wait for the peer, which has not
+            sent its request or not read its reply.
         ended: how many have ended.
     """
 
@@ -38,17 +38,17 @@ class Streams:
         return len(self._open)
 
     def begin(self, stream: int) -> None:
-        """Take note of a call's headers, which came whole."""
+        """Record a call, of which the peer has sent all headers."""
         self._open.add(stream)
 
     def end(self, stream: int) -> None:
-        """Take note that either side has ended a call, or says so once more."""
+        """Record that either side has ended a call; a second time changes nothing."""
         if stream in self._open:
             self._open.remove(stream)
             self.ended += 1
 
     def answered(self, data: bytes) -> None:
-        """Look through what gRPC says, in pieces as they come, for the ends of calls."""
+        """Find the ends of calls in gRPC's bytes, as they arrive."""
         at = min(self._unseen, len(data))
         self._unseen -= at
         while at < len(data):
