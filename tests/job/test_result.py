@@ -208,6 +208,16 @@ class TestNamed:
         with created(grant_to(fuse, root=grants.files(fuse, access=access))) as dest:
             assert os.listdir(fuse) == [dest.temporary]
 
+    def test_one_that_another_sweep_looks_at_is_removed(self, fuse: Path) -> None:
+        """Its lock is one for readers: NFS gives no other on what is open for reading alone."""
+        (fuse / LEFT).touch()
+        os.chown(fuse / LEFT, CALLER.uid, CALLER.gid)
+        with (fuse / LEFT).open("rb") as looked_at:
+            fcntl.flock(looked_at, fcntl.LOCK_SH)
+            with created(grant_to(fuse)):
+                # What is open keeps a name of the file system's own.
+                assert LEFT not in os.listdir(fuse)
+
     def test_those_of_jobs_that_live_are_not(self, fuse: Path) -> None:
         """Two at once in one directory."""
         with created(grant_to(fuse)) as one, created(grant_to(fuse)) as two:

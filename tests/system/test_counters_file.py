@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Final
 
@@ -12,6 +13,8 @@ from harness.callers import ALICE, MALLORY, owner_of
 from harness.daemon import Daemon
 from harness.fixtures import MakeDaemon
 from hostile import silent_fuse
+
+from convertd_daemon.service import counters_file
 
 POLICY: Final = """
 [service]
@@ -139,3 +142,17 @@ def test_what_a_killed_daemon_left_is_removed_and_nothing_else(
     daemon.start()
     await_written(daemon, export / "convertd.prom")
     assert {*export.iterdir()} == {export / "convertd.prom", new, theirs, other}
+
+
+def test_a_crowd_of_names_costs_root_no_memory(export: Path) -> None:
+    """Every 15 s a process of root's looks for what a killed daemon left."""
+    for number in range(20_000):
+        (export / f".convertd-counters-{number:016x}.tmp").touch()
+    tracemalloc.start()
+    try:
+        counters_file.write(str(export / "convertd.prom"), b"counters 1\n")
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (export / "convertd.prom").read_bytes() == b"counters 1\n"
+    assert peak_bytes < 1024 * 1024

@@ -8,6 +8,7 @@ for open(2) itself can block for as long as that file system likes.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import re
@@ -38,6 +39,10 @@ MODE: Final = 0o644
 """Whatever the umask: node_exporter is another user."""
 
 OLD_S: Final = 60.0
+
+MOST_LOOKED_AT: Final = 4096
+"""So many entries of the directory are looked at for what a killed daemon left."""
+
 PREFIX: Final = f"{validation.TEMPORARY_PREFIX}counters-"
 TEMPORARY: Final = re.compile(re.escape(PREFIX) + r"[0-9a-f]{16}\.tmp")
 
@@ -139,8 +144,13 @@ def _replace(directory: int, name: str, data: bytes) -> None:
 
 
 def _tidy(directory: int) -> None:
-    """Remove what a daemon that was killed left: old, of that very name, and our own."""
-    for name in filter(TEMPORARY.fullmatch, os.listdir(directory)):
+    """Remove what a daemon that was killed left: old, of that very name, and our own.
+
+    Whoever fills the directory with names costs us neither memory nor time for all of them.
+    """
+    with os.scandir(directory) as entries:
+        names = [entry.name for entry in itertools.islice(entries, MOST_LOOKED_AT)]
+    for name in filter(TEMPORARY.fullmatch, names):
         with contextlib.suppress(FileNotFoundError):
             found = os.stat(name, dir_fd=directory, follow_symlinks=False)
             ours = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()

@@ -81,7 +81,8 @@ def _remove_if_left(directory: int, match: re.Match[str], owner: int, removing: 
             return
         fd = paths.reopen(found, os.O_RDONLY | os.O_NONBLOCK)
         stack.callback(os.close, fd)
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Enough to meet the job's, and all that NFS gives for reading. Source: flock(2).
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         if not paths.is_in_use(fd):
             with removing():
                 os.unlink(match[0], dir_fd=directory)
