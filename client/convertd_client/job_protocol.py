@@ -19,14 +19,14 @@ Fields = dict[str, Any]
 
 def convert(asked: Conversion, qemu_img: str) -> bytes:
     """The order to convert an image. Its passphrases go another way."""
-    order = messages.LocalRequest(qemu_img=qemu_img, convert=asked.request, inspect=None)
+    order = messages.LocalRequest(qemu_img=qemu_img, request=asked.request)
     return codec.encode(order)
 
 
 def inspect(path: str, image_format: str, qemu_img: str) -> bytes:
     """The order to look at an image."""
     request = values.InspectRequest(source=values.Source(path=path, format=image_format))
-    order = messages.LocalRequest(qemu_img=qemu_img, convert=None, inspect=request)
+    order = messages.LocalRequest(qemu_img=qemu_img, request=request)
     return codec.encode(order)
 
 

@@ -6,7 +6,8 @@ not fit exactly is a `CodecError`. JSON, because its parser comes with the inter
 can be read in a trace. The job may import only the standard library, which rules out msgspec.
 
 What a field may be: str, int, float, bool, None, an enum of strings, a tuple or frozenset of such,
-a dataclass of such, or one of these and None. A message is `[class name, {field: value}]`.
+a dataclass of such, one of these and None, or one of several dataclasses. A message, and a field
+that may be one of several dataclasses, is `[class name, {field: value}]`.
 """
 
 from __future__ import annotations
@@ -36,8 +37,7 @@ def encode(message: object) -> bytes:
         CodecError: a text in it is not valid Unicode (a lone surrogate).
     """
     try:
-        tagged = [type(message).__name__, _plain(message)]
-        return json.dumps(tagged, ensure_ascii=False, separators=(",", ":")).encode()
+        return json.dumps(_tagged(message), ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError as error:
         raise CodecError(str(error)) from error
 
@@ -53,11 +53,20 @@ def decode(data: bytes, *kinds: type[T]) -> T:
         parsed = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise CodecError(str(error)) from error
+    return typing.cast("T", _untagged(parsed, kinds))
+
+
+def _tagged(value: object) -> list[object]:
+    return [type(value).__name__, _plain(value)]
+
+
+def _untagged(parsed: Any, kinds: tuple[Any, ...]) -> Any:
+    """Make the one of `kinds` that parsed JSON names."""
     match parsed:
         case [str(name), dict(fields)]:
             for kind in kinds:
                 if kind.__name__ == name:
-                    return typing.cast("T", decoder_of(kind)(fields))
+                    return decoder_of(kind)(fields)
     raise CodecError("not one of the messages expected here")
 
 
@@ -68,7 +77,7 @@ def _plain(value: object) -> object:
     if isinstance(value, tuple | frozenset):
         return [_plain(item) for item in value]
     if dataclasses.is_dataclass(value):
-        return {name: _plain(getattr(value, name)) for name in _names_of(value.__class__)}
+        return {name: writer(getattr(value, name)) for name, writer in _writers_of(value.__class__)}
     return value
 
 
@@ -76,9 +85,20 @@ _WRITTEN_AS_THEY_ARE: Final = frozenset({str, int, float, bool, types.NoneType})
 
 
 @functools.cache
-def _names_of(kind: Any) -> tuple[str, ...]:
-    """The names of a dataclass's fields."""
-    return tuple(item.name for item in dataclasses.fields(kind))
+def _writers_of(kind: Any) -> tuple[tuple[str, Callable[[Any], object]], ...]:
+    """The names of a dataclass's fields, and what makes their JSON."""
+    hints = typing.get_type_hints(kind)
+    return tuple(
+        (item.name, _tagged if _is_choice(hints[item.name]) else _plain)
+        for item in dataclasses.fields(kind)
+    )
+
+
+def _is_choice(kind: Any) -> bool:
+    """Whether a field's type is one of several dataclasses."""
+    return typing.get_origin(kind) is types.UnionType and all(
+        dataclasses.is_dataclass(item) for item in typing.get_args(kind)
+    )
 
 
 def decoder_of(kind: Any) -> Decoder:
@@ -97,6 +117,11 @@ _made: dict[Any, Decoder] = {}
 
 def _make_decoder(kind: Any) -> Decoder:
     origin = typing.get_origin(kind)
+    if _is_choice(kind):
+        kinds = typing.get_args(kind)
+        for item in kinds:
+            decoder_of(item)  # made here once, and not while somebody waits
+        return lambda value: _untagged(value, kinds)
     if origin is types.UnionType:
         return _optional(kind)
     if origin in {tuple, frozenset}:

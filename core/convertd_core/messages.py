@@ -2,6 +2,8 @@
 
 The broker takes the front for an enemy. It believes no more of a message than its types and the
 number of a connection that the broker itself accepted.
+
+A new call of the contract is a body of a request here, and one of a reply if no other fits.
 """
 
 from __future__ import annotations
@@ -22,56 +24,43 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Convert:
-    """Somebody asks for a conversion. `call` is the front's own number for the call."""
-
-    call: int
-    connection: int
-    request: values.ConvertRequest
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Inspect:
-    """Somebody asks about an image."""
-
-    call: int
-    connection: int
-    request: values.InspectRequest
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ListJobs:
-    """Somebody asks which jobs there are, in the contract's words."""
+    """Which jobs there are, in the contract's words."""
 
-    call: int
-    connection: int
     page_size: int = 0
     page_token: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CancelJob:
-    """Somebody wants a job to end."""
+    """A job is to end."""
 
-    call: int
-    connection: int
     job_id: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GetAccess:
-    """Somebody asks what it may do."""
-
-    call: int
-    connection: int
+    """What the caller may do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GetStats:
-    """Somebody asks for the daemon's counters."""
+    """The daemon's counters."""
+
+
+RequestBody = (
+    values.ConvertRequest | values.InspectRequest | ListJobs | CancelJob | GetAccess | GetStats
+)
+"""What a caller may ask for. Who handles it: convertd_daemon/broker/dispatch.py."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """Somebody asks for something over a connection. `call` is the front's own number for it."""
 
     call: int
     connection: int
+    body: RequestBody
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +72,7 @@ class ProbeAnswered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallAbandoned:
-    """The caller of a Convert or Inspect that still waits is gone."""
+    """The caller of a request is gone that was not yet answered."""
 
     call: int
 
@@ -130,7 +119,6 @@ class RequestRejected:
     reason: str
 
 
-Request = Convert | Inspect | ListJobs | CancelJob | GetAccess | GetStats
 FromFront = (
     Ready | Request | ProbeAnswered | CallAbandoned | JobFinished | Released | RequestRejected
 )
@@ -158,7 +146,6 @@ class Probe:
 class Queued:
     """The request is allowed and waits; `position` counts from 1."""
 
-    call: int
     job_id: str
     position: int
 
@@ -167,7 +154,6 @@ class Queued:
 class Started:
     """A job runs; the front's end of its channel comes along as a descriptor."""
 
-    call: int
     job_id: str
 
 
@@ -175,7 +161,6 @@ class Started:
 class Refused:
     """The call ends with this condition."""
 
-    call: int
     failure: conditions.Failure
 
 
@@ -194,7 +179,6 @@ class Ended:
 class JobEntry:
     """One job in the answer to ListJobs. `started` and `queued` are Unix times in seconds."""
 
-    call: int
     job_id: str
     uid: int
     source: str
@@ -224,7 +208,6 @@ class ReplyComplete:
     `next_page_token` leads to more jobs, if there are.
     """
 
-    call: int
     next_page_token: str = ""
 
 
@@ -244,7 +227,6 @@ class Versions:
 class AccessReport:
     """The answer to GetAccess."""
 
-    call: int
     uid: int
     gid: int
     groups: frozenset[int]
@@ -257,7 +239,6 @@ class AccessReport:
 class StatsReport:
     """The answer to GetStats begins with this; Done ends it. Bounds and times in seconds."""
 
-    call: int
     started: float
     running: int
     queued: int
@@ -269,7 +250,6 @@ class StatsReport:
 class ConversionStats:
     """Conversions of one pair of formats with one end. `buckets` has one more than the bounds."""
 
-    call: int
     source_format: str
     dest_format: str
     reason: str
@@ -283,18 +263,14 @@ class ConversionStats:
 class RefusalStats:
     """Requests refused for one reason."""
 
-    call: int
     reason: str
     count: int
 
 
-ToFront = (
-    Connected
-    | Probe
-    | Queued
+ReplyBody = (
+    Queued
     | Started
     | Refused
-    | Ended
     | JobEntry
     | ReplyComplete
     | AccessReport
@@ -303,30 +279,27 @@ ToFront = (
     | RefusalStats
 )
 
-FROM_BROKER: Final = typing.get_args(ToFront)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """Something about a call that the front made."""
+
+    call: int
+    body: ReplyBody
+
+
+FromBroker = Connected | Probe | Ended | Reply
+FROM_BROKER: Final = typing.get_args(FromBroker)
 
 # --- to a job ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartJob:
-    """What a process does that was forked ahead. Exactly one of the grants is there."""
+    """What a process does that was forked ahead."""
 
     job_id: str
-    convert: values.ConvertGrant | None
-    inspect: values.InspectGrant | None
-
-    @property
-    def grant(self) -> values.ConvertGrant | values.InspectGrant:
-        """The one that is there.
-
-        Raises:
-            ValueError: none is.
-        """
-        grant = self.convert or self.inspect
-        if grant is None:
-            raise ValueError("an order without a grant")
-        return grant
+    grant: values.ConvertGrant | values.InspectGrant
 
 
 # --- to a job that was not forked ---------------------------------------------------------------
@@ -336,12 +309,11 @@ class StartJob:
 class LocalRequest:
     """What a job does that is started as a program, with its caller's own rights.
 
-    Exactly one of the requests is there. `qemu_img` is the program's absolute path.
+    `qemu_img` is the program's absolute path.
     """
 
     qemu_img: str
-    convert: values.ConvertRequest | None
-    inspect: values.InspectRequest | None
+    request: values.ConvertRequest | values.InspectRequest
 
 
 # --- job to front ------------------------------------------------------------------------------

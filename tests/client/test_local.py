@@ -367,10 +367,10 @@ def test_an_order_is_what_the_job_reads(home: Path) -> None:
 
     asked = conversion.asked(home / "a", "/b", "qcow2", {"mode": 0o600, "dest_secret": b"x"})
     read = codec.decode(job_protocol.convert(asked, "/usr/bin/qemu-img"), messages.LocalRequest)
-    assert read.convert is not None
-    assert read.convert.dest.encryption == values.DestinationEncryption()
-    assert dataclasses.asdict(read.convert.dest)["mode"] == 0o600
+    assert isinstance(read.request, values.ConvertRequest)
+    assert read.request.dest.encryption == values.DestinationEncryption()
+    assert dataclasses.asdict(read.request.dest)["mode"] == 0o600
     inspected = codec.decode(
         job_protocol.inspect("/a", "raw", "/usr/bin/qemu-img"), messages.LocalRequest
     )
-    assert inspected.inspect == values.InspectRequest(source=values.Source(path="/a", format="raw"))
+    assert inspected.request == values.InspectRequest(source=values.Source(path="/a", format="raw"))

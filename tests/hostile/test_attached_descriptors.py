@@ -199,7 +199,7 @@ def test_what_a_taken_over_front_passes_is_never_the_brokers(
     daemon = make_daemon(POLICY)
     home = daemon.home / "front"
     home.mkdir()
-    message = codec.encode(messages.ListJobs(call=1, connection=2**40))
+    message = codec.encode(messages.Request(call=1, connection=2**40, body=messages.ListJobs()))
     with false_front.started(daemon, home, *wrapper(kernel)) as front:
         before = false_front.descriptors_of(daemon.pid)
         sock, others = lingering.lingering()

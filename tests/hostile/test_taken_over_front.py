@@ -13,7 +13,7 @@ import socket
 import string
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import pytest
 from harness import processes, waiting
@@ -21,7 +21,7 @@ from harness.callers import ALICE, BOB, MALLORY, Caller, come_and_go
 from harness.daemon import JOB, QEMU_IMG, Daemon
 from harness.fixtures import MakeDaemon
 from hostile import asking, false_front
-from hostile.false_front import Asking, FalseFront
+from hostile.false_front import FalseFront
 from hostile.secret import Secret
 
 from convertd_core import codec, messages, values
@@ -139,23 +139,34 @@ def reason(answer: object) -> str:
 @pytest.mark.parametrize(
     "ask",
     [
-        lambda call, number, path: messages.Convert(
-            call=call, connection=number, request=conversion(path, path.with_suffix(".out"))
+        lambda call, number, path: messages.Request(
+            call=call, connection=number, body=conversion(path, path.with_suffix(".out"))
         ),
-        lambda call, number, path: messages.Inspect(
+        lambda call, number, path: messages.Request(
             call=call,
             connection=number,
-            request=values.InspectRequest(source=values.Source(path=str(path))),
+            body=values.InspectRequest(source=values.Source(path=str(path))),
         ),
-        lambda call, number, _: messages.ListJobs(call=call, connection=number),
-        lambda call, number, _: messages.CancelJob(call=call, connection=number, job_id="1"),
-        lambda call, number, _: messages.GetAccess(call=call, connection=number),
-        lambda call, number, _: messages.GetStats(call=call, connection=number),
+        lambda call, number, _: messages.Request(
+            call=call, connection=number, body=messages.ListJobs()
+        ),
+        lambda call, number, _: messages.Request(
+            call=call, connection=number, body=messages.CancelJob(job_id="1")
+        ),
+        lambda call, number, _: messages.Request(
+            call=call, connection=number, body=messages.GetAccess()
+        ),
+        lambda call, number, _: messages.Request(
+            call=call, connection=number, body=messages.GetStats()
+        ),
     ],
     ids=["Convert", "Inspect", "ListJobs", "CancelJob", "GetAccess", "GetStats"],
 )
 def test_it_can_act_for_nobody_who_is_not_connected(
-    broker: Daemon, front: FalseFront, image: Path, ask: Callable[[int, int, Path], Asking]
+    broker: Daemon,
+    front: FalseFront,
+    image: Path,
+    ask: Callable[[int, int, Path], messages.Request],
 ) -> None:
     """Not over a connection that never was, and not over one that has ended."""
     with false_front.connected(broker, ALICE):
@@ -170,7 +181,9 @@ def test_it_can_act_for_nobody_who_is_not_connected(
 
 def reason_of_access(front: FalseFront, number: int) -> str:
     """Why GetAccess is refused over a connection, if it is."""
-    answer = front.asks(messages.GetAccess(call=front.call(), connection=number))
+    answer = front.asks(
+        messages.Request(call=front.call(), connection=number, body=messages.GetAccess())
+    )
     return answer.failure.reason if isinstance(answer, messages.Refused) else ""
 
 
@@ -186,7 +199,7 @@ def test_it_can_ask_for_nothing_over_the_probe_that_is_roots(
         number = connection_of(front)
         assert reason_of_access(front, number) == "UNKNOWN_CONNECTION"
         request = conversion(image, image.with_suffix(".out"))
-        message = messages.Convert(call=front.call(), connection=number, request=request)
+        message = messages.Request(call=front.call(), connection=number, body=request)
         assert reason(front.asks(message)) == "UNKNOWN_CONNECTION"
         front.line.send(messages.ProbeAnswered(probe=probe.probe))
         scm_rights.close_all(sockets)
@@ -205,12 +218,12 @@ def test_it_can_use_no_more_than_the_grants_of_who_is_connected(
             for source, dest in ((image, out), (secret.raw, out), (image, secret.raw))
         ]
         for number, source, dest in tries:
-            message = messages.Convert(
-                call=front.call(), connection=number, request=conversion(source, dest)
+            message = messages.Request(
+                call=front.call(), connection=number, body=conversion(source, dest)
             )
             assert reason(front.asks(message)) == "PERMISSION_DENIED"
             request = values.InspectRequest(source=values.Source(path=str(source)))
-            look = messages.Inspect(call=front.call(), connection=number, request=request)
+            look = messages.Request(call=front.call(), connection=number, body=request)
             assert reason(front.asks(look)) == "PERMISSION_DENIED"
     assert not out.exists()
 
@@ -222,7 +235,7 @@ def test_it_can_keep_no_job_of_a_caller_who_is_gone(
     with false_front.connected(broker, ALICE):
         number, call = connection_of(front), front.call()
         request = conversion(image, image.with_suffix(".out"))
-        front.line.send(messages.Convert(call=call, connection=number, request=request))
+        front.line.send(messages.Request(call=call, connection=number, body=request))
         _, job = front.await_message(messages.Started, call)
         broker.await_one(QEMU_IMG)
     ended, _ = front.await_message(messages.Ended)
@@ -239,11 +252,15 @@ def test_it_can_see_and_end_no_job_of_another(
     with false_front.connected(broker, ALICE), false_front.connected(broker, BOB):
         alice, bob, call = connection_of(front), connection_of(front), front.call()
         request = conversion(image, image.with_suffix(".out"))
-        front.line.send(messages.Convert(call=call, connection=alice, request=request))
+        front.line.send(messages.Request(call=call, connection=alice, body=request))
         started, job = front.await_message(messages.Started, call)
-        listed = front.asks(messages.ListJobs(call=front.call(), connection=bob))
+        listed = front.asks(
+            messages.Request(call=front.call(), connection=bob, body=messages.ListJobs())
+        )
         assert isinstance(listed, messages.ReplyComplete)
-        cancel = messages.CancelJob(call=front.call(), connection=bob, job_id=started.job_id)
+        cancel = messages.Request(
+            call=front.call(), connection=bob, body=messages.CancelJob(job_id=started.job_id)
+        )
         assert reason(front.asks(cancel)) == "JOB_NOT_FOUND"
         waiting.until(lambda: broker.processes(JOB), "the job works")
         scm_rights.close_all(job)
@@ -261,15 +278,16 @@ def test_it_can_have_no_more_jobs_than_the_policy_allows(
         calls = [front.call() for _ in range(20)]
         for call in calls:
             request = conversion(image, image.with_name(f"out-{call}"))
-            front.line.send(messages.Convert(call=call, connection=number, request=request))
+            front.line.send(messages.Request(call=call, connection=number, body=request))
         refused: set[int] = set()
         jobs: list[int] = []
         while len(refused) < len(calls) - 6 or len(jobs) < 2:
             message, descriptors = front.hears()
             jobs += descriptors
-            if isinstance(message, messages.Refused):
-                assert message.failure.reason == "QUEUE_FULL"
-                refused.add(message.call)
+            match message:
+                case messages.Reply(call=call, body=messages.Refused(failure=failure)):
+                    assert failure.reason == "QUEUE_FULL"
+                    refused.add(call)
         for call in calls:
             front.line.send(messages.JobFinished(call=call))
         assert front.quiet()
@@ -287,7 +305,7 @@ def test_it_can_have_one_call_do_one_thing(broker: Daemon, front: FalseFront, im
     with false_front.connected(broker, ALICE):
         number, call = connection_of(front), front.call()
         request = conversion(image, image.with_suffix(".out"))
-        message = messages.Convert(call=call, connection=number, request=request)
+        message = messages.Request(call=call, connection=number, body=request)
         front.line.send(message)
         _, job = front.await_message(messages.Started, call)
         assert reason(front.asks(message)) == "BAD_MESSAGE"
@@ -320,7 +338,7 @@ def test_it_can_hand_qemu_img_no_option_that_names_a_file(
     with false_front.connected(broker, ALICE):
         request = dataclasses.replace(conversion(image, image), dest=dest)
         number = connection_of(front)
-        message = messages.Convert(call=front.call(), connection=number, request=request)
+        message = messages.Request(call=front.call(), connection=number, body=request)
         assert reason(front.asks(message)) == "BAD_OPTION"
 
 
@@ -359,7 +377,7 @@ def test_it_can_ask_for_nothing_that_a_caller_could_not(
     with false_front.connected(broker, ALICE):
         request = dataclasses.replace(conversion(image, image.with_suffix(".out")), **changes)
         number = connection_of(front)
-        message = messages.Convert(call=front.call(), connection=number, request=request)
+        message = messages.Request(call=front.call(), connection=number, body=request)
         assert reason(front.asks(message)) == expected
 
 
@@ -381,7 +399,7 @@ def test_it_can_send_nothing_for_a_passphrase_that_holds_a_job_up(
     policy_allows = dataclasses.replace(conversion(image, image), dest=dest)
     with false_front.connected(broker, DORA):
         number, call = connection_of(front), front.call()
-        front.line.send(messages.Convert(call=call, connection=number, request=policy_allows))
+        front.line.send(messages.Request(call=call, connection=number, body=policy_allows))
         _, (descriptor,) = front.await_message(messages.Started, call)
         with channel.Channel(socket.socket(fileno=descriptor)) as line:
             for data in sent:
@@ -399,30 +417,39 @@ def test_it_can_send_nothing_for_a_passphrase_that_holds_a_job_up(
 def hello_of(front: FalseFront) -> dict[str, Any]:
     """A valid request as JSON has it, to be spoilt."""
     request = conversion(Path("/a/b"), Path("/a/c"))
-    message = messages.Convert(call=front.call(), connection=1, request=request)
+    message = messages.Request(call=front.call(), connection=1, body=request)
     loaded: dict[str, Any] = json.loads(codec.encode(message))[1]
     return loaded
+
+
+def request_bytes(body: bytes, call: bytes = b"1", rest: bytes = b"") -> bytes:
+    """A request as JSON has it, of such parts."""
+    return b'["Request",{"call":%s,"connection":1,"body":%s%s}]' % (call, body, rest)
+
+
+LIST: Final = b'["ListJobs",{"page_size":0,"page_token":""}]'
 
 
 NO_MESSAGES: Final[dict[str, bytes]] = {
     "nothing at all": b"[]",
     "no JSON": b"\x00\xff",
     "of another class": b'["Peer",{"uid":0,"gid":0,"groups":[],"pid":1}]',
-    "a broker's own": b'["Done",{"call":1}]',
-    "a field too many": b'["ListJobs",{"call":1,"connection":1,"uid":0}]',
-    "a field too few": b'["ListJobs",{"call":1}]',
-    "another type": b'["ListJobs",{"call":"1","connection":1}]',
-    "true for 1": b'["ListJobs",{"call":true,"connection":1}]',
-    "not a number": b'["ListJobs",{"call":NaN,"connection":1}]',
-    "infinite": b'["ListJobs",{"call":1e999,"connection":1}]',
-    "a number without end": b'["ListJobs",{"call":' + b"9" * 5000 + b',"connection":1}]',
+    "a broker's own": b'["Reply",{"call":1,"body":["ReplyComplete",{"next_page_token":""}]}]',
+    "a field too many": request_bytes(LIST, rest=b',"uid":0'),
+    "a field too few": b'["Request",{"call":1,"connection":1}]',
+    "another type": request_bytes(LIST, call=b'"1"'),
+    "true for 1": request_bytes(LIST, call=b"true"),
+    "not a number": request_bytes(LIST, call=b"NaN"),
+    "infinite": request_bytes(LIST, call=b"1e999"),
+    "a number without end": request_bytes(LIST, call=b"9" * 5000),
     "too deep": b"[" * 100_000,
-    "deep in a field": b'["ListJobs",{"call":'
-    + b"[" * 50_000
-    + b"]" * 50_000
-    + b',"connection":1}]',
-    "half a character": b'["CancelJob",{"call":1,"connection":1,"job_id":"\\ud800"}]',
-    "too long": b'["CancelJob",{"call":1,"connection":1,"job_id":"' + b"a" * 200_000 + b'"}]',
+    "deep in a field": request_bytes(LIST, call=b"[" * 50_000 + b"]" * 50_000),
+    "half a character": request_bytes(b'["CancelJob",{"job_id":"\\ud800"}]'),
+    "too long": request_bytes(b'["CancelJob",{"job_id":"' + b"a" * 200_000 + b'"}]'),
+    "a body without a name": request_bytes(b'{"job_id":"1"}'),
+    "a body of another class": request_bytes(b'["Peer",{"uid":0,"gid":0,"groups":[],"pid":1}]'),
+    "a message for a body": request_bytes(request_bytes(LIST)),
+    "no body": request_bytes(b"null"),
 }
 
 
@@ -454,7 +481,7 @@ def test_a_front_that_reads_nothing_is_replaced(broker: Daemon, front: FalseFron
     """Until then it is not heard either: what it has not read does not fill the broker's memory."""
     first = broker.await_one("convertd-front")
     before = processes.anonymous_kib(broker.pid)
-    message = codec.encode(messages.ListJobs(call=1, connection=2**40))
+    message = codec.encode(messages.Request(call=1, connection=2**40, body=messages.ListJobs()))
     with contextlib.suppress(channel.Closed):
         while front.line.send_bytes(message):
             pass
@@ -486,7 +513,9 @@ def test_a_front_that_was_slow_gets_all_its_answers(broker: Daemon, front: False
 
         def is_full() -> bool:
             """The broker sleeps though there is as much for it as the channel holds."""
-            while front.line.send(messages.GetAccess(call=0, connection=number), wait=False):
+            while front.line.send(
+                messages.Request(call=0, connection=number, body=messages.GetAccess()), wait=False
+            ):
                 next(asked)
             return processes.state(broker.pid) == "S"
 
@@ -543,18 +572,18 @@ class Spoiler:
         """A message of valid types."""
         pick, number = self.random, self.random.choice(self.numbers)
         kinds: tuple[Callable[[], object], ...] = (
-            lambda: messages.Convert(call=call, connection=number, request=self.conversion()),
-            lambda: messages.Inspect(
-                call=call,
-                connection=number,
-                request=values.InspectRequest(source=self.source()),
+            lambda: messages.Request(call=call, connection=number, body=self.conversion()),
+            lambda: messages.Request(
+                call=call, connection=number, body=values.InspectRequest(source=self.source())
             ),
-            lambda: messages.ListJobs(call=call, connection=number),
-            lambda: messages.CancelJob(call=call, connection=number, job_id=self.text()),
-            lambda: messages.GetAccess(call=call, connection=number),
+            lambda: messages.Request(call=call, connection=number, body=messages.ListJobs()),
+            lambda: messages.Request(
+                call=call, connection=number, body=messages.CancelJob(job_id=self.text())
+            ),
+            lambda: messages.Request(call=call, connection=number, body=messages.GetAccess()),
             lambda: messages.CallAbandoned(call=pick.randrange(-1, call + 2)),
             lambda: messages.JobFinished(call=pick.randrange(-1, call + 2)),
-            lambda: messages.GetStats(call=call, connection=number),
+            lambda: messages.Request(call=call, connection=number, body=messages.GetStats()),
             lambda: messages.ProbeAnswered(probe=pick.choice(self.numbers)),
             lambda: messages.Released(connection=self.random.choice(self.numbers[-6:])),
             lambda: messages.RequestRejected(
@@ -651,8 +680,10 @@ def test_random_requests_stay_within_the_policy(
 def test_random_requests_are_of_every_kind() -> None:
     """One that is added later is tried as well, or this fails."""
     spoiler = Spoiler(SEED, ("/a",), (1,))
-    made = {type(spoiler.message(call)) for call in range(1000)}
-    assert made == set(messages.FROM_FRONT)
+    made = [spoiler.message(call) for call in range(1000)]
+    assert {type(message) for message in made} == set(messages.FROM_FRONT)
+    bodies = {type(message.body) for message in made if isinstance(message, messages.Request)}
+    assert bodies == set(get_args(messages.RequestBody))
 
 
 def _drop_what_came(front: FalseFront) -> None:
@@ -674,15 +705,14 @@ def test_spoilt_messages_never_end_the_broker(broker: Daemon, front: FalseFront)
     before = false_front.descriptors_of(broker.pid)
     for _ in range(SPOILT):
         spoilt = hello_of(front)
-        part: dict[str, Any] = pick.choice(
-            (spoilt, spoilt["request"], spoilt["request"]["source"], spoilt["request"]["dest"])
-        )
+        request = spoilt["body"][1]
+        part: dict[str, Any] = pick.choice((spoilt, request, request["source"], request["dest"]))
         key = pick.choice(tuple(part))
         if pick.random() < 0.2:
             del part[key]
         else:
             part[key] = pick.choice(junk)
-        data = json.dumps(["Convert", spoilt]).encode()
+        data = json.dumps(["Request", spoilt]).encode()
         front.line.send_bytes(data)
         if is_a_message(data):
             assert front.quiet()

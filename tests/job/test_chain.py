@@ -184,7 +184,7 @@ class TestChains:
         overlay(images / "a", area / "link")
         (area / "link").symlink_to("base")
         request = grants.request(images / "a", images / "b", "qcow2")
-        grant = local_grant.grant(messages.LocalRequest(qemu_img="", convert=request, inspect=None))
+        grant = local_grant.grant(messages.LocalRequest(qemu_img="", request=request))
         assert isinstance(grant, values.ConvertGrant)
         assert in_child(lambda: follow(grant)).names == ["a", "link"]
 

@@ -483,7 +483,7 @@ class TestLeash:
         front.channel.close()
         for act in (
             front.context.check,
-            lambda: front.context.send(messages.ReplyComplete(call=1)),
+            lambda: front.context.send(messages.CallAbandoned(call=1)),
             lambda: front.context.progress(values.Phase.CONVERTING),
         ):
             with pytest.raises(context.Cancelled):

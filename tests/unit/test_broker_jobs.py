@@ -150,8 +150,7 @@ def test_a_list_shows_what_was_asked_and_nothing_secret(
     """Paths and formats in the caller's own words."""
     job = add(table, 1, connection, to("/images/b", label="nightly"))
     job.position = 2
-    assert job.entry(9) == messages.JobEntry(
-        call=9,
+    assert job.entry() == messages.JobEntry(
         job_id=job.job_id,
         uid=grants.CALLER.uid,
         source="/images/a",
@@ -164,7 +163,7 @@ def test_a_list_shows_what_was_asked_and_nothing_secret(
         queued=job.queued,
         started=None,
     )
-    look = add(table, 2, connection, LOOK).entry(9)
+    look = add(table, 2, connection, LOOK).entry()
     assert (look.dest, look.dest_format, look.label) == ("", "", "")
 
 

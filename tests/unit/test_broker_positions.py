@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import grants
 import pytest
 
-from convertd_core import messages, values
+from convertd_core import values
 from convertd_daemon.broker import connections, jobs, loop, queue
 from convertd_daemon.sandbox import closer
 from convertd_daemon.service import audit
@@ -35,10 +35,7 @@ class Waiting:
         request = dataclasses.replace(
             grants.request("/images/a", f"/images/{number}"), validate_only=validate_only
         )
-        asked = audit.conversion(
-            messages.Convert(call=number, connection=self._connection.number, request=request),
-            self._connection.caller,
-        )
+        asked = audit.conversion(request, self._connection.caller)
         self.jobs.add(number, self._connection, RULES.convert(request), asked)
         self.positions.notify()
 

@@ -45,10 +45,10 @@ def test_descriptors_come_along_as_copies_that_do_not_survive_an_exec(pair: Pair
     """The sender's own may be closed at once."""
     here, there = pair
     reader, writer = os.pipe()
-    here.send(messages.ReplyComplete(call=1), reader, writer)
+    here.send(messages.CallAbandoned(call=1), reader, writer)
     os.close(reader)
     os.close(writer)
-    _, (reader, writer) = there.receive(messages.ReplyComplete, most_descriptors=2)
+    _, (reader, writer) = there.receive(messages.CallAbandoned, most_descriptors=2)
     assert not os.get_inheritable(reader)
     os.write(writer, b"x")
     assert os.read(reader, 2) == b"x"
@@ -58,21 +58,21 @@ def test_descriptors_come_along_as_copies_that_do_not_survive_an_exec(pair: Pair
 def test_nothing_to_receive_is_said_at_once_to_who_does_not_wait(pair: Pair) -> None:
     """BlockingIOError, as the socket itself says it."""
     with pytest.raises(BlockingIOError):
-        pair[0].receive(messages.ReplyComplete, wait=False)
+        pair[0].receive(messages.CallAbandoned, wait=False)
 
 
 def test_a_full_channel_is_said_at_once_to_who_does_not_wait(pair: Pair) -> None:
     """False, nothing is sent, and there is room again when the other end has read."""
     here, there = pair
     sent = 0
-    while here.send(messages.ReplyComplete(call=sent), wait=False):
+    while here.send(messages.CallAbandoned(call=sent), wait=False):
         sent += 1
     assert sent > 10
     for number in range(sent):
-        assert there.receive(messages.ReplyComplete, wait=False)[0] == messages.ReplyComplete(
+        assert there.receive(messages.CallAbandoned, wait=False)[0] == messages.CallAbandoned(
             call=number
         )
-    assert here.send(messages.ReplyComplete(call=0), wait=False)
+    assert here.send(messages.CallAbandoned(call=0), wait=False)
 
 
 def test_the_other_ends_death_is_told_to_who_sends(pair: Pair) -> None:
@@ -80,26 +80,26 @@ def test_the_other_ends_death_is_told_to_who_sends(pair: Pair) -> None:
     here, there = pair
     there.close()
     with pytest.raises(channel.Closed):
-        here.send(messages.ReplyComplete(call=1))
+        here.send(messages.CallAbandoned(call=1))
 
 
 def test_the_other_ends_death_is_told_to_who_receives_after_its_last_message(pair: Pair) -> None:
     """What was sent before it died is not lost."""
     here, there = pair
-    here.send(messages.ReplyComplete(call=1))
+    here.send(messages.CallAbandoned(call=1))
     here.close()
-    assert there.receive(messages.ReplyComplete)[0] == messages.ReplyComplete(call=1)
+    assert there.receive(messages.CallAbandoned)[0] == messages.CallAbandoned(call=1)
     with pytest.raises(channel.Closed):
-        there.receive(messages.ReplyComplete)
+        there.receive(messages.CallAbandoned)
 
 
 def test_an_end_that_dies_with_unread_messages_is_gone_too(pair: Pair) -> None:
     """The kernel says ECONNRESET then."""
     here, there = pair
-    here.send(messages.ReplyComplete(call=1))
+    here.send(messages.CallAbandoned(call=1))
     there.close()
     with pytest.raises(channel.Closed):
-        here.receive(messages.ReplyComplete)
+        here.receive(messages.CallAbandoned)
 
 
 def test_what_is_no_message_is_refused_and_its_descriptors_closed(pair: Pair) -> None:
@@ -188,7 +188,7 @@ def test_an_empty_message_is_the_other_ends_end(pair: Pair) -> None:
         [b""], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [pair[0].fileno()]))]
     )
     with none_left_open(), pytest.raises(channel.Closed):
-        pair[1].receive(messages.ReplyComplete, most_descriptors=1)
+        pair[1].receive(messages.CallAbandoned, most_descriptors=1)
 
 
 def test_the_longest_request_fits_whatever_is_in_it(pair: Pair) -> None:
@@ -198,7 +198,7 @@ def test_the_longest_request_fits_whatever_is_in_it(pair: Pair) -> None:
     request = values.ConvertRequest(
         source=values.Source(path=path), dest=values.Destination(path=path + "x", format="qcow2")
     )
-    asked = messages.Convert(call=1, connection=1, request=request)
+    asked = messages.Request(call=1, connection=1, body=request)
     assert here.send(asked, wait=False)
     assert there.receive(*messages.FROM_FRONT)[0] == asked
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -48,6 +48,13 @@ class Inner:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Other:
+    """Has the fields of Inner, and is another."""
+
+    number: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Example:
     """One field of each kind that a message may have."""
 
@@ -57,6 +64,7 @@ class Example:
     flag: bool = False
     colour: Colour = Colour.RED
     maybe: Inner | None = None
+    either: Inner | Other = dataclasses.field(default_factory=Inner)
     several: tuple[Inner, ...] = ()
     group: frozenset[int] = frozenset()
     pair: tuple[str, str] = ("", "")
@@ -72,6 +80,13 @@ def altered(**fields: object) -> bytes:
 def test_what_is_decoded_is_what_was_encoded(message: object) -> None:
     """For every message, whatever is in it."""
     assert codec.decode(codec.encode(message), *MESSAGES) == message
+
+
+@pytest.mark.parametrize("kind", [Inner, Other])
+def test_one_of_several_dataclasses_stays_what_it_is(kind: type[Inner | Other]) -> None:
+    """Though its fields are those of the other."""
+    example = Example(either=kind(number=1))
+    assert codec.decode(codec.encode(example), Example) == example
 
 
 def test_a_text_that_is_not_unicode_can_not_be_sent() -> None:
@@ -120,6 +135,12 @@ def test_an_integer_is_a_fine_float() -> None:
         pytest.param(altered(colour={"red": 1}), id="an-object-for-a-colour"),
         pytest.param(altered(maybe={}), id="an-inner-message-without-its-field"),
         pytest.param(altered(maybe=["Inner", {"number": 1}]), id="an-inner-message-with-a-name"),
+        pytest.param(altered(either=None), id="null-for-one-of-two"),
+        pytest.param(altered(either={"number": 1}), id="one-of-two-without-a-name"),
+        pytest.param(altered(either=["Example", {}]), id="another-than-the-two"),
+        pytest.param(altered(either=["Other", {"number": "1"}]), id="a-wrong-field-in-one-of-two"),
+        pytest.param(altered(either=["Other", {}]), id="one-of-two-without-its-field"),
+        pytest.param(altered(either=["Other", {"number": 1}, {}]), id="one-of-two-and-more"),
         pytest.param(altered(several={"number": 1}), id="an-object-for-an-array"),
         pytest.param(altered(several=[{"number": "1"}]), id="a-wrong-item"),
         pytest.param(altered(several="ab"), id="a-text-for-an-array"),
@@ -199,6 +220,8 @@ def is_expected_or_refused(data: bytes) -> bool:
 
 BUILT = (
     *MESSAGES,
+    *get_args(messages.RequestBody),
+    *get_args(messages.ReplyBody),
     *(kind for kind in vars(values).values() if isinstance(kind, type)),
     *(messages.JobState, messages.Operation, messages.Versions, conditions.Failure),
 )

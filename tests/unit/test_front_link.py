@@ -28,12 +28,12 @@ from convertd_daemon.front import (
 DEADLINE_S = 60.0
 
 FAILURE = conditions.InternalError(error_id="x").failure()
-REPORT = messages.ReplyComplete(call=1)
+COMPLETE = messages.ReplyComplete()
 
 
-def waiting(position: int, call: int = 1) -> messages.Queued:
+def waiting(position: int) -> messages.Queued:
     """The broker says where a job stands in the queue."""
-    return messages.Queued(call=call, job_id="job-1", position=position)
+    return messages.Queued(job_id="job-1", position=position)
 
 
 def progressed(percent: float) -> messages.Progressed:
@@ -47,9 +47,16 @@ def failed(reason: str) -> messages.Failed:
     return messages.Failed(failure=conditions.Failure(reason=reason, message=""))
 
 
-def list_jobs(call: int) -> messages.ListJobs:
-    """Something to ask the broker."""
-    return messages.ListJobs(call=call, connection=5)
+def asking(
+    link: broker_link.BrokerLink, *secrets: int, job_id: str = ""
+) -> contextlib.AbstractContextManager[broker_link.Call]:
+    """Ask the broker something, over connection 5."""
+    return link.call(5, messages.CancelJob(job_id=job_id), secrets)
+
+
+def asked(call: int) -> messages.Request:
+    """What the broker hears of it."""
+    return messages.Request(call=call, connection=5, body=messages.CancelJob(job_id=""))
 
 
 class Broker:
@@ -63,10 +70,15 @@ class Broker:
         message, _ = self.line.receive(*messages.FROM_FRONT, wait=False)
         return message
 
+    def replies(self, call: int, body: messages.ReplyBody) -> None:
+        """Say something about a call."""
+        self.line.send(messages.Reply(call=call, body=body))
+
     def starts_a_job(self, call: int, job_id: str = "job-1") -> channel.Channel:
         """Say that a call's job runs, and give the job's end of its channel."""
         job, fronts = channel.Channel.pair()
-        self.line.send(messages.Started(call=call, job_id=job_id), fronts.fileno())
+        started = messages.Reply(call=call, body=messages.Started(job_id=job_id))
+        self.line.send(started, fronts.fileno())
         fronts.close()
         return job
 
@@ -123,13 +135,13 @@ def test_an_answer_reaches_the_call_that_asked() -> None:
     """Two calls at once, answered in the other order."""
 
     async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
-        with a_link.call(list_jobs) as one, a_link.call(list_jobs) as two:
-            assert broker.hears() == list_jobs(one.number)
-            assert broker.hears() == list_jobs(two.number)
+        with asking(a_link) as one, asking(a_link) as two:
+            assert broker.hears() == asked(one.number)
+            assert broker.hears() == asked(two.number)
             for call in (two, one):
-                broker.line.send(messages.ReplyComplete(call=call.number))
-            assert await one.next() == messages.ReplyComplete(call=one.number)
-            assert await two.next() == messages.ReplyComplete(call=two.number)
+                broker.replies(call.number, COMPLETE)
+            assert await one.next() == COMPLETE
+            assert await two.next() == COMPLETE
 
     run(test)
 
@@ -139,17 +151,17 @@ def test_no_more_is_asked_at_once_than_is_soon_answered() -> None:
 
     async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
         with contextlib.ExitStack() as stack:
-            calls = [stack.enter_context(a_link.call(list_jobs)) for _ in range(unanswered.AT_ONCE)]
+            calls = [stack.enter_context(asking(a_link)) for _ in range(unanswered.AT_ONCE)]
             for call in calls:
-                assert broker.hears() == list_jobs(call.number)
-            with a_link.call(list_jobs):
+                assert broker.hears() == asked(call.number)
+            with asking(a_link):
                 pass
-            later = stack.enter_context(a_link.call(list_jobs))
+            later = stack.enter_context(asking(a_link))
             with pytest.raises(BlockingIOError):
                 broker.hears()
-            broker.line.send(messages.ReplyComplete(call=calls[0].number))
+            broker.replies(calls[0].number, COMPLETE)
             await calls[0].next()
-            assert broker.hears() == list_jobs(later.number)
+            assert broker.hears() == asked(later.number)
             with pytest.raises(BlockingIOError):
                 broker.hears()
 
@@ -176,16 +188,13 @@ def test_what_a_broker_that_stops_has_still_said_is_heard() -> None:
 
     async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
         with contextlib.ExitStack() as stack:
-            calls = [
-                stack.enter_context(a_link.call(list_jobs))
-                for _ in range(3 * broker_link.AT_A_TIME)
-            ]
+            calls = [stack.enter_context(asking(a_link)) for _ in range(3 * broker_link.AT_A_TIME)]
             for call in calls:
-                broker.line.send(messages.ReplyComplete(call=call.number))
+                broker.replies(call.number, COMPLETE)
             broker.line.close()
             a_link.send(messages.Ready())
             for call in calls:
-                assert await call.next() == messages.ReplyComplete(call=call.number)
+                assert await call.next() == COMPLETE
                 call.over = True
 
     run(test)
@@ -195,11 +204,11 @@ def test_a_call_that_is_left_is_abandoned() -> None:
     """However it is left, the broker is told, unless the call had ended anyway."""
 
     async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
-        with contextlib.suppress(LookupError), a_link.call(list_jobs) as call:
+        with contextlib.suppress(LookupError), asking(a_link) as call:
             broker.hears()
             raise LookupError
         assert broker.hears() == messages.CallAbandoned(call=call.number)
-        with a_link.call(list_jobs) as call:
+        with asking(a_link) as call:
             broker.hears()
             call.over = True
         with pytest.raises(BlockingIOError):
@@ -212,9 +221,9 @@ def test_what_comes_for_a_call_that_is_over_is_dropped() -> None:
     """And a job that starts for it ends: its channel is closed."""
 
     async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
-        with a_link.call(list_jobs) as call:
+        with asking(a_link) as call:
             pass
-        broker.line.send(waiting(1, call.number))
+        broker.replies(call.number, waiting(1))
         broker.line.send(messages.Ended(job_id="job-1", failure=FAILURE))
         job = broker.starts_a_job(call.number)
         with job:
@@ -228,14 +237,11 @@ def test_a_question_that_is_too_long_is_not_asked() -> None:
     """The caller is told, and the next question gets through."""
 
     async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
-        def long(call: int) -> messages.CancelJob:
-            return messages.CancelJob(call=call, connection=5, job_id="x" * 200_000)
-
-        with pytest.raises(channel.TooLong), a_link.call(long):
+        with pytest.raises(channel.TooLong), asking(a_link, job_id="x" * 200_000):
             pass
         assert isinstance(broker.hears(), messages.CallAbandoned)
-        with a_link.call(list_jobs) as call:
-            assert broker.hears() == list_jobs(call.number)
+        with asking(a_link) as call:
+            assert broker.hears() == asked(call.number)
 
     run(test)
 
@@ -247,8 +253,8 @@ class TestJobs:
         """After what the broker said of the queue."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
-            with a_link.call(list_jobs) as call:
-                broker.line.send(waiting(1))
+            with asking(a_link) as call:
+                broker.replies(call.number, waiting(1))
                 assert await call.next() == waiting(1)
                 with broker.starts_a_job(call.number) as job:
                     job.send(progressed(1.0))
@@ -264,9 +270,9 @@ class TestJobs:
         """A slow reader costs one message; what must arrive does."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
-            with a_link.call(list_jobs) as call:
+            with asking(a_link) as call:
                 for position in (9, 8, 7):
-                    broker.line.send(waiting(position))
+                    broker.replies(call.number, waiting(position))
                 with broker.starts_a_job(call.number) as job:
                     for percent in (1.0, 2.0, 3.0):
                         job.send(progressed(percent))
@@ -282,7 +288,7 @@ class TestJobs:
         """Whichever channel is looked at first: it did succeed, and nobody hears otherwise."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
-            with a_link.call(list_jobs) as call:
+            with asking(a_link) as call:
                 job = broker.starts_a_job(call.number)
                 await turns()
                 broker.line.send(messages.Ended(job_id="job-1", failure=FAILURE))
@@ -297,7 +303,7 @@ class TestJobs:
         """A channel that closes says nothing of why."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
-            with a_link.call(list_jobs) as call:
+            with asking(a_link) as call:
                 broker.starts_a_job(call.number).close()
                 await turns()
                 broker.line.send(messages.Ended(job_id="job-1", failure=FAILURE))
@@ -309,7 +315,7 @@ class TestJobs:
         """It was ours once."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
-            with a_link.call(list_jobs) as call, broker.starts_a_job(call.number) as job:
+            with asking(a_link) as call, broker.starts_a_job(call.number) as job:
                 job.send_bytes(b"nonsense")
                 await until_closed(job)
 
@@ -320,7 +326,7 @@ class TestJobs:
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
             with secret_pipes.holding([b"one", b"x" * secret_pipes.MAX_BYTES]) as held:
-                with a_link.call(list_jobs, held) as call, broker.starts_a_job(call.number) as job:
+                with asking(a_link, *held) as call, broker.starts_a_job(call.number) as job:
                     while not call.job_id:
                         await turns()
                     assert job.receive_passphrase(secret_pipes.MAX_BYTES) == b"one"
@@ -330,7 +336,7 @@ class TestJobs:
                     )
                     with pytest.raises(BlockingIOError):
                         job.receive(messages.Ready, wait=False)
-                assert broker.hears() == list_jobs(call.number)
+                assert broker.hears() == asked(call.number)
                 assert isinstance(broker.hears(), messages.CallAbandoned)
 
         run(test)
@@ -339,7 +345,7 @@ class TestJobs:
         """How it ended is for the broker to tell."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
-            with secret_pipes.holding([b"one"]) as held, a_link.call(list_jobs, held) as call:
+            with secret_pipes.holding([b"one"]) as held, asking(a_link, *held) as call:
                 broker.starts_a_job(call.number).close()
                 await turns()
                 broker.line.send(messages.Ended(job_id="job-1", failure=FAILURE))
@@ -351,7 +357,7 @@ class TestJobs:
         """Its channel is its life."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
-            with a_link.call(list_jobs) as call:
+            with asking(a_link) as call:
                 job = broker.starts_a_job(call.number)
                 while not call.job_id:
                     await turns()
@@ -364,7 +370,7 @@ class TestJobs:
         """So that its destination is free before its process is gone."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
-            with a_link.call(list_jobs) as call:
+            with asking(a_link) as call:
                 broker.hears()
                 call.finish()
                 assert broker.hears() == messages.JobFinished(call=call.number)
@@ -387,13 +393,13 @@ class TestBroker:
         """What it had said before is heard first."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
-            with a_link.call(list_jobs) as one, a_link.call(list_jobs) as two:
-                broker.line.send(messages.ReplyComplete(call=one.number))
+            with asking(a_link) as one, asking(a_link) as two:
+                broker.replies(one.number, COMPLETE)
                 waiter = asyncio.ensure_future(two.next())
                 await turns()
                 broker.line.close()
                 await a_link.ended.wait()
-                assert await one.next() == messages.ReplyComplete(call=one.number)
+                assert await one.next() == COMPLETE
                 for call in (one.next(), waiter):
                     with pytest.raises(broker_link.BrokerIsGone):
                         await call
@@ -406,7 +412,7 @@ class TestBroker:
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
             broker.line.close()
-            with a_link.call(list_jobs) as call, pytest.raises(broker_link.BrokerIsGone):
+            with asking(a_link) as call, pytest.raises(broker_link.BrokerIsGone):
                 await call.next()
 
         run(test)
@@ -417,11 +423,11 @@ class TestBroker:
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
             count = 5000
             for number in range(count):
-                a_link.send(list_jobs(number))
+                a_link.send(asked(number))
             for number in range(count):
                 while True:
                     try:
-                        assert broker.hears() == list_jobs(number)
+                        assert broker.hears() == asked(number)
                         break
                     except BlockingIOError:
                         await turns(1)
@@ -434,10 +440,10 @@ class TestBroker:
         """The next message is heard."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
-            with a_link.call(list_jobs) as call:
+            with asking(a_link) as call:
                 broker.line.send_bytes(b"nonsense")
-                broker.line.send(messages.ReplyComplete(call=call.number))
-                assert await call.next() == messages.ReplyComplete(call=call.number)
+                broker.replies(call.number, COMPLETE)
+                assert await call.next() == COMPLETE
 
         run(test)
         assert "a message from the broker was lost" in caplog.text
@@ -473,10 +479,10 @@ class TestBroker:
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
-        (messages.Refused(call=1, failure=FAILURE), FAILURE),
+        (messages.Refused(failure=FAILURE), FAILURE),
         (messages.Failed(failure=FAILURE), FAILURE),
         (messages.Ended(job_id="x", failure=FAILURE), FAILURE),
-        (REPORT, None),
+        (COMPLETE, None),
         (progressed(1.0), None),
     ],
     ids=["refused", "failed", "ended", "done", "progress"],

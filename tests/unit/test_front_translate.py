@@ -408,7 +408,6 @@ class TestReplies:
     def test_a_job_is_listed_in_whatever_state(self, state: messages.JobState) -> None:
         """With its times, the start only if it has started."""
         entry = messages.JobEntry(
-            call=1,
             job_id="job-1",
             uid=1234,
             source="/in/a",
@@ -465,7 +464,6 @@ class TestReplies:
             overwrite=values.OverwriteScope.ANY,
         )
         report = messages.AccessReport(
-            call=1,
             uid=1234,
             gid=1235,
             groups=frozenset({20, 3}),

@@ -127,7 +127,7 @@ class Broker:
                 self._watchdog.on_answer(probe)
             case messages.RequestRejected():
                 self._dispatcher.on_rejected(message)
-            case _:
+            case messages.Request():
                 self._dispatcher.dispatch(message)
 
     def on_front_behind(self) -> None:

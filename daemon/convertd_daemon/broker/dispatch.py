@@ -10,21 +10,22 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
-from convertd_core import conditions, messages
+from convertd_core import conditions, messages, values
 from convertd_daemon.broker import front_supervisor, jobs
 from convertd_daemon.linux import peercred
 from convertd_daemon.policy import decide
 from convertd_daemon.service import audit, metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
-    from convertd_core import values
     from convertd_daemon import channel
     from convertd_daemon.broker.connections import Connection, Connections
     from convertd_daemon.broker.job_supervisor import JobSupervisor
     from convertd_daemon.policy.decide import Policy
     from convertd_daemon.service.reporting import Reporter
+
+    Replies = Iterable[messages.ReplyBody]
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +50,9 @@ class Asking:
 class Handlers:
     """What each request does, under the policy in force.
 
-    Each gives what answers its request, in order, or raises conditions.ConvertError. Of a request
-    that has a job, that is nothing: the job's events are the answer, and its end is on record.
+    Each gives what answers its request, in order, with a ReplyComplete at the end, or raises
+    conditions.ConvertError. For a request that has a job, that is nothing: the job's events are the
+    answer, and its end is on record.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class Handlers:
         self._supervisor = supervisor
         self._reporter = reporter
 
-    def convert(self, asking: Asking, message: messages.Convert) -> tuple[object, ...]:
+    def convert(self, asking: Asking, request: values.ConvertRequest) -> Replies:
         """Queue a conversion.
 
         Raises:
@@ -74,10 +76,10 @@ class Handlers:
         """
         if self.is_stopping:
             raise conditions.Stopping
-        self._enqueue(asking, decide.decide(self.rules, asking.peer, message.request))
+        self._enqueue(asking, decide.decide(self.rules, asking.peer, request))
         return ()
 
-    def inspect(self, asking: Asking, message: messages.Inspect) -> tuple[object, ...]:
+    def inspect(self, asking: Asking, request: values.InspectRequest) -> Replies:
         """Queue an inspection.
 
         Raises:
@@ -85,13 +87,13 @@ class Handlers:
         """
         if self.is_stopping:
             raise conditions.Stopping
-        self._enqueue(asking, decide.decide_inspect(self.rules, asking.peer, message.request))
+        self._enqueue(asking, decide.decide_inspect(self.rules, asking.peer, request))
         return ()
 
     def _enqueue(self, asking: Asking, grant: values.ConvertGrant | values.InspectGrant) -> None:
         self._supervisor.enqueue(asking.call, asking.connection, grant, asking.asked)
 
-    def list_jobs(self, asking: Asking, message: messages.ListJobs) -> Iterator[object]:
+    def list_jobs(self, asking: Asking, request: messages.ListJobs) -> Replies:
         """Give a page of the jobs that a peer may see: its own, or all to an operator.
 
         Raises:
@@ -99,30 +101,30 @@ class Handlers:
         """
         everybody = decide.is_operator(self.rules, asking.peer)
         seen = (job for job in self._supervisor.jobs if everybody or job.uid == asking.peer.uid)
-        page, following = jobs.page_of(seen, message.page_size, message.page_token)
+        page, following = jobs.page_of(seen, request.page_size, request.page_token)
         for job in page:
-            yield job.entry(asking.call)
-        yield messages.ReplyComplete(call=asking.call, next_page_token=following)
+            yield job.entry()
+        yield messages.ReplyComplete(next_page_token=following)
 
-    def cancel_job(self, asking: Asking, message: messages.CancelJob) -> Iterator[object]:
+    def cancel_job(self, asking: Asking, request: messages.CancelJob) -> Replies:
         """Cancel a job for its owner or an operator; the answer shows the job.
 
         Raises:
             conditions.JobNotFound: there is none, or it is somebody else's.
         """
-        job = self._supervisor.jobs.find(message.job_id)
+        job = self._supervisor.jobs.find(request.job_id)
         own = job is not None and job.uid == asking.peer.uid
         if job is None or not (own or decide.is_operator(self.rules, asking.peer)):
-            raise conditions.JobNotFound(job_id=message.job_id[:64])
+            raise conditions.JobNotFound(job_id=request.job_id[:64])
         log.info("cancelled job=%s by uid=%d", job.job_id, asking.peer.uid)
-        entry = job.entry(asking.call)
+        entry = job.entry()
         self._supervisor.end(
             job, conditions.CancelledByCaller() if own else conditions.CancelledByOperator()
         )
         yield entry
-        yield messages.ReplyComplete(call=asking.call)
+        yield messages.ReplyComplete()
 
-    def get_access(self, asking: Asking, _message: messages.GetAccess) -> Iterator[object]:
+    def get_access(self, asking: Asking, _request: messages.GetAccess) -> Replies:
         """Say who we take the peer for, and what it may do.
 
         Raises:
@@ -132,7 +134,6 @@ class Handlers:
             raise front_supervisor.TOO_LONG
         peer = asking.connection.peer()
         yield messages.AccessReport(
-            call=asking.call,
             uid=peer.uid,
             gid=peer.gid,
             groups=peer.groups,
@@ -140,8 +141,9 @@ class Handlers:
             limits=self.rules.limits,
             versions=self._versions,
         )
+        yield messages.ReplyComplete()
 
-    def get_stats(self, asking: Asking, _message: messages.GetStats) -> Iterator[object]:
+    def get_stats(self, asking: Asking, _request: messages.GetStats) -> Replies:
         """Give an operator the counters.
 
         Raises:
@@ -153,15 +155,14 @@ class Handlers:
             )
         now, counters = self._reporter.now(), self._reporter.counters
         yield messages.StatsReport(
-            call=asking.call,
             started=counters.start_time,
             running=now.running,
             queued=now.queued,
             connections=now.connections,
             bounds=metrics.BOUNDS_S,
         )
-        yield from counters.messages(asking.call)
-        yield messages.ReplyComplete(call=asking.call)
+        yield from counters.messages()
+        yield messages.ReplyComplete()
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +172,7 @@ class Row(Generic[B]):
     `has_job` says that a job answers it, and that its end is on record when the job has ended.
     """
 
-    handle: Callable[[Handlers, Asking, B], Iterator[object] | tuple[object, ...]]
+    handle: Callable[[Handlers, Asking, B], Replies]
     summary: Callable[[B, audit.Caller], audit.RequestSummary]
     has_job: bool = False
 
@@ -182,8 +183,8 @@ def _query(operation: messages.Operation) -> Callable[[object, audit.Caller], au
 
 
 ROWS: Final[Mapping[type[Any], Row[Any]]] = {
-    messages.Convert: Row(Handlers.convert, audit.conversion, has_job=True),
-    messages.Inspect: Row(Handlers.inspect, audit.inspection, has_job=True),
+    values.ConvertRequest: Row(Handlers.convert, audit.conversion, has_job=True),
+    values.InspectRequest: Row(Handlers.inspect, audit.inspection, has_job=True),
     messages.ListJobs: Row(Handlers.list_jobs, _query(messages.Operation.LIST_JOBS)),
     messages.CancelJob: Row(Handlers.cancel_job, audit.cancellation),
     messages.GetAccess: Row(Handlers.get_access, _query(messages.Operation.GET_ACCESS)),
@@ -209,21 +210,22 @@ class Dispatcher:
     def _caller_on(self, connection: Connection | None) -> audit.Caller:
         return audit.NOBODY if connection is None else connection.caller
 
-    def dispatch(self, message: messages.Request) -> None:
+    def dispatch(self, request: messages.Request) -> None:
         """Answer one request or refuse it, and put that on record, unless a job will."""
-        row = ROWS[type(message)]
-        connection = self._connections.find(message.connection)
-        asked = row.summary(message, self._caller_on(connection))
+        row = ROWS[type(request.body)]
+        connection = self._connections.find(request.connection)
+        asked = row.summary(request.body, self._caller_on(connection))
         try:
             if connection is None:
                 raise conditions.UnknownConnection
             peer = self._connections.peer_among(connection, self._handlers.rules.gids)
-            asking = Asking(call=message.call, connection=connection, peer=peer, asked=asked)
-            for answer in row.handle(self._handlers, asking, message):
-                self._front.send(answer)
+            asking = Asking(call=request.call, connection=connection, peer=peer, asked=asked)
+            for body in row.handle(self._handlers, asking, request.body):
+                self._front.send(messages.Reply(call=request.call, body=body))
         except conditions.ConvertError as error:
             self._reporter.report_refused(asked, error.reason, str(error))
-            self._front.send(messages.Refused(call=message.call, failure=error.failure()))
+            refused = messages.Refused(failure=error.failure())
+            self._front.send(messages.Reply(call=request.call, body=refused))
         else:
             if not row.has_job:
                 self._reporter.report(audit.Record(asked=asked, outcome=audit.Outcome.DONE))

@@ -161,9 +161,9 @@ class FrontSupervisor:
         except channel.TooLong as error:
             # A caller in 65,536 groups, a policy of a megabyte: its call ends, and nothing else.
             log.warning("an answer does not fit into a message: %s", error)
-            call = getattr(message, "call", None)
-            if call is not None and not isinstance(message, messages.Refused):
-                self.send(messages.Refused(call=call, failure=TOO_LONG.failure()))
+            if isinstance(message, messages.Reply):
+                refused = messages.Refused(failure=TOO_LONG.failure())
+                self.send(messages.Reply(call=message.call, body=refused))
         if front.outbound.has_pending and self._timer is None:
             # The front itself never waits to send. What waits for it stays within what the jobs
             # there are, and the watchdog, can make.

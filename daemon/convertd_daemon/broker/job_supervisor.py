@@ -93,7 +93,7 @@ class JobSupervisor:
         """Tell a caller where it stands; a front that is behind is told the last of it later."""
         if self._front.is_behind:
             return False
-        self._front.send(messages.Queued(call=job.call, job_id=job.job_id, position=job.position))
+        self._reply(job, messages.Queued(job_id=job.job_id, position=job.position))
         return True
 
     def _start(self, job: jobs.Job) -> None:
@@ -108,7 +108,7 @@ class JobSupervisor:
             return
         log.debug("started job=%s pid=%d", job.job_id, job.pid)
         descriptor = job_channel.sock.detach()
-        self._front.send(messages.Started(call=job.call, job_id=job.job_id), descriptor)
+        self._reply(job, messages.Started(job_id=job.job_id), descriptor)
         self._spare.schedule_fork(len(self.jobs))
         duration_s = job.grant.limits.duration_s
         overdue = conditions.DurationExceeded(duration_s=duration_s)
@@ -118,8 +118,13 @@ class JobSupervisor:
     def _refuse(self, job: jobs.Job, failure: conditions.Failure) -> None:
         """End a job that has no process."""
         self._reporter.report(job.record(None, failure))
-        self._front.send(messages.Refused(call=job.call, failure=failure))
+        self._reply(job, messages.Refused(failure=failure))
         self.jobs.remove(job)
+
+    def _reply(
+        self, job: jobs.Job, body: messages.ReplyBody, descriptor: int | None = None
+    ) -> None:
+        self._front.send(messages.Reply(call=job.call, body=body), descriptor)
 
     # --- what others say of it ---------------------------------------------------------------
 

@@ -153,15 +153,14 @@ class Job:
     @property
     def text_bytes(self) -> int:
         """About how much of a list it takes."""
-        entry = self.entry(NO_CALL)
+        entry = self.entry()
         return len(f"{entry.source}{entry.dest}{entry.label}".encode()) + ENTRY_BYTES
 
-    def entry(self, call: int) -> messages.JobEntry:
+    def entry(self) -> messages.JobEntry:
         """The job as ListJobs tells of it."""
         request = self.grant.request
         dest = request.dest if isinstance(request, values.ConvertRequest) else None
         return messages.JobEntry(
-            call=call,
             job_id=self.job_id,
             uid=self.uid,
             source=request.source.path,

@@ -57,12 +57,7 @@ class JobProcess:
             channel.Closed: it is gone.
             channel.TooLong: the grant can't be sent; nothing was.
         """
-        begin = messages.StartJob(
-            job_id=job_id,
-            convert=grant if isinstance(grant, values.ConvertGrant) else None,
-            inspect=grant if isinstance(grant, values.InspectGrant) else None,
-        )
-        self.assignments.send(begin)
+        self.assignments.send(messages.StartJob(job_id=job_id, grant=grant))
         self.assignments.close()
 
     def end(self) -> None:

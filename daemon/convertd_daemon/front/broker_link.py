@@ -20,7 +20,7 @@ from convertd_daemon.front import secret_pipes, unanswered
 from convertd_daemon.linux import scm_rights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from convertd_daemon.front.health_probe import Prober
     from convertd_daemon.front.relay import Relay
@@ -143,7 +143,9 @@ class BrokerLink:
         return next((call for call in self._calls.values() if call.job_id == job_id), None)
 
     @contextlib.contextmanager
-    def call(self, make: Callable[[int], object], secrets: tuple[int, ...] = ()) -> Iterator[Call]:
+    def call(
+        self, connection: int, body: messages.RequestBody, secrets: tuple[int, ...] = ()
+    ) -> Iterator[Call]:
         """Send the broker a request; the call ends when the block is left.
 
         `secrets` are pipes with passphrases for its job; the caller closes them after the block.
@@ -153,8 +155,8 @@ class BrokerLink:
             channel.TooLong: the request does not fit in a message.
         """
         call = Call(self, next(self._numbers), secrets)
-        request = make(call.number)
-        uid = self._users.get(getattr(request, "connection", 0))
+        request = messages.Request(call=call.number, connection=connection, body=body)
+        uid = self._users.get(connection)
         self._calls[call.number] = call
         try:
             self._unanswered.ask(uid, call.number, channel.encoded(request))
@@ -206,7 +208,7 @@ class BrokerLink:
             # From our own broker: a message of another version, or we ran out of descriptors.
             log.exception("a message from the broker was lost")
 
-    def _dispatch(self, message: messages.ToFront, descriptors: list[int]) -> None:
+    def _dispatch(self, message: messages.FromBroker, descriptors: list[int]) -> None:
         match message:
             case messages.Connected(connection=number, uid=uid):
                 self._users[number] = uid
@@ -219,15 +221,15 @@ class BrokerLink:
                 call = self.call_of_job(job_id)
                 if call is not None:
                     call.deliver_end(message)
-            case _:
-                self._unanswered.answered(message.call)
-                call = self._calls.get(message.call)
+            case messages.Reply(call=number, body=body):
+                self._unanswered.answered(number)
+                call = self._calls.get(number)
                 if call is None:
-                    log.debug("message for a call that is over: %s", message)
-                elif isinstance(message, messages.Started):
-                    call.attach_job(message.job_id, descriptors.pop())
+                    log.debug("message for a call that is over: %s", body)
+                elif isinstance(body, messages.Started):
+                    call.attach_job(body.job_id, descriptors.pop())
                 else:
-                    call.deliver(message)
+                    call.deliver(body)
         # This ends a job whose caller is gone.
         scm_rights.close_all(descriptors)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
@@ -22,7 +21,7 @@ from convertd_daemon.front import (
 from convertd_daemon.linux import getrandom
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from convertd_daemon.front.broker_link import BrokerLink, Call
     from convertd_daemon.front.relay import Relay
@@ -35,14 +34,6 @@ Q = TypeVar("Q", bound=Message)
 R = TypeVar("R", bound=Message)
 
 SERVICE: Final = "convertd.v1.ConvertService"
-
-OPERATIONS: Final[Mapping[type[Any], messages.Operation]] = {
-    pb.InspectRequest: messages.Operation.INSPECT,
-    pb.ListJobsRequest: messages.Operation.LIST_JOBS,
-    pb.CancelJobRequest: messages.Operation.CANCEL_JOB,
-    pb.GetAccessRequest: messages.Operation.GET_ACCESS,
-    pb.GetStatsRequest: messages.Operation.GET_STATS,
-}
 
 
 class UnparsableRequest:
@@ -60,12 +51,13 @@ class ConvertService:
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The calls by name, as gRPC wants them."""
+        asked = messages.Operation
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-            "Inspect": self._unary(self.inspect, pb.InspectRequest),
-            "ListJobs": self._unary(self.list_jobs, pb.ListJobsRequest),
-            "CancelJob": self._unary(self.cancel_job, pb.CancelJobRequest),
-            "GetAccess": self._unary(self.get_access, pb.GetAccessRequest),
-            "GetStats": self._unary(self.get_stats, pb.GetStatsRequest),
+            "Inspect": self._unary(self.inspect, pb.InspectRequest, asked.INSPECT),
+            "ListJobs": self._unary(self.list_jobs, pb.ListJobsRequest, asked.LIST_JOBS),
+            "CancelJob": self._unary(self.cancel_job, pb.CancelJobRequest, asked.CANCEL_JOB),
+            "GetAccess": self._unary(self.get_access, pb.GetAccessRequest, asked.GET_ACCESS),
+            "GetStats": self._unary(self.get_stats, pb.GetStatsRequest, asked.GET_STATS),
             "Convert": grpc.unary_stream_rpc_method_handler(
                 self._convert,
                 request_deserializer=_parser(pb.ConvertRequest),
@@ -75,13 +67,13 @@ class ConvertService:
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
     def _unary(
-        self, method: Callable[[Q, int], Awaitable[R]], kind: type[Q]
+        self, method: Callable[[Q, int], Awaitable[R]], kind: type[Q], operation: messages.Operation
     ) -> grpc.RpcMethodHandler[Q | UnparsableRequest, R]:
         async def answer(request: Q | UnparsableRequest, context: Context) -> R:
             try:
                 return await method(_parsed(request), self._connection_of(context))
             except Exception as error:  # noqa: BLE001 - no traceback goes to a caller
-                self._report(OPERATIONS[kind], context, error)
+                self._report(operation, context, error)
                 await _fail(context, error)
 
         return grpc.unary_unary_rpc_method_handler(
@@ -126,8 +118,10 @@ class ConvertService:
         """Convert: events as they come; whoever stops listening cancels the job."""
         secrets = translate.secrets(request)
         asked = translate.convert_request(request)
-        make = functools.partial(_convert_message, connection, asked)
-        with secret_pipes.holding(secrets) as held, self.broker.call(make, held) as call:
+        with (
+            secret_pipes.holding(secrets) as held,
+            self.broker.call(connection, asked, held) as call,
+        ):
             following = ConversionEvents(time.monotonic())
             try:
                 async for event in following.events(call):
@@ -138,63 +132,56 @@ class ConvertService:
 
     async def inspect(self, request: pb.InspectRequest, connection: int) -> pb.InspectResponse:
         """Inspect: one look at an image."""
-        asked = translate.inspect_request(request)
-        message = functools.partial(_inspect_message, connection, asked)
-        with self.broker.call(message) as call:
-            while True:
-                said = await _next(call)
-                if isinstance(said, messages.Inspected):
-                    call.over = True
-                    return translate.inspected(request.source.path, said)
+        with self.broker.call(connection, translate.inspect_request(request)) as call:
+            while not isinstance(said := await _next(call), messages.Inspected):
+                pass
+            call.over = True
+            return translate.inspected(request.source.path, said)
 
     async def list_jobs(self, request: pb.ListJobsRequest, connection: int) -> pb.ListJobsResponse:
         """ListJobs: a page of the caller's own, or of all to an operator."""
-        message = functools.partial(_list_message, connection, request)
-        with self.broker.call(message) as call:
-            answer = pb.ListJobsResponse()
-            while isinstance(said := await _next(call), messages.JobEntry):
-                answer.jobs.append(translate.job(said, self.progress.get(said.job_id)))
-            if isinstance(said, messages.ReplyComplete):
-                answer.next_page_token = said.next_page_token
-            return answer
+        asked = messages.ListJobs(page_size=request.page_size, page_token=request.page_token)
+        *entries, complete = await self._ask(connection, asked)
+        return pb.ListJobsResponse(
+            jobs=map(self._job, entries), next_page_token=complete.next_page_token
+        )
 
     async def cancel_job(
         self, request: pb.CancelJobRequest, connection: int
     ) -> pb.CancelJobResponse:
         """CancelJob: one's own, or anybody's by an operator."""
-        message = functools.partial(_cancel_message, connection, request.job_id)
-        with self.broker.call(message) as call:
-            jobs = [job async for job in self._jobs(call)]
-            return pb.CancelJobResponse(job=jobs[0])
+        entry, _ = await self._ask(connection, messages.CancelJob(job_id=request.job_id))
+        return pb.CancelJobResponse(job=self._job(entry))
 
-    async def _jobs(self, call: Call) -> AsyncIterator[pb.Job]:
-        while isinstance(said := await _next(call), messages.JobEntry):
-            yield translate.job(said, self.progress.get(said.job_id))
+    def _job(self, entry: messages.JobEntry) -> pb.Job:
+        return translate.job(entry, self.progress.get(entry.job_id))
 
     async def get_access(
         self, _request: pb.GetAccessRequest, connection: int
     ) -> pb.GetAccessResponse:
         """GetAccess: who the caller is, and what it may do."""
-        with self.broker.call(functools.partial(_access_message, connection)) as call:
-            while not isinstance(report := await _next(call), messages.AccessReport):
-                log.error("not an answer to GetAccess: %s", report)
-            call.over = True
-            return translate.access(report)
+        report, _ = await self._ask(connection, messages.GetAccess())
+        return translate.access(report)
 
     async def get_stats(self, _request: pb.GetStatsRequest, connection: int) -> pb.GetStatsResponse:
         """GetStats: the counters, for operators."""
-        with self.broker.call(functools.partial(_stats_message, connection)) as call:
-            stats = pb.GetStatsResponse()
-            bounds: tuple[float, ...] = ()
-            while not isinstance(said := await _next(call), messages.ReplyComplete):
-                match said:
-                    case messages.StatsReport(bounds=bounds):
-                        stats.MergeFrom(translate.stats(said))
-                    case messages.ConversionStats():
-                        stats.conversions.append(translate.conversion_stats(said, bounds))
-                    case messages.RefusalStats(reason=reason, count=count):
-                        stats.refusals.add(reason=reason, count=count)
-            return stats
+        report, *counts, _ = await self._ask(connection, messages.GetStats())
+        stats = translate.stats(report)
+        for counted in counts:
+            match counted:
+                case messages.ConversionStats():
+                    stats.conversions.append(translate.conversion_stats(counted, report.bounds))
+                case messages.RefusalStats(reason=reason, count=count):
+                    stats.refusals.add(reason=reason, count=count)
+        return stats
+
+    async def _ask(self, connection: int, body: messages.RequestBody) -> list[Any]:
+        """Ask for what has no job, and give all that answers it; the last is a ReplyComplete."""
+        replies = []
+        with self.broker.call(connection, body) as call:
+            while not call.over:
+                replies.append(await _next(call))
+        return replies
 
 
 class ConversionEvents:
@@ -329,32 +316,3 @@ def _parsed(request: Q | UnparsableRequest) -> Q:
 
 def _serialize(message: Message) -> bytes:
     return message.SerializeToString()
-
-
-def _convert_message(connection: int, request: values.ConvertRequest, call: int) -> object:
-    return messages.Convert(call=call, connection=connection, request=request)
-
-
-def _inspect_message(connection: int, request: values.InspectRequest, call: int) -> object:
-    return messages.Inspect(call=call, connection=connection, request=request)
-
-
-def _list_message(connection: int, request: pb.ListJobsRequest, call: int) -> object:
-    return messages.ListJobs(
-        call=call,
-        connection=connection,
-        page_size=request.page_size,
-        page_token=request.page_token,
-    )
-
-
-def _cancel_message(connection: int, job_id: str, call: int) -> object:
-    return messages.CancelJob(call=call, connection=connection, job_id=job_id)
-
-
-def _access_message(connection: int, call: int) -> object:
-    return messages.GetAccess(call=call, connection=connection)
-
-
-def _stats_message(connection: int, call: int) -> object:
-    return messages.GetStats(call=call, connection=connection)

@@ -25,11 +25,9 @@ def grant(local: messages.LocalRequest) -> values.ConvertGrant | values.InspectG
     Raises:
         conditions.Invalid: the request is invalid; the same conditions as with a daemon.
     """
-    if local.convert is not None:
-        return _convert(validation.checked_convert(local.convert))
-    if local.inspect is not None:
-        return _inspect(validation.checked_inspect(local.inspect))
-    raise conditions.BadMessage(problem="a local request without a body")
+    if isinstance(local.request, values.ConvertRequest):
+        return _convert(validation.checked_convert(local.request))
+    return _inspect(validation.checked_inspect(local.request))
 
 
 def _convert(request: values.ConvertRequest) -> values.ConvertGrant:

@@ -16,7 +16,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from convertd_core import conditions, messages
+from convertd_core import conditions, messages, values
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -184,9 +184,8 @@ def write(record: Record) -> None:
 # --- what a request asks for, not yet checked, and so cut to what can be meant ------------------
 
 
-def conversion(message: messages.Convert, caller: Caller) -> RequestSummary:
+def conversion(request: values.ConvertRequest, caller: Caller) -> RequestSummary:
     """Sum up a request for a conversion, or for its check."""
-    request = message.request
     validates = request.validate_only
     return RequestSummary(
         operation=messages.Operation.VALIDATE if validates else messages.Operation.CONVERT,
@@ -199,9 +198,8 @@ def conversion(message: messages.Convert, caller: Caller) -> RequestSummary:
     )
 
 
-def inspection(message: messages.Inspect, caller: Caller) -> RequestSummary:
+def inspection(request: values.InspectRequest, caller: Caller) -> RequestSummary:
     """Sum up a request about an image."""
-    request = message.request
     return RequestSummary(
         operation=messages.Operation.INSPECT,
         caller=caller,
@@ -210,7 +208,7 @@ def inspection(message: messages.Inspect, caller: Caller) -> RequestSummary:
     )
 
 
-def cancellation(message: messages.CancelJob, caller: Caller) -> RequestSummary:
+def cancellation(request: messages.CancelJob, caller: Caller) -> RequestSummary:
     """Sum up a request to cancel a job."""
     operation = messages.Operation.CANCEL_JOB
-    return RequestSummary(operation=operation, caller=caller, job_id=message.job_id[:LONGEST])
+    return RequestSummary(operation=operation, caller=caller, job_id=request.job_id[:LONGEST])

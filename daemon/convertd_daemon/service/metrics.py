@@ -53,11 +53,10 @@ class Counters:
             ended.seconds += seconds
             ended.buckets[bisect.bisect_left(BOUNDS_S, seconds)] += 1
 
-    def messages(self, call: int) -> Iterator[object]:
+    def messages(self) -> Iterator[messages.ReplyBody]:
         """The counts as the front is told of them."""
         for (source_format, dest_format, reason), ended in self.conversions.items():
             yield messages.ConversionStats(
-                call=call,
                 source_format=source_format,
                 dest_format=dest_format,
                 reason=reason,
@@ -67,7 +66,7 @@ class Counters:
                 buckets=tuple(ended.buckets),
             )
         for reason, count in self.refusals.items():
-            yield messages.RefusalStats(call=call, reason=reason, count=count)
+            yield messages.RefusalStats(reason=reason, count=count)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

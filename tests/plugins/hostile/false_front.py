@@ -16,7 +16,7 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, TypeVar
 
 from harness import waiting
 from harness.callers import PYTHON, Caller
@@ -27,14 +27,6 @@ from convertd_daemon import channel
 from convertd_daemon.linux import scm_rights
 
 T = TypeVar("T")
-
-
-class Asking(Protocol):
-    """A message to the broker that it answers."""
-
-    @property
-    def call(self) -> int:
-        """The call that the answer names."""
 
 
 _SITECUSTOMIZE: Final = """
@@ -122,14 +114,20 @@ class FalseFront:
         return self.line.receive(*messages.FROM_BROKER, most_descriptors=channel.ONE_DESCRIPTOR)
 
     def await_message(self, kind: type[T], call: int = 0) -> tuple[T, list[int]]:
-        """The next message of a kind, and of a call if there is one. Others are dropped."""
+        """The next message of a kind, or what a reply says, to a call if one is given.
+
+        Others are dropped.
+        """
         while True:
             message, descriptors = self.hears()
-            if isinstance(message, kind) and call in {0, getattr(message, "call", 0)}:
-                return message, descriptors
+            told, number = message, 0
+            if isinstance(message, messages.Reply):
+                told, number = message.body, message.call
+            if isinstance(told, kind) and call in {0, number}:
+                return told, descriptors
             scm_rights.close_all(descriptors)
 
-    def asks(self, message: Asking) -> object:
+    def asks(self, message: messages.Request) -> object:
         """Ask something, and give the first answer to its call."""
         self.line.send(message)
         answer, descriptors = self.await_message(object, message.call)
@@ -139,7 +137,7 @@ class FalseFront:
     def quiet(self) -> bool:
         """Whether the broker has nothing to say, and lives: it answers a harmless question."""
         call = self.call()
-        answer = self.asks(messages.ListJobs(call=call, connection=2**40))
+        answer = self.asks(messages.Request(call=call, connection=2**40, body=messages.ListJobs()))
         return isinstance(answer, messages.Refused)
 
     def _let_go(self) -> None:

@@ -1,0 +1,122 @@
+"""Requests of the front's: each has a row, is answered in full, and is put on record."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from typing import get_args
+
+import grants
+import pytest
+
+from convertd_core import messages, values
+from convertd_daemon.broker import connections, dispatch, job_supervisor, jobs, loop, workers
+from convertd_daemon.sandbox import closer
+from convertd_daemon.sandbox.setup import Setup
+from convertd_daemon.service import metrics, reporting
+
+RULES = grants.Rules(roots=(grants.files("/images"),))
+VERSIONS = messages.Versions(
+    daemon="1",
+    qemu_img="7.2",
+    kernel="6.1",
+    landlock_abi=2,
+    compressions=(),
+    formats=frozenset(),
+)
+
+
+class Front:
+    """Hears what it is sent."""
+
+    def __init__(self) -> None:
+        self.is_behind = False
+        self.heard: list[object] = []
+
+    def send(self, message: object, descriptor: int | None = None) -> None:
+        """Take a message, and let go of its descriptor."""
+        self.heard.append(message)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+class Asked:
+    """A dispatcher with one caller connected, who is root, and no operator."""
+
+    def __init__(self, ours: socket.socket) -> None:
+        self.front = Front()
+        a_loop = loop.Loop()
+        table = connections.Connections(values.Limits(), closer.Closer(a_loop.after))
+        connection = table.admit(ours)
+        assert connection is not None
+        self.number = connection.number
+        now = metrics.Now(running=0, queued=0, connections=1)
+        reporter = reporting.Reporter(a_loop.after, lambda: now)
+        setup = Setup(path="/usr/bin/qemu-img", identity=None, seccomp=b"")
+        spare = workers.PreforkedJob(a_loop, setup, lambda: False)
+        self.jobs = jobs.Jobs(values.Limits())
+        supervisor = job_supervisor.JobSupervisor(a_loop, self.jobs, spare, self.front, reporter)
+        handlers = dispatch.Handlers(RULES.policy, VERSIONS, supervisor, reporter)
+        self.dispatcher = dispatch.Dispatcher(handlers, table, self.front, reporter)
+
+    def answers(self, body: messages.RequestBody, number: int = 0) -> list[messages.ReplyBody]:
+        """All that answers a request over a connection, by default the one that there is."""
+        request = messages.Request(call=7, connection=number or self.number, body=body)
+        self.front.heard.clear()
+        self.dispatcher.dispatch(request)
+        replies = [item for item in self.front.heard if isinstance(item, messages.Reply)]
+        assert all(reply.call == 7 for reply in replies)
+        return [reply.body for reply in replies]
+
+
+@pytest.fixture
+def asked(caplog: pytest.LogCaptureFixture) -> Iterator[Asked]:
+    """One caller, and the audit record in the test's log."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs, caplog.at_level(logging.INFO, "convertd.audit"):
+        yield Asked(ours)
+
+
+def test_each_request_has_a_row() -> None:
+    """One that is added to the messages alone would end the broker."""
+    assert set(dispatch.ROWS) == set(get_args(messages.RequestBody))
+
+
+def test_an_answer_is_whole(asked: Asked) -> None:
+    """The last of it says so."""
+    assert asked.answers(messages.ListJobs()) == [messages.ReplyComplete()]
+    report, complete = asked.answers(messages.GetAccess())
+    assert isinstance(report, messages.AccessReport)
+    assert report.uid == os.getuid()
+    assert complete == messages.ReplyComplete()
+
+
+def test_a_refusal_is_the_whole_answer_and_on_record(
+    asked: Asked, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By what it is called on record, and by whom it came."""
+    (refused,) = asked.answers(messages.GetStats())
+    assert isinstance(refused, messages.Refused)
+    assert refused.failure.reason == "PERMISSION_DENIED"
+    for part in ("operation=get-stats", "outcome=refused", f"uid={os.getuid()}"):
+        assert part in caplog.text
+
+
+def test_over_no_connection_nothing_is_done(asked: Asked, caplog: pytest.LogCaptureFixture) -> None:
+    """It is nobody's request, and on record as that."""
+    (refused,) = asked.answers(messages.CancelJob(job_id="x"), asked.number + 1)
+    assert isinstance(refused, messages.Refused)
+    assert refused.failure.reason == "UNKNOWN_CONNECTION"
+    assert "operation=cancel-job" in caplog.text
+    assert "uid=" not in caplog.text
+
+
+def test_a_request_that_the_policy_refuses_has_no_job(asked: Asked) -> None:
+    """It never comes into a queue."""
+    request = grants.request("/elsewhere/a", "/images/b")
+    (refused,) = asked.answers(request)
+    assert isinstance(refused, messages.Refused)
+    assert refused.failure.reason == "PERMISSION_DENIED"
+    assert len(asked.jobs) == 0
