@@ -222,6 +222,12 @@ class Versions:
     compressions: tuple[str, ...]
     formats: frozenset[str]
 
+    def __str__(self) -> str:
+        return (
+            f"version={self.daemon} qemu_img={self.qemu_img}"
+            f" kernel={self.kernel} landlock={self.landlock_abi}"
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AccessReport:

@@ -200,7 +200,7 @@ class Broker:
         self._reporter.update_status()
         self._watch_idle()
         self._spare.schedule_fork(len(self._jobs))
-        log.info("serving versions=%s", self._config.versions)
+        log.info("serving %s", self._config.versions)
 
     def _reload(self) -> None:
         """Take a new policy, or keep the one in force. Running jobs keep theirs."""

@@ -191,7 +191,8 @@ class JobSupervisor:
     def _mark_unkillable(self, job: jobs.Job) -> None:
         """A process in state D: its caller is told, its place stays taken, the job list says so."""
         if self.jobs.find(job.job_id) is job and job.ending is not None:
-            log.error("job can't be killed job=%s pids=%s", job.job_id, sorted(job.processes()))
+            pids = ",".join(str(pid) for pid in sorted(job.processes()))
+            log.error("job can't be killed job=%s pids=%s", job.job_id, pids)
             job.state = jobs.State.UNKILLABLE
             self._front.send(messages.Ended(job_id=job.job_id, failure=job.ending))
 

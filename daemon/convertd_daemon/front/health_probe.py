@@ -63,8 +63,11 @@ class Prober:
             try:
                 async with asyncio.timeout(LIMIT_S):
                     await self._ask(outside)
-            except (grpc.aio.AioRpcError, OSError) as error:  # TimeoutError is one
-                log.warning("health check failed error=%r", error)
+            except grpc.aio.AioRpcError as error:
+                log.warning("health check failed status=%s", error.code().name)
+            except OSError as error:
+                why = "no answer in time" if isinstance(error, TimeoutError) else error
+                log.warning("health check failed error=%s", why)
             else:
                 on_health()
 

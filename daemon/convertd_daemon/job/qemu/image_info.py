@@ -116,7 +116,7 @@ def _describe(
         info = _parse(said, source)
         is_elsewhere = _is_elsewhere(said, source)
     except NOT_UNDERSTOOD as error:
-        log.info("info unreadable path=%r error=%r", path, error)
+        log.info("info unreadable path=%r error=%r", path, str(error))
         raise conditions.ImageRefused(path=path, problem=STRANGE) from error
     if info.format != image_format:
         raise conditions.FormatMismatch(path=path, format=image_format)
@@ -134,7 +134,7 @@ def contents(path: str, text: str) -> values.Contents:
     try:
         return _contents(json.loads(text))
     except NOT_UNDERSTOOD as error:
-        log.info("info unreadable path=%r error=%r", path, error)
+        log.info("info unreadable path=%r error=%r", path, str(error))
         raise conditions.ImageRefused(path=path, problem=STRANGE) from error
 
 
@@ -149,7 +149,7 @@ def result_info(fd: int, image_format: str, runner: execution.Runner) -> tuple[s
         found = json.loads(outcome.stdout)
         return str(found["format"]), int(found["virtual-size"])
     except NOT_UNDERSTOOD as error:
-        log.warning("result not understood format=%s error=%r", image_format, error)
+        log.warning("result not understood format=%s error=%r", image_format, str(error))
         return "", 0
 
 
