@@ -1,4 +1,4 @@
-"""The daemon's client, for asyncio. See `client`, which is the same for threads."""
+"""The daemon's client for asyncio. See `client`, the same for synchronous code."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Disconnect. Conversions that run are cancelled."""
+        """Disconnect. Running conversions are cancelled."""
         if self._opened is not None:
             await self._opened.close()
 
-    async def convert(  # noqa: PLR0913 - each argument but two may be left out
+    async def convert(  # noqa: PLR0913 - most arguments are optional
         self,
         source: conversion.Path,
         dest: conversion.Path,
@@ -65,7 +65,7 @@ class AsyncClient:
         wait_for_ready: float | None = None,
         **options: Unpack[conversion.ConvertOptions],
     ) -> results.ConvertResult:
-        """Convert the image `source` into a new image `dest`, which is there whole or not at all.
+        """Convert the image `source` into a new image `dest`, which appears complete or not at all.
 
         See `Client.convert`. `on_progress` is a plain function, called in the event loop.
 
@@ -90,7 +90,7 @@ class AsyncClient:
         timeout: float | None = sockets.DEFAULT_TIMEOUT_S,  # noqa: ASYNC109 - see convert
         wait_for_ready: float | None = None,
     ) -> results.ImageInfo:
-        """Say what the image at `path` is. Only its headers are read.
+        """Describe the image at `path`. Only its headers are read.
 
         Raises:
             errors.ConvertError: see `errors`.
@@ -125,10 +125,10 @@ class AsyncClient:
         timeout: float | None = sockets.DEFAULT_TIMEOUT_S,  # noqa: ASYNC109 - see convert
         wait_for_ready: float | None = None,
     ) -> results.Job:
-        """Tell a job to end, and give it back as it was then. Does not wait for its end.
+        """Cancel a job, and return its state. Does not wait for its end.
 
         Raises:
-            errors.NotFound: there is no such job, or it is another's.
+            errors.NotFound: there is no such job, or it belongs to another user.
             errors.ConvertError: see `errors`.
         """
         request = pb.CancelJobRequest(job_id=job_id)
@@ -141,7 +141,7 @@ class AsyncClient:
         timeout: float | None = sockets.DEFAULT_TIMEOUT_S,  # noqa: ASYNC109 - see convert
         wait_for_ready: float | None = None,
     ) -> results.Access:
-        """Say whom the daemon takes this caller for, and what that caller may do.
+        """Return the caller's identity, as the daemon sees it, and its grants.
 
         Raises:
             errors.ConvertError: see `errors`.
@@ -152,7 +152,7 @@ class AsyncClient:
 
     @property
     def _channel(self) -> grpc.aio.Channel:
-        # Not before the first call: gRPC ties a channel to the event loop that runs then.
+        # Not before the first call: gRPC binds a channel to the event loop that runs then.
         if self._opened is None:
             self._opened = grpc.aio.insecure_channel(
                 to_proto.target(self.socket), to_proto.CHANNEL_OPTIONS
@@ -183,7 +183,7 @@ class AsyncClient:
 
 
 class _Waiting:
-    """Waits for a daemon that is not there, but not for ever. See the one in `client`."""
+    """Limits how long a call waits for a daemon that does not listen. As the one in `client`."""
 
     def __init__(self, channel: grpc.aio.Channel, path: str, wait_s: float) -> None:
         self._channel = channel
@@ -198,12 +198,12 @@ class _Waiting:
         return self._wait_s > 0
 
     def end(self) -> None:
-        """The daemon answers: it is there."""
+        """End the wait: the daemon has answered."""
         self._answered = True
 
     @contextlib.asynccontextmanager
     async def watch(self, call: grpc.aio.Call, *, converting: bool) -> AsyncIterator[None]:
-        """Run the call's body, turn how it failed into our errors, and leave no call behind."""
+        """Run the block, convert the call's failure to a ConvertError, and cancel it at the end."""
         loop = asyncio.get_running_loop()
         timer = loop.call_later(self._wait_s, self._call_off, call) if self.allowed else None
         try:
@@ -211,8 +211,8 @@ class _Waiting:
         except grpc.aio.AioRpcError as error:
             raise await self._error(call, converting=converting) from error
         except asyncio.CancelledError:
-            # gRPC also raises this in the task whose call was called off. A task that was itself
-            # cancelled must stay so.
+            # gRPC raises this also in a task whose call we cancelled. If the task itself was
+            # cancelled, the exception must propagate.
             task = asyncio.current_task()
             if not self._called_off or (task is not None and task.cancelling()):
                 raise
@@ -238,5 +238,5 @@ class _Waiting:
             answered=self._answered,
             called_off=self._called_off,
         )
-        # In a thread, for it may have to wait for a daemon that does not accept.
+        # In a thread: it may have to wait for a daemon that does not accept.
         return await asyncio.to_thread(call_errors.error, ended)

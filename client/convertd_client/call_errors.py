@@ -1,4 +1,4 @@
-"""How a call ended, when it did not end well: from gRPC's words to ours, for both clients."""
+"""Convert the failure of a gRPC call to a ConvertError, for both clients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DOMAIN: Final = "convertd"
 STATUS_KEY: Final = "grpc-status-details-bin"
 
 _NEVER_SENT: Final = "failed to connect to all addresses"
-"""How gRPC's text begins for a call that it never gave to a connection."""
+"""The start of gRPC's text for a call that it never sent."""
 
 _OURS: Final[Mapping[str, tuple[str, str]]] = {
     "DEADLINE_EXCEEDED": ("TIMEOUT", "the call took longer than its timeout, and was cancelled"),
@@ -24,16 +24,17 @@ _OURS: Final[Mapping[str, tuple[str, str]]] = {
     "UNIMPLEMENTED": ("NO_SUCH_METHOD", "this daemon does not know the call"),
     "RESOURCE_EXHAUSTED": ("MESSAGE_TOO_LARGE", "the request or the answer is too large"),
 }
-"""What a status means that gRPC itself gave. Any other is a lost connection."""
+"""The meaning of a status that gRPC itself set. Any other is a lost connection."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ending:
-    """How a call ended, and what is known of its way there.
+    """How a call ended.
 
-    `converting` says that the call had an effect, so that it matters if its answer got lost;
-    `answered` that the daemon had begun to answer; `called_off` that the client ended it because
-    there was no connection.
+    Attributes:
+        converting: the call converts, so it matters if its reply was lost.
+        answered: the daemon had begun to reply.
+        called_off: the client cancelled the call because there was no connection.
     """
 
     socket: str
@@ -46,7 +47,7 @@ class Ending:
 
 
 def error(ending: Ending) -> errors.ConvertError:
-    """The error for a call that ended so. May connect to the socket, to see what is wrong."""
+    """Choose the error for a call that failed. May connect to the socket, to find the cause."""
     info = _error_info(ending)
     if info is not None:
         return errors.of_status(ending.code.name, info.reason, ending.text, info.metadata)
@@ -78,7 +79,7 @@ def _transport_error(ending: Ending) -> errors.ConvertError:
 
 
 def _error_info(ending: Ending) -> error_details_pb2.ErrorInfo | None:
-    """The one ErrorInfo that each answer of the daemon has, and none of gRPC's own."""
+    """The one ErrorInfo that each error of the daemon has, and gRPC's own errors have not."""
     for key, value in ending.metadata:
         if key == STATUS_KEY and isinstance(value, bytes):
             found = _infos(value)

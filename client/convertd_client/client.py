@@ -1,4 +1,4 @@
-"""The daemon's client, for threads."""
+"""The daemon's client for synchronous code."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ Call = TypeVar("Call", bound=grpc.Call)
 class Client:
     """A connection to the daemon.
 
-    `socket` is the daemon's socket; by default what $CONVERTD_SOCKET says, else
-    /run/convertd/convertd.sock. `wait_for_ready` is how many seconds a call waits for a daemon
-    that is not there, as while it restarts; 0 fails at once. Each call may say otherwise. A call
-    that reached a daemon is never made again.
+    `socket` is the daemon's socket; by default $CONVERTD_SOCKET, else /run/convertd/convertd.sock.
+    `wait_for_ready` is how many seconds a call waits for a daemon that does not listen, for example
+    while it restarts; 0 fails at once. Each call can override it. A call that reached a daemon is
+    never repeated.
 
-    Use it as a context manager, or close it. Any number of threads may use one. It connects with
-    the first call, and the daemon takes it for whoever made that call: make a new one after fork
-    or a change of uid.
+    Use it as a context manager, or close it. Any number of threads may share one. It connects at
+    the first call, as the process and uid that make it: make a new one after fork or a change of
+    uid.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Disconnect. Conversions that run are cancelled."""
+        """Disconnect. Running conversions are cancelled."""
         self._channel.close()
 
-    def convert(  # noqa: PLR0913 - each argument but two may be left out
+    def convert(  # noqa: PLR0913 - most arguments are optional
         self,
         source: conversion.Path,
         dest: conversion.Path,
@@ -75,10 +75,10 @@ class Client:
         wait_for_ready: float | None = None,
         **options: Unpack[conversion.ConvertOptions],
     ) -> results.ConvertResult:
-        """Convert the image `source` into a new image `dest`, which is there whole or not at all.
+        """Convert the image `source` into a new image `dest`, which appears complete or not at all.
 
         Paths are absolute. `on_progress` is called in this thread. `timeout` is in seconds, and
-        includes the time in the queue; None is without limit. Leaving the call in any way, Ctrl-C
+        includes the time in the queue; None means no limit. To leave the call in any way, Ctrl-C
         and an exception of `on_progress` included, cancels the job. The options are those of
         `conversion.ConvertOptions`.
 
@@ -105,7 +105,7 @@ class Client:
         timeout: float | None = sockets.DEFAULT_TIMEOUT_S,
         wait_for_ready: float | None = None,
     ) -> results.ImageInfo:
-        """Say what the image at `path` is. Only its headers are read.
+        """Describe the image at `path`. Only its headers are read.
 
         Raises:
             errors.ConvertError: see `errors`.
@@ -140,10 +140,10 @@ class Client:
         timeout: float | None = sockets.DEFAULT_TIMEOUT_S,
         wait_for_ready: float | None = None,
     ) -> results.Job:
-        """Tell a job to end, and give it back as it was then. Does not wait for its end.
+        """Cancel a job, and return its state. Does not wait for its end.
 
         Raises:
-            errors.NotFound: there is no such job, or it is another's.
+            errors.NotFound: there is no such job, or it belongs to another user.
             errors.ConvertError: see `errors`.
         """
         request = pb.CancelJobRequest(job_id=job_id)
@@ -156,7 +156,7 @@ class Client:
         timeout: float | None = sockets.DEFAULT_TIMEOUT_S,
         wait_for_ready: float | None = None,
     ) -> results.Access:
-        """Say whom the daemon takes this caller for, and what that caller may do.
+        """Return the caller's identity, as the daemon sees it, and its grants.
 
         Raises:
             errors.ConvertError: see `errors`.
@@ -187,11 +187,11 @@ class Client:
 
 
 class _Waiting:
-    """Waits for a daemon that is not there, but not for ever.
+    """Limits how long a call waits for a daemon that does not listen.
 
-    gRPC holds a call back until there is a connection, and knows no other bound for that than the
-    call's deadline. So the call is made once, and called off if there is none after `wait_s`.
-    Whether there is one is asked of gRPC only then.
+    gRPC delays a call until there is a connection, limited only by the call's deadline. So the
+    call is made once, and cancelled if there is no connection after `wait_s`. gRPC is asked for
+    its connection only then.
     """
 
     def __init__(self, channel: grpc.Channel, path: str, wait_s: float) -> None:
@@ -199,7 +199,7 @@ class _Waiting:
         self._path = path
         self._wait_s = wait_s
         self._is_answered = False
-        # Not threading's Event: Ctrl-C can come in the midst of what that does in Python.
+        # Not threading.Event, which is Python code that Ctrl-C can interrupt halfway.
         self._over: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._called_off = False
 
@@ -209,14 +209,14 @@ class _Waiting:
         return self._wait_s > 0
 
     def end(self) -> None:
-        """The daemon answers: it is there."""
+        """End the wait: the daemon has answered."""
         if not self._is_answered:
             self._is_answered = True
             self._over.put(None)
 
     @contextlib.contextmanager
     def watch(self, make: Callable[[], Call], *, converting: bool) -> Iterator[Call]:
-        """Begin a call, turn how it failed into our errors, and leave no call behind."""
+        """Begin a call, convert its failure to a ConvertError, and cancel it at the end."""
         with signal_safe_call.begun(make) as call, contextlib.ExitStack() as stack:
             stack.callback(self._over.put, None)
             if self.allowed:

@@ -1,9 +1,8 @@
-"""The daemon's client in a process of its own, for callers in which gRPC's threads can't run.
+"""The daemon's client in a subprocess, for callers in which gRPC's threads can't run.
 
-eventlet, on which Nova may run, turns threads into coroutines that give way only where Python
-waits. gRPC waits in C: the first event of a conversion is never handed over, and the caller hangs
-(seen with eventlet 0.41 and grpcio 1.85; a thread of eventlet.tpool doesn't help). Waiting for a
-child gives way.
+eventlet, which Nova may use, turns threads into coroutines that yield only where Python waits. gRPC
+waits in C: the first event of a conversion is never delivered, and the caller hangs (seen with
+eventlet 0.41 and grpcio 1.85; a thread of eventlet.tpool doesn't help). To wait for a child yields.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Final
 
 from convertd_client import errors, job
 
-# -I leaves out the environment and the working directory; the package is the one beside us.
+# -I ignores the environment and the working directory; the package is loaded by our own path.
 _START: Final = """
 import importlib.util, pickle, sys
 spec = importlib.util.spec_from_file_location("convertd_client", sys.argv.pop())
@@ -32,18 +31,18 @@ pickle.dump(end, sys.stdout.buffer)
 
 
 def is_needed() -> bool:
-    """Whether eventlet has taken the place of this process's threads."""
+    """Whether eventlet has replaced this process's threads."""
     patcher = getattr(sys.modules.get("eventlet"), "patcher", None)
     return patcher is not None and bool(patcher.is_monkey_patched("thread"))
 
 
 def call(method: str, *arguments: object, **options: object) -> object:
-    """Call a method of `Client`, and give what it gives.
+    """Call a method of `Client`, and return its result.
 
-    If the wait is interrupted, the child is killed, and with it a conversion ends.
+    If the wait is interrupted, the child is killed, which cancels its conversion.
 
     Raises:
-        errors.ConvertError: as the method does, or the child can't be started.
+        errors.ConvertError: as the method, or the child can't be started.
     """
     done = subprocess.run(
         [job.interpreter(), "-I", "-c", _START, f"{sys.modules['convertd_client'].__file__}"],

@@ -1,9 +1,9 @@
-"""The job program as a child of ours: started, listened to, ended.
+"""Run the job program as a child process.
 
-It is told by one message on a SOCK_SEQPACKET socket, its standard input, and answers there. The
-socket is also its life: when our end closes, by whatever cause, the job ends and leaves nothing.
-SIGTERM ends it too, except while it publishes: so what it says last, or that it says nothing,
-tells for certain whether the result is there.
+The job reads its request from a SOCK_SEQPACKET socket, its standard input, and sends its events
+there. When our end closes, for any reason, the job ends and leaves nothing behind. SIGTERM ends it
+too, except while it publishes: so its last event, or the lack of one, tells for certain whether the
+result was published.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from convertd_client import errors, job_protocol, results
 MAX_MESSAGE_BYTES: Final = 1024 * 1024
 
 MAX_SECRET_BYTES: Final = 4097
-"""One more than is allowed, so that the job sees a passphrase that is too long."""
+"""One more than the limit, so that the job detects a passphrase that is too long."""
 
 _PASSPHRASE: Final = b"P"
-"""What a passphrase begins with on its way, so that an empty one is not the end."""
+"""The first byte of a message with a passphrase: an empty message would be end of file."""
 
 GRACE_S: Final = 10.0
-"""How long a job may take to end when it is told to. It takes milliseconds, unless a disk hangs."""
+"""How long a stopped job may take to end. It takes milliseconds, unless a disk hangs."""
 
 DEFAULT_PATH: Final = "/usr/local/bin:/usr/bin:/bin"
-"""Where programs are looked for when PATH is not set."""
+"""The search path for programs when PATH is not set."""
 
-# Python's -I leaves out the environment, the working directory and the user's own packages. The
-# program is the one beside us, whichever else could be found: its package is loaded by its file.
+# Python's -I ignores the environment, the working directory and the user's own packages. The job
+# program is loaded by the path of its file, beside ours, not from sys.path.
 _START: Final = """
 import importlib.util, runpy, sys
 spec = importlib.util.spec_from_file_location("convertd_daemon", sys.argv.pop())
@@ -46,7 +46,7 @@ runpy.run_module("convertd_daemon.job", run_name="__main__", alter_sys=True)
 
 
 class Job:
-    """A job program that runs. Ends with the context, if it has not ended by then."""
+    """A running job program. Leaving the context ends it."""
 
     def __init__(
         self, told: bytes, timeout_s: float | None, secrets: tuple[bytes, ...] = ()
@@ -60,11 +60,11 @@ class Job:
                 [interpreter(), "-I", "-c", _START, _program()],
                 stdin=there.fileno(),
                 stdout=subprocess.DEVNULL,
-                # Ctrl-C is for us: we end the job, and see how it ended.
+                # Ctrl-C must reach only this process, which then ends the job.
                 start_new_session=True,
             )
             self._line.send(told)
-            # Of their own, and not in the message, which may be logged.
+            # In messages of their own: the request may be logged.
             for secret in secrets:
                 self._line.send(_PASSPHRASE + secret[:MAX_SECRET_BYTES])
             stack.pop_all()
@@ -81,22 +81,22 @@ class Job:
 
     @property
     def status(self) -> int:
-        """The program's exit status, once it said its last."""
+        """The program's exit status; to be read after its last event."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self._process.wait(GRACE_S)
         return 0
 
     def stop(self) -> None:
-        """Tell the job to end. What it still says is to be read. For any thread."""
+        """Tell the job to end. Its last events must still be read. Any thread may call this."""
         self._process.terminate()
 
     def events(self) -> Iterator[tuple[str, job_protocol.Fields]]:
-        """What the job says, until it says no more.
+        """Yield the job's events until it closes the socket.
 
-        When the time is over the job is stopped, and `timed_out` set.
+        After the timeout the job is stopped, and `timed_out` set.
 
         Raises:
-            errors.OutcomeUnknown: it was stopped, and does not end.
+            errors.OutcomeUnknown: it was stopped, but does not end.
         """
         while data := self._receive():
             yield job_protocol.event(data)
@@ -119,12 +119,12 @@ class Job:
     def _remaining_s(self) -> float | None:
         if self._deadline is None:
             return None
-        # Not 0, which would be "do not wait at all".
+        # Not 0, which means not to wait at all.
         return max(self._deadline - time.monotonic(), 0.001)
 
 
 class Conversion:
-    """One conversion by a job program."""
+    """One conversion by the job program."""
 
     def __init__(self, told: bytes, secrets: tuple[bytes, ...]) -> None:
         self._told = told
@@ -134,7 +134,7 @@ class Conversion:
         self._plan: results.Plan | None = None
 
     def cancel(self) -> None:
-        """Have the conversion end. `run` says whether that came too late. For any thread."""
+        """Cancel the conversion. It may still succeed in `run`. Any thread may call this."""
         self._cancelled = True
         if self._job is not None:
             self._job.stop()
@@ -142,10 +142,10 @@ class Conversion:
     def run(
         self, on_progress: Callable[[results.Progress], None] | None, timeout_s: float | None
     ) -> results.ConvertResult:
-        """Convert, and wait for the end. Once.
+        """Convert, and wait for the end. May be called once.
 
         Raises:
-            errors.ConvertError: it was not done.
+            errors.ConvertError: see `errors`.
         """
         started = time.monotonic()
         with Job(self._told, timeout_s, self._secrets) as self._job:
@@ -164,7 +164,7 @@ class Conversion:
             raise self._silence(self._job)
 
     def _silence(self, job: Job) -> errors.ConvertError:
-        """Why a job ended without saying how."""
+        """The error for a job that ended without a last event."""
         if self._cancelled:
             text = "the job was cancelled; nothing was published"
             return errors.Cancelled(text, reason="CANCELLED_BY_CALLER")
@@ -178,10 +178,10 @@ class Conversion:
 
 
 def inspect(path: str, told: bytes, timeout_s: float | None) -> results.ImageInfo:
-    """Have a job program look at an image.
+    """Run a job program that inspects an image.
 
     Raises:
-        errors.ConvertError: it could not.
+        errors.ConvertError: see `errors`.
     """
     with Job(told, timeout_s) as job:
         for name, fields in job.events():
@@ -195,11 +195,11 @@ def inspect(path: str, told: bytes, timeout_s: float | None) -> results.ImageInf
 
 
 def qemu_img() -> str:
-    """The qemu-img to run, by its absolute path: the first on PATH, or else in /usr/bin.
+    """The absolute path of qemu-img: the first on PATH, or else in /usr/bin.
 
-    Where PATH has an empty or relative entry, or is not set, execvp(3) and `shutil.which` look in
-    the working directory, which may hold a program of whoever made the images there. Here only
-    absolute directories count.
+    If PATH has an empty or relative entry, or is not set, execvp(3) and `shutil.which` search the
+    working directory, where the owner of the images may have put a program. Here only absolute
+    directories count.
 
     Raises:
         errors.Unimplemented: there is none.
@@ -213,10 +213,10 @@ def qemu_img() -> str:
 
 
 def interpreter() -> str:
-    """The Python that runs us, by its absolute path.
+    """The absolute path of the running Python interpreter.
 
     Raises:
-        errors.Unimplemented: a program that embeds Python may not tell. Source: sys.executable.
+        errors.Unimplemented: unknown, in a program that embeds Python. Source: sys.executable.
     """
     if not os.path.isabs(sys.executable or ""):
         raise job_protocol.unsupported(
@@ -231,9 +231,9 @@ def _died(job: Job) -> errors.Internal:
 
 
 def _program() -> str:
-    """The file of the package that has the job program: the one installed with this package.
+    """The file of the package with the job program, installed beside this package.
 
-    Never looked up in sys.path, whose first entry is often the working directory.
+    sys.path is not searched: its first entry is often the working directory.
 
     Raises:
         errors.Unimplemented: it is not installed.

@@ -1,8 +1,8 @@
-"""Convert with the caller's own rights: no daemon, no root, nothing installed beyond convertd.
+"""Convert with the caller's own rights, without the daemon and without root.
 
-The job program that the daemon runs for each conversion is run here by the caller itself: the same
-steps, qemu-img in the same sandbox, the same guarantee that `dest` is there whole or not at all.
-Each call starts one process and waits for its end. Needs qemu-img, and a kernel with Landlock.
+The caller itself runs the job program that the daemon runs for each conversion: the same steps,
+qemu-img in the same sandbox, the same guarantee that `dest` appears complete or not at all. Each
+call starts one process and waits for its end. Needs qemu-img, and a kernel with Landlock.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def convert(
     timeout: float | None = None,
     **options: Unpack[conversion.ConvertOptions],
 ) -> results.ConvertResult:
-    """Convert the image `source` into a new image `dest`, which is there whole or not at all.
+    """Convert the image `source` into a new image `dest`, which appears complete or not at all.
 
     Paths may be relative. Otherwise as `Client.convert`.
 
@@ -43,10 +43,10 @@ def conversion_of(
     dest_format: str,
     options: conversion.ConvertOptions,
 ) -> job.Conversion:
-    """Make a conversion that is not running yet, and that another thread can cancel.
+    """Prepare a conversion, which another thread can cancel while it runs.
 
     Raises:
-        errors.InvalidArgument: it can't be asked for.
+        errors.InvalidArgument: the request is invalid.
         errors.Unimplemented: there is no qemu-img.
     """
     paths = conversion.absolute(source), conversion.absolute(dest)
@@ -60,7 +60,7 @@ def inspect(
     *,
     timeout: float | None = None,
 ) -> results.ImageInfo:
-    """Say what the image at `path` is. Only its headers are read.
+    """Describe the image at `path`. Only its headers are read.
 
     Raises:
         errors.ConvertError: see `errors`.

@@ -1,11 +1,10 @@
-"""The four functions of OpenStack Nova's `nova.privsep.qemu`, done by convertd.
+"""The four functions of OpenStack Nova's `nova.privsep.qemu`, by convertd.
 
-The names and arguments are those of Nova 34 (2026.2), and what comes out is the same image, with
-the same cache mode, flushed likewise. What differs is in docs/client.md: the errors, foremost, are
-this package's.
+Names and arguments are those of Nova 34 (2026.2). The result is the same image, with the same cache
+mode, also flushed. docs/client.md lists the differences; above all, the errors are this package's.
 
-`convert_image` and `privileged_qemu_img_info` ask the daemon, at $CONVERTD_SOCKET or its usual
-place; the policy must name the caller. The `unprivileged_` two need no daemon.
+`convert_image` and `privileged_qemu_img_info` call the daemon, at $CONVERTD_SOCKET or its default
+path; the policy must name the caller. The two `unprivileged_` functions need no daemon.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ from convertd_client import (
 Encryption = Mapping[str, str]
 
 DIRECT_BYTES: Final = 4096
-"""How much Nova writes to see whether direct I/O works."""
+"""How much Nova writes to test whether direct I/O works."""
 
 NOT_COMPRESSED: Final = frozenset({"vmdk"})
-"""Formats with which qemu-img takes a plain -c, and compresses nothing: Nova asks for no
-subformat, and a monolithicSparse is not compressed (qemu 7.2). Others are refused, as there."""
+"""Formats for which qemu-img accepts -c, but compresses nothing: Nova states no subformat, and a
+monolithicSparse is not compressed (qemu 7.2). Others are refused, as by qemu-img."""
 
 CREATE_MODE: Final = 0o644
-"""With what mode qemu-img creates files. Source: qemu block/file-posix.c, raw_co_create."""
+"""The mode of files that qemu-img creates. Source: qemu block/file-posix.c, raw_co_create."""
 
 
 def convert_image(  # noqa: PLR0913, PLR0917 - the arguments are Nova's
@@ -50,12 +49,12 @@ def convert_image(  # noqa: PLR0913, PLR0917 - the arguments are Nova's
 ) -> results.ConvertResult:
     """Convert an image with the daemon's rights. An existing `dest` is replaced.
 
-    The result's mode and owner are what the daemon's policy says. Nova's own function returns
-    nothing; the result is for whoever wants to know, the cache mode for instance.
+    The daemon's policy sets the result's mode and owner. Nova's own function returns None; this one
+    returns details, such as the cache mode.
 
     Raises:
-        errors.Unimplemented: an encryption format other than `luks` is asked for.
-        errors.ConvertError: it was not done.
+        errors.Unimplemented: the encryption format is not `luks`.
+        errors.ConvertError: see `errors`.
     """
     options = _options(in_format, out_format, instances_path, compress=compress)
     options.update(_secrets(src_encryption, dest_encryption))
@@ -79,11 +78,11 @@ def unprivileged_convert_image(  # noqa: PLR0913, PLR0917 - the arguments are No
 ) -> results.ConvertResult:
     """Convert an image with the caller's own rights. An existing `dest` is replaced.
 
-    The result's mode is what qemu-img would have given it.
+    The result's mode is the one that qemu-img would have set.
 
     Raises:
-        errors.Unimplemented: an encryption format other than `luks` is asked for.
-        errors.ConvertError: it was not done.
+        errors.Unimplemented: the encryption format is not `luks`.
+        errors.ConvertError: see `errors`.
     """
     options = _options(in_format, out_format, instances_path, compress=compress)
     options.update(_secrets(src_encryption, dest_encryption))
@@ -120,26 +119,26 @@ def _options(
 ) -> conversion.ConvertOptions:
     return conversion.ConvertOptions(
         source_format=in_format,
-        # qemu-img's -c alone, whatever a policy may prefer.
+        # As qemu-img's -c, whatever the policy prefers.
         compression="zlib" if compress and out_format not in NOT_COMPRESSED else None,
         cache_mode=_cache_mode(instances_path),
         overwrite=True,
-        # As Nova's own helper does; the policy's root has to allow it.
+        # As Nova's own helper does; the root in the policy has to allow it.
         accept_damaged=True,
     )
 
 
 def _cache_mode(instances_path: str) -> str:
-    """The cache mode that comes to the same as Nova's.
+    """The cache mode with the effect of Nova's.
 
-    Nova asks whether instances_path takes direct writes: then it is `none`, else `writeback`. But
-    the destination may lie elsewhere, and where it takes none, Nova fails. So `none` is left to
-    `auto`, which is `none` wherever that works. Where we may not ask, `auto` is the answer too.
+    Nova uses `none` if instances_path supports direct writes, else `writeback`. But the destination
+    may be on another file system, and if that does not support them, Nova fails. So `auto` is used
+    for `none`: it is `none` wherever that works. It is used too where the test is not permitted.
     """
     try:
         fd = os.open(instances_path, os.O_TMPFILE | os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        # What Nova takes for "no". EOPNOTSUPP is about O_TMPFILE alone.
+        # The errors that mean "no" to Nova. EOPNOTSUPP only means that there is no O_TMPFILE.
         return "writeback" if error.errno in {errno.EINVAL, errno.ENOENT} else "auto"
     try:
         with mmap.mmap(-1, DIRECT_BYTES) as block:
@@ -152,7 +151,7 @@ def _cache_mode(instances_path: str) -> str:
 
 
 def _secrets(source: Encryption | None, dest: Encryption | None) -> conversion.ConvertOptions:
-    """The passphrases. How a result is encrypted is Nova's way, which is the contract's default."""
+    """The passphrases. Nova's encryption parameters are the contract's defaults."""
     for asked in (source, dest):
         if asked and asked["format"] != "luks":
             raise job_protocol.unsupported(
@@ -167,14 +166,14 @@ def _secrets(source: Encryption | None, dest: Encryption | None) -> conversion.C
 
 
 def _image(path: str) -> str:
-    """The image itself, of a ploop image that is given by its directory. As Nova has it."""
+    """The image file of a ploop image, whose path is a directory. As Nova does."""
     if os.path.exists(os.path.join(path, "DiskDescriptor.xml")):
         return os.path.join(path, "root.hds")
     return path
 
 
 def _umask() -> int:
-    """The umask of this process. umask(2) tells it only by changing it, for all threads."""
+    """The umask of this process. umask(2) would change it, for all threads."""
     with open("/proc/self/status", encoding="ascii", errors="replace") as status:
         line = next(line for line in status if line.startswith("Umask:"))
     return int(line.split()[1], 8)

@@ -1,9 +1,8 @@
-"""Begin a gRPC call where no signal can cut its beginning short.
+"""Start a gRPC call so that no signal handler can interrupt the start.
 
-grpcio must not be left between making a call and starting the thread that waits for its end: then
-closing the channel waits for ever. That is where Ctrl-C, or any signal whose handler raises, would
-leave it now and then. Python runs handlers in the main thread, so from there a call is begun by
-another one.
+If an exception interrupts grpcio between making a call and starting the thread that waits for its
+end, closing the channel waits for ever. Ctrl-C, or any signal whose handler raises, sometimes does
+that. Python runs handlers in the main thread, so a call of the main thread is started in another.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ Call = TypeVar("Call", bound=grpc.RpcContext)
 
 @contextlib.contextmanager
 def begun(make: Callable[[], Call]) -> Iterator[Call]:
-    """Have the call that `make` begins for the length of the block, and cancel it at its end.
+    """Start a call with `make` for the length of the block, and cancel it at the end.
 
     Raises:
         ValueError: the channel is closed.
@@ -42,26 +41,26 @@ def begun(make: Callable[[], Call]) -> Iterator[Call]:
 
 
 def thread(work: Callable[P, None], *arguments: P.args, **options: P.kwargs) -> None:
-    """Start a thread that nobody waits for, whatever signal comes meanwhile.
+    """Start a thread that is never joined, safely even if a signal handler raises meanwhile.
 
-    Not by threading.Thread, whose start() waits, in Python, until the thread runs: a handler that
-    raises there leaves a lock as it must not be.
+    Not with threading.Thread, whose start() waits, in Python, until the thread runs: a handler that
+    raises there leaves a lock in a wrong state.
     """
     _thread.start_new_thread(work, arguments, options)
 
 
 class _Beginning(Generic[Call]):
-    """A call that one thread makes and another waits for, or does not want any more."""
+    """A call that one thread makes, and that another waits for or abandons."""
 
     def __init__(self, make: Callable[[], Call]) -> None:
         self._make = make
         self._made: Call | None = None
         self._is_abandoned = False
-        # An error, or none: a call of gRPC's is an exception itself.
+        # An error, or None: not the call, which is an exception itself in gRPC.
         self._ended: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
 
     def run(self) -> None:
-        """Make it."""
+        """Make the call."""
         try:
             self._made = self._make()
         except Exception as error:  # noqa: BLE001 - it is raised where the call is awaited
@@ -72,14 +71,14 @@ class _Beginning(Generic[Call]):
             self._made.cancel()
 
     def call(self) -> Call:
-        """Wait until it is made."""
+        """Wait until the call is made, and return it."""
         error = self._ended.get()
         if self._made is None:
             raise error or AssertionError
         return self._made
 
     def abandon(self) -> None:
-        """Cancel it, now or as soon as it is made."""
+        """Cancel the call, now or as soon as it is made."""
         self._is_abandoned = True
         if self._made is not None:
             self._made.cancel()

@@ -1,4 +1,4 @@
-"""Where the daemon listens, and why it can't be reached when it can't."""
+"""The path of the daemon's socket, and why the daemon can't be reached."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ VARIABLE: Final = "CONVERTD_SOCKET"
 """The environment variable that overrides the default path."""
 
 MAX_PATH_BYTES: Final = 107
-"""What sockaddr_un holds, less its NUL. Source: unix(7)."""
+"""The size of sockaddr_un's path, without its NUL. Source: unix(7)."""
 
 DEFAULT_TIMEOUT_S: Final = 60.0
 """For calls that a daemon answers at once."""
 
 DEFAULT_WAIT_S: Final = 5.0
-"""How long a call waits for a daemon that is not there: one that restarts is back within that."""
+"""How long a call waits for a daemon that does not listen: enough for a restart."""
 
 _CONNECT_TIMEOUT_S: Final = 1.0
 
 
 def path_of(chosen: str | os.PathLike[str] | None) -> str:
-    """The socket to connect to, as an absolute path.
+    """The absolute path of the socket to connect to.
 
     Raises:
-        ValueError: the path is longer than a socket's path can be.
+        ValueError: the path is too long for a socket.
     """
     path = os.path.abspath(os.fspath(chosen or os.environ.get(VARIABLE) or DEFAULT_PATH))
     if len(os.fsencode(path)) > MAX_PATH_BYTES:
@@ -38,7 +38,7 @@ def path_of(chosen: str | os.PathLike[str] | None) -> str:
 
 
 def refusal(path: str) -> errors.Unreachable | None:
-    """Why it is useless to wait for this socket; None where waiting may help."""
+    """Why a call can't succeed by waiting for this socket; None where waiting may help."""
     try:
         mode = os.stat(path).st_mode
     except PermissionError:
@@ -54,7 +54,7 @@ def refusal(path: str) -> errors.Unreachable | None:
 
 
 def diagnosis(path: str) -> errors.Unreachable:
-    """Why nobody answered, found out by connecting once more without gRPC."""
+    """Why the daemon did not answer; connects once more, without gRPC."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(_CONNECT_TIMEOUT_S)
         try:

@@ -1,4 +1,4 @@
-"""convertctl, the daemon's command line."""
+"""convertctl, the daemon's command-line client."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ INTERRUPTED: Final = 130
 def main() -> NoReturn:
     """Run convertctl.
 
-    What is imported, is imported when it is needed: a completion must not take half a second.
+    Modules are imported when they are needed: a completion must not take half a second.
     """
-    # A lost connection is told in our own words.
+    # convertctl reports a lost connection itself.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

@@ -23,21 +23,21 @@ SHELLS: Final = ("bash", "zsh", "fish")
 
 
 def run() -> int:
-    """Run the command line that this process was started with, and give its exit status."""
+    """Run this process's command line, and return its exit status."""
     try:
         status = convertctl.main(prog_name="convertctl", standalone_mode=False)
     except click.ClickException as error:
-        # Not in click's way, which shows arguments as they are: a shell may have found them.
+        # click would print arguments unescaped, such as file names that a shell expanded.
         error_output.say_misused(error)
         return error.exit_code
     return status if isinstance(status, int) else 0
 
 
 class Commands(click.Group):
-    """The group of commands: where every error of ours becomes a line and a status."""
+    """The group of commands, which turns a ConvertError into a line and an exit status."""
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run a command. An error of ours is a line and status 1, Ctrl-C a status."""
+        """Run a command. Exit with a line and status 1 on ConvertError, with 130 on Ctrl-C."""
         try:
             return super().invoke(ctx)
         except errors.ConvertError as error:
@@ -47,7 +47,7 @@ class Commands(click.Group):
                 error_output.say(error, is_local=ctx.meta.get("local", False))
             ctx.exit(1)
         except KeyboardInterrupt:
-            # click would say "Aborted!", with status 1.
+            # click would print "Aborted!" and exit with 1.
             ctx.exit(signals.INTERRUPTED)
 
 
@@ -110,7 +110,7 @@ def _client() -> convertd_client.Client:
 
 
 class Given(conversion.ConvertOptions):
-    """The options of `convert`, as click hands them over."""
+    """The options of `convert`, as click passes them."""
 
     dest_format: str
     timeout: float | None

@@ -1,4 +1,4 @@
-"""`convertctl convert`: one conversion, with the daemon or without."""
+"""`convertctl convert`: one conversion, by the daemon or without it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from convertd_client.cli import (
 )
 
 JOB_ID_WAIT_S = 2.0
-"""How long a signal waits for a job that is just being made: less than Stopping's patience."""
+"""How long to wait for the id of a job that is to be cancelled: less than PATIENCE_S."""
 
 
 class Running(Protocol):
@@ -34,7 +34,7 @@ class Running(Protocol):
         """Convert, and wait for the end."""
 
     def cancel(self) -> None:
-        """Have the conversion end. `run` says how it ended."""
+        """Cancel the conversion. `run` returns or raises how it ended."""
 
 
 class Remote:
@@ -59,29 +59,29 @@ class Remote:
     ) -> results.ConvertResult:
         """Convert, and wait for the end."""
 
-        def hear(news: results.Progress) -> None:
-            self._job_id = news.job_id
+        def note_job(report: results.Progress) -> None:
+            self._job_id = report.job_id
             self._has_job.set()
             if on_progress is not None:
-                on_progress(news)
+                on_progress(report)
 
         return self._client.convert(
             self._source,
             self._dest,
             dest_format=self._dest_format,
-            on_progress=hear,
+            on_progress=note_job,
             timeout=timeout_s,
             **self._options,
         )
 
     def cancel(self) -> None:
-        """Have the conversion end; if the daemon has none yet, `run` is for the caller to leave."""
+        """Cancel the job, if the daemon reports its id soon; else the caller must leave `run`."""
         if self._has_job.wait(JOB_ID_WAIT_S):
             self._client.cancel(self._job_id, timeout=signals.PATIENCE_S)
 
 
 def run(running: Running, dest: str, *, overwrite: bool, timeout_s: float | None) -> None:
-    """Run a conversion to its end, showing how far it is, and end the program accordingly."""
+    """Run a conversion, show its progress, and end the program with its outcome."""
     context = click.get_current_context()
     as_json, quiet = bool(context.meta.get("json")), bool(context.params["quiet"])
     with signals.Stopping(running.cancel) as stop:
@@ -119,7 +119,7 @@ def _say_cancelled(error: errors.Cancelled, dest: str, *, as_json: bool, overwri
 
 
 def _say_left(dest: str, *, as_json: bool) -> None:
-    """Say what is certain when the job's end was not waited for."""
+    """Print what is certain when convertctl stops waiting for the job's end."""
     text = f"stopped waiting; the job is being cancelled, and a file {dest} is whole or not there"
     if as_json:
         json_output.error_line(errors.OutcomeUnknown(text, reason="INTERRUPTED"))

@@ -1,4 +1,4 @@
-"""convertctl's options for how DEST is created: those of its format, by qemu's names."""
+"""convertctl's options for the creation of DEST: those of its format, by qemu's names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 def _complete_subformat(
     ctx: click.Context, _param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """Offer those of the format, or of any as long as that is not said."""
+    """Offer the subformats of the stated format, or of all formats if none is stated yet."""
     stated = ctx.params.get("dest_format")
     kinds = [
         options["subformat"]
@@ -76,7 +76,7 @@ _OPTIONS: Final = (
 
 
 def options(command: Command) -> Command:
-    """Give a command these options, in their order."""
+    """Add these options to a command, in this order."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command

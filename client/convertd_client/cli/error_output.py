@@ -1,4 +1,4 @@
-"""How convertctl says that something went wrong: one line, and a hint where one helps."""
+"""Print errors and warnings for people: one line, and a hint if there is one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LOCAL_HINTS: Final = {
     "TIMEOUT": HINTS["TIMEOUT"],
     "PUBLISHED_BUT_NOT_DURABLE": HINTS["PUBLISHED_BUT_NOT_DURABLE"],
 }
-"""The same without a daemon: there is no policy, no list of jobs, and no log."""
+"""The hints without a daemon, where there is no policy, no list of jobs, and no log."""
 
 DAEMONS_RIGHTS: Final = (
     "the daemon has no right to it: as root, `convertd check` shows what the service needs"
@@ -48,7 +48,7 @@ LOOK_FIRST: Final = "check whether the destination exists before you try again"
 
 
 def say(error: errors.ConvertError, *, is_local: bool = False) -> None:
-    """Print an error for people. `is_local`: of a call without the daemon."""
+    """Print an error. `is_local` is for a call without the daemon."""
     warn(f"{error.message} ({error.reason})")
     hint = _hint(error, is_local=is_local)
     if hint is not None:
@@ -56,7 +56,7 @@ def say(error: errors.ConvertError, *, is_local: bool = False) -> None:
 
 
 def _hint(error: errors.ConvertError, *, is_local: bool) -> str | None:
-    """What helps, if anything: by whose rights were used, too."""
+    """The hint for an error, if there is one; it also depends on whose rights were used."""
     if isinstance(error, errors.OutcomeUnknown):
         return LOOK_FIRST
     if is_local:
@@ -67,18 +67,18 @@ def _hint(error: errors.ConvertError, *, is_local: bool) -> str | None:
 
 
 def say_misused(error: click.ClickException) -> None:
-    """Print what is wrong with a command line."""
+    """Print the error in a command line."""
     warn(" ".join(error.format_message().split()))
     if isinstance(error, click.UsageError) and error.ctx is not None:
         click.echo(f"  `{error.ctx.command_path} --help` shows the usage", err=True)
 
 
 def warn_of(notices: tuple[results.Warning, ...]) -> None:
-    """Print what a call that succeeded has to say beside its result."""
+    """Print the warnings of a call that succeeded."""
     for notice in notices:
         warn(f"warning: {notice.message} ({notice.reason})")
 
 
 def warn(message: str) -> None:
-    """Print one line about what went wrong."""
+    """Print one line to standard error."""
     click.echo(f"convertctl: {text.shown(message)}", err=True)

@@ -1,4 +1,4 @@
-"""What `--json` prints: one object a line, which programs may rely on.
+"""The output of `--json`: one object per line, a stable interface for programs.
 
 The keys are the names of `results` and of the contract.
 """
@@ -20,7 +20,7 @@ def line(value: object, event: str | None = None) -> None:
     plain = _plain(value)
     if event is not None and isinstance(plain, dict):
         plain = {"event": event, **plain}
-    # DEL is the one control character that json leaves as it is.
+    # DEL is the only control character that json does not escape.
     click.echo(json.dumps(plain).replace("\x7f", "\\u007f"))
 
 

@@ -1,4 +1,4 @@
-"""How convertctl shows how far a conversion is: a bar, lines, or JSON."""
+"""Show a conversion's progress: as a bar, lines, or JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Show = Callable[[results.Progress], None]
 
 
 def shower(*, as_json: bool, quiet: bool) -> contextlib.AbstractContextManager[Show]:
-    """The way that fits whoever reads it. The function is to be called with each progress."""
+    """Choose how to show progress. The context gives a function to call with each report."""
     if as_json:
         return contextlib.nullcontext(_json)
     if quiet:
@@ -27,7 +27,7 @@ def shower(*, as_json: bool, quiet: bool) -> contextlib.AbstractContextManager[S
 
 
 def words(progress: results.Progress) -> str:
-    """What is being done, in words."""
+    """The phase of a conversion, in words."""
     if progress.phase is not results.Phase.QUEUED:
         return str(progress.phase)
     before = progress.queue_position
@@ -35,13 +35,13 @@ def words(progress: results.Progress) -> str:
 
 
 class Speed:
-    """How fast a conversion is, seen from when it began to convert."""
+    """The speed of a conversion, measured from the start of its phase `converting`."""
 
     def __init__(self) -> None:
         self._began: results.Progress | None = None
 
     def of(self, progress: results.Progress) -> float:
-        """Bytes per second, 0 where that can't be told."""
+        """Bytes per second, 0 where that is unknown."""
         if progress.phase is not results.Phase.CONVERTING:
             return 0.0
         began = self._began = self._began or progress
@@ -50,20 +50,20 @@ class Speed:
 
 
 class Lines:
-    """A line for each phase, and for every tenth of the conversion."""
+    """Print a line for each phase, and for every 10 % of the conversion."""
 
     def __init__(self) -> None:
         self._speed = Speed()
         self._last: tuple[str, int] | None = None
 
     def show(self, progress: results.Progress) -> None:
-        """Print a line if there is news."""
+        """Print a line if phase or tenth have changed."""
         speed = self._speed.of(progress)
         converting = progress.phase is results.Phase.CONVERTING
-        news = words(progress), int(progress.percent // 10) if converting else 0
-        if news == self._last:
+        step = words(progress), int(progress.percent // 10) if converting else 0
+        if step == self._last:
             return
-        self._last = news
+        self._last = step
         parts = [words(progress)]
         if converting:
             parts[0] += f" {progress.percent:.0f} %"

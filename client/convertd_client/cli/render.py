@@ -1,4 +1,4 @@
-"""How convertctl shows what calls return, to people."""
+"""Print the results of calls for people."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCOPES = {results.OverwriteScope.OWN: "your own files", results.OverwriteScope.A
 
 
 def result(dest: str, done: results.ConvertResult) -> None:
-    """What a conversion did, in a line."""
+    """Print what a conversion did, in one line."""
     cache = f"cache mode {done.dest_cache.mode} ({done.dest_cache.reason})"
     if not done.published:
         facts = [f"would be {done.dest_format} of {text.size(done.virtual_size_bytes)}", cache]
@@ -32,7 +32,7 @@ def result(dest: str, done: results.ConvertResult) -> None:
 
 
 def plan(planned: results.Plan) -> None:
-    """What a conversion would do."""
+    """Print what a conversion would do."""
     chain = [f"{item.path} ({item.format})" for item in planned.chain]
     rows = [
         ("source", " <- ".join(chain) or planned.source_format),
@@ -53,7 +53,7 @@ def _needs(planned: results.Plan) -> str:
 
 
 def image(info: results.ImageInfo) -> None:
-    """What an image is."""
+    """Print the description of an image."""
     click.echo(text.shown(f"{info.path}: {info.format}"))
     flags = {
         "encrypted": info.encrypted,
@@ -89,7 +89,7 @@ def _backing(info: results.ImageInfo) -> str:
 
 
 def jobs(listed: tuple[results.Job, ...]) -> None:
-    """The jobs that wait or run."""
+    """Print the jobs that wait or run."""
     if not listed:
         click.echo("no jobs")
         return
@@ -118,7 +118,7 @@ def _state(job: results.Job) -> str:
 
 
 def access(told: results.Access) -> None:
-    """Who one is to the daemon, and what one may do."""
+    """Print the caller's identity and grants."""
     operator = ", an operator: you see and cancel everyone's jobs" if told.is_operator else ""
     groups = " ".join(str(group) for group in told.groups)
     click.echo(f"you are {_user(told.uid)} (uid {told.uid}, gid {told.gid}){operator}")

@@ -1,6 +1,6 @@
-"""Ctrl-C and SIGTERM: the job is cancelled, and what became of it is waited for.
+"""Handle Ctrl-C and SIGTERM: cancel the job, and wait for its outcome.
 
-Dropping the call would cancel the job too, but then nobody could say whether it had been done a
+To drop the call would cancel the job too, but its outcome would be unknown: it may have been done a
 moment before.
 """
 
@@ -25,10 +25,9 @@ PATIENCE_S: Final = 5.0
 
 
 class Stopping:
-    """Cancels a job at the first signal, and gives up waiting at the second.
+    """Cancels a job at the first signal, and stops waiting for it at the second.
 
-    Giving up, after PATIENCE_S or at a second signal, is a KeyboardInterrupt where the job is
-    waited for.
+    After PATIENCE_S, or at a second signal, KeyboardInterrupt is raised in the main thread.
     """
 
     def __init__(self, cancel: Callable[[], None]) -> None:
@@ -49,18 +48,18 @@ class Stopping:
 
     @property
     def status(self) -> int:
-        """With what exit status a shell expects a program to end that was stopped so."""
+        """The exit status that shells expect of a program ended by this signal."""
         return 128 + (self.signal or signal.SIGINT)
 
     def _handle(self, number: int, _frame: types.FrameType | None) -> None:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
-        # In a thread: gRPC is not to be called from within whatever the signal interrupted.
+        # In a thread: the signal may have interrupted gRPC, which must not be re-entered.
         threading.Thread(target=self._stop, daemon=True).start()
 
     def _stop(self) -> None:
-        # A job that has just ended, or a daemon that has, is what we wait for.
+        # An error means that the job or the daemon has ended, which is the aim.
         with contextlib.suppress(errors.ConvertError):
             self._cancel()
         if not self._ended.wait(PATIENCE_S):

@@ -1,4 +1,4 @@
-"""How values are written for people. Nothing that others chose reaches a terminal unescaped."""
+"""Format values for people. Text chosen by others reaches the terminal only escaped."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Final
 _MINUTE: Final = 60
 
 _LOWEST_BYTE: Final = 0xDC00
-"""Where Python keeps a name's bytes that are not UTF-8. Source: PEP 383."""
+"""Python maps a byte of a name that is not UTF-8 to this plus the byte. Source: PEP 383."""
 
 _BYTES: Final = range(0x80, 0x100)
 
 _MOST_SHOWN: Final = 1000
-"""From here on the next unit, so that three digits do."""
+"""From here on the next larger unit is used: three digits suffice."""
 
 _UNITS: Final = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def shown(text: str) -> str:
-    """A text with everything escaped that a terminal might act on, or that can't be seen.
+    """Escape all characters that are invisible or that a terminal may interpret.
 
     A file name may hold any byte: control sequences, line ends, marks that reverse the direction.
     """
@@ -58,7 +58,7 @@ def duration(seconds: float) -> str:
 
 
 def _decimals(number: float) -> int:
-    """How many of a number's decimals belong to its first three digits."""
+    """How many decimals give a number three digits."""
     return max(2 - int(math.log10(max(number, 1))), 0)
 
 
@@ -68,7 +68,7 @@ def moment(time: datetime.datetime | None) -> str:
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Rows of cells under each other, the first row their headings."""
+    """Align rows of cells in columns. The first row has the headings."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = (
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))

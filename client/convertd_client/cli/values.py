@@ -1,4 +1,4 @@
-"""The values that convertctl's options take: sizes, times, modes, formats, secrets."""
+"""Parse the values of convertctl's options: sizes, times, modes, formats, secrets."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from click.shell_completion import CompletionItem
 Value = TypeVar("Value")
 
 PATH: Final = click.Path(readable=False)
-"""Completed as a path, and not looked at: what is there, and for whom, is for the daemon to say."""
+"""Shells complete it as a path. click does not check it: the daemon does."""
 
 FORMATS: Final = ("raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx", "qed", "parallels", "luks", "dmg")
-"""For completion alone: which formats there are is for the daemon to say."""
+"""For completion only: the daemon decides which formats there are."""
 
 MAX_SECRET_BYTES: Final = 4096
 
@@ -28,7 +28,7 @@ def parse_size(text: str) -> int:
     """A number of bytes: `50M` and `50MiB` are 50 * 1024², as for qemu-img; `50MB` is 50 * 1000².
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not a size.
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None or (match[3].lower() in {"i", "ib"} and not match[2]):
@@ -41,7 +41,7 @@ def parse_time(text: str) -> float:
     """A number of seconds: `90`, `90s`, `10m`, `2h`, `1d`.
 
     Raises:
-        ValueError: it is none, or 0.
+        ValueError: the text is not a time, or it is 0.
     """
     match = _TIME.fullmatch(text.strip())
     seconds = float(match[1]) * _SECONDS[(match[2] or "s").lower()] if match else 0.0
@@ -54,7 +54,7 @@ def parse_mode(text: str) -> int:
     """Permission bits, in octal.
 
     Raises:
-        ValueError: they are none.
+        ValueError: the text is not three octal digits, with or without a leading 0.
     """
     if not re.fullmatch(r"0?[0-7]{3}", text):
         raise ValueError(f"{text!r} is not a mode such as 0640")
@@ -62,10 +62,10 @@ def parse_mode(text: str) -> int:
 
 
 def read_secret(path: str) -> bytes:
-    """A passphrase, in a file: every byte of it, as for qemu-img.
+    """Read a passphrase from a file: every byte of it, as qemu-img does.
 
     Raises:
-        ValueError: the file can't be read, or can't be a passphrase.
+        ValueError: the file can't be read, is empty, or is too long.
     """
     try:
         with open(path, "rb") as file:
@@ -80,7 +80,7 @@ def read_secret(path: str) -> bytes:
 def parsed(
     parse: Callable[[str], Value],
 ) -> Callable[[click.Context, click.Parameter, str | None], Value | None]:
-    """Make an option's callback, which parses what was typed if anything was."""
+    """Make an option's callback that parses the given text, if there is one."""
 
     def callback(ctx: click.Context, param: click.Parameter, typed: str | None) -> Value | None:
         try:
@@ -94,5 +94,5 @@ def parsed(
 def complete_format(
     _ctx: click.Context, _param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """Offer the formats that there are."""
+    """Offer the names of formats."""
     return [CompletionItem(name) for name in FORMATS if name.startswith(incomplete)]
