@@ -1,4 +1,4 @@
-"""What convertd costs beside what others run: `make bench` writes docs/benchmarks.md.
+"""Benchmarks of convertd and its alternatives: `make bench` writes docs/benchmarks.md.
 
 | module | |
 |---|---|

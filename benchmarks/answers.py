@@ -1,4 +1,4 @@
-"""How soon the daemon answers: from a cold start, idle and busy, and to many at once."""
+"""The daemon's latency: from a cold start, idle and busy, and with many callers at once."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ IDLE: Final = "GetAccess, idle"
 BUSY: Final = "GetAccess, every job slot busy"
 
 PROCESSES: Final = 8
-"""Callers are threads of so many processes, so that one Python is not what is measured."""
+"""Callers are threads of so many processes, so that one Python is not the bottleneck."""
 
 
 def cold_start(images: Path, xfs: Path, settings: Settings) -> measured.Answers:
-    """The first call to a socket that starts the daemon, as systemd has it."""
+    """The first call to a socket that starts the daemon, as under systemd."""
     seconds = [_first_answer(peers.policy(images, xfs)) for _ in range(settings.starts)]
     return measured.Answers(name=COLD_START, seconds=seconds)
 
@@ -59,7 +59,7 @@ def _first_answer(policy: str) -> float:
 
 
 def access(daemon: Daemon, line: Line, load: Case, settings: Settings) -> list[measured.Answers]:
-    """GetAccess while nothing else happens, and while each job slot has a conversion."""
+    """GetAccess while the daemon is idle, and while each job slot has a conversion."""
     line.order("ask", settings.answers)
     idle = line.order("ask", settings.answers)
     with _occupied(daemon, load):
@@ -73,7 +73,7 @@ def access(daemon: Daemon, line: Line, load: Case, settings: Settings) -> list[m
 
 @contextlib.contextmanager
 def _occupied(daemon: Daemon, load: Case) -> Iterator[None]:
-    """Another user's conversions in all slots, again and again."""
+    """Keep all slots busy with another user's conversions."""
     calls = [
         peers.call(load, load.source.path.with_name(f"busy-{number}")) for number in range(JOBS)
     ]

@@ -1,4 +1,4 @@
-"""Calls the daemon as the user who runs this. Orders come on standard input, a JSON object a line.
+"""Calls the daemon as the user who runs this. Reads commands on standard input, a JSON array each.
 
 Each is answered by a line. Times are taken here, around the call, by the clock that all processes
 share. Nothing of the benchmarks is imported: this runs with `python -I`, and the file is handed
@@ -21,14 +21,14 @@ stopping = threading.Event()
 
 
 def client(socket: str, number: int = 0) -> Client:
-    """The connection of that number, made when it is first asked for."""
+    """The connection of that number, made at its first use."""
     while len(clients) <= number:
         clients.append(Client(socket))
     return clients[number]
 
 
 def timed(act: Callable[[], object]) -> float:
-    """How long something takes."""
+    """Measure how long a function takes."""
     began = time.monotonic()
     act()
     return time.monotonic() - began
@@ -41,7 +41,7 @@ def convert(socket: str, call: dict[str, Any], number: int = 0) -> float:
 
 
 def timeline(socket: str, call: dict[str, Any]) -> list[float]:
-    """Convert, and say when that began and ended, by the clock of the wall."""
+    """Convert, and return its start and end, by the real-time clock."""
     one = client(socket)
     began = time.time()
     one.convert(call["source"], call["dest"], **call["options"])
@@ -49,13 +49,13 @@ def timeline(socket: str, call: dict[str, Any]) -> list[float]:
 
 
 def ask(socket: str, times: int) -> list[float]:
-    """GetAccess, again and again."""
+    """Call GetAccess many times."""
     one = client(socket)
     return [timed(one.access) for _ in range(times)]
 
 
 def first(socket: str) -> float:
-    """The first call of a connection that does not exist yet."""
+    """Make the first call of a new connection."""
     with Client(socket, wait_for_ready=60) as one:
         return timed(one.access)
 
@@ -73,7 +73,7 @@ def crowd(socket: str, threads: list[list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def span(work: Callable[[int, Any], None], loads: list[Any]) -> list[float]:
-    """Do that in as many threads as there are loads; when it began, and when it ended."""
+    """Run `work` in one thread for each load; returns start and end."""
     crew = [threading.Thread(target=work, args=pair) for pair in enumerate(loads)]
     began = time.monotonic()
     for thread in crew:
@@ -84,7 +84,7 @@ def span(work: Callable[[int, Any], None], loads: list[Any]) -> list[float]:
 
 
 def occupy(socket: str, calls: list[dict[str, Any]]) -> int:
-    """Convert the same things over and over in threads, until the connection is closed."""
+    """Repeat the same conversions in threads, until the connection is closed."""
 
     def work(call: dict[str, Any]) -> None:
         while not stopping.is_set():
@@ -101,7 +101,7 @@ def occupy(socket: str, calls: list[dict[str, Any]]) -> int:
 
 
 def running(socket: str) -> int:
-    """How many conversions of this user's run."""
+    """How many conversions of this user are running."""
     return sum(job.state == "running" for job in client(socket).jobs())
 
 
@@ -117,7 +117,7 @@ ORDERS: dict[str, Callable[..., Any]] = {
 
 
 def main(socket: str) -> None:
-    """Obey until standard input ends."""
+    """Execute commands until standard input ends."""
     for line in sys.stdin:
         name, *arguments = json.loads(line)
         sys.stdout.write(json.dumps(ORDERS[name](socket, *arguments)) + "\n")

@@ -1,4 +1,4 @@
-"""What is converted into what."""
+"""The conversions that are measured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.settings import Settings
 
 COLD: Final = "cold"
 WARM: Final = "warm"
-"""Whether the source is in the page cache before. How convertd reads it depends on that."""
+"""Whether the source is in the page cache beforehand, which decides how convertd reads it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

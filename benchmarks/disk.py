@@ -1,4 +1,4 @@
-"""The disk itself: what it can do, by fio, past the page cache; and whether it is at rest."""
+"""The disk itself: its speed by fio, past the page cache; and whether it is idle."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHAPE: Final = ("--direct=1", "--ioengine=libaio", "--bs=2M", "--iodepth=8", "--
 FORMAT: Final = ("--output-format=json", "--eta=never")
 
 STILL_S: Final = 0.1
-LOOK_S: Final = 0.01
+POLL_S: Final = 0.01
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Fio:
         return case.name in {cases.NOISE, cases.NOISE_TO_RAW}
 
     def convert(self, case: Case, dest: Path) -> Took:
-        """See Racer. Time is what fio says, without its own start."""
+        """See Racer. The time is fio's own figure, without its start."""
         size = f"--size={case.source.data_bytes}"
         said = _fio(
             *("--name=read", "--rw=read", f"--filename={case.source.path}", size),
@@ -46,11 +46,11 @@ class Fio:
 
 
 def settle(directory: Path, patience_s: float) -> None:
-    """Wait, but not for ever, until no disk has done anything for a while.
+    """Wait, at most `patience_s`, until all disks have been idle for STILL_S.
 
-    A file system that is mounted with `discard` gives the blocks of a deleted file back after its
-    next commit: of 1 GiB that kept the disk busy for 2 s, in which the next 1 GiB took 3.6 s to
-    convert instead of 2.1 s. Whoever came next had that time.
+    A file system that is mounted with `discard` discards the blocks of a deleted file after its
+    next commit: for 1 GiB that kept the disk busy for 2 s, in which the next 1 GiB took 3.6 s to
+    convert instead of 2.1 s. The next contestant was charged for it.
     """
     argv = ["sync", "--file-system", str(directory)]
     subprocess.run(argv, check=True)
@@ -60,14 +60,14 @@ def settle(directory: Path, patience_s: float) -> None:
         if now - began >= patience_s:
             log.info("the disks did not come to rest in %g s", patience_s)
             return
-        time.sleep(LOOK_S)
+        time.sleep(POLL_S)
         after = _activity()
         if after != before:
             before, still_since = after, time.monotonic()
 
 
 def _activity() -> str:
-    """Something that changes while any disk does anything. Source: Documentation/iostats.rst."""
+    """A text that changes with any disk's activity. Source: Documentation/iostats.rst."""
     return Path("/proc/diskstats").read_text(encoding="ascii")
 
 

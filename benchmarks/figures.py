@@ -1,4 +1,4 @@
-"""From many measurements to one figure, and how far to trust it."""
+"""Summarize measurements: medians and their quartiles."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Of some measurements, or of one."""
+    """The spread of one or more measurements."""
     low, median, high = _quantiles(values, 4)
     return Spread(low=low, median=median, high=high)
 
@@ -47,7 +47,7 @@ def number(value: float) -> str:
 
 
 def find(results: Results, case: str, contestant: str) -> Entry | None:
-    """A contestant's runs of a case, if it took part."""
+    """A contestant's runs of a case, or None if it has none."""
     return next(
         (
             entry

@@ -1,4 +1,4 @@
-"""How much memory each of the daemon's processes has."""
+"""The memory of each of the daemon's processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def idle_kib(daemon: Daemon) -> dict[str, int]:
 
 
 class Peaks:
-    """Watches in a thread how much memory processes come to have, by their names."""
+    """Samples in a thread the peak memory of processes, by their names."""
 
     def __init__(self, daemon: Daemon) -> None:
         self.kib: dict[str, int] = {}
@@ -50,7 +50,7 @@ class Peaks:
 def measure(
     daemon: Daemon, line: Line, fresh: dict[str, int], load: tuple[Case, ...]
 ) -> list[measured.Footprint]:
-    """Each process's memory: just started, after all that was done, and at most meanwhile.
+    """Each process's memory: just started, after all conversions, and its peak meanwhile.
 
     Conversions are watched here that nobody times, for watching takes time.
     """

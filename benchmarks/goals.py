@@ -1,4 +1,4 @@
-"""What convertd is to achieve, as numbers, and whether it does."""
+"""convertd's performance goals, and whether it meets them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from benchmarks.measured import Entry, Results
 KIB_PER_MIB: Final = 1024
 
 A_WHILE_S: Final = 1.0
-"""What a conversion must take for the daemon's own cost not to be most of it."""
+"""The least time of a conversion in which the daemon's fixed cost is small."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
-    """A figure that is not to be exceeded."""
+    """A limit that a figure must not exceed."""
 
     text: str
     limit: float
@@ -28,19 +28,19 @@ class Goal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What became of a goal."""
+    """A goal and its measured figure."""
 
     goal: Goal
     measured: float
 
     @property
     def is_met(self) -> bool:
-        """Whether it was achieved."""
+        """Whether the goal was achieved."""
         return self.measured <= self.goal.limit
 
 
 def verdicts(results: Results) -> list[Verdict]:
-    """Hold all goals against what was measured."""
+    """Compare all goals with the results."""
     return [Verdict(goal=goal, measured=goal.measure(results)) for goal in GOALS]
 
 

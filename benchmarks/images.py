@@ -51,7 +51,7 @@ class Images:
 
 
 def make(directory: Path, xfs: Path, settings: Settings) -> Images:
-    """Make them all, and see them onto the disk."""
+    """Make all images, and flush them to disk."""
     tiny = _tiny(directory / "tiny.raw")
     files = _file_system(directory / "files.raw", settings.files_disk_mib, settings.files_mib)
     packed = _file_system(directory / "packed.raw", settings.packed_disk_mib, settings.packed_mib)
@@ -135,7 +135,7 @@ def _fragmented(files: Image, path: Path) -> Image:
     _run("qemu-img", "create", "-q", "-f", "qcow2", str(path), str(size))
     starts = _clusters(files.path, size)
     random.Random(0).shuffle(starts)  # noqa: S311 - the same order each time
-    # qemu-io makes up the bytes; the conversion then puts the image's own in their places.
+    # qemu-io allocates the clusters; the conversion then overwrites them with the image's data.
     commands = "".join(f"write -P 1 {start} {CLUSTER}\n" for start in starts)
     argv = ["qemu-io", "-f", "qcow2", str(path)]
     subprocess.run(argv, input=commands, text=True, check=True, stdout=subprocess.DEVNULL)

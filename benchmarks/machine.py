@@ -1,4 +1,4 @@
-"""What it is measured on."""
+"""Describe the machine that is measured."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Course:
-    """Where and what is measured: two directories, the cases, and what convertd runs in each."""
+    """The setup: two directories, the cases, and convertd's qemu-img arguments for each."""
 
     images: Path
     xfs: Path
@@ -55,7 +55,7 @@ class Course:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crew:
-    """The programs that stay there all the time."""
+    """The processes that run during all measurements."""
 
     daemon: Daemon
     line: Line
@@ -64,10 +64,10 @@ class Crew:
 
 
 def everything(settings: Settings, directory: Path) -> measured.Results:
-    """Measure all that there is.
+    """Run all measurements.
 
     Raises:
-        peers.Failed: something did not do what it should, or results differ.
+        peers.Failed: a contestant failed, or results differ.
     """
     began, stolen_s = time.monotonic(), usage.stolen_s()
     told = machine.look(directory)
@@ -109,7 +109,7 @@ def everything(settings: Settings, directory: Path) -> measured.Results:
 
 @contextlib.contextmanager
 def _course(settings: Settings, directory: Path) -> Iterator[Course]:
-    """Make images, and find out what convertd runs for each case: a verbose one is asked."""
+    """Make images, and learn convertd's qemu-img arguments for each case from a verbose daemon."""
     home = Path(tempfile.mkdtemp(prefix="convertd-bench-", dir=directory))
     home.chmod(0o755)
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""What was measured, as values; written and read as JSON."""
+"""The results as values, written and read as JSON."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class Value(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Run(Value, frozen=True, kw_only=True):
-    """One conversion. `cpu_s` is of all processes that took part.
+    """One conversion. `cpu_s` is the CPU time of all its processes.
 
-    `cached_bytes` are the pages of source and result in the page cache at the end, beyond those
-    there at the beginning; `dirty_bytes` is the most that waited to be written meanwhile.
+    `cached_bytes` is the growth of source and result in the page cache; `dirty_bytes` the peak of
+    dirty pages.
     """
 
     seconds: float
@@ -33,7 +33,7 @@ class Entry(Value, frozen=True, kw_only=True):
 
 
 class CaseTold(Value, frozen=True, kw_only=True):
-    """A case as the page tells of it. `argv` is what convertd ran, if it ran qemu-img at all."""
+    """A case as the page shows it. `argv` is convertd's qemu-img, empty if it ran none."""
 
     name: str
     source: str
@@ -42,14 +42,14 @@ class CaseTold(Value, frozen=True, kw_only=True):
 
 
 class ContestantTold(Value, frozen=True, kw_only=True):
-    """A contestant as the page tells of it."""
+    """A contestant as the page shows it."""
 
     name: str
     what: str
 
 
 class Answers(Value, frozen=True, kw_only=True):
-    """How long calls took that have one answer, in seconds."""
+    """The durations of unary calls, in seconds."""
 
     name: str
     seconds: list[float]
@@ -65,7 +65,7 @@ class Crowd(Value, frozen=True, kw_only=True):
 
 
 class Footprint(Value, frozen=True, kw_only=True):
-    """Memory of one process, in KiB. 0 where it was not looked at."""
+    """Memory of one process, in KiB. 0 where it was not measured."""
 
     process: str
     fresh_pss_kib: int
@@ -80,14 +80,14 @@ class Trace(Value, frozen=True, kw_only=True):
 
 
 class Disk(Value, frozen=True, kw_only=True):
-    """What fio read and wrote sequentially on the same disk, in bytes per second."""
+    """fio's sequential speed on the same disk, in bytes per second."""
 
     read_bytes_per_s: float
     write_bytes_per_s: float
 
 
 class Machine(Value, frozen=True, kw_only=True):
-    """What it was measured on."""
+    """The machine that was measured."""
 
     date: str
     cpu: str
@@ -101,7 +101,7 @@ class Machine(Value, frozen=True, kw_only=True):
 
 
 class Results(Value, frozen=True, kw_only=True):
-    """All of a run. `stolen` is the share of the processors' time that the host gave to others."""
+    """All results of a run. `stolen` is the share of CPU time that the host gave to others."""
 
     settings: str
     minutes: float
@@ -118,15 +118,15 @@ class Results(Value, frozen=True, kw_only=True):
 
 
 def write(results: Results, path: Path) -> None:
-    """Keep the results in a file."""
+    """Write the results to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(msgspec.json.format(msgspec.json.encode(results)) + b"\n")
 
 
 def read(path: Path) -> Results:
-    """Take them from there.
+    """Read results from a file.
 
     Raises:
-        msgspec.ValidationError: they are of another version of this program.
+        msgspec.ValidationError: another version of this program wrote them.
     """
     return msgspec.json.decode(path.read_bytes(), type=Results)

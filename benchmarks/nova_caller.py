@@ -1,4 +1,4 @@
-"""Calls Nova's own convert_image, which is run by oslo.privsep's helper: orders as for caller.py.
+"""Calls Nova's own convert_image, which oslo.privsep's helper runs; commands as for caller.py.
 
 This runs in an environment that has Nova. The helper is root; this process is not, once the helper
 is there: it takes the uid that it is told.
@@ -46,7 +46,7 @@ ORDERS: dict[str, Callable[[Any], Any]] = {"convert": convert, "crowd": crowd}
 
 
 def main(uid: int) -> None:
-    """Start the helper, become that user, and obey until standard input ends."""
+    """Start the helper, become that user, and execute commands until standard input ends."""
     nova.privsep.sys_admin_pctxt.start(priv_context.Method.FORK)
     os.setgroups([])
     os.setresgid(uid, uid, uid)

@@ -1,4 +1,4 @@
-"""The page, made of the results and of page.md."""
+"""Write the page from the results and page.md."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Rows = Sequence[Sequence[str]]
 
 
 def write(results: Results, page: Path) -> None:
-    """Write the page, and its pictures into a directory beside it."""
+    """Write the page, and its plots into a directory beside it."""
     template = Template(Path(__file__).with_name("page.md").read_text(encoding="utf-8"))
     pictures = page.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def table(head: Sequence[str], rows: Rows) -> str:
 
 
 def goals_table(verdicts: Sequence[goals.Verdict]) -> str:
-    """Each goal, what was measured, and whether that is good enough."""
+    """Each goal, its measured figure, and whether it is met."""
     rows = [
         (
             verdict.goal.text,

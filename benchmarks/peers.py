@@ -1,4 +1,4 @@
-"""Contestants that are more than a command line, and the form that all contestants have."""
+"""Contestants that are more than a command line, and the protocol of all contestants."""
 
 from __future__ import annotations
 
@@ -48,23 +48,23 @@ JOBS: Final = 4
 """Conversions at once, as by default."""
 
 RAN: Final = re.compile(r"run command=(qemu-img convert .*)$", re.MULTILINE)
-"""How the daemon logs at debug what it runs."""
+"""The daemon's debug message about a qemu-img that it runs."""
 
 
 class Failed(Exception):
-    """Something that is measured did not do what it should."""
+    """A contestant or the daemon failed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Took:
-    """What one conversion took. `cpu_s` is of all processes."""
+    """The cost of one conversion. `cpu_s` is the CPU time of all its processes."""
 
     seconds: float
     cpu_s: float
 
 
 class Racer(Protocol):
-    """Whoever takes part."""
+    """A contestant."""
 
     @property
     def name(self) -> str:
@@ -72,21 +72,21 @@ class Racer(Protocol):
 
     @property
     def what(self) -> str:
-        """What it is, in a sentence."""
+        """Its description, in a sentence."""
 
     @property
     def copies(self) -> bool:
-        """Whether there is a result to be compared."""
+        """Whether its result is to be compared with the source."""
 
     def enters(self, case: Case) -> bool:
-        """Whether it can do that."""
+        """Whether it takes part in a case."""
 
     def convert(self, case: Case, dest: Path) -> Took:
-        """Do it. `dest` does not exist."""
+        """Convert. `dest` does not exist."""
 
 
 class CommandLine:
-    """Commands, run one after the other by this process."""
+    """Commands that this process runs one after the other."""
 
     copies = True
 
@@ -105,10 +105,10 @@ class CommandLine:
 
 
 def run(commands: Sequence[Sequence[str]]) -> Took:
-    """Run commands to their ends.
+    """Run commands one after the other.
 
     Raises:
-        Failed: one did not end with status 0.
+        Failed: one exited with a status other than 0.
     """
     cpu_s = 0.0
     began = time.monotonic()
@@ -128,7 +128,7 @@ def run(commands: Sequence[Sequence[str]]) -> Took:
 
 
 class SameArgv:
-    """qemu-img alone, with the arguments that convertd gave it: what is left is convertd's own."""
+    """qemu-img alone, with convertd's arguments: the difference is convertd's own cost."""
 
     name = "same argv"
     what = "qemu-img alone, with the arguments that convertd gives it, as it logs them at debug."
@@ -147,28 +147,28 @@ class SameArgv:
 
 
 class Line:
-    """A process that obeys orders: a line of JSON each, answered by another."""
+    """A process that executes commands, each a line of JSON, and replies with another."""
 
     def __init__(self, process: subprocess.Popen[bytes], name: str) -> None:
         self.process = process
         self.name = name
 
     def order(self, *order: object) -> Any:  # noqa: ANN401 - JSON is anything
-        """Give an order, and wait for the answer."""
+        """Send a command, and wait for the reply."""
         self.begin(*order)
         return self.answer()
 
     def begin(self, *order: object) -> None:
-        """Give an order."""
+        """Send a command."""
         assert self.process.stdin is not None  # noqa: S101 - for mypy
         self.process.stdin.write(json.dumps(order).encode() + b"\n")
         self.process.stdin.flush()
 
     def answer(self) -> Any:  # noqa: ANN401 - JSON is anything
-        """Wait for the answer.
+        """Wait for the reply.
 
         Raises:
-            Failed: the process ended instead; it has said why on standard error.
+            Failed: the process ended instead; its standard error says why.
         """
         assert self.process.stdout is not None  # noqa: S101 - for mypy
         line = self.process.stdout.readline()
@@ -177,14 +177,14 @@ class Line:
         return json.loads(line)
 
     def close(self) -> None:
-        """End it."""
+        """End the process."""
         with self.process:
             pass
 
 
 @contextlib.contextmanager
 def caller(socket: Path, who: Caller = ALICE) -> Iterator[Line]:
-    """A process of a user's that calls the daemon through convertd_client.Client."""
+    """A user's process that calls the daemon through convertd_client.Client."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     argv = [PYTHON, "-I", "-c", CALLER, str(socket)]
     line = Line(who.popen(argv, **pipes), f"caller of uid {who.uid}")
@@ -195,7 +195,7 @@ def caller(socket: Path, who: Caller = ALICE) -> Iterator[Line]:
 
 
 def call(case: Case, dest: Path) -> dict[str, Any]:
-    """A conversion as caller.py takes it."""
+    """A conversion in the form of caller.py's commands."""
     options = {"dest_format": case.dest_format, "compression": case.compression or None}
     if not case.undeclared:
         options["source_format"] = case.source.format
@@ -203,7 +203,7 @@ def call(case: Case, dest: Path) -> dict[str, Any]:
 
 
 class Convertd:
-    """The daemon, called over one connection by a user without rights."""
+    """The daemon, called over one connection by an unprivileged user."""
 
     name = "convertd"
     what = "The daemon, called through `convertd_client.Client` by a user without rights."
@@ -251,7 +251,7 @@ class Nova:
 
 
 def nova_call(case: Case, dest: Path) -> list[object]:
-    """A conversion as Nova's convert_image takes it."""
+    """The arguments of Nova's convert_image."""
     source_format = None if case.undeclared else case.source.format
     paths = [str(case.source.path), str(dest)]
     return [*paths, source_format, case.dest_format, str(dest.parent), bool(case.compression)]
@@ -259,7 +259,7 @@ def nova_call(case: Case, dest: Path) -> list[object]:
 
 @contextlib.contextmanager
 def nova_caller() -> Iterator[Line]:
-    """A process that has Nova, and its helper."""
+    """A process with Nova, and its privileged helper."""
     process = subprocess.Popen(
         [NOVA, "-W", "ignore", NOVA_CALLER, str(ALICE.uid)],
         stdin=subprocess.PIPE,
@@ -276,7 +276,7 @@ def nova_caller() -> Iterator[Line]:
 
 @contextlib.contextmanager
 def daemon(images: Path, xfs: Path, *options: str) -> Iterator[Daemon]:
-    """A daemon of our own, which converts in two directories."""
+    """A daemon that may convert in two directories."""
     one = Daemon(policy(images, xfs))
     try:
         one.start(options=options)
@@ -287,12 +287,12 @@ def daemon(images: Path, xfs: Path, *options: str) -> Iterator[Daemon]:
 
 
 def policy(images: Path, xfs: Path) -> str:
-    """The text of its policy."""
+    """The text of the daemon's policy."""
     return POLICY.format(jobs=JOBS, images=images, xfs=xfs)
 
 
 def what_it_runs(verbose: Daemon, line: Line, case: Case, dest: Path) -> list[str]:
-    """Convert once, and give qemu-img's arguments, with paths in the place of descriptors.
+    """Convert once, and return qemu-img's arguments, with paths instead of descriptors.
 
     Empty if the daemon ran no `qemu-img convert`.
     """

@@ -1,4 +1,4 @@
-"""The page's pictures."""
+"""The page's plots."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COLOURS: Final = {
     "nbdcopy": "#8b5a2b",
     "fio": "#000000",
 }
-"""Told apart by those who don't see all colours, too, as far as nine can be."""
+"""Distinct also for colour-blind readers, as far as nine colours can be."""
 
 OTHER: Final = "#444444"
 ROW: Final = 0.3
@@ -34,7 +34,7 @@ ROW: Final = 0.3
 mpl.rc("axes", axisbelow=True, grid=True)
 mpl.rc("axes.grid", axis="x")
 mpl.rc("grid", color="#dddddd")
-# Text remains text. Names have a fixed salt, so that the same figures give the same file.
+# Text stays text. Ids have a fixed salt, so that the same figures give the same file.
 mpl.rc("svg", fonttype="none", hashsalt="convertd")
 
 
@@ -79,7 +79,7 @@ def _offset(names: Sequence[str], name: str) -> float:
 
 
 def answers(samples: Mapping[str, Sequence[float]], file: Path) -> None:
-    """Draw how many per cent of the calls are answered within what time."""
+    """Draw the distribution of latencies: the percentage of calls answered within a time."""
     figure, axes = _picture(3)
     for (name, seconds), colour in zip(samples.items(), ("#0072b2", "#c1272d"), strict=True):
         axes.ecdf([second * 1000 for second in seconds], label=name, color=colour, linewidth=2)

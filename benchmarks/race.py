@@ -1,4 +1,4 @@
-"""Everyone on every case, in turn, round after round; and whether the results are the same."""
+"""Run all contestants on a case in turn, round after round, and compare the results."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ log = logging.getLogger(__name__)
 
 
 def race(case: Case, racers: Sequence[Racer], patience_s: float) -> list[measured.Entry]:
-    """Run a case, each time from a disk at rest. Who begins changes from round to round.
+    """Run a case, each time with idle disks. Each round begins with another contestant.
 
     Raises:
-        Failed: a result is not what a guest saw on the source.
+        Failed: a result differs from its source.
     """
     entered = [racer for racer in racers if racer.enters(case)]
     entries = [measured.Entry(case=case.name, contestant=racer.name, runs=[]) for racer in entered]
@@ -36,7 +36,7 @@ def race(case: Case, racers: Sequence[Racer], patience_s: float) -> list[measure
 
 
 def warm_up(case: Case, racers: Sequence[Racer]) -> None:
-    """Have everyone convert once: the first time, programs come from the disk."""
+    """Have each contestant convert once: the first time, programs are read from the disk."""
     dest = case.source.path.with_name("result")
     for racer in racers:
         if racer.enters(case):
@@ -45,7 +45,7 @@ def warm_up(case: Case, racers: Sequence[Racer]) -> None:
 
 
 def prepare(case: Case) -> None:
-    """Have the source in the page cache, or not."""
+    """Read the source into the page cache, or drop it from there."""
     {cases.COLD: usage.forget, cases.WARM: usage.remember}[case.cache](case.source.path)
 
 
@@ -66,7 +66,7 @@ def _run(case: Case, racer: Racer, dest: Path) -> measured.Run:
 
 
 def check(case: Case, name: str, dest: Path) -> None:
-    """Compare a result with its source, as guests would see them.
+    """Compare the guest-visible content of a result and its source.
 
     Raises:
         Failed: they differ.

@@ -1,7 +1,7 @@
 """Where the time of one small conversion goes, from the caller's call to its result.
 
-The daemon runs below strace, which stops it at the few system calls that mark a step, and at no
-others (--seccomp-bpf). The clock is the wall's, for strace prints no other in full.
+The daemon runs under strace, which stops it only at the few system calls that mark a step
+(--seccomp-bpf). The clock is the real-time clock, the only one that strace prints in full.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LINE: Final = re.compile(r"(?P<pid>\d+) +(?P<time>\d+\.\d+) (?P<said>.*)")
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A step's end: the first line after the step before it that has this."""
+    """A step's end: the first matching line after the end of the step before it."""
 
     name: str
     pattern: re.Pattern[str]
@@ -45,7 +45,7 @@ ANSWERED: Final = "flushed; the caller has the result"
 
 
 def trace(images: Path, xfs: Path, case: Case, settings: Settings) -> list[measured.Trace]:
-    """Convert some times below strace, and tell when each step was reached."""
+    """Convert some times under strace, and return when each step was reached."""
     daemon = Daemon(peers.policy(images, xfs))
     log = daemon.home / "strace"
     wrapper = ("strace", "-f", "--seccomp-bpf", "-ttt", "-s", "256", "-e", f"trace={CALLS}")

@@ -1,4 +1,4 @@
-"""What a conversion takes beside time: processors, memory, the page cache."""
+"""A conversion's use of CPU, memory and page cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KIB: Final = 1024
 
 
 def cpu_s(session: int) -> float:
-    """The processor time of a session's processes, and of those that they have reaped.
+    """The CPU time of a session's processes, and of those that they have reaped.
 
     In steps of a clock tick. Source: proc_pid_stat(5).
     """
@@ -28,13 +28,13 @@ def cpu_s(session: int) -> float:
             with open(f"/proc/{process.pid}/stat", encoding="utf-8", errors="replace") as file:
                 fields = file.read().rpartition(")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
-            continue  # reaped since: its parent's figures have it
+            continue  # reaped since: its parent's figures include it
         ticks += sum(int(field) for field in fields[11:15])
     return ticks * TICK_S
 
 
 def stolen_s() -> float:
-    """Processor time that the host gave to others instead of us. Source: proc_stat(5)."""
+    """CPU time that the host gave to other guests (steal). Source: proc_stat(5)."""
     with open("/proc/stat", encoding="ascii") as file:
         name, *ticks = file.readline().split()
     if name != "cpu":
@@ -53,7 +53,7 @@ def cached_bytes(*paths: Path) -> int:
 
 
 def forget(path: Path) -> None:
-    """Take a file out of the page cache."""
+    """Drop a file from the page cache."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -63,7 +63,7 @@ def forget(path: Path) -> None:
 
 
 def remember(path: Path) -> None:
-    """Read a file into the page cache: its data, and not its holes, of which 20 GiB take long."""
+    """Read a file's data into the page cache. Holes are skipped: 20 GiB of them take long."""
     with path.open("rb") as file:
         end, size = 0, os.path.getsize(path)
         while end < size:
@@ -79,7 +79,7 @@ def remember(path: Path) -> None:
 
 
 def dirty_bytes() -> int:
-    """What waits to be written to disks, of the whole machine. Source: proc_meminfo(5)."""
+    """Dirty pages of the whole machine, those in writeback included. Source: proc_meminfo(5)."""
     return sum(_meminfo()[name] for name in ("Dirty", "Writeback"))
 
 
@@ -90,7 +90,7 @@ def _meminfo() -> dict[str, int]:
 
 
 class DirtyPages:
-    """Watches in a thread how many pages wait to be written, while the context lasts."""
+    """Samples the growth of dirty pages in a thread, while the context lasts."""
 
     def __init__(self) -> None:
         self.most_bytes = 0
@@ -112,14 +112,14 @@ class DirtyPages:
 
 
 def pss_kib(pid: int) -> int:
-    """A process's share of the memory that it uses. Source: proc_pid_smaps(5)."""
+    """A process's proportional set size. Source: proc_pid_smaps(5)."""
     with open(f"/proc/{pid}/smaps_rollup", encoding="ascii") as file:
         (line,) = [line for line in file if line.startswith("Pss:")]
     return int(line.split()[1])
 
 
 def peak_kib(pid: int) -> int:
-    """The most memory that a process had. Source: proc_pid_status(5), VmHWM."""
+    """A process's peak resident size. Source: proc_pid_status(5), VmHWM."""
     with open(f"/proc/{pid}/status", encoding="utf-8") as file:
         (line,) = [line for line in file if line.startswith("VmHWM:")]
     return int(line.split()[1])
