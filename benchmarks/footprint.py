@@ -52,7 +52,7 @@ def measure(
 ) -> list[measured.Footprint]:
     """Each process's memory: just started, after all conversions, and its peak meanwhile.
 
-    Conversions are watched here that nobody times, for watching takes time.
+    The sampled conversions are not timed, because sampling takes time.
     """
     used = idle_kib(daemon)
     with Peaks(daemon) as peaks:

@@ -1,7 +1,7 @@
 """Calls Nova's own convert_image, which oslo.privsep's helper runs; commands as for caller.py.
 
-This runs in an environment that has Nova. The helper is root; this process is not, once the helper
-is there: it takes the uid that it is told.
+This runs in an environment that has Nova. The helper runs as root. Once it has started,
+this process takes the given uid.
 """
 
 from __future__ import annotations

@@ -81,14 +81,14 @@ def _contestants(results: Results) -> str:
 
 
 def _machine(results: Results) -> str:
-    told = results.machine
-    versions = ", ".join(f"{name} {version}" for name, version in told.versions.items())
+    machine = results.machine
+    versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
     rows = (
-        ("processors", f"{told.cores} of {told.cpu}"),
-        ("memory", f"{told.memory_mib} MiB"),
-        ("system", f"{told.system}, Linux {told.kernel}"),
-        ("file system", told.file_system),
-        ("load before", f"{told.load:.2f} (more than 0.5 blurs all that follows)"),
+        ("processors", f"{machine.cores} of {machine.cpu}"),
+        ("memory", f"{machine.memory_mib} MiB"),
+        ("system", f"{machine.system}, Linux {machine.kernel}"),
+        ("file system", machine.file_system),
+        ("load before", f"{machine.load:.2f} (above 0.5 all figures are less reliable)"),
         ("taken by its host", f"{results.stolen:.1%} of the processors' time meanwhile"),
         ("versions", versions),
     )

@@ -26,13 +26,13 @@ def line(value: object, event: str | None = None) -> None:
 
 def error_line(error: errors.ConvertError) -> None:
     """Print an error as one line."""
-    told = {
+    fields = {
         "status": error.status,
         "reason": error.reason,
         "message": error.message,
         "metadata": error.metadata,
     }
-    line(told, "error")
+    line(fields, "error")
 
 
 def _plain(value: object) -> object:
