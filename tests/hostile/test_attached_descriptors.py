@@ -21,7 +21,7 @@ from harness.agent import conversion
 from harness.callers import ALICE, BOB, MALLORY
 from harness.daemon import FRONT, SPARE, Daemon
 from harness.fixtures import MakeDaemon
-from hostile import false_front, lingering
+from hostile import false_front, http2, lingering
 
 from convertd_core import codec, messages
 from convertd_daemon.linux import scm_rights
@@ -233,17 +233,19 @@ def test_one_that_brings_descriptors_counts_until_it_is_closed(
     home = daemon.home / "front"
     home.mkdir()
     with false_front.started(daemon, home, *lingering.as_before_6_16()) as front:
-        with lingering.attacking(daemon, "and is gone", 5) as attack:
-            assert attack.outcomes == ["sent"] * 5
-            numbers = []
+        numbers = []
+        with lingering.attacking(daemon, "at once", 3):
             for _ in range(3):
                 message, held = front.await_message(messages.Connected)
-                scm_rights.close_all(held)
+                with socket.socket(fileno=held[0]) as sock:
+                    waiting.until(lambda: not scm_rights.holds_none(sock), "it is sent")
                 numbers.append(message.connection)
-            daemon.await_logged(f"too many connections uid={MALLORY.uid} own=3")
-            for number in numbers:
-                front.line.send(messages.Released(connection=number))
-            assert front.quiet()
+        with http2.connected(daemon.socket, MALLORY) as sock:
+            assert sock.recv(1) == b""
+        assert f"too many connections uid={MALLORY.uid} own=3" in daemon.log
+        for number in numbers:
+            front.line.send(messages.Released(connection=number))
+        assert front.quiet()
         with false_front.connected(daemon, MALLORY):
             message, held = front.await_message(messages.Connected)
             scm_rights.close_all(held)

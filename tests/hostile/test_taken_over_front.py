@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -17,7 +18,7 @@ from typing import Any, Final, get_args
 
 import pytest
 from harness import processes, waiting
-from harness.callers import ALICE, BOB, MALLORY, Caller, come_and_go
+from harness.callers import ALICE, BOB, MALLORY, Caller
 from harness.daemon import JOB, QEMU_IMG, Daemon
 from harness.fixtures import MakeDaemon
 from hostile import asking, false_front
@@ -491,6 +492,34 @@ def test_a_front_that_reads_nothing_is_replaced(broker: Daemon, front: FalseFron
     assert processes.anonymous_kib(broker.pid) < before + 16 * 1024
 
 
+class Visitors:
+    """Those who connect, and go when others have: who is gone at once is not let in at all."""
+
+    HERE: Final = 100
+
+    def __init__(self, path: Path) -> None:
+        """Of this socket."""
+        self._path = str(path)
+        self._here: collections.deque[socket.socket] = collections.deque()
+
+    def come(self) -> bool:
+        """One more connects, if there is room."""
+        sock = socket.socket(socket.AF_UNIX)
+        sock.setblocking(False)
+        if sock.connect_ex(self._path):
+            sock.close()
+            return False
+        self._here.append(sock)
+        if len(self._here) > self.HERE:
+            self._here.popleft().close()
+        return True
+
+    def close(self) -> None:
+        """All go."""
+        for sock in self._here:
+            sock.close()
+
+
 def test_a_front_that_closes_half_its_channel_is_replaced(
     broker: Daemon, front: FalseFront
 ) -> None:
@@ -498,8 +527,9 @@ def test_a_front_that_closes_half_its_channel_is_replaced(
     first = broker.await_one("convertd-front")
     before = false_front.descriptors_of(broker.pid)
     front.line.sock.shutdown(socket.SHUT_RD)
-    while processes.exists(first):
-        come_and_go(broker.socket)
+    with contextlib.closing(Visitors(broker.socket)) as visitors:
+        while processes.exists(first):
+            visitors.come()
     front.take_over_next(broker)
     assert front.quiet()
     await_descriptors(broker, front, before)
@@ -530,13 +560,16 @@ def test_nobody_is_let_in_while_it_does_not_read(broker: Daemon, front: FalseFro
     """Else whoever connects often enough would be the end of a front that is merely slow."""
     first = broker.await_one("convertd-front")
 
+    visitors = Visitors(broker.socket)
+
     def is_full() -> bool:
         """The broker sleeps though as many as the backlog holds wait to be let in."""
-        while come_and_go(broker.socket):
+        while visitors.come():
             pass
-        return processes.state(broker.pid) == "S" and not come_and_go(broker.socket)
+        return processes.state(broker.pid) == "S" and not visitors.come()
 
-    waiting.until(is_full, "the broker lets nobody in any more")
+    with contextlib.closing(visitors):
+        waiting.until(is_full, "the broker lets nobody in any more")
     with socket.socket(socket.AF_UNIX) as sock:
         sock.setblocking(False)
         while sock.connect_ex(str(broker.socket)):

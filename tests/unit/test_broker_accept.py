@@ -88,6 +88,33 @@ def test_one_connection_too_many_is_closed(
             end.close()
 
 
+def test_who_comes_again_and_again_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """One line in a while says that somebody has too many connections."""
+    table = none(values.Limits(connections_per_user=0))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(100):
+            ours, theirs = ends()
+            assert table.admit(ours) is None
+            theirs.close()
+    assert 1 <= caplog.text.count("too many connections uid=0") < 10
+
+
+@pytest.mark.parametrize("half", [True, False], ids=["half", "all"])
+def test_one_whose_peer_has_gone_while_it_waited_is_closed(*, half: bool) -> None:
+    """Nobody carries it, and nothing is logged of it."""
+    table = none(values.Limits())
+    with none_left_open():
+        ours, theirs = ends()
+        with theirs:
+            if half:
+                theirs.shutdown(socket.SHUT_WR)
+            else:
+                theirs.close()
+            assert table.admit(ours) is None
+        assert ours.fileno() == -1
+    assert len(table) == 0
+
+
 def test_a_connection_whose_peer_is_not_known_is_closed() -> None:
     """It is nobody's, and takes nobody's place."""
     table = none(values.Limits())

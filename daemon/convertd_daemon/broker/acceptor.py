@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 CLOSING_S: Final = 0.2
 """In which room is made for connections that are to be closed by another process."""
 
+ENDED_AT_ONCE: Final = 16
+"""Connections that are over, or too many, and are taken from the backlog in one round: 1 ms."""
+
 OUT_OF_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
@@ -76,46 +79,50 @@ class Acceptor:
         """Take one of those who wait in the backlog, and hand it to the front.
 
         One each round of the loop, in which the front too is heard once: whoever connects as fast
-        as it can must not hold up those who are connected.
+        as it can must not hold up those who are connected. Nor those behind it in the backlog: of
+        connections that go no further several are ended in a round.
         """
-        if self._connections.is_closing_many:
-            log.warning("too many connections with descriptors wait to be closed")
-            self._pause_for(CLOSING_S)
-            return
-        try:
-            sock, _ = self._listening.accept()
-        except BlockingIOError:
-            return
-        except OSError as error:
-            if error.errno in OUT_OF_DESCRIPTORS:
-                log.warning("can't accept error=%s", error)
-                self._pause_for(1.0)
-            return  # else the peer was gone before we came. Source: accept(2)
-        self._events.on_accept()
-        self._admit(sock)
+        for _ in range(ENDED_AT_ONCE):
+            if self._connections.is_closing_many:
+                log.warning("too many connections with descriptors wait to be closed")
+                self._pause_for(CLOSING_S)
+                return
+            try:
+                sock, _ = self._listening.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in OUT_OF_DESCRIPTORS:
+                    log.warning("can't accept error=%s", error)
+                    self._pause_for(1.0)
+                return  # else the peer was gone before we came. Source: accept(2)
+            self._events.on_accept()
+            if self._admit(sock):
+                return
 
     def _pause_for(self, seconds: float) -> None:
         self.pause()
         self._loop.after(seconds, self.resume)
 
-    def _admit(self, sock: socket.socket) -> None:
-        """Keep one descriptor of a connection, and send the front another."""
+    def _admit(self, sock: socket.socket) -> bool:
+        """Keep one descriptor of a connection, and send the front another; False if it ended."""
         try:
             connection = self._connections.admit(sock)
             if connection is None:
-                return
+                return False
         except OSError as error:
             log.info("connection lost at once error=%s", error)
-            return
+            return False
         try:
             theirs = os.dup(sock.fileno())
         except OSError as error:
             log.warning("can't hand on a connection error=%s", error)
             self._connections.drop(connection)
-            return
+            return False
         self._loop.watch(sock.fileno(), loop.PEER_GONE, lambda _: self._drop(connection))
         came = messages.Connected(connection=connection.number, uid=connection.uid)
         self._front.send(came, theirs)
+        return True
 
     def _drop(self, connection: Connection) -> None:
         """A peer is gone, or the front has let go of it."""

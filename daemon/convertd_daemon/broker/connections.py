@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import itertools
 import logging
+import select
+import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from convertd_core import values
 from convertd_daemon.linux import peercred, proc_pid, scm_rights
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 log = logging.getLogger(__name__)
+
+WARN_AGAIN_S: Final = 1.0
+
+MOST_WARNED: Final = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +67,8 @@ class Connections:
         self._leaving: dict[int, Connection] = {}
         """Those that are over, have descriptors attached, and are open in the front. They count."""
         self._per_user: Counter[int] = Counter()
+        self._warned: dict[int, float] = {}
+        """When the log last had a line about a user who has too many."""
         self._in: dict[int, tuple[frozenset[int], frozenset[int]]] = {}
         """Which groups were asked about, and in which of them who connected is."""
         self._numbers = itertools.count(1)
@@ -106,6 +114,9 @@ class Connections:
     def admit(self, sock: socket.socket) -> Connection | None:
         """Ask the kernel who this is and keep it; None, and closed, if there are too many.
 
+        So is one whose peer has gone while it waited: whoever comes and goes costs others little
+        that way, and the front nothing.
+
         Raises:
             OSError: the peer is gone already. The socket is closed.
         """
@@ -117,12 +128,15 @@ class Connections:
         except OSError:
             self._closer.close(sock)
             raise
+        if _is_over(sock):
+            self._closer.close(sock)
+            return None
         total, own = len(self) + len(self._leaving), self._per_user[told.uid]
         # Our own probe: a daemon with many callers is not a dead one.
         is_probe = told.pid == self.prober
         full = total >= self.limits.connections or own >= self.limits.connections_per_user
         if full and not is_probe:
-            log.warning("too many connections uid=%d own=%d total=%d", told.uid, own, total)
+            self._warn(told.uid, own, total)
             self._closer.close(sock)
             return None
         comm, unit = proc_pid.name_and_unit(told.pid, told.uid, told.gid)
@@ -161,7 +175,24 @@ class Connections:
         for number in tuple(self._leaving):
             self.released(number)
 
+    def _warn(self, uid: int, own: int, total: int) -> None:
+        """Log that a user has too many, not each time: it may come again without end."""
+        now = time.monotonic()
+        if now - self._warned.get(uid, -WARN_AGAIN_S) < WARN_AGAIN_S:
+            return
+        log.warning("too many connections uid=%d own=%d total=%d", uid, own, total)
+        if len(self._warned) >= MOST_WARNED:
+            self._warned.clear()
+        self._warned[uid] = now
+
     def _uncount(self, connection: Connection) -> None:
         self._per_user[connection.uid] -= 1
         if not self._per_user[connection.uid]:
             del self._per_user[connection.uid]
+
+
+def _is_over(sock: socket.socket) -> bool:
+    """Whether the peer has ended a connection, or its own half, which counts for both."""
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    return bool(poll.poll(0))
