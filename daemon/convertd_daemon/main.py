@@ -51,8 +51,7 @@ def command_line_parser() -> argparse.ArgumentParser:
         "command",
         nargs="?",
         choices=["check", "unit-dropin"],
-        help="check: explain a policy and report mistakes; "
-        "unit-dropin: print what it needs of the unit",
+        help="check and explain a policy, or print its drop-in for the unit",
     )
     parser.add_argument(
         "--policy",
