@@ -298,7 +298,7 @@ class TestDataElsewhere:
         with whole_job.logging_to_stderr(logging.DEBUG):
             found = [act(area / "in", image_format) for act in (inspected, converted)]
         assert [said.reason for said in found] == [reason, reason]
-        assert ("run argv=" in capfd.readouterr().err) == (reason == "done")
+        assert ("run command=" in capfd.readouterr().err) == (reason == "done")
 
 
 CREATORS: Final = (b"vbox", b"vpc ", b"vs  ", b"qemu", b"win ", b"qem2", b"d2v ", b"tap\0", b"CTXS")

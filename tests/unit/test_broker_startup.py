@@ -207,7 +207,7 @@ class TestPrivateDirectory:
         complaint = complaint_of(
             lambda: preflight.private_directory(str(directory / "sock"), FRONT)
         )
-        assert complaint == f"{theirs}: belongs to somebody else"
+        assert complaint == f"{theirs}: belongs to another user"
         assert (theirs / "file").exists()
 
     def test_a_link_in_its_place_is_not_followed(self, directory: Path) -> None:

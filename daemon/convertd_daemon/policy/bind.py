@@ -78,11 +78,11 @@ def bind(
     """Make a Policy, in which a name that doesn't exist grants nothing.
 
     A user or group that doesn't exist is left out. A root whose owner doesn't exist is left out of
-    every rule: what would be created there could be given to nobody. `directories` are those that
+    every rule: what would be created there would have no owner. `directories` are those that
     the roots are, by their names; a root that is not in there was not there.
 
     Raises:
-        document.PolicyError: a name has an id that nobody can have.
+        document.PolicyError: a name has an id that is not allowed.
     """
     _check_ids(parsed, ids)
     roots = {

@@ -31,7 +31,7 @@ class Subjects:
     def include(self, peer: values.Peer) -> bool:
         """Whether the caller is one of them.
 
-        A caller whose uid our user namespace doesn't map is nobody in particular, and is never one.
+        A caller whose uid our user namespace doesn't map has no identity, and is never one.
         """
         if peer.uid == values.OVERFLOW_ID:
             return False

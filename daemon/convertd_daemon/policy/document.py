@@ -98,7 +98,7 @@ class LimitsTable(_Table, frozen=True):
 
 
 class OperatorsTable(_Table, frozen=True):
-    """[operators]. Nobody, if it is left out."""
+    """[operators]. No user, if it is left out."""
 
     users: tuple[value_types.Account, ...] = ()
     groups: tuple[value_types.Account, ...] = ()
@@ -317,7 +317,7 @@ def _check_paths_differ(roots: Mapping[str, RootTable]) -> None:
 
 
 def _check_parents_count(document: Document) -> None:
-    """Refuse to be told of parents that nobody looks at. See Document.parents_count."""
+    """Refuse parents_writable_by where it has no effect. See Document.parents_count."""
     for name, root in document.roots.items():
         if root.parents_writable_by is not None and not document.parents_count(name):
             reason = 'has no meaning with access = "caller", but inside of a root of the daemon\'s'

@@ -84,10 +84,10 @@ def load(path: str, *, limit_s: float = lookup.LIMIT_S) -> Loaded:
 
 
 def _check_parents(file: str, root: values.Root, seen: survey.Seen) -> None:
-    """Refuse a root that somebody whom it does not name could replace by another directory.
+    """Refuse a root that a user whom the policy does not name could replace.
 
     Raises:
-        LoadError: somebody could, and what to write if that is meant.
+        LoadError: such a user could; it says what to write if that is intended.
     """
     beyond = [found for writers in seen.writers if (found := writers.beyond(root))]
     if not beyond:
@@ -116,7 +116,7 @@ def _read(path: str) -> bytes:
 
 @contextlib.contextmanager
 def _trusted(path: str) -> Iterator[int]:
-    """Open a file that nobody but root can change, replace or redirect.
+    """Open a file that only root can change, replace or redirect.
 
     Every directory is opened below the one before, and none by a symbolic link, so what was checked
     is what is read.

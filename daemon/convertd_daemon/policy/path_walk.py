@@ -26,7 +26,7 @@ MOST_LINKS: Final = 40
 """As the kernel's MAXSYMLINKS. Source: linux/namei.h."""
 
 KEEP_BIRTHS: Final = frozenset(fstatfs.Magic)
-"""Where an inode has one time of birth for as long as it lives, which nobody can set."""
+"""Where an inode has one time of birth for as long as it lives, which no user can set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Writers:
-    """Who, beside root, can put something else in place of what is in a directory."""
+    """The users, other than root, who can replace what is in a directory."""
 
     path: str
     uids: frozenset[int] = frozenset()
@@ -146,7 +146,7 @@ def reason(error: OSError) -> str:
 def problem_of(path: str, status: os.stat_result, *, sticky_will_do: bool = False) -> str:
     """Say why a user other than root could change a file or directory; empty if none could.
 
-    In a sticky directory of root's nobody else can rename or remove what is root's: that will do
+    In a sticky directory of root's no other user can rename or remove what is root's: that will do
     for a file that we create and check afterwards. Write permission by an access control list shows
     in the group's bits too. Source: acl(5).
     """

@@ -172,7 +172,7 @@ class Ownership(str):
 
 
 def check_id(number: int) -> int:
-    """Give an id back that can be somebody's.
+    """Return an id that a user or group can have.
 
     Raises:
         ValueError: it is out of range, or what the kernel says for anybody it can't name.

@@ -24,7 +24,7 @@ class Limits:
 
     address_space_bytes: int = 1024 * _MIB  # -m 16 needs 350 MiB with MALLOC_ARENA_MAX=1
     processor_time_s: int | None = None  # a large honest conversion takes hours of it
-    niceness: int = 19  # a trivial call beside four conversions: 2.5 ms, against 10 ms at 0
+    niceness: int = 19  # a trivial call during four conversions: 2.5 ms, against 10 ms at 0
 
 
 CONVERT: Final = Limits()

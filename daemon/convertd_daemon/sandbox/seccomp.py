@@ -41,9 +41,9 @@ class Refusal:
 class Profile:
     """One kind of process, all that is refused to it, and all that it may ask for.
 
-    `allowed` are calls (their names, blanks between) beside those in `refusals`, which are allowed
-    where their conditions do not hold; every other call answers ENOSYS. None: each that is not
-    refused is allowed, up to NEWEST_CALL.
+    `allowed` are calls (their names, blanks between) in addition to those in `refusals`, which are
+    allowed where their conditions do not hold; every other call answers ENOSYS. None: each that is
+    not refused is allowed, up to NEWEST_CALL.
     """
 
     name: str
@@ -175,7 +175,7 @@ _NO_FILE_BY_NAME: Final = (
 # of files and block devices is in others. Source: the headers named, ioctl-number.rst.
 _IOCTLS: Final = {
     0x1: "SCSI_IOCTL_SEND_COMMAND: commands of one's own to a disk",
-    0x5412: "TIOCSTI: types on somebody's terminal",
+    0x5412: "TIOCSTI: types on another user's terminal",
     0x541C: "TIOCLINUX: the same on a console",
     0x5423: "TIOCSETD: loads line disciplines",
     0x8901: "FIOSETOWN: has signals sent to another process",
@@ -205,7 +205,7 @@ _FCNTLS: Final = {
     8: "F_SETOWN: has signals sent to another process",
     10: "F_SETSIG: chooses which one, SIGKILL too",
     15: "F_SETOWN_EX: the same",
-    1024: "F_SETLEASE: whoever opens the file waits for up to 45 s",
+    1024: "F_SETLEASE: other processes that open the file wait for up to 45 s",
     1026: "F_NOTIFY: Landlock does not govern watching",
 }
 

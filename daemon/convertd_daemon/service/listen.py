@@ -29,19 +29,19 @@ MODE: Final = 0o666
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listener:
-    """The listening socket, and its path if it is ours to remove."""
+    """The listening socket, and its path if the daemon must remove it."""
 
     sock: socket.socket
     own_path: str
 
     def close(self, end: Callable[[socket.socket], object] = socket.socket.detach) -> None:
-        """Stop listening; `end` closes those that nobody accepted.
+        """Stop listening; `end` closes the connections that were not accepted yet.
 
-        They may have sent descriptors: if need be they are left to the end of this process, which
-        waits for nothing (see closer.py). So is a socket of systemd's, which goes on listening for
-        the next start, and with it those who connected; its path stays.
+        Their peers may have sent descriptors: then they stay open until this process exits, which
+        does not block (see closer.py). A socket of systemd's stays open too, with its backlog, and
+        its path stays: systemd listens on it until the next start.
 
-        Done twice it changes nothing: by then the path may be the next daemon's.
+        A second call does nothing: by then the path may be the next daemon's.
         """
         if self.sock.fileno() == -1:
             return
@@ -74,7 +74,7 @@ def listen(path: str) -> Listener:
 
 
 def _passed() -> socket.socket | None:
-    """The descriptor by socket activation. No child will see the variables that told of it."""
+    """The descriptor of socket activation. Removes its variables from the environment."""
     pid = os.environ.pop("LISTEN_PID", "")
     count = os.environ.pop("LISTEN_FDS", "")
     os.environ.pop("LISTEN_FDNAMES", None)
@@ -102,7 +102,7 @@ def _is_ours(descriptor: int) -> bool:
 def _make(path: str) -> socket.socket:
     """Bind, set the mode, listen. Connections before listen(2) are refused.
 
-    By its path: along that nobody but root can change anything, as `trusted` has seen.
+    By its path, along which only root can change anything: `trusted` has checked that.
     """
     _clear(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -120,7 +120,7 @@ def _make(path: str) -> socket.socket:
 def trusted(path: str) -> str:
     """Give a socket's path with no link on its way, along which root alone can change anything.
 
-    A directory of root's that is sticky will do: nobody else can rename or remove what is root's.
+    A sticky directory of root's will do: no other user can rename or remove what is root's there.
 
     Raises:
         StartError: its directory is missing, or others could put another in its place.
@@ -145,10 +145,10 @@ def trusted(path: str) -> str:
 
 
 def _clear(path: str) -> None:
-    """Remove a socket that nobody listens at, and nothing else.
+    """Remove a socket on which no process listens, and nothing else.
 
     Raises:
-        StartError: somebody listens, or it is no socket.
+        StartError: a process listens, or it is no socket.
     """
     try:
         found = os.lstat(path)

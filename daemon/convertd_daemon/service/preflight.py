@@ -103,7 +103,7 @@ def check_descriptors(limits: values.Limits) -> None:
 
 
 def check_program(path: str) -> None:
-    """Check that there is a qemu-img, and that nobody but root can change or replace it.
+    """Check that there is a qemu-img, and that only root can change or replace it.
 
     Links are followed, and each directory that they lead through counts.
 
@@ -128,7 +128,7 @@ def _is_roots_program(found: path_walk.Step) -> bool:
 
 
 def private_directory(socket_path: str, front: Identity) -> str:
-    """Make the directory that only the front can enter, beside the public socket.
+    """Make the directory that only the front can enter, next to the public socket.
 
     Raises:
         StartError: something else has that name.
@@ -155,7 +155,7 @@ def _fresh_directory(path: str, owner: Identity | None, mode: int) -> str:
         raise StartError(f"can't make {path}: {os.strerror(error.errno or 0)}") from error
     with _opened(path) as fd:
         if os.fstat(fd).st_uid not in {0, uid}:
-            raise StartError(f"{path}: belongs to somebody else")
+            raise StartError(f"{path}: belongs to another user")
         _empty(fd)
         # A new one in any case: a daemon that is still stopping has the old one, see `kept`.
         os.rmdir(path)
@@ -183,7 +183,7 @@ def kept(path: str) -> Iterator[None]:
     try:
         yield
     finally:
-        # Kept open, the inode is nobody else's; and one without a link is in no directory.
+        # While it is open its inode number is not reused; without a link it is in no directory.
         if os.fstat(fd).st_nlink:
             remove_directory(path)
         os.close(fd)

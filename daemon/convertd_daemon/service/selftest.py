@@ -92,7 +92,7 @@ def _be_the_child(
 
 def _convert_all(runner: execution.Runner, directory: str) -> SelfTest:
     # Its first line has the version.
-    said = runner.run(("qemu-img", "--help"), execution.Inodes(), LIMITS)
+    output = runner.run(("qemu-img", "--help"), execution.Inodes(), LIMITS)
     _convert(runner, directory, "zlib")
     compressions = ["zlib"]
     try:
@@ -101,9 +101,9 @@ def _convert_all(runner: execution.Runner, directory: str) -> SelfTest:
     except conditions.ConversionFailed:
         log.warning("this qemu-img has no zstd")
     return SelfTest(
-        qemu_version=_version_in(said.stdout),
+        qemu_version=_version_in(output.stdout),
         compressions=tuple(compressions),
-        formats=_formats_in(said.stdout),
+        formats=_formats_in(output.stdout),
     )
 
 
@@ -132,20 +132,20 @@ def _convert(runner: execution.Runner, directory: str, compression: str) -> None
         os.close(dest)
 
 
-def _version_in(said: bytes) -> str:
+def _version_in(output: bytes) -> str:
     """The version in the first line of `qemu-img --help`, or that line as it is."""
-    line = said.decode("utf-8", "replace").partition("\n")[0]
+    line = output.decode("utf-8", "replace").partition("\n")[0]
     match = re.search(r"version (\S+)", line)
     return match[1] if match else line
 
 
-def _formats_in(said: bytes) -> frozenset[str]:
+def _formats_in(output: bytes) -> frozenset[str]:
     """The formats of ours in the list that `qemu-img --help` ends with.
 
     Raises:
         conditions.Unsupported: there is no such list, or none of ours is in it.
     """
-    match = re.search(rb"^Supported formats:(.*)$", said, re.MULTILINE)
+    match = re.search(rb"^Supported formats:(.*)$", output, re.MULTILINE)
     listed = match[1].decode("utf-8", "replace").split() if match else []
     formats = values.FORMATS.intersection(listed)
     if not formats:

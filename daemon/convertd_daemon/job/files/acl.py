@@ -59,7 +59,7 @@ def inherited(default: bytes, mode: int) -> tuple[bytes, int]:
     every user and group that is named), or others.
 
     Raises:
-        OSError: EINVAL, these bytes are no list. Whoever serves a FUSE file system chose them.
+        OSError: EINVAL, these bytes are no list. The server of a FUSE file system chose them.
     """
     entries = _entries(default)
     # Where there is a mask it stands for the group class, and the group's own entry stays.

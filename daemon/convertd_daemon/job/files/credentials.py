@@ -1,4 +1,4 @@
-"""With whose rights the job touches the file system: the daemon's, or the caller's.
+"""The rights with which the job uses the file system: the daemon's, or the caller's.
 
 Fails closed: where the caller's rights can't be taken on, nothing is opened.
 """
@@ -37,7 +37,7 @@ def acting_for(root: values.Root, peer: values.Peer) -> Iterator[None]:
 
 @contextlib.contextmanager
 def acting_as(uid: int, gid: int, groups: Iterable[int]) -> Iterator[None]:
-    """Use somebody else's ids for whatever touches the file system, and come back."""
+    """Use another user's ids for file system calls, and restore our own afterwards."""
     parent = os.getppid()
     own_groups = os.getgroups()
     with contextlib.ExitStack() as undo:
@@ -52,7 +52,7 @@ def acting_as(uid: int, gid: int, groups: Iterable[int]) -> Iterator[None]:
 
 
 def describe_rights(root: values.Root, peer: values.Peer) -> str:
-    """Whose rights these are, for a message."""
+    """The owner of these rights, for a message."""
     match root.access:
         case values.RootAccess.DAEMON:
             return "the daemon"

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceDest:
-    """An open device that nobody else holds. See destination.Destination.
+    """An open device that no other process holds. See destination.Destination.
 
     `group` is the group with which qemu-img writes it: it has no capability that would let it
     otherwise. `is_zero` is the caller's claim that the device reads as zeroes.
@@ -115,7 +115,7 @@ class DeviceDest:
 
 @contextlib.contextmanager
 def open_dest(grant: values.ConvertGrant, worker: Identity | None) -> Iterator[DeviceDest]:
-    """Open the device that a place names, with O_EXCL: not mounted, and held by nobody.
+    """Open the device that a place names, with O_EXCL: not mounted, and held by no other process.
 
     Raises:
         conditions.SourceNotFound: there is no such device.

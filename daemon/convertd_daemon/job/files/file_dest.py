@@ -1,6 +1,6 @@
 """The file that is being written, before it has a name.
 
-An inode opened with O_TMPFILE is in no directory: nobody can see it half-written, and the kernel
+An inode opened with O_TMPFILE is in no directory: no user can see it half-written, and the kernel
 frees it when its last descriptor closes, however that comes about. Where a file system has no
 O_TMPFILE (NFS, FUSE) a named temporary stands in, locked with flock(2) for as long as its job
 lives. The next job that makes one there for the same owner removes those that are not locked.

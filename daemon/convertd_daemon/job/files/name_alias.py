@@ -38,7 +38,7 @@ def create(directory: str, name: str, fd: int) -> Iterator[str]:
     own = os.path.join(directory or tempfile.gettempdir(), f"convertd-{getrandom.hex_name(8)}")
     os.mkdir(own, 0o700)
     # For the worker to pass through; not subject to our umask.
-    os.chmod(own, 0o711)  # noqa: S103 - it holds one link, and nobody can list it
+    os.chmod(own, 0o711)  # noqa: S103 - it holds one link, and no other user can list it
     path = os.path.join(own, _UNSAFE.sub("_", name))
     try:
         os.symlink(f"/proc/self/fd/{fd}", path)

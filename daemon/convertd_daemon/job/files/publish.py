@@ -80,7 +80,7 @@ def assign_name(grant: values.ConvertGrant, dest: NewFile) -> bool:
         conditions.DirectoryNotFound: the directory has been removed. Nothing is visible.
         conditions.AccessRefused: the kernel does not let the caller replace it. Nothing is visible.
         conditions.WriteFailed, conditions.NoSpace: the directory can't take it. Nothing is visible.
-        conditions.NameReplaced: the name leads to somebody else's file already.
+        conditions.NameReplaced: the name leads to another file already.
         conditions.PublishedButNotDurable: the result is in place; a crash may undo that.
     """
     path = dest.place.path

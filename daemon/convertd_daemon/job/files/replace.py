@@ -13,8 +13,8 @@ if it may not be replaced. At every instant both files have a name.
   the caller could so take a name from any user. It is kept under a name that no sweep removes.
 
 A file system that can't exchange (NFS, most of FUSE; vfat before Linux 6.0) gets rename(2); and
-where the policy lets a caller replace its own files only, this only in a directory in which nobody
-but root and the caller can put a file.
+where the policy lets a caller replace its own files only, this only in a directory in which no user
+except root and the caller can put a file.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def _put_over(grant: values.ConvertGrant, dest: NewFile, held: str) -> None:
     try:
         _judge(grant, target, held)
     except FileNotFoundError:
-        # Removed by somebody under its new name: there is nothing to be given back.
+        # It was removed under its new name: there is nothing to give back.
         return
     except (conditions.ConvertError, OSError):
         _give_back(grant, dest, held)
@@ -333,7 +333,7 @@ def _is_result(dest: NewFile, name: str) -> bool:
 
 
 def _others_may_write(target: paths.Target, peer: values.Peer) -> bool:
-    """Whether anybody but root and the caller could put a file at the name.
+    """Whether a user other than root and the caller could put a file at the name.
 
     The group's bits are also the mask of an access control list. Source: acl(5).
     """

@@ -72,7 +72,7 @@ def open_root(place: values.Place) -> int:
     Raises:
         OSError: it is not there, a link is on the way, the rights in force do not suffice, or
             (EXDEV) another root has taken its place.
-        conditions.RootUnusable: it can't be opened for another reason, or somebody whom the policy
+        conditions.RootUnusable: it can't be opened for another reason, or a user whom the policy
             does not name could put another directory in its place.
     """
     root = place.root
@@ -93,10 +93,10 @@ def open_root(place: values.Place) -> int:
 
 
 def check_parents(root: values.Root, way: list[path_walk.Step]) -> None:
-    """Refuse a root that somebody whom the policy does not name could replace.
+    """Refuse a root that a user whom the policy does not name could replace.
 
     Raises:
-        conditions.RootUnusable: somebody could.
+        conditions.RootUnusable: such a user could.
         OSError: an access control list could not be read.
     """
     for writers in path_walk.writers_above(root.path, root.kind, way):
@@ -108,10 +108,10 @@ def check_parents(root: values.Root, way: list[path_walk.Step]) -> None:
 def check_devices(root: values.Root) -> None:
     """Check a root of devices in the same way.
 
-    udev's links are followed there, so that nobody else may make one in the root itself either.
+    udev's links are followed there, so no other user may create one in the root itself either.
 
     Raises:
-        conditions.RootUnusable: somebody could.
+        conditions.RootUnusable: such a user could.
         OSError: an access control list could not be read.
     """
     if root.access is not values.RootAccess.DAEMON:

@@ -1,6 +1,6 @@
 """Temporary names of results, and the removal of those that killed jobs left.
 
-Two forms, each with 16 random hexadecimal digits that nobody can guess:
+Two forms, each with 16 random hexadecimal digits:
 
 - `.convertd-RANDOM.tmp`: it only ever leads to a result.
 - `.convertd-RANDOM-NEW-OLD.tmp`: it is exchanged with the destination's name, so it leads to the
@@ -33,7 +33,7 @@ _NAME: Final = re.compile(
 )
 
 Rights = Callable[[], contextlib.AbstractContextManager[None]]
-"""What takes on somebody's rights for the length of a block."""
+"""A context manager that takes on the rights of a user."""
 
 MOST_EXAMINED: Final = 4096
 """The most names examined in one sweep, so that a directory full of them delays a job by no more

@@ -1,1 +1,1 @@
-"""qemu-img: what it is asked, what it answers, and how it is run."""
+"""qemu-img: its arguments, its answers, and how it is run."""

@@ -32,7 +32,7 @@ MAX_SHOWN_BYTES: Final = 256
 
 BEING_WRITTEN: Final = values.Warning(
     reason="IMAGE_IN_USE",
-    message="another process has it open for writing: what is told of it may be out of date",
+    message="another process has it open for writing: this information may be out of date",
 )
 
 

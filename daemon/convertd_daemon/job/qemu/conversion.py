@@ -85,7 +85,7 @@ def convert(
         outcome = _run(grant, plan, ends, kept, runner)
     if outcome.status != 0:
         log.warning(
-            "convert failed path=%r status=%d said=%r",
+            "convert failed path=%r status=%d stderr=%r",
             ends.source.place.path,
             outcome.status,
             outcome.excerpt,
@@ -209,10 +209,10 @@ def _failure(
     if outcome.status < 0:
         name = signal.Signals(-outcome.status).name
         return conditions.ConversionFailed(path=path, problem=f"ended by {name}")
-    said = strerror_in(outcome.stderr, ends.source.place)
-    if CREATING in outcome.stderr.lower() and said in _WRITE_PROBLEMS:
+    problem = strerror_in(outcome.stderr, ends.source.place)
+    if CREATING in outcome.stderr.lower() and problem in _WRITE_PROBLEMS:
         # The header, or the size: the first things that are written.
-        return conditions.WriteFailed(path=ends.dest.place.path, problem=said)
+        return conditions.WriteFailed(path=ends.dest.place.path, problem=problem)
     problem = f"status {outcome.status}; {reasons.unknown(outcome.stderr, ends.source.place)}"
     return conditions.ConversionFailed(path=path, problem=problem)
 
@@ -284,10 +284,10 @@ _OUT_OF_MEMORY: Final = frozenset({-signal.SIGKILL, -signal.SIGABRT, -signal.SIG
 """The kernel's OOM killer, and how glib ends a program that gets no memory."""
 
 
-def strerror_in(said: str, place: values.Place) -> str:
+def strerror_in(text: str, place: values.Place) -> str:
     """The operating system's words at the end of a message of qemu-img's; never a file name."""
-    last = said.rsplit(": ", 1)[-1].strip()
-    return last if last in _STRERRORS else reasons.unknown(said, place)
+    last = text.rsplit(": ", 1)[-1].strip()
+    return last if last in _STRERRORS else reasons.unknown(text, place)
 
 
 _WRITE_PROBLEMS: Final = frozenset(

@@ -60,9 +60,9 @@ class Outcome:
 
     @property
     def excerpt(self) -> str:
-        """What it said to standard error, as long as a line of a log may be.
+        """Its standard error, cut to the length of a log line.
 
-        An image decides how long it really is.
+        The whole length depends on the image.
         """
         if len(self.stderr) <= MAX_LOGGED_CHARACTERS:
             return self.stderr
@@ -95,7 +95,7 @@ def opened(setup: Setup, slot: PreforkSlot) -> Iterator[Program]:
 class Inodes:
     """The descriptors whose inodes exist for a run of qemu-img; it has no others.
 
-    `devices` are written, `pipes` read; `groups` are the worker's beside its own, for a device.
+    `devices` are written, `pipes` read; `groups` are added to the worker's own, for a device.
     """
 
     read: tuple[int, ...] = ()
@@ -191,7 +191,7 @@ class Runner:
 
 
 def _is_closed_to(identity: spawn.Identity | None, fd: int) -> bool:
-    """Whether the worker needs CAP_DAC_READ_SEARCH for an inode: the kernel is asked, as it."""
+    """Whether the worker needs CAP_DAC_READ_SEARCH for an inode. Tried with the worker's ids."""
     return identity is not None and not credentials.can_read(identity, fd)
 
 

@@ -61,7 +61,7 @@ def identify(
 ) -> values.ImageInfo:
     """Find out what the source is, as far as this caller may have it read.
 
-    One that is raw is nobody's to ask.
+    qemu-img is not run on a raw one.
 
     Raises:
         conditions.FormatNotAllowed: it is of a format that the policy does not allow.
@@ -107,14 +107,14 @@ def _describe(
     outcome = runner.run(argv, inodes, limits.INFO)
     path = source.place.path
     if outcome.status != 0:
-        log.info("info failed path=%r status=%d said=%r", path, outcome.status, outcome.excerpt)
+        log.info("info failed path=%r status=%d stderr=%r", path, outcome.status, outcome.excerpt)
         raise _refusal(source, stated, image_format, argv[-1], outcome)
     try:
-        said = json.loads(outcome.stdout)
+        answer = json.loads(outcome.stdout)
         # JSON can escape half a character, which no message can hold.
-        json.dumps(said, ensure_ascii=False).encode()
-        info = _parse(said, source)
-        is_elsewhere = _is_elsewhere(said, source)
+        json.dumps(answer, ensure_ascii=False).encode()
+        info = _parse(answer, source)
+        is_elsewhere = _is_elsewhere(answer, source)
     except NOT_UNDERSTOOD as error:
         log.info("info unreadable path=%r error=%r", path, str(error))
         raise conditions.ImageRefused(path=path, problem=STRANGE) from error
@@ -122,7 +122,7 @@ def _describe(
         raise conditions.FormatMismatch(path=path, format=image_format)
     _judge(path, info, is_elsewhere=is_elsewhere)
     info = replace(info, warnings=recognize.check_header(source, info.format))
-    return info, json.dumps({**said, "filename": path})
+    return info, json.dumps({**answer, "filename": path})
 
 
 def contents(path: str, text: str) -> values.Contents:
@@ -143,7 +143,7 @@ def result_info(fd: int, image_format: str, runner: execution.Runner) -> tuple[s
     argv = plan.info_argv(fd, image_format)
     outcome = runner.run(argv, execution.Inodes(read=(fd,)), limits.INFO)
     if outcome.status != 0:
-        log.warning("result unreadable format=%s said=%r", image_format, outcome.excerpt)
+        log.warning("result unreadable format=%s stderr=%r", image_format, outcome.excerpt)
         return "", 0
     try:
         found = json.loads(outcome.stdout)
@@ -157,17 +157,17 @@ def _refusal(
     source: Source, stated: str, image_format: str, named: str, outcome: Outcome
 ) -> conditions.ConvertError:
     """Why it could not be opened; `named` is the name that qemu-img was given for it."""
-    path, said = source.place.path, outcome.stderr.lower()
-    if LOCKED in said and "failed to get" in said:
+    path, output = source.place.path, outcome.stderr.lower()
+    if LOCKED in output and "failed to get" in output:
         return conditions.ImageInUse(path=path)
-    if NO_MEMORY in said:
+    if NO_MEMORY in output:
         return conditions.ImageRefused(
             path=path, problem="reading it takes more memory than allowed"
         )
     if outcome.status < 0:
         return conditions.ImageRefused(path=path, problem="qemu-img did not survive reading it")
     opening = f"qemu-img: could not open '{named}': "
-    if stated and NOT_THIS_FORMAT.fullmatch(said.removeprefix(opening)):
+    if stated and NOT_THIS_FORMAT.fullmatch(output.removeprefix(opening)):
         return conditions.FormatMismatch(path=path, format=stated)
     problem = reasons.of_opening(outcome.stderr, named)
     if problem is None:
@@ -184,19 +184,19 @@ NOT_UNDERSTOOD: Final = (
 """What the answer of a qemu-img that an image has taken over may raise when it is read."""
 
 
-def _is_elsewhere(said: dict[str, Any], source: Source) -> bool:
+def _is_elsewhere(answer: dict[str, Any], source: Source) -> bool:
     """Whether another file has the data, also one that is not named.
 
     qcow2's external data file; an extent or an unnamed parent of a VMDK; what a LUKS header is for.
     """
-    specific = said.get("format-specific", {}).get("data", {})
+    specific = answer.get("format-specific", {}).get("data", {})
     extents = {str(extent["filename"]) for extent in specific.get("extents", ())}
     has_parent = specific.get("parent-cid", NO_PARENT) != NO_PARENT
     return (
         not {"data-file", "data-file-raw"}.isdisjoint(specific)
         or not extents <= {plan.path_of(source.fd)}
-        or (has_parent and not said.get("backing-filename"))
-        or (said["format"] == "luks" and said["virtual-size"] == 0)
+        or (has_parent and not answer.get("backing-filename"))
+        or (answer["format"] == "luks" and answer["virtual-size"] == 0)
     )
 
 
@@ -208,28 +208,28 @@ def _judge(path: str, info: values.ImageInfo, *, is_elsewhere: bool) -> None:
         raise conditions.Unsupported(what=f"{path}: its encryption", why="only LUKS is safe")
 
 
-def _parse(said: dict[str, Any], source: Source) -> values.ImageInfo:
+def _parse(answer: dict[str, Any], source: Source) -> values.ImageInfo:
     """qemu-img's ImageInfo, as far as we use it. Source: qemu qapi/block-core.json."""
-    specific = said.get("format-specific", {}).get("data", {})
+    specific = answer.get("format-specific", {}).get("data", {})
     return values.ImageInfo(
-        format=str(said["format"]),
-        virtual_size_bytes=_size(said["virtual-size"]),
-        actual_size_bytes=_size(said.get("actual-size", source.allocated_bytes)),
-        cluster_size_bytes=_size(said.get("cluster-size", 0)),
-        encrypted=bool(said.get("encrypted", False)),
-        dirty=bool(said.get("dirty-flag", False)),
+        format=str(answer["format"]),
+        virtual_size_bytes=_size(answer["virtual-size"]),
+        actual_size_bytes=_size(answer.get("actual-size", source.allocated_bytes)),
+        cluster_size_bytes=_size(answer.get("cluster-size", 0)),
+        encrypted=bool(answer.get("encrypted", False)),
+        dirty=bool(answer.get("dirty-flag", False)),
         corrupt=bool(specific.get("corrupt", False)),
-        backing_name=str(said.get("backing-filename", "")),
-        backing_format=str(said.get("backing-filename-format", "")),
-        snapshots=tuple(str(item["name"]) for item in said.get("snapshots", ())),
+        backing_name=str(answer.get("backing-filename", "")),
+        backing_format=str(answer.get("backing-filename-format", "")),
+        snapshots=tuple(str(item["name"]) for item in answer.get("snapshots", ())),
         bitmaps=tuple(str(item["name"]) for item in specific.get("bitmaps", ())),
         details=tuple(_flat("", specific)),
     )
 
 
-def _contents(said: dict[str, Any]) -> values.Contents:
+def _contents(answer: dict[str, Any]) -> values.Contents:
     """Source: qemu qapi/block-core.json: SnapshotInfo, Qcow2BitmapInfo, VmdkExtentInfo."""
-    specific = said.get("format-specific", {}).get("data", {})
+    specific = answer.get("format-specific", {}).get("data", {})
     return values.Contents(
         snapshots=tuple(
             values.Snapshot(
@@ -239,7 +239,7 @@ def _contents(said: dict[str, Any]) -> values.Contents:
                 created_ns=_nanoseconds(item, "date"),
                 vm_clock_ns=_nanoseconds(item, "vm-clock"),
             )
-            for item in said.get("snapshots", ())
+            for item in answer.get("snapshots", ())
         ),
         bitmaps=tuple(
             values.Bitmap(

@@ -1,15 +1,15 @@
 """Check that a file holds all of its image. Fails closed: what can't be determined is refused.
 
-qemu does not ask. Where a table leads beyond the end of the file, it reads zeroes, without a word:
-half of a qcow2 would become a whole disk. So qemu-img is asked, in the same sandbox and while the
-conversion runs, and nothing is published before the answer is in.
+qemu does not check this. Where a table leads beyond the end of the file, it reads zeroes without an
+error: half of a qcow2 would become a whole disk. So qemu-img runs a check, in the same sandbox and
+during the conversion, and nothing is published before its answer.
 
     qcow2                       `check`, which follows every table: where one is cut off, all that
                                 it led to would read as zeroes. It forgives an end within the last
-                                cluster, where compressed images end; those are asked for a `map`.
+                                cluster, where compressed images end; for those, `map` runs too.
     vmdk, vdi, qed, parallels   `map`, which tells where all data lies. Their tables come first, and
-                                one of qed's that is cut off is an error to qemu. Of a parallels it
-                                is asked piece by piece: of 1 TiB and more at once, it crashes.
+                                a qed table that is cut off is an error to qemu. Parallels is mapped
+                                piece by piece: on 1 TiB and more at once, qemu-img crashes.
     vpc, vhdx, dmg              nothing: qemu does not open one that is cut off.
     raw, luks                   nothing: what is there is the image.
 
@@ -17,9 +17,9 @@ A compressed cluster that is cut off fails to decompress in the conversion itsel
 deflate, the qcow2 kind of zlib, has no checksum, and of the last cluster alone may give garbage.
 
 Reference counts that are wrong, in a way that leaves the data where it is, are accepted where that
-is asked and allowed: see damage. In a qcow2 whose dirty flag is set they are wrong as a matter of
-course, and nobody is asked. Then a `map` must tell, too, that no data lies beyond the end. A `map`
-alone would not do: of a table that is cut off it says that all it led to reads as zeroes.
+is asked and allowed: see damage. In a qcow2 whose dirty flag is set they are always wrong, and are
+accepted without that. Then a `map` must show, too, that no data lies beyond the end. A `map` alone
+would not do: of a table that is cut off it reports that all it led to reads as zeroes.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ LONGEST_ENTRY_BYTES: Final = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What is asked about one member of a chain: for a `map`, or else for a `check`.
+    """One run about one member of a chain: a `map`, or else a `check`.
 
     `stretch` is the part of the disk that the map is of; None for all of it. `dirty` says that the
     image was not closed in order by its last writer.
@@ -209,7 +209,7 @@ class IntegrityCheck:
 
 
 def _stretches(info: values.ImageInfo) -> Iterator[plans.Stretch | None]:
-    """The parts in which an image is asked about."""
+    """The parts in which an image is mapped."""
     piece = PIECE_BYTES.get(info.format)
     if piece is None or info.virtual_size_bytes <= piece:
         yield None
@@ -251,16 +251,18 @@ class _Answer(conversion.Observer, abc.ABC):
 
     def failed(self, outcome: execution.Outcome) -> conditions.ConvertError:
         """Why there is no answer: in the words in which the conversion itself would fail."""
-        place, said = self.question.source.place, outcome.stderr.lower()
+        place, output = self.question.source.place, outcome.stderr.lower()
         path = place.path
-        log.warning("check failed path=%r status=%d said=%r", path, outcome.status, outcome.excerpt)
-        if image_info.NO_MEMORY in said:
+        log.warning(
+            "check failed path=%r status=%d stderr=%r", path, outcome.status, outcome.excerpt
+        )
+        if image_info.NO_MEMORY in output:
             return self.refused("examining it takes more memory than allowed")
         if outcome.status < 0:
             return self.refused("qemu-img did not survive examining it")
-        if any(phrase in said for phrase in conversion.IN_USE):
+        if any(phrase in output for phrase in conversion.IN_USE):
             return conditions.ImageInUse(path=path)
-        if any(phrase in said for phrase in conversion.WRONG_SECRET):
+        if any(phrase in output for phrase in conversion.WRONG_SECRET):
             return conditions.WrongSecret(path=path)
         return conditions.ReadFailed(
             path=path, problem=conversion.strerror_in(outcome.stderr, place)
@@ -289,7 +291,7 @@ class _Check(_Answer):
         if outcome.status not in {*SOUND, CORRUPT}:
             raise self.failed(outcome)
         if outcome.status == CORRUPT:
-            log.info("corrupt path=%r said=%r", self.question.source.place.path, outcome.excerpt)
+            log.info("corrupt path=%r stderr=%r", self.question.source.place.path, outcome.excerpt)
             raise self.refused(
                 "its tables lead beyond its end, or contradict each other, as qemu-img check tells"
             )

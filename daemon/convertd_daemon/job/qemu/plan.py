@@ -1,6 +1,6 @@
-"""What will be run, from what was granted and what was found. Pure: no call to the system.
+"""Plan the command from the grant and from what was found. Pure: no system call.
 
-The arguments speak of descriptors only. The source is always one complete graph of block drivers,
+The arguments name descriptors only. The source is always one complete graph of block drivers,
 down to an explicit `backing: null`: a header rewritten after the probe can't add a parent, because
 qemu no longer asks the header.
 """
@@ -51,7 +51,7 @@ class Facts:
     """What the job found out about the two ends, as far as the plan depends on it.
 
     `chain` begins with the source itself. `*_direct` is None where reading or writing 4096 aligned
-    bytes with O_DIRECT worked, else what the kernel said. `in_memory` says that the chain is in the
+    bytes with O_DIRECT worked, else the kernel's error. `in_memory` says that the chain is in the
     page cache. `available_bytes` is the room that the destination's file system has, or the
     device's size.
     """
@@ -206,7 +206,7 @@ def path_of(fd: int) -> str:
 def raw_info(size_bytes: int, allocated_bytes: int) -> values.ImageInfo:
     """What there is to know of an image that the caller declared raw: nothing that is in it.
 
-    Guests may write anything into their disks, so a declared raw image is never looked at. Its
+    Guests may write anything into their disks, so a declared raw image is never probed. Its
     size is rounded up to sectors, as qemu does.
     """
     sectors = -(-size_bytes // SECTOR_BYTES)

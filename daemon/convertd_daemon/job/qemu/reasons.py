@@ -1,4 +1,4 @@
-"""Why qemu-img does not open an image, in fixed words of ours.
+"""Why qemu-img does not open an image, in fixed texts of ours.
 
 Fails closed: qemu-img's own text never passes. An image can have it name other files, and say of
 them whether they exist; so what it says counts only if all of it, behind the name that we gave, is
@@ -63,26 +63,27 @@ IN_THE_LOG: Final = "the daemon's log has qemu-img's words"
 MAX_OWN_CHARACTERS: Final = 200
 
 
-def of_opening(said: str, path: str) -> str | None:
-    """Our words for what qemu-img said of an image that it was given as `path`; None for none."""
-    text = said.strip().lower().removeprefix(f"qemu-img: could not open '{path.lower()}': ")
+def of_opening(stderr: str, path: str) -> str | None:
+    """Our words for qemu-img's error about an image that it was given as `path`; None for none."""
+    text = stderr.strip().lower().removeprefix(f"qemu-img: could not open '{path.lower()}': ")
     text = text.replace(f"'{path.lower()}'", "'PATH'")
     found = (phrase for pattern, phrase in _REASONS if pattern.fullmatch(text))
     return next(found, None)
 
 
-def missing_module(said: str) -> str | None:
+def missing_module(stderr: str) -> str | None:
     """Which decompressor an image needs that this qemu-img lacks."""
-    lower = said.lower()
+    lower = stderr.lower()
     return next((name for phrase, name in _MISSING_MODULES if phrase in lower), None)
 
 
-def unknown(said: str, place: values.Place) -> str:
-    """What to say where we have no words: who converts with its own rights is told qemu-img's.
+def unknown(stderr: str, place: values.Place) -> str:
+    """The text for an error that is not known.
 
-    It may look at whatever they tell of. Nobody else is: they are in the daemon's log.
+    A caller that converts with its own rights gets qemu-img's own words, for it may read every file
+    that they mention. Other callers don't: the words are in the daemon's log.
     """
-    lines = said.strip().splitlines()
+    lines = stderr.strip().splitlines()
     if place.root.access is not values.RootAccess.OWN or not lines:
         return IN_THE_LOG
     return f"it said {lines[-1][:MAX_OWN_CHARACTERS]!r}"

@@ -1,9 +1,9 @@
-"""Which one format an image is read as, before any driver of qemu's has seen it. Fails closed.
+"""Choose the one format that an image is read as, before qemu opens it. Fails closed.
 
-A stated format is held against the policy, and asked for. Where none is stated, the first bytes
-pick one (see signatures), and the same holds: so no driver that the policy does not allow is ever
-run on the image. Bytes that fit two things are refused: taken for the wrong one, they would become
-a disk that nobody can use, without a word.
+A stated format must be one that the policy allows, and is used. If none is stated, the first bytes
+choose one (see signatures), which must be allowed too: so qemu never runs a driver on the image
+that the policy does not allow. Bytes that fit two formats are refused: read as the wrong one, they
+would silently become a disk that can't be used.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def format_of(source: Source, stated: str, allowed: frozenset[str]) -> str:
 
 
 def sample_of(source: Source) -> signatures.Sample:
-    """Read what signatures look at.
+    """Read the parts of an image in which signatures are found.
 
     Raises:
         conditions.ReadFailed: it can't be read.
@@ -96,7 +96,7 @@ def check_header(source: Source, image_format: str) -> tuple[values.Warning, ...
 
 def _check_allowed(source: Source, image_format: str, allowed: frozenset[str]) -> None:
     if image_format not in allowed:
-        # A backing file's format is stated by whoever wrote the header of its overlay.
+        # A backing file's format comes from the header of its overlay, which may be hostile.
         shown = validation.shown(image_format)
         raise conditions.FormatNotAllowed(path=source.place.path, format=shown)
 

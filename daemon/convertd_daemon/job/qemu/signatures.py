@@ -250,10 +250,10 @@ def _has_gpt(sample: Sample) -> bool:
 def _is_tar(head: bytes) -> bool:
     """Whether the first block's own checksum is right. Source: POSIX pax, ustar format."""
     block = head[:SECTOR_BYTES]
-    said = block[148:156].strip(b" \0")
-    if len(block) < SECTOR_BYTES or not said or set(said) - set(b"01234567"):
+    checksum = block[148:156].strip(b" \0")
+    if len(block) < SECTOR_BYTES or not checksum or set(checksum) - set(b"01234567"):
         return False
-    return int(said, 8) == sum(block) - sum(block[148:156]) + 8 * ord(" ")
+    return int(checksum, 8) == sum(block) - sum(block[148:156]) + 8 * ord(" ")
 
 
 def _has_apple_trailer(sample: Sample) -> bool:
@@ -283,7 +283,7 @@ _SECOND_SELVES: Final[tuple[tuple[str, Callable[[Sample], bool]], ...]] = (
 def second_self_of(driver: str, sample: Sample) -> str:
     """What an image that begins like one of `driver`'s is as well, as a whole; "" for none.
 
-    Whoever writes a header over the first bytes of a disk makes such a thing.
+    A program that writes a header over the first bytes of a disk makes such an image.
     """
     for name, is_one in _SECOND_SELVES:
         if (driver, name) not in _CHANCE and is_one(sample):

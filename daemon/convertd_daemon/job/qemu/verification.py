@@ -82,5 +82,5 @@ def compare(
     if outcome.status == 1:
         raise conditions.VerifyFailed(path=path, problem="the contents are not the same")
     if outcome.status != 0:
-        log.warning("compare failed path=%r said=%r", path, outcome.excerpt)
+        log.warning("compare failed path=%r stderr=%r", path, outcome.excerpt)
         raise conditions.ReadFailed(path=path, problem="it could not be compared")
