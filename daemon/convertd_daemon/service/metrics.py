@@ -54,7 +54,7 @@ class Counters:
             ended.buckets[bisect.bisect_left(BOUNDS_S, seconds)] += 1
 
     def messages(self) -> Iterator[messages.ReplyBody]:
-        """The counts as the front is told of them."""
+        """The counts, as sent to the front."""
         for (source_format, dest_format, reason), ended in self.conversions.items():
             yield messages.ConversionStats(
                 source_format=source_format,
