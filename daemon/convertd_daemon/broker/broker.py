@@ -23,6 +23,7 @@ from convertd_daemon.broker import (
     loop,
     workers,
 )
+from convertd_daemon.linux import children
 from convertd_daemon.sandbox import closer, front_process
 from convertd_daemon.service import idle_exit, metrics, notify, reporting, watchdog
 
@@ -110,8 +111,6 @@ class Broker:
         self._loop.run()
         self._reporter.write_last_counters()
 
-    # --- the front ---------------------------------------------------------------------------
-
     def on_front_message(self, message: messages.FromFront) -> None:
         """Do what the front asks, as far as the peer of the connection it names may ask it."""
         match message:
@@ -154,8 +153,6 @@ class Broker:
         self.failed = why
         self._loop.stop()
 
-    # --- connections -------------------------------------------------------------------------
-
     def on_accept(self) -> None:
         """There is room in the backlog, for a probe that found none."""
         self._watchdog.on_accept()
@@ -164,18 +161,10 @@ class Broker:
         """What was asked over it is called off."""
         self._supervisor.on_disconnect(connection)
 
-    # --- children ----------------------------------------------------------------------------
-
     def _reap(self) -> None:
         """Take the exit status of whatever has ended: jobs, the front, orphans of either."""
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                break
-            if pid == 0:
-                break
-            self._on_child_exit(pid, os.waitstatus_to_exitcode(status))
+        for pid, status in children.reaped():
+            self._on_child_exit(pid, status)
         if self._is_stopping:
             self._stop_if_done()
 
@@ -186,8 +175,6 @@ class Broker:
         if not self._closer.ended(pid):
             others = {self._front.pid, self._reporter.pid, *self._closer.processes}
             self._supervisor.on_exit(pid, status, frozenset(others))
-
-    # --- the service -------------------------------------------------------------------------
 
     def _serve(self) -> None:
         """The front serves: so do we."""
@@ -246,9 +233,8 @@ class Broker:
         self._is_stopping = self._handlers.is_stopping = self._reporter.stopping = True
         self._front.keep_no_other()
         grace_s = self._rules.limits.stop_grace_s
-        notify.stopping(
-            grace_s + 2 * job_supervisor.ENDING_S + front_supervisor.STOP_S + STOP_MARGIN_S
-        )
+        ending_s = 2 * job_supervisor.ENDING_S + front_supervisor.STOP_S + STOP_MARGIN_S
+        notify.stopping(grace_s + ending_s)
         self._reporter.update_status()
         self._acceptor.stop()
         self._config.listener.close(self._closer.close)

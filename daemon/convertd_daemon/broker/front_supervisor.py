@@ -70,7 +70,6 @@ class FrontProcess:
     """
 
     def __init__(self, started: Started) -> None:
-        """Take over a started front."""
         self.pid = started.pid
         self.channel = channel.Channel(started.sock)
         self.outbound = channel.SendQueue(self.channel)
@@ -92,8 +91,7 @@ class FrontSupervisor:
         self._start = start
         self._events = events
         self._front: FrontProcess | None = None
-        self._timer: loop.Timer | None = None
-        """Runs while the front has not read what there is for it."""
+        self._timer: loop.Timer | None = None  # while it has not read what there is for it
         self._serves = False
         self._lost = 0
         self._is_last = False
@@ -144,8 +142,6 @@ class FrontSupervisor:
         if self._front is started and not self._serves and not self._is_last:
             log.error("the front did not begin to serve within %d s", START_S)
             started.kill()
-
-    # --- messages ----------------------------------------------------------------------------
 
     def send(self, message: object, descriptor: int | None = None) -> None:
         """Send the front a message; a front that is gone is dealt with, not reported."""
@@ -214,13 +210,12 @@ class FrontSupervisor:
             return
         except channel.Closed:
             self._disconnect(front)
-            return
         except codec.CodecError:
             # We made it and it does not speak our language: it is no longer ours.
             log.exception("the front sent what is no message")
             self._disconnect(front)
-            return
-        self._events.on_front_message(message)
+        else:
+            self._events.on_front_message(message)
 
     def _disconnect(self, front: FrontProcess) -> None:
         """Its end is closed, or half of it: an honest front ends now. Another never answers."""
@@ -229,8 +224,6 @@ class FrontSupervisor:
         self._loop.forget(front.channel.fileno())
         self._events.on_front_disconnected()
         front.kill()
-
-    # --- its end -----------------------------------------------------------------------------
 
     def on_exit(self, pid: int, status: int) -> bool:
         """Take note that a process has ended, and say whether it was the front."""
@@ -249,9 +242,8 @@ class FrontSupervisor:
             return True
         self._lost += 1
         if self._lost > RESTARTS:
-            self._events.on_front_failed(
-                "the front ended again and again; the journal has its last words"
-            )
+            why = "the front ended again and again; the journal has its last words"
+            self._events.on_front_failed(why)
             return True
         log.error("the front ended; starting another")
         self.watch(self._start())

@@ -1,6 +1,7 @@
-"""/proc/self/task/<tid>/children: the calling process's children."""
+"""/proc/self/task/<tid>/children and waitpid(2): the calling process's children."""
 
 import os
+from collections.abc import Iterator
 
 
 def of_self() -> frozenset[int]:
@@ -15,3 +16,15 @@ def of_self() -> frozenset[int]:
     pid = os.getpid()
     with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as listed:
         return frozenset(int(number) for number in listed.read().split())
+
+
+def reaped() -> Iterator[tuple[int, int]]:
+    """Reap each child that has ended, and give its pid and exit code, negative for a signal."""
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        yield pid, os.waitstatus_to_exitcode(status)

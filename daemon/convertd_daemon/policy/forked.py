@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 from typing import TYPE_CHECKING, BinaryIO, Final, NoReturn
 
@@ -33,7 +32,8 @@ def answer(work: Callable[[BinaryIO], None], limit_s: float) -> Iterator[int]:
         try:
             yield reader
         finally:
-            _end(child)
+            os.kill(child, signal.SIGKILL)
+            forking.reap(child, _KILL_S)
 
 
 def _work(
@@ -57,12 +57,3 @@ def _work(
         status = 0
     finally:
         os._exit(status)
-
-
-def _end(child: int) -> None:
-    with contextlib.closing(open(os.pidfd_open(child), "rb", buffering=0)) as pidfd:
-        signal.pidfd_send_signal(pidfd.fileno(), signal.SIGKILL)
-        poller = select.poll()
-        poller.register(pidfd, select.POLLIN)
-        poller.poll(_KILL_S * 1000)
-    os.waitpid(child, os.WNOHANG)

@@ -12,13 +12,14 @@ import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from convertd_core import values
 from convertd_daemon.linux import fstatfs, posix_acl, statx
 from convertd_daemon.linux.openat2 import Resolve, openat2
 
 if TYPE_CHECKING:
     import contextlib
     from collections.abc import Iterator
+
+    from convertd_core import values
 
 STRICTLY: Final = Resolve.NO_SYMLINKS | Resolve.NO_MAGICLINKS
 
@@ -166,6 +167,8 @@ def identity_of(fd: int, status: os.stat_result) -> values.DirectoryIdentity:
     Raises:
         OSError: the kernel's own answer.
     """
+    from convertd_core import values  # noqa: PLC0415 - the front starts before that is loaded
+
     return values.DirectoryIdentity(
         device=status.st_dev,
         inode=status.st_ino,
@@ -183,6 +186,8 @@ def writers_above(path: str, kind: values.RootKind, way: list[Step]) -> Iterator
     Raises:
         OSError: an access control list could not be read.
     """
+    from convertd_core import values  # noqa: PLC0415 - the front starts before that is loaded
+
     links_count = kind is values.RootKind.BLOCK
     for number, step in enumerate(way):
         below = way[number + 1].status if number + 1 < len(way) else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 from typing import TYPE_CHECKING, Final
 
@@ -94,3 +95,15 @@ def fork(child: Callable[[Emptied], NoReturn]) -> int:
         raise
     child_is_empty.wait()
     return pid
+
+
+def reap(pid: int, limit_s: float) -> bool:
+    """Wait so long for a child of ours to end, and reap it; False if it still lives."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        poller.poll(limit_s * 1000)
+    finally:
+        os.close(pidfd)
+    return os.waitpid(pid, os.WNOHANG)[0] == pid

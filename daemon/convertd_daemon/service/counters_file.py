@@ -12,7 +12,6 @@ import itertools
 import logging
 import os
 import re
-import select
 import signal
 import stat
 import time
@@ -75,14 +74,7 @@ class Writer:
 
     def finish(self) -> None:
         """Wait up to LAST_S for a write, when the broker reaps no more children."""
-        if not self.pid:
-            return
-        pidfd = os.pidfd_open(self.pid)
-        poller = select.poll()
-        poller.register(pidfd, select.POLLIN)
-        poller.poll(LAST_S * 1000)
-        os.close(pidfd)
-        if os.waitpid(self.pid, os.WNOHANG)[0]:
+        if self.pid and forking.reap(self.pid, LAST_S):
             self.pid = 0
 
 
