@@ -12,7 +12,7 @@ import contextlib
 import errno
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final, Protocol, Self
 
 from convertd_core import codec
@@ -49,6 +49,15 @@ def encoded(message: object) -> bytes:
     if len(data) > MAX_MESSAGE_BYTES:
         raise TooLong(f"{type(message).__name__} of {len(data)} bytes")
     return data
+
+
+class CantPass(Exception):
+    """The kernel passes no descriptor at present. Nothing was sent."""
+
+
+CANT_PASS: Final = frozenset({errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM})
+"""ETOOMANYREFS: as many of root's are on their way already as we may have open, whoever sent them:
+root in a container may. Source: unix(7)."""
 
 
 class Channel:
@@ -101,6 +110,10 @@ class Channel:
             return False
         except (BrokenPipeError, ConnectionResetError) as error:
             raise Closed from error
+        except OSError as error:
+            if not descriptors or error.errno not in CANT_PASS:
+                raise
+            raise CantPass from error
         return True
 
     def receive(
@@ -169,10 +182,15 @@ class SendQueue:
     the descriptors that it was given. `sent` counts the messages that there was room for.
     """
 
-    def __init__(self, to: Channel) -> None:
+    def __init__(self, to: Channel, on_not_passed: Callable[[object], None] | None = None) -> None:
+        """Send there. `on_not_passed` is told of each message whose descriptor can't be passed.
+
+        That message is lost, and its descriptor, a socket, is shut down.
+        """
         self.sent = 0
         self._channel = to
-        self._pending: collections.deque[tuple[bytes, int | None]] = collections.deque()
+        self._on_not_passed = on_not_passed
+        self._pending: collections.deque[tuple[bytes, int | None, object]] = collections.deque()
 
     @property
     def has_pending(self) -> bool:
@@ -191,11 +209,12 @@ class SendQueue:
                 unsent.callback(os.close, descriptor)
             data = encoded(message)
             unsent.pop_all()
-        self.send_bytes(data, descriptor)
+        self._pending.append((data, descriptor, message))
+        self.flush()
 
-    def send_bytes(self, data: bytes, descriptor: int | None = None) -> None:
+    def send_bytes(self, data: bytes) -> None:
         """Send an encoded message. See `send`."""
-        self._pending.append((data, descriptor))
+        self._pending.append((data, None, None))
         self.flush()
 
     def flush(self) -> None:
@@ -205,7 +224,7 @@ class SendQueue:
             Closed: the other end is gone. Nothing waits any more.
         """
         while self._pending:
-            data, descriptor = self._pending[0]
+            data, descriptor, message = self._pending[0]
             rights = () if descriptor is None else (descriptor,)
             try:
                 if not self._channel.send_bytes(data, *rights, wait=False):
@@ -213,14 +232,25 @@ class SendQueue:
             except Closed:
                 self.clear()
                 raise
+            except CantPass:
+                self._pending.popleft()
+                self._give_up(descriptor, message)
+                continue
             self._pending.popleft()
             self.sent += 1
             if descriptor is not None:
                 os.close(descriptor)
 
+    def _give_up(self, descriptor: int | None, message: object) -> None:
+        with socket.socket(fileno=descriptor) as sock, contextlib.suppress(OSError):
+            # Others have copies, or the other end: they hear of it.
+            sock.shutdown(socket.SHUT_RDWR)
+        if self._on_not_passed is not None:
+            self._on_not_passed(message)
+
     def clear(self) -> None:
         """Close the descriptors that were not sent, of which others may have copies."""
-        scm_rights.close_all([fd for _, fd in self._pending if fd is not None])
+        scm_rights.close_all([fd for _, fd, _ in self._pending if fd is not None])
         self._pending.clear()
 
 

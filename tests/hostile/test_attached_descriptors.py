@@ -5,8 +5,10 @@ Each twice: where the kernel refuses that (SO_PASSRIGHTS), and where it has no s
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import resource
 import signal
 import socket
 import sys
@@ -250,3 +252,27 @@ def test_one_that_brings_descriptors_counts_until_it_is_closed(
             message, held = front.await_message(messages.Connected)
             scm_rights.close_all(held)
             assert message.uid == MALLORY.uid
+
+
+IN_FLIGHT: Final = 2000
+MAY_BE_OPEN: Final = 500
+
+
+def test_sockets_on_their_way_elsewhere_end_no_daemon(make_daemon: MakeDaemon) -> None:
+    """The kernel counts all of root's, of whoever is root in a container too, and then refuses."""
+    daemon = make_daemon(POLICY)
+    daemon.start()
+    agent = daemon.agent(BOB)
+    agent.access()
+    with contextlib.ExitStack() as stack:
+        here, there = (stack.enter_context(sock) for sock in socket.socketpair())
+        rights = lingering.attached(here)
+        rights[0][2].extend([here.fileno()] * 249)
+        for _ in range(IN_FLIGHT // 250):
+            there.sendmsg([b"x"], rights)
+        _, hard = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (MAY_BE_OPEN, hard))
+        with http2.connected(daemon.socket, MALLORY) as sock:
+            assert sock.recv(1) == b""
+        assert agent.access().uid == BOB.uid
+    assert daemon.agent(ALICE).access().uid == ALICE.uid

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from convertd_core import codec, conditions, messages
 from convertd_daemon import channel
 from convertd_daemon.broker import loop
-from convertd_daemon.linux import scm_rights
+from convertd_daemon.linux import getrandom, scm_rights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,10 +69,11 @@ class FrontProcess:
     Owns the channel and every descriptor it is asked to send.
     """
 
-    def __init__(self, started: Started) -> None:
+    def __init__(self, started: Started, on_not_passed: Callable[[object], None]) -> None:
+        """Take over a started front. See channel.SendQueue."""
         self.pid = started.pid
         self.channel = channel.Channel(started.sock)
-        self.outbound = channel.SendQueue(self.channel)
+        self.outbound = channel.SendQueue(self.channel, on_not_passed)
 
     def kill(self) -> None:
         """End it now. It is our child and not reaped yet, so the pid is its own."""
@@ -109,7 +110,7 @@ class FrontSupervisor:
 
     def watch(self, started: Started) -> None:
         """Have a front, that is to serve within a time."""
-        front = self._front = FrontProcess(started)
+        front = self._front = FrontProcess(started, self._on_not_passed)
         self._serves = False
         self._listen(front)
         self._loop.after(START_S, lambda: self._on_start_timeout(front))
@@ -166,6 +167,13 @@ class FrontSupervisor:
             self._loop.watch(front.channel.fileno(), loop.WRITE, lambda _: self._flush(front))
             self._events.on_front_behind()
             self._schedule_read_check(front)
+
+    def _on_not_passed(self, message: object) -> None:
+        """A connection, whose peer is gone for us now; or a job's channel, and so the job ends."""
+        log.warning("the kernel passes no descriptor to the front: too many are on their way")
+        if isinstance(message, messages.Reply):
+            failure = conditions.InternalError(error_id=getrandom.hex_name(6)).failure()
+            self.send(messages.Reply(call=message.call, body=messages.Refused(failure=failure)))
 
     def _schedule_read_check(self, front: FrontProcess) -> None:
         sent = front.outbound.sent
