@@ -17,11 +17,11 @@ from convertd_client import (
     call_errors,
     conversion,
     errors,
-    from_proto,
     results,
     sockets,
     to_proto,
 )
+from convertd_core import proto_mapping
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -97,7 +97,7 @@ class AsyncClient:
         """
         request = to_proto.inspect_request(conversion.path_text("source.path", path), format or "")
         answer = await self._answer(self._stub.Inspect, request, timeout, wait_for_ready)
-        return from_proto.image(answer)
+        return proto_mapping.from_message(results.ImageInfo, answer)
 
     async def jobs(
         self,
@@ -113,7 +113,7 @@ class AsyncClient:
         request, listed = pb.ListJobsRequest(), list[results.Job]()
         while True:
             answer = await self._answer(self._stub.ListJobs, request, timeout, wait_for_ready)
-            listed += map(from_proto.job, answer.jobs)
+            listed += (proto_mapping.from_message(results.Job, job) for job in answer.jobs)
             if not answer.next_page_token:
                 return tuple(listed)
             request.page_token = answer.next_page_token
@@ -133,7 +133,7 @@ class AsyncClient:
         """
         request = pb.CancelJobRequest(job_id=job_id)
         answer = await self._answer(self._stub.CancelJob, request, timeout, wait_for_ready)
-        return from_proto.job(answer.job)
+        return proto_mapping.from_message(results.Job, answer.job)
 
     async def access(
         self,
@@ -148,7 +148,7 @@ class AsyncClient:
         """
         request = pb.GetAccessRequest()
         answer = await self._answer(self._stub.GetAccess, request, timeout, wait_for_ready)
-        return from_proto.access(answer)
+        return proto_mapping.from_message(results.Access, answer)
 
     @property
     def _channel(self) -> grpc.aio.Channel:

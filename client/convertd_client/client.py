@@ -16,12 +16,12 @@ from convertd_client import (
     call_errors,
     conversion,
     errors,
-    from_proto,
     results,
     signal_safe_call,
     sockets,
     to_proto,
 )
+from convertd_core import proto_mapping
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -112,7 +112,7 @@ class Client:
         """
         request = to_proto.inspect_request(conversion.path_text("source.path", path), format or "")
         answer = self._answer(self._stub.Inspect, request, timeout, wait_for_ready)
-        return from_proto.image(answer)
+        return proto_mapping.from_message(results.ImageInfo, answer)
 
     def jobs(
         self,
@@ -128,7 +128,7 @@ class Client:
         request, listed = pb.ListJobsRequest(), list[results.Job]()
         while True:
             answer = self._answer(self._stub.ListJobs, request, timeout, wait_for_ready)
-            listed += map(from_proto.job, answer.jobs)
+            listed += (proto_mapping.from_message(results.Job, job) for job in answer.jobs)
             if not answer.next_page_token:
                 return tuple(listed)
             request.page_token = answer.next_page_token
@@ -148,7 +148,7 @@ class Client:
         """
         request = pb.CancelJobRequest(job_id=job_id)
         answer = self._answer(self._stub.CancelJob, request, timeout, wait_for_ready)
-        return from_proto.job(answer.job)
+        return proto_mapping.from_message(results.Job, answer.job)
 
     def access(
         self,
@@ -163,7 +163,7 @@ class Client:
         """
         request = pb.GetAccessRequest()
         answer = self._answer(self._stub.GetAccess, request, timeout, wait_for_ready)
-        return from_proto.access(answer)
+        return proto_mapping.from_message(results.Access, answer)
 
     def _answer(
         self,

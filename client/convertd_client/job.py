@@ -9,6 +9,7 @@ result was published.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import socket
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Final, Self
 
 from convertd_client import errors, job_protocol, results
+from convertd_core import messages
 
 MAX_MESSAGE_BYTES: Final = 1024 * 1024
 
@@ -90,7 +92,7 @@ class Job:
         """Tell the job to end. Its last events must still be read. Any thread may call this."""
         self._process.terminate()
 
-    def events(self) -> Iterator[tuple[str, job_protocol.Fields]]:
+    def events(self) -> Iterator[object]:
         """Yield the job's events until it closes the socket.
 
         After the timeout the job is stopped, and `timed_out` set.
@@ -151,17 +153,24 @@ class Conversion:
         with Job(self._told, timeout_s, self._secrets) as self._job:
             if self._cancelled:
                 self._job.stop()
-            for name, fields in self._job.events():
-                if name == "Succeeded":
-                    return job_protocol.result(fields)
-                if name == "Failed":
-                    raise job_protocol.failure(fields)
-                if name == "Planned":
-                    self._plan = job_protocol.plan(fields)
-                elif name == "Progressed" and on_progress is not None:
-                    size = self._plan.virtual_size_bytes if self._plan else 0
-                    on_progress(job_protocol.progress(fields, size, time.monotonic() - started))
+            for message in self._job.events():
+                match message:
+                    case messages.Succeeded(result=result):
+                        return dataclasses.replace(result, plan=self._plan)
+                    case messages.Failed(failure=failure):
+                        raise job_protocol.failure(failure)
+                    case messages.Planned(plan=plan):
+                        self._plan = plan
+                    case messages.Progressed(progress=told) if on_progress is not None:
+                        on_progress(self._progress(told, time.monotonic() - started))
             raise self._silence(self._job)
+
+    def _progress(self, told: results.Progress, elapsed_s: float) -> results.Progress:
+        size = self._plan.virtual_size_bytes if self._plan else 0
+        done = int(size * told.percent / 100)
+        return dataclasses.replace(
+            told, bytes_done=done, bytes_total=size, elapsed_seconds=elapsed_s
+        )
 
     def _silence(self, job: Job) -> errors.ConvertError:
         """The error for a job that ended without a last event."""
@@ -177,18 +186,19 @@ class Conversion:
         return errors.OutcomeUnknown(text, reason="JOB_DIED")
 
 
-def inspect(path: str, told: bytes, timeout_s: float | None) -> results.ImageInfo:
+def inspect(told: bytes, timeout_s: float | None) -> results.ImageInfo:
     """Run a job program that inspects an image.
 
     Raises:
         errors.ConvertError: see `errors`.
     """
     with Job(told, timeout_s) as job:
-        for name, fields in job.events():
-            if name == "Inspected":
-                return job_protocol.image(path, fields)
-            if name == "Failed":
-                raise job_protocol.failure(fields)
+        for message in job.events():
+            match message:
+                case messages.Inspected(image=image):
+                    return image
+                case messages.Failed(failure=failure):
+                    raise job_protocol.failure(failure)
         if job.timed_out:
             raise errors.DeadlineExceeded("it took longer than its timeout", reason="TIMEOUT")
         raise _died(job)

@@ -66,4 +66,4 @@ def inspect(
         errors.ConvertError: see `errors`.
     """
     text = conversion.path_text("source.path", conversion.absolute(path))
-    return job.inspect(text, job_protocol.inspect(text, format or "", job.qemu_img()), timeout)
+    return job.inspect(job_protocol.inspect(text, format or "", job.qemu_img()), timeout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import urllib.parse
 from collections.abc import Callable
 from typing import Final
@@ -9,7 +10,7 @@ from typing import Final
 from google.protobuf.message import Message
 
 from convertd.v1 import convert_pb2 as pb
-from convertd_client import errors, from_proto, results
+from convertd_client import errors, results
 from convertd_client.conversion import Conversion
 from convertd_core import creation_options, proto_mapping, values
 
@@ -86,11 +87,12 @@ class Reading:
         """Take the next event. One that this client does not know is skipped."""
         event = response.WhichOneof("event")
         if event == "progress" and self._on_progress is not None:
-            self._on_progress(from_proto.progress(response.progress))
+            self._on_progress(proto_mapping.from_message(results.Progress, response.progress))
         elif event == "started":
-            self._plan = from_proto.plan(response.started.plan)
+            self._plan = proto_mapping.from_message(results.Plan, response.started.plan)
         elif event == "result":
-            self._result = from_proto.result(response.result, self._plan)
+            done = proto_mapping.from_message(results.ConvertResult, response.result)
+            self._result = dataclasses.replace(done, plan=self._plan)
 
     def result(self) -> results.ConvertResult:
         """What the stream, which has ended in order, came to.

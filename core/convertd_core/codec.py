@@ -5,20 +5,22 @@ decoder, it is small, it builds nothing but the types it was told to expect, and
 not fit exactly is a `CodecError`. JSON, because its parser comes with the interpreter and a message
 can be read in a trace. The job may import only the standard library, which rules out msgspec.
 
-What a field may be: str, int, float, bool, None, an enum of strings, a tuple or frozenset of such,
-a dataclass of such, one of these and None, or one of several dataclasses. A message, and a field
-that may be one of several dataclasses, is `[class name, {field: value}]`.
+What a field may be: str, int, float, bool, None, an enum of strings, a datetime with its zone, a
+mapping of texts to texts, a tuple or frozenset of such, a dataclass of such, one of these and None,
+or one of several dataclasses. A message, and a field that may be one of several dataclasses, is
+`[class name, {field: value}]`. UNSPECIFIED, of any enum, is no value.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import enum
 import functools
 import json
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
@@ -78,7 +80,7 @@ def _plain(value: object) -> object:
         return [_plain(item) for item in value]
     if dataclasses.is_dataclass(value):
         return {name: writer(getattr(value, name)) for name, writer in _writers_of(value.__class__)}
-    return value
+    return value.isoformat() if isinstance(value, datetime.datetime) else value
 
 
 _WRITTEN_AS_THEY_ARE: Final = frozenset({str, int, float, bool, types.NoneType})
@@ -130,9 +132,9 @@ def _make_decoder(kind: Any) -> Decoder:
         return _fields(kind)
     if isinstance(kind, type) and issubclass(kind, enum.StrEnum):
         return _enum(kind)
-    if kind in {str, int, float, bool}:
-        return _scalar(kind)
-    raise TypeError(kind)
+    if kind not in _OTHERS:
+        raise TypeError(kind)
+    return _OTHERS[kind]
 
 
 def _scalar(kind: Any) -> Decoder:
@@ -169,6 +171,30 @@ def _enum(kind: type[enum.StrEnum]) -> Decoder:
         return member
 
     return decode_enum
+
+
+def _time(value: Any) -> datetime.datetime:
+    try:
+        time = datetime.datetime.fromisoformat(value)
+    except (TypeError, ValueError) as error:
+        raise CodecError(str(error)) from error
+    if time.tzinfo is None:
+        raise CodecError("expected a time with its zone")
+    return time
+
+
+def _texts(value: Any) -> dict[str, str]:
+    text = decoder_of(str)
+    if not isinstance(value, dict):
+        raise CodecError("expected an object")
+    return {text(name): text(item) for name, item in value.items()}
+
+
+_OTHERS: Final[Mapping[Any, Decoder]] = {
+    **{kind: _scalar(kind) for kind in (str, int, float, bool)},
+    datetime.datetime: _time,
+    Mapping[str, str]: _texts,
+}
 
 
 def _optional(kind: Any) -> Decoder:

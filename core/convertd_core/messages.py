@@ -13,7 +13,7 @@ import typing
 from dataclasses import dataclass
 from typing import Final
 
-from convertd_core import conditions, values
+from convertd_core import conditions, results, values
 
 # --- front to broker ---------------------------------------------------------------------------
 
@@ -186,19 +186,10 @@ class JobEntry:
     source_format: str
     dest_format: str
     label: str
-    state: JobState
+    state: results.JobState
     position: int
     queued: float
     started: float | None
-
-
-class JobState(enum.StrEnum):
-    """What the broker knows of a job."""
-
-    QUEUED = "queued"
-    RUNNING = "running"
-    CANCELLING = "cancelling"
-    UNKILLABLE = "unkillable"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -329,35 +320,28 @@ class LocalRequest:
 class Planned:
     """The job knows what it will do."""
 
-    plan: values.Plan
+    plan: results.Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progressed:
     """The job is this far. Sent without waiting; some may be lost."""
 
-    progress: values.Progress
+    progress: results.Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Succeeded:
-    """The conversion is published."""
+    """The conversion is published, or was only to be checked. The plan was said before."""
 
-    published: values.Published
+    result: results.ConvertResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspected:
-    """What the image is. `chain` begins with the image itself; `raw_json` is qemu-img's.
+    """What the image is."""
 
-    `complete` says that the chain goes down to its base.
-    """
-
-    chain: tuple[values.ChainMember, ...]
-    complete: bool
-    raw_json: str
-    contents: values.Contents
-    warnings: tuple[values.Warning, ...]
+    image: results.ImageInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

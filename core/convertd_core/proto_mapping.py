@@ -45,7 +45,8 @@ class _Field:
 def from_message(kind: type[T], message: Any, unknown: Unknown | None = None, path: str = "") -> T:
     """Make a value of a message.
 
-    A field that is not set, or has protobuf's zero, has the value's default, if there is one.
+    A field that is not set, or has protobuf's zero, has the value's default, if there is one. One
+    that may be None, and is not set, is None.
     A number of an enum that has no name here becomes UNSPECIFIED: a newer peer sent it. With
     `unknown`, it is an error, as is in a request what can't be done.
 
@@ -56,6 +57,8 @@ def from_message(kind: type[T], message: Any, unknown: Unknown | None = None, pa
     for field in fields_of(typing.cast("Any", kind)):
         described = message.DESCRIPTOR.fields_by_name.get(field.name)
         if described is None or _is_left_out(message, described, field):
+            if field.is_optional and field.default is dataclasses.MISSING:
+                found[field.name] = None
             continue
         inside = f"{path}.{field.name}" if path else field.name
         found[field.name] = _value(
@@ -131,9 +134,9 @@ def _member(
     return kind[UNSPECIFIED]
 
 
-def number_of(member: enum.StrEnum, described: Any) -> int:
+def number_of(member: enum.StrEnum, described: Any) -> Any:
     """The number that the contract gives a member of an enum."""
-    return int(described.values_by_name[_prefix(described) + member.name].number)
+    return described.values_by_name[_prefix(described) + member.name].number
 
 
 def _prefix(described: Any) -> str:

@@ -1,7 +1,8 @@
-"""What passes between the stages of a conversion: plain, frozen values.
+"""What is asked for, and what is granted: plain, frozen values.
 
 Nothing here does anything. A stage takes the values that the earlier stages made, so that a stage
-can't be skipped: `connection → Peer → request → Grant → handles → ImageInfo → Plan → Published`.
+can't be skipped: `connection → Peer → request → Grant → handles → images → plan → result`. What a
+job finds out is in `convertd_daemon.job.stages`, what a call returns in `results`.
 """
 
 from __future__ import annotations
@@ -87,8 +88,9 @@ class OverwriteScope(enum.StrEnum):
 
 
 class Phase(enum.StrEnum):
-    """Where a job is, in the order in which a job gets there."""
+    """A part of a conversion, in the order in which a job goes through them."""
 
+    UNSPECIFIED = "unspecified"
     QUEUED = "queued"
     PREPARING = "preparing"
     CONVERTING = "converting"
@@ -374,128 +376,3 @@ class AccessRights:
 
     is_operator: bool
     rules: tuple[RuleRights, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
-    """An internal snapshot of an image. `created_ns` is a Unix time."""
-
-    id: str
-    name: str
-    vm_state_size_bytes: int
-    created_ns: int
-    vm_clock_ns: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bitmap:
-    """A persistent dirty bitmap of an image. The flags are in qemu's words."""
-
-    name: str
-    granularity_bytes: int
-    flags: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Contents:
-    """What Inspect alone tells of an image, as qemu-img, contained, said it.
-
-    `compressed` is what headers say: those of a qcow2 say nothing of it.
-    """
-
-    snapshots: tuple[Snapshot, ...] = ()
-    bitmaps: tuple[Bitmap, ...] = ()
-    compressed: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Warning:  # noqa: A001 - the contract's name
-    """Something that was not asked about and that the caller should know."""
-
-    reason: str
-    message: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageInfo:
-    """What qemu-img, contained, said of an image. Sizes in bytes.
-
-    Snapshots and bitmaps are there by name only: a plan is told with this, and has to fit into a
-    message though an image may have thousands. `warnings` are what its header gives cause for.
-    """
-
-    format: str
-    virtual_size_bytes: int
-    actual_size_bytes: int
-    cluster_size_bytes: int = 0
-    encrypted: bool = False
-    dirty: bool = False
-    corrupt: bool = False
-    backing_name: str = ""
-    backing_format: str = ""
-    snapshots: tuple[str, ...] = ()
-    bitmaps: tuple[str, ...] = ()
-    details: tuple[tuple[str, str], ...] = ()
-    warnings: tuple[Warning, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CacheChoice:
-    """A cache mode, and in one clause why it was chosen."""
-
-    mode: CacheMode
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChainMember:
-    """One image of a chain, under the name by which the caller or its overlay knows it."""
-
-    path: str
-    info: ImageInfo
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """Everything that is decided before qemu-img runs. The chain begins with the source itself.
-
-    `argv` speaks of descriptors only; `command` is the same for people, with the caller's paths.
-    `needed_bytes` is what the destination is expected to take, 0 where that can't be known.
-    """
-
-    chain: tuple[ChainMember, ...]
-    dest_format: str
-    compression: Compression
-    source_cache: CacheChoice
-    dest_cache: CacheChoice
-    argv: tuple[str, ...]
-    command: tuple[str, ...]
-    needed_bytes: int
-    available_bytes: int
-    warnings: tuple[Warning, ...] = ()
-
-    @property
-    def source(self) -> ImageInfo:
-        """The source itself, whatever lies under it."""
-        return self.chain[0].info
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """How far a job is. `percent` counts the virtual size, 0 to 100."""
-
-    phase: Phase
-    percent: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Published:
-    """A conversion that is done and on disk, or (`published` false) that would be done."""
-
-    plan: Plan
-    published: bool
-    verified: bool
-    replaced: bool
-    allocated_size_bytes: int
-    seconds: float
-    warnings: tuple[Warning, ...]

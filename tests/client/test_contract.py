@@ -12,11 +12,10 @@ from google.protobuf.message import Message
 from convertd.v1 import convert_pb2 as pb
 from convertd_client import (
     conversion,
-    from_proto,
     results,
     to_proto,
 )
-from convertd_core import creation_options
+from convertd_core import creation_options, proto_mapping
 
 SAME = {
     pb.CacheChoice: results.CacheChoice,
@@ -113,7 +112,7 @@ def test_every_field_of_an_answer_is_read() -> None:
         replaced=True,
     )
     assert len(told.ListFields()) == len(told.DESCRIPTOR.fields)
-    assert from_proto.result(told, None) == results.ConvertResult(
+    assert proto_mapping.from_message(results.ConvertResult, told) == results.ConvertResult(
         job_id="1",
         published=True,
         source_format="raw",

@@ -17,9 +17,9 @@ import pytest
 import whole_job
 from children import in_child
 
-from convertd_core import conditions, messages, values
+from convertd_core import conditions, messages, results, values
 from convertd_daemon import channel
-from convertd_daemon.job import context, local_grant
+from convertd_daemon.job import context, local_grant, stages
 from convertd_daemon.job.files import paths
 from convertd_daemon.job.qemu import backing_chain, execution
 from convertd_daemon.sandbox.prefork_slot import PreforkSlot
@@ -371,7 +371,7 @@ class TestWithoutAFormat:
 class TestInspecting:
     """To look at an image shows as much of its chain as the caller may read."""
 
-    def inspected(self, rules: grants.Rules, path: Path) -> messages.Inspected:
+    def inspected(self, rules: grants.Rules, path: Path) -> results.ImageInfo:
         """What a whole job says."""
         source = values.Source(path=str(path), format="qcow2")
         return whole_job.run(rules.inspect(source)).inspected
@@ -380,8 +380,9 @@ class TestInspecting:
         """And said to be all of it."""
         image(images / "base")
         said = self.inspected(rules, overlay(images / "a", "base"))
-        assert [member.path for member in said.chain] == [f"{images}/a", f"{images}/base"]
-        assert said.complete
+        assert said.path == f"{images}/a"
+        assert [member.path for member in said.backing_chain] == [f"{images}/base"]
+        assert said.backing_chain_complete
 
     @pytest.mark.parametrize("name", ["absent", "/etc/passwd", "json:{}", "a"])
     def test_one_that_ends_early_is_said_to(
@@ -389,17 +390,17 @@ class TestInspecting:
     ) -> None:
         """What the header says is shown; it is in the image, which the caller may read."""
         said = self.inspected(rules, overlay(images / "a", name, "qcow2"))
-        assert [member.path for member in said.chain] == [f"{images}/a"]
-        assert said.chain[0].info.backing_name == name
-        assert not said.complete
+        assert said.backing_chain == ()
+        assert said.backing_filename == name
+        assert not said.backing_chain_complete
 
     def test_the_name_that_qemu_saw_it_under_is_not_shown(
         self, rules: grants.Rules, images: Path
     ) -> None:
         """The caller's own path is."""
         said = self.inspected(rules, image(images / "a", "qcow2"))
-        assert "/proc/self/fd" not in said.raw_json
-        assert f'"filename": "{images}/a"' in said.raw_json
+        assert "/proc/self/fd" not in said.qemu_img_json
+        assert f'"filename": "{images}/a"' in said.qemu_img_json
 
     def test_an_image_of_a_format_that_is_not_allowed_is_not_shown(
         self, rules: grants.Rules, images: Path
@@ -429,7 +430,7 @@ class TestPassphrases:
         expected: type[conditions.ConvertError] | None,
     ) -> None:
         """Neither is a passphrase dropped, nor an image read without one."""
-        info = values.ImageInfo(
+        info = stages.ProbedImage(
             format="qcow2", virtual_size_bytes=1, actual_size_bytes=1, encrypted=is_encrypted
         )
         place = grants.Rules(roots=(grants.files("/images"),)).place("/images/a")

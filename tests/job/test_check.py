@@ -17,13 +17,14 @@ import whole_job
 from children import in_child
 from harness.mounts import Mounts
 
-from convertd_core import conditions, messages, values
+from convertd_core import conditions, messages, results, values
 from convertd_daemon import channel
 from convertd_daemon.job import (
     context,
     endpoints,
     local_grant,
     secrets,
+    stages,
 )
 from convertd_daemon.job.files import clone, paths
 from convertd_daemon.job.qemu import (
@@ -44,11 +45,11 @@ class Steps:
     """A job that stands still between two of its steps, and is not confined."""
 
     grant: values.ConvertGrant
-    plan: values.Plan
+    plan: stages.ConversionPlan
     ends: endpoints.Endpoints
     runner: execution.Runner
 
-    def convert(self) -> tuple[values.Warning, ...]:
+    def convert(self) -> tuple[results.Warning, ...]:
         """Run qemu-img."""
         return conversion.convert(self.grant, self.plan, self.ends, NO_SECRETS, self.runner)
 

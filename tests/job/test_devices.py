@@ -19,9 +19,9 @@ import whole_job
 from harness.mounts import Mounts
 from loop_devices import DISK_GROUP, Devices
 
-from convertd_core import conditions, values
+from convertd_core import conditions, results, values
 from convertd_daemon import channel
-from convertd_daemon.job import context, endpoints
+from convertd_daemon.job import context, endpoints, stages
 from convertd_daemon.job.files import destination, device_dest, paths
 
 MIB = 1024 * 1024
@@ -148,9 +148,10 @@ class TestWriting:
         device = volumes.add("lv", SIZE)
         request = grants.request(image(volumes, MIB), device)
         grant = rules_of(volumes).convert(dataclasses.replace(request, validate_only=True))
-        published = whole_job.run(grant).published
-        assert not published.published
-        assert (published.plan.needed_bytes, published.plan.available_bytes) == (0, SIZE)
+        said = whole_job.run(grant)
+        assert not said.published.published
+        assert said.published.bytes_per_second == 0.0
+        assert (said.plan.needed_bytes, said.plan.available_bytes) == (0, SIZE)
         assert volumes.bytes_on(device) == b"\xaa" * SIZE
 
     def test_a_failure_says_that_the_content_is_undefined(
@@ -307,7 +308,7 @@ class TestReading:
         device = volumes.add("lv", 2 * MIB, sector_bytes=sector_bytes)
         device.write_bytes(os.urandom(2 * MIB))
         said = converted(volumes, device, volumes.directory / "out")
-        assert said.published.plan.source.virtual_size_bytes == 2 * MIB
+        assert said.published.virtual_size_bytes == 2 * MIB
         assert (volumes.directory / "out").read_bytes() == volumes.bytes_on(device)
 
     def test_an_image_of_another_format_may_be_on_it(self, volumes: Devices) -> None:
@@ -327,7 +328,7 @@ class TestReading:
         argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(device), "-F", "raw"]
         subprocess.run([*argv, str(overlay)], check=True)
         said = converted(volumes, overlay, volumes.directory / "out", "qcow2")
-        assert [member.path for member in said.published.plan.chain] == [str(overlay), str(device)]
+        assert [member.path for member in said.plan.chain] == [str(overlay), str(device)]
         assert (volumes.directory / "out").read_bytes() == b"\xaa" * MIB
 
     def test_one_may_be_copied_to_another(self, volumes: Devices) -> None:
@@ -416,12 +417,12 @@ class TestOpening:
         assert reason == "SOURCE_NOT_FOUND"
 
 
-def plan_of(size_bytes: int) -> values.Plan:
+def plan_of(size_bytes: int) -> stages.ConversionPlan:
     """A plan for an image of that size."""
-    info = values.ImageInfo(format="raw", virtual_size_bytes=size_bytes, actual_size_bytes=0)
-    cache = values.CacheChoice(mode=values.CacheMode.NONE, reason="")
-    return values.Plan(
-        chain=(values.ChainMember(path="/a", info=info),),
+    info = stages.ProbedImage(format="raw", virtual_size_bytes=size_bytes, actual_size_bytes=0)
+    cache = results.CacheChoice(mode=values.CacheMode.NONE, reason="")
+    return stages.ConversionPlan(
+        chain=(stages.ChainMember(path="/a", info=info),),
         dest_format="raw",
         compression=values.Compression.NONE,
         source_cache=cache,

@@ -324,9 +324,9 @@ class TestSizesOfVhds:
         assert [warning.reason for warning in warnings] == ["VHD_SIZES_DIFFER"]
         assert f"{301 * 4 * 17 * SECTOR} bytes" in warnings[0].message
         assert f"all {10 * MIB} are read" in warnings[0].message
-        (found,) = inspected(area / "in", "vpc").inspected.chain
-        assert found.info.virtual_size_bytes == 10 * MIB
-        assert found.info.warnings == warnings
+        found = inspected(area / "in", "vpc").inspected
+        assert found.virtual_size_bytes == 10 * MIB
+        assert found.warnings == warnings
 
     def test_a_vhd_under_an_overlay_is_whole_too(self, area: Path) -> None:
         """And told of by its own path."""

@@ -21,9 +21,9 @@ from harness import waiting
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convertd_core import conditions, messages, values
+from convertd_core import conditions, messages, results, values
 from convertd_daemon import channel
-from convertd_daemon.job import context, endpoints
+from convertd_daemon.job import context, endpoints, stages
 from convertd_daemon.job.files import device_dest, file_dest, paths
 from convertd_daemon.job.qemu import (
     backing_chain,
@@ -280,7 +280,7 @@ def both(area: Path) -> Iterator[endpoints.Endpoints]:
 
 def failed(both: endpoints.Endpoints, said: str, status: int = 1) -> conditions.Failure:
     """What a run of qemu-img that ended so failed of."""
-    planned = values.Plan(
+    planned = stages.ConversionPlan(
         chain=both.members,
         dest_format="raw",
         compression=values.Compression.NONE,
@@ -296,7 +296,7 @@ def failed(both: endpoints.Endpoints, said: str, status: int = 1) -> conditions.
     # here makes qemu-img say
 
 
-CACHE = values.CacheChoice(mode=values.CacheMode.NONE, reason="")
+CACHE = results.CacheChoice(mode=values.CacheMode.NONE, reason="")
 FD = "qemu-img: Could not open '/proc/self/fd/8'"
 
 
@@ -493,13 +493,7 @@ class TestLeash:
         """An image may have thousands of snapshots."""
         with pytest.raises(conditions.Unsupported, match="does not fit into a message"):
             front.context.send(
-                messages.Inspected(
-                    chain=(),
-                    complete=True,
-                    raw_json="x" * 200_000,
-                    contents=values.Contents(),
-                    warnings=(),
-                )
+                messages.Failed(failure=conditions.Failure(reason="x" * 200_000, message=""))
             )
 
     def test_a_signal_waits_where_there_is_no_way_back(self) -> None:

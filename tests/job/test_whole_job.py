@@ -18,7 +18,7 @@ def test_a_job_converts_what_it_is_granted(area: Path) -> None:
     rules = grants.Rules(roots=(grants.files(area),))
     grant = rules.convert(grants.request(area / "in", area / "out", dest_format="qcow2"))
     said = whole_job.run(grant)
-    assert said.published.plan.source.format == "raw"
+    assert said.plan.source_format == said.published.source_format == "raw"
     ends = [str(area / "in"), str(area / "out")]
     compare = ["qemu-img", "compare", "-f", "raw", "-F", "qcow2", *ends]
     subprocess.run(compare, check=True, capture_output=True)

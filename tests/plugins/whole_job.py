@@ -9,7 +9,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Final
 
-from convertd_core import conditions, messages, values
+from convertd_core import conditions, messages, results, values
 from convertd_daemon import channel
 from convertd_daemon.broker import loop, workers
 from convertd_daemon.front import secret_pipes
@@ -48,17 +48,23 @@ class Said:
         return self.failure.reason if self.failure else "done"
 
     @property
-    def published(self) -> values.Published:
-        """What it published."""
-        assert self.failure is None, self.failure
-        (found,) = (item.published for item in self.events if isinstance(item, messages.Succeeded))
+    def plan(self) -> results.Plan:
+        """What it was going to do."""
+        (found,) = (event.plan for event in self.events if isinstance(event, messages.Planned))
         return found
 
     @property
-    def inspected(self) -> messages.Inspected:
+    def published(self) -> results.ConvertResult:
+        """What it published."""
+        assert self.failure is None, self.failure
+        (found,) = (event.result for event in self.events if isinstance(event, messages.Succeeded))
+        return found
+
+    @property
+    def inspected(self) -> results.ImageInfo:
         """What it found an image to be."""
         assert self.failure is None, self.failure
-        (found,) = (item for item in self.events if isinstance(item, messages.Inspected))
+        (found,) = (event.image for event in self.events if isinstance(event, messages.Inspected))
         return found
 
 

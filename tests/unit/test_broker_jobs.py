@@ -10,7 +10,7 @@ import grants
 import pytest
 import refusals
 
-from convertd_core import messages, values
+from convertd_core import messages, results, values
 from convertd_daemon.broker import (
     connections,
     jobs,
@@ -158,7 +158,7 @@ def test_a_list_shows_what_was_asked_and_nothing_secret(
         dest="/images/b",
         dest_format="raw",
         label="nightly",
-        state=messages.JobState.QUEUED,
+        state=results.JobState.QUEUED,
         position=2,
         queued=job.queued,
         started=None,

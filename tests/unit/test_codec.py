@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import enum
 import json
+from collections.abc import Mapping
 from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convertd_core import codec, conditions, messages, values
+from convertd_core import codec, conditions, messages, results, values
 
 MESSAGES: tuple[type[Any], ...] = (
     *messages.FROM_FRONT,
@@ -23,9 +25,11 @@ MESSAGES: tuple[type[Any], ...] = (
 
 # Nobody sends a number that is none, and it would not equal itself.
 st.register_type_strategy(float, st.floats(allow_nan=False))
+st.register_type_strategy(datetime.datetime, st.datetimes(timezones=st.just(datetime.UTC)))
+st.register_type_strategy(Mapping, st.dictionaries(st.text(), st.text()))
 
 # Nobody sends what is UNSPECIFIED, either: see below.
-for enum_kind in vars(values).values():
+for enum_kind in (*vars(values).values(), *vars(results).values()):
     if isinstance(enum_kind, enum.EnumType) and "UNSPECIFIED" in enum_kind.__members__:
         known: tuple[object, ...] = tuple(enum_kind.__members__.values())[1:]
         st.register_type_strategy(enum_kind, st.sampled_from(known))
@@ -68,6 +72,8 @@ class Example:
     several: tuple[Inner, ...] = ()
     group: frozenset[int] = frozenset()
     pair: tuple[str, str] = ("", "")
+    when: datetime.datetime | None = None
+    named: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def altered(**fields: object) -> bytes:
@@ -146,6 +152,11 @@ def test_an_integer_is_a_fine_float() -> None:
         pytest.param(altered(several="ab"), id="a-text-for-an-array"),
         pytest.param(altered(group=[[1]]), id="an-array-in-a-set"),
         pytest.param(altered(pair=["a"]), id="half-a-pair"),
+        pytest.param(altered(when="yesterday"), id="no-time"),
+        pytest.param(altered(when=1), id="a-number-for-a-time"),
+        pytest.param(altered(when="2026-01-01T00:00:00"), id="a-time-of-no-zone"),
+        pytest.param(altered(named=[["a", "b"]]), id="an-array-for-a-mapping"),
+        pytest.param(altered(named={"a": 1}), id="a-mapping-to-a-number"),
         pytest.param(altered(pair=["a", "b", "c"]), id="a-pair-of-three"),
         pytest.param(altered(pair=["a", 1]), id="a-pair-of-two-kinds"),
     ],
@@ -222,13 +233,16 @@ BUILT = (
     *MESSAGES,
     *get_args(messages.RequestBody),
     *get_args(messages.ReplyBody),
-    *(kind for kind in vars(values).values() if isinstance(kind, type)),
-    *(messages.JobState, messages.Operation, messages.Versions, conditions.Failure),
+    *(kind for kind in (*vars(values).values(), *vars(results).values()) if isinstance(kind, type)),
+    datetime.datetime,
+    *(messages.Operation, messages.Versions, conditions.Failure),
 )
 
 
 def all_typed(value: object) -> bool:
     """Whether a value consists of plain values and our own frozen ones, all the way down."""
+    if isinstance(value, dict):
+        return all(map(all_typed, (*value.keys(), *value.values())))
     if isinstance(value, tuple | frozenset):
         return type(value) in {tuple, frozenset} and all(map(all_typed, value))
     if dataclasses.is_dataclass(value):

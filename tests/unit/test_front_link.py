@@ -15,7 +15,7 @@ import refusals
 from descriptors import held as open_now
 from descriptors import none_left_open
 
-from convertd_core import conditions, messages, values
+from convertd_core import conditions, messages, results, values
 from convertd_daemon import channel
 from convertd_daemon.front import (
     broker_link,
@@ -38,7 +38,7 @@ def waiting(position: int) -> messages.Queued:
 
 def progressed(percent: float) -> messages.Progressed:
     """A job says how far it is."""
-    progress = values.Progress(phase=values.Phase.CONVERTING, percent=percent)
+    progress = results.Progress(phase=values.Phase.CONVERTING, percent=percent)
     return messages.Progressed(progress=progress)
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import refusals
 from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor
+from google.protobuf.message import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
 from convertd.v1 import convert_pb2 as pb
-from convertd_core import creation_options, messages, values
+from convertd_core import creation_options, messages, proto_mapping, results, values
 from convertd_daemon.front import translate
 
 UNKNOWN: Any = 99
@@ -273,69 +275,56 @@ class TestSecrets:
         assert repr(passphrase)[2:-1] not in repr(translate.convert_request(message))
 
 
-INFO = values.ImageInfo(
-    format="qcow2",
-    virtual_size_bytes=1000,
-    actual_size_bytes=200,
-    cluster_size_bytes=65536,
-    encrypted=True,
-    dirty=True,
-    backing_name="base.raw",
-    backing_format="raw",
-    snapshots=("one", "two"),
-    bitmaps=("three",),
-    details=(("compat", "1.1"), ("encrypt.format", "luks")),
-)
-BASE = values.ImageInfo(format="raw", virtual_size_bytes=900, actual_size_bytes=100)
-CHAIN = (
-    values.ChainMember(path="/in/a", info=INFO),
-    values.ChainMember(path="/in/base.raw", info=BASE),
-)
-PLAN = values.Plan(
-    chain=CHAIN,
-    dest_format="qcow2",
-    compression=values.Compression.ZSTD,
-    source_cache=values.CacheChoice(mode=values.CacheMode.WRITEBACK, reason="it can't"),
-    dest_cache=values.CacheChoice(mode=values.CacheMode.NONE, reason="it can"),
-    argv=("qemu-img", "/proc/self/fd/7"),
-    command=("qemu-img", "/in/a"),
-    needed_bytes=300,
-    available_bytes=4000,
-)
-PUBLISHED = values.Published(
-    plan=PLAN,
+CACHE = results.CacheChoice(mode=values.CacheMode.NONE, reason="it can")
+RESULT = results.ConvertResult(
     published=True,
+    source_format="qcow2",
+    dest_format="raw",
+    virtual_size_bytes=1000,
+    allocated_size_bytes=4096,
+    dest_cache=CACHE,
+    source_cache=CACHE,
+    warnings=(results.Warning(reason="SNAPSHOTS_DROPPED", message="2 of them"),),
+    elapsed_seconds=2.0,
+    bytes_per_second=500.0,
     verified=True,
     replaced=True,
-    allocated_size_bytes=4096,
-    seconds=2.0,
-    warnings=(values.Warning(reason="SNAPSHOTS_DROPPED", message="2 of them"),),
 )
+REPLIES = {
+    pb.ConvertProgress: results.Progress,
+    pb.ConvertResult: results.ConvertResult,
+    pb.InspectResponse: results.ImageInfo,
+    pb.Job: results.Job,
+    pb.GetAccessResponse: results.Access,
+    pb.Plan: results.Plan,
+}
+# What every number of the contract holds.
+st.register_type_strategy(int, st.integers(0, 2**31 - 1))
+st.register_type_strategy(float, st.floats(allow_nan=False))
+st.register_type_strategy(datetime.datetime, st.datetimes(timezones=st.just(datetime.UTC)))
+st.register_type_strategy(Mapping, st.dictionaries(st.text(), st.text()))
+
+
+@pytest.mark.parametrize(("message", "kind"), REPLIES.items(), ids=lambda kind: kind.__name__)
+@given(st.data())
+def test_a_reply_that_becomes_a_message_is_read_as_the_same(
+    message: type[Message], kind: type[Any], data: st.DataObject
+) -> None:
+    """Each field at every depth, whatever its value."""
+    value = data.draw(st.from_type(kind))
+    if kind is results.ConvertResult:
+        # It comes with an event of its own.
+        value = dataclasses.replace(value, plan=None)
+    told = proto_mapping.to_message(value, message())
+    assert proto_mapping.from_message(kind, told) == value
 
 
 class TestReplies:
     """What is answered."""
 
-    def test_a_plan_is_for_people_and_names_no_descriptor(self) -> None:
-        """The command has the caller's own paths."""
-        event = translate.started("job-1", PLAN).started
-        assert event.job_id == "job-1"
-        assert list(event.plan.command) == ["qemu-img", "/in/a"]
-        assert event.plan.source_format == event.plan.dest_format == "qcow2"
-        assert event.plan.virtual_size_bytes == 1000
-        assert event.plan.dest_cache == pb.CacheChoice(mode=pb.CACHE_MODE_NONE, reason="it can")
-        assert event.plan.source_cache == pb.CacheChoice(
-            mode=pb.CACHE_MODE_WRITEBACK, reason="it can't"
-        )
-        assert event.plan.compression == pb.COMPRESSION_ZSTD
-        assert (event.plan.needed_bytes, event.plan.available_bytes) == (300, 4000)
-        assert [member.path for member in event.plan.chain] == ["/in/a", "/in/base.raw"]
-        assert event.plan.chain[0].encrypted
-        assert event.plan.chain[1].actual_size_bytes == 100
-
     def test_a_result_says_what_was_done(self) -> None:
         """How long in all, how long in the queue, and how fast without the queue."""
-        event = translate.result("job-1", PUBLISHED, queued_s=3.0).result
+        event = translate.result("job-1", RESULT, queued_s=3.0).result
         assert (event.job_id, event.published, event.verified) == ("job-1", True, True)
         assert event.replaced
         assert event.allocated_size_bytes == 4096
@@ -344,68 +333,8 @@ class TestReplies:
         assert event.elapsed_seconds == 5.0
         assert event.bytes_per_second == 500.0
 
-    @pytest.mark.parametrize(
-        "changes", [{"published": False}, {"seconds": 0.0}], ids=["not-done", "in-no-time"]
-    )
-    def test_a_rate_is_only_told_of_what_took_time(self, changes: dict[str, object]) -> None:
-        """Nobody divides by zero."""
-        value = dataclasses.replace(PUBLISHED, **changes)  # type: ignore[arg-type]
-        assert translate.result("job-1", value, queued_s=0.0).result.bytes_per_second == 0.0
-
-    def test_an_image_is_described_with_all_it_has(self) -> None:
-        """And what lies under it."""
-        contents = values.Contents(
-            snapshots=(
-                values.Snapshot(
-                    id="1",
-                    name="one",
-                    vm_state_size_bytes=4096,
-                    created_ns=1_500_000_000_250_000_000,
-                    vm_clock_ns=2_500_000_000,
-                ),
-            ),
-            bitmaps=(values.Bitmap(name="three", granularity_bytes=65536, flags=("auto",)),),
-            compressed=True,
-        )
-        warned = values.Warning(reason="IMAGE_IN_USE", message="it is")
-        message = messages.Inspected(
-            chain=CHAIN, complete=True, raw_json="{}", contents=contents, warnings=(warned,)
-        )
-        response = translate.inspected("/in/a", message)
-        assert (response.path, response.format) == ("/in/a", "qcow2")
-        assert (response.virtual_size_bytes, response.actual_size_bytes) == (1000, 200)
-        assert response.cluster_size_bytes == 65536
-        assert (response.encrypted, response.dirty, response.corrupt) == (True, True, False)
-        assert (response.backing_filename, response.backing_format) == ("base.raw", "raw")
-        assert [member.path for member in response.backing_chain] == ["/in/base.raw"]
-        assert response.backing_chain_complete
-        (snapshot,) = response.snapshots
-        assert (snapshot.id, snapshot.name) == ("1", "one")
-        assert (snapshot.vm_state_size_bytes, snapshot.vm_clock_seconds) == (4096, 2.5)
-        assert snapshot.create_time.ToNanoseconds() == 1_500_000_000_250_000_000
-        (bitmap,) = response.bitmaps
-        assert (bitmap.name, bitmap.granularity_bytes) == ("three", 65536)
-        assert list(bitmap.flags) == ["auto"]
-        assert response.compressed
-        assert list(response.warnings) == [pb.Warning(reason="IMAGE_IN_USE", message="it is")]
-        assert dict(response.format_specific) == {"compat": "1.1", "encrypt.format": "luks"}
-        assert response.qemu_img_json == "{}"
-
-    def test_an_image_alone_has_nothing_under_it(self) -> None:
-        """An empty chain that is complete is another thing than one that is not."""
-        nothing = values.Contents()
-        alone = messages.Inspected(
-            chain=CHAIN[1:], complete=True, raw_json="", contents=nothing, warnings=()
-        )
-        hidden = messages.Inspected(
-            chain=CHAIN[:1], complete=False, raw_json="", contents=nothing, warnings=()
-        )
-        assert translate.inspected("/in/a", alone).backing_chain_complete
-        assert not translate.inspected("/in/a", hidden).backing_chain_complete
-        assert not translate.inspected("/in/a", hidden).backing_chain
-
-    @pytest.mark.parametrize("state", messages.JobState)
-    def test_a_job_is_listed_in_whatever_state(self, state: messages.JobState) -> None:
+    @pytest.mark.parametrize("state", list(results.JobState)[1:])
+    def test_a_job_is_listed_in_whatever_state(self, state: results.JobState) -> None:
         """With its times, the start only if it has started."""
         entry = messages.JobEntry(
             job_id="job-1",
@@ -436,12 +365,6 @@ class TestReplies:
         queued = pb.ConvertProgress(phase=pb.PHASE_QUEUED, queue_position=7)
         moved_up = translate.job(dataclasses.replace(entry, position=3), queued)
         assert moved_up.progress.queue_position == 2
-
-    def test_every_phase_of_a_job_is_one_of_the_contract(self) -> None:
-        """And every one of the contract is a phase."""
-        names = {phase: pb.Phase.Name(number) for phase, number in translate.PHASES.items()}
-        assert names == {phase: f"PHASE_{phase.name}" for phase in values.Phase}
-        assert len(names) == len(ENUMS["Phase"].values) - 1
 
     def test_access_tells_who_one_is_and_what_one_may_do(self) -> None:
         """By rule; and what this daemon could do, whatever the policy."""

@@ -12,7 +12,8 @@ import refusals
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convertd_core import conditions, creation_options, values
+from convertd_core import conditions, creation_options, results, values
+from convertd_daemon.job import stages
 from convertd_daemon.job.qemu import plan
 
 MIB = 1024 * 1024
@@ -30,7 +31,7 @@ MODES = (
     values.CacheMode.DIRECTSYNC,
 )
 
-INFO = values.ImageInfo(format="qcow2", virtual_size_bytes=GIB, actual_size_bytes=100 * MIB)
+INFO = stages.ProbedImage(format="qcow2", virtual_size_bytes=GIB, actual_size_bytes=100 * MIB)
 
 
 REQUEST = grants.request("/images/in.qcow2", "/images/out", "qcow2")
@@ -52,9 +53,9 @@ ENCRYPTED = values.Source(
 )
 
 
-def member(info: values.ImageInfo = INFO, path: str = "/images/in.qcow2") -> values.ChainMember:
+def member(info: stages.ProbedImage = INFO, path: str = "/images/in.qcow2") -> stages.ChainMember:
     """One image of the source's chain."""
-    return values.ChainMember(path=path, info=info)
+    return stages.ChainMember(path=path, info=info)
 
 
 FACTS = plan.Facts(
@@ -70,8 +71,8 @@ ON_DEVICE = dataclasses.replace(FACTS, dest=plan.Node(format="raw", fd=8, on_dev
 def made(
     a_grant: values.ConvertGrant | None = None,
     facts: plan.Facts = FACTS,
-    chain: tuple[values.ChainMember, ...] = (member(),),
-) -> values.Plan:
+    chain: tuple[stages.ChainMember, ...] = (member(),),
+) -> stages.ConversionPlan:
     """The plan for a grant."""
     return plan.make(a_grant or RULES.convert(REQUEST), chain, facts)
 
@@ -305,10 +306,10 @@ class TestCache:
     def test_what_takes_direct_transfers_gets_them(self) -> None:
         """Both ends past the page cache."""
         planned = made()
-        assert planned.dest_cache == values.CacheChoice(
+        assert planned.dest_cache == results.CacheChoice(
             mode=values.CacheMode.NONE, reason="the destination takes direct writes"
         )
-        assert planned.source_cache == values.CacheChoice(
+        assert planned.source_cache == results.CacheChoice(
             mode=values.CacheMode.NONE, reason="the source can be read past the page cache"
         )
 
@@ -316,11 +317,11 @@ class TestCache:
         """In the kernel's words."""
         facts = dataclasses.replace(FACTS, source_direct="Not here", dest_direct="Nor here")
         planned = made(facts=facts)
-        assert planned.dest_cache == values.CacheChoice(
+        assert planned.dest_cache == results.CacheChoice(
             mode=values.CacheMode.WRITEBACK,
             reason="the destination takes no direct writes: Nor here",
         )
-        assert planned.source_cache == values.CacheChoice(
+        assert planned.source_cache == results.CacheChoice(
             mode=values.CacheMode.WRITEBACK,
             reason="the source can't be read past the page cache: Not here",
         )
@@ -340,7 +341,7 @@ class TestCache:
             assert failure.status is conditions.Status.FAILED_PRECONDITION
         else:
             planned = made(a_grant, facts)
-            assert planned.dest_cache == values.CacheChoice(mode=mode, reason="asked for")
+            assert planned.dest_cache == results.CacheChoice(mode=mode, reason="asked for")
             assert after(planned.argv, "-t") == mode.value
 
     @pytest.mark.parametrize(
@@ -426,7 +427,7 @@ class TestSize:
     def test_a_raw_image_has_whole_sectors(self, size: int, virtual: int) -> None:
         """As qemu rounds; nothing else is known of it, for it is not looked at."""
         info = plan.raw_info(size, 4096)
-        expected = values.ImageInfo(
+        expected = stages.ProbedImage(
             format="raw", virtual_size_bytes=virtual, actual_size_bytes=4096
         )
         assert info == expected
@@ -439,14 +440,14 @@ class TestWarnings:
         """And an image that was not closed is named as such."""
         info = dataclasses.replace(INFO, snapshots=("a", "b"), bitmaps=("c",), dirty=True)
         assert made(chain=(member(info),)).warnings == (
-            values.Warning(
+            results.Warning(
                 reason="SNAPSHOTS_DROPPED",
                 message="2 internal snapshots of the source are not in the result",
             ),
-            values.Warning(
+            results.Warning(
                 reason="BITMAPS_DROPPED", message="1 bitmaps of the source are not in the result"
             ),
-            values.Warning(
+            results.Warning(
                 reason="SOURCE_DIRTY",
                 message="the source was not closed cleanly: its dirty flag is set",
             ),

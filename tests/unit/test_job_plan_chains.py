@@ -9,6 +9,7 @@ import grants
 import pytest
 
 from convertd_core import values
+from convertd_daemon.job import stages
 from convertd_daemon.job.qemu import plan
 
 MIB: Final = 1024 * 1024
@@ -18,12 +19,12 @@ REQUEST: Final = grants.request("/images/in.qcow2", "/images/out", "qcow2")
 CHAIN: Final = (plan.Node(format="qcow2", fd=7), plan.Node(format="luks", fd=8))
 
 
-def member(virtual_mib: int, image_format: str = "qcow2") -> values.ChainMember:
+def member(virtual_mib: int, image_format: str = "qcow2") -> stages.ChainMember:
     """One image, without a byte allocated."""
-    info = values.ImageInfo(
+    info = stages.ProbedImage(
         format=image_format, virtual_size_bytes=virtual_mib * MIB, actual_size_bytes=0
     )
-    return values.ChainMember(path="/images/in.qcow2", info=info)
+    return stages.ChainMember(path="/images/in.qcow2", info=info)
 
 
 def test_a_key_is_for_the_first_of_a_chain() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 from typing import cast
@@ -12,7 +13,8 @@ import refusals
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convertd_core import conditions, values
+from convertd_core import conditions, results, values
+from convertd_daemon.job import stages
 from convertd_daemon.job.files import paths
 from convertd_daemon.job.qemu import execution, image_info, plan
 
@@ -58,7 +60,7 @@ class Runner:
         return self.outcome
 
 
-def described(answer: dict[str, object], stated: str = "") -> values.ImageInfo:
+def described(answer: dict[str, object], stated: str = "") -> stages.ProbedImage:
     """What an image is, by qemu-img's answer."""
     said = {"format": "qcow2", "virtual-size": 1024, **answer}
     return image_info.describe(
@@ -102,7 +104,7 @@ class TestAnswers:
                 },
             }
         )
-        assert info == values.ImageInfo(
+        assert info == stages.ProbedImage(
             format="qcow2",
             virtual_size_bytes=1024,
             actual_size_bytes=512,
@@ -126,7 +128,7 @@ class TestAnswers:
 
     def test_what_it_leaves_out_has_a_value_too(self) -> None:
         """The allocated size is ours to know."""
-        assert described({}) == values.ImageInfo(
+        assert described({}) == stages.ProbedImage(
             format="qcow2", virtual_size_bytes=1024, actual_size_bytes=4096
         )
 
@@ -149,23 +151,23 @@ class TestAnswers:
                 }
             },
         }
-        assert image_info.contents(PATH, json.dumps(said)) == values.Contents(
+        assert image_info.contents(PATH, json.dumps(said)) == stages.Contents(
             snapshots=(
-                values.Snapshot(
+                results.Snapshot(
                     id="1",
                     name="s",
                     vm_state_size_bytes=5,
-                    created_ns=14_000_000_001,
-                    vm_clock_ns=3_000_000_002,
+                    create_time=datetime.datetime.fromtimestamp(14, tz=datetime.UTC),
+                    vm_clock_seconds=3.000000002,
                 ),
             ),
-            bitmaps=(values.Bitmap(name="b", granularity_bytes=512, flags=("auto", "in-use")),),
+            bitmaps=(results.Bitmap(name="b", granularity_bytes=512, flags=("auto", "in-use")),),
             compressed=True,
         )
 
     def test_an_image_may_hold_nothing_more(self) -> None:
         """Raw has nothing to be specific about."""
-        assert image_info.contents(PATH, "{}") == values.Contents()
+        assert image_info.contents(PATH, "{}") == stages.Contents()
 
     @pytest.mark.parametrize(
         ("kind", "changes"),

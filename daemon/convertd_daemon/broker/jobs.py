@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from convertd_core import codec, conditions, messages, values
+from convertd_core import codec, conditions, messages, results, values
 from convertd_daemon import channel
 from convertd_daemon.broker import loop, queue, workers
 from convertd_daemon.linux import getrandom
@@ -41,10 +41,10 @@ PAGE_TOKEN: Final = re.compile(r"[0-9a-f]{1,16}")
 class State(enum.Enum):
     """How far a job is, for the broker."""
 
-    WAITING = messages.JobState.QUEUED
-    RUNNING = messages.JobState.RUNNING
-    ENDING = messages.JobState.CANCELLING
-    UNKILLABLE = messages.JobState.UNKILLABLE
+    WAITING = results.JobState.QUEUED
+    RUNNING = results.JobState.RUNNING
+    ENDING = results.JobState.CANCELLING
+    UNKILLABLE = results.JobState.UNKILLABLE
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

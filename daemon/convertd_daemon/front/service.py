@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
@@ -10,7 +11,7 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from convertd.v1 import convert_pb2 as pb
-from convertd_core import conditions, messages, values
+from convertd_core import conditions, messages, results
 from convertd_daemon import channel
 from convertd_daemon.front import (
     broker_link,
@@ -136,7 +137,7 @@ class ConvertService:
             while not isinstance(said := await _next(call), messages.Inspected):
                 pass
             call.over = True
-            return translate.inspected(request.source.path, said)
+            return translate.inspected(said.image)
 
     async def list_jobs(self, request: pb.ListJobsRequest, connection: int) -> pb.ListJobsResponse:
         """ListJobs: a page of the caller's own, or of all to an operator."""
@@ -192,7 +193,7 @@ class ConversionEvents:
         self.arrived = now
         self.begun: float | None = None
         self.job_id = ""
-        self.planned: values.Plan | None = None
+        self.planned: results.Plan | None = None
         self.progress = pb.ConvertProgress()
 
     async def events(self, call: Call) -> AsyncIterator[pb.ConvertResponse]:
@@ -206,19 +207,22 @@ class ConversionEvents:
                 case messages.Queued(job_id=job_id, position=position):
                     self.job_id = job_id
                     # The contract counts those before it.
-                    yield self._progressed(values.Phase.QUEUED, 0.0, position - 1)
-                case messages.Progressed(progress=values.Progress(phase=phase, percent=percent)):
+                    queued = results.Progress(
+                        phase=results.Phase.QUEUED, queue_position=position - 1
+                    )
+                    yield self._progressed(queued)
+                case messages.Progressed(progress=progress):
                     self._begin(call)
-                    yield self._progressed(phase, percent, 0)
+                    yield self._progressed(progress)
                 case messages.Planned(plan=planned):
                     self._begin(call)
                     self.planned = planned
                     yield translate.started(self.job_id, planned)
-                case messages.Succeeded(published=published):
+                case messages.Succeeded(result=result):
                     self._begin(call)
                     call.over = True
                     call.finish()
-                    yield translate.result(self.job_id, published, self._queued_s())
+                    yield translate.result(self.job_id, result, self._queued_s())
                     return
 
     def _begin(self, call: Call) -> None:
@@ -229,17 +233,16 @@ class ConversionEvents:
     def _queued_s(self) -> float:
         return (self.begun or time.monotonic()) - self.arrived
 
-    def _progressed(self, phase: values.Phase, percent: float, position: int) -> pb.ConvertResponse:
-        total = self.planned.source.virtual_size_bytes if self.planned else 0
-        self.progress = pb.ConvertProgress(
+    def _progressed(self, told: results.Progress) -> pb.ConvertResponse:
+        total = self.planned.virtual_size_bytes if self.planned else 0
+        progress = dataclasses.replace(
+            told,
             job_id=self.job_id,
-            phase=translate.PHASES[phase],
-            queue_position=position,
-            percent=percent,
-            bytes_done=int(total * percent / 100),
+            bytes_done=int(total * told.percent / 100),
             bytes_total=total,
             elapsed_seconds=time.monotonic() - self.arrived,
         )
+        self.progress = translate.progress(progress)
         return pb.ConvertResponse(progress=self.progress)
 
 

@@ -8,47 +8,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 from convertd.v1 import convert_pb2 as pb
-from convertd_core import conditions, creation_options, messages, proto_mapping, values
+from convertd_core import conditions, creation_options, messages, proto_mapping, results, values
 
 if TYPE_CHECKING:
     from google.protobuf.descriptor import FieldDescriptor
 
-V = TypeVar("V")
-
-NOT_YET: Final = "not in this version"
-
-CACHE_MODES: Final = {
-    pb.CACHE_MODE_AUTO: values.CacheMode.AUTO,
-    pb.CACHE_MODE_NONE: values.CacheMode.NONE,
-    pb.CACHE_MODE_WRITEBACK: values.CacheMode.WRITEBACK,
-    pb.CACHE_MODE_WRITETHROUGH: values.CacheMode.WRITETHROUGH,
-    pb.CACHE_MODE_DIRECTSYNC: values.CacheMode.DIRECTSYNC,
-}
-COMPRESSIONS: Final = {
-    pb.COMPRESSION_NONE: values.Compression.NONE,
-    pb.COMPRESSION_DEFAULT: values.Compression.DEFAULT,
-    pb.COMPRESSION_ZLIB: values.Compression.ZLIB,
-    pb.COMPRESSION_ZSTD: values.Compression.ZSTD,
-}
-CACHE_MODES_OUT: Final = {mode: number for number, mode in CACHE_MODES.items()}
-COMPRESSIONS_OUT: Final = {mode.value: number for number, mode in COMPRESSIONS.items()}
-PHASES: Final = {
-    values.Phase.QUEUED: pb.PHASE_QUEUED,
-    values.Phase.PREPARING: pb.PHASE_PREPARING,
-    values.Phase.CONVERTING: pb.PHASE_CONVERTING,
-    values.Phase.FLUSHING: pb.PHASE_FLUSHING,
-    values.Phase.VERIFYING: pb.PHASE_VERIFYING,
-    values.Phase.PUBLISHING: pb.PHASE_PUBLISHING,
-}
-STATES: Final = {
-    messages.JobState.QUEUED: pb.JOB_STATE_QUEUED,
-    messages.JobState.RUNNING: pb.JOB_STATE_RUNNING,
-    messages.JobState.CANCELLING: pb.JOB_STATE_CANCELLING,
-    messages.JobState.UNKILLABLE: pb.JOB_STATE_UNKILLABLE,
-}
 KINDS: Final = {
     values.RootKind.FILES: pb.ROOT_KIND_FILE,
     values.RootKind.BLOCK: pb.ROOT_KIND_BLOCK,
@@ -138,107 +105,33 @@ def _qemu_value(
 # --- replies -----------------------------------------------------------------------------------
 
 
-def plan(value: values.Plan) -> pb.Plan:
-    """A plan, for people and programs to read."""
-    return pb.Plan(
-        source_format=value.source.format,
-        dest_format=value.dest_format,
-        virtual_size_bytes=value.source.virtual_size_bytes,
-        dest_cache=_cache(value.dest_cache),
-        source_cache=_cache(value.source_cache),
-        command=value.command,
-        compression=COMPRESSIONS_OUT[value.compression],
-        needed_bytes=value.needed_bytes,
-        available_bytes=value.available_bytes,
-        chain=[_member(member) for member in value.chain],
-    )
-
-
-def started(job_id: str, value: values.Plan) -> pb.ConvertResponse:
+def started(job_id: str, plan: results.Plan) -> pb.ConvertResponse:
     """The first event of a conversion that runs."""
-    event = pb.ConvertStarted(job_id=job_id, plan=plan(value))
-    return pb.ConvertResponse(started=event)
+    message = proto_mapping.to_message(plan, pb.Plan())
+    return pb.ConvertResponse(started=pb.ConvertStarted(job_id=job_id, plan=message))
 
 
-def result(job_id: str, value: values.Published, queued_s: float) -> pb.ConvertResponse:
-    """The last event of a conversion that succeeded."""
-    planned = value.plan
-    speed = planned.source.virtual_size_bytes / value.seconds if value.seconds else 0.0
-    event = pb.ConvertResult(
-        job_id=job_id,
-        published=value.published,
-        source_format=planned.source.format,
-        dest_format=planned.dest_format,
-        virtual_size_bytes=planned.source.virtual_size_bytes,
-        allocated_size_bytes=value.allocated_size_bytes,
-        dest_cache=_cache(planned.dest_cache),
-        source_cache=_cache(planned.source_cache),
-        warnings=_warnings(value.warnings),
-        elapsed_seconds=queued_s + value.seconds,
-        queued_seconds=queued_s,
-        bytes_per_second=speed if value.published else 0.0,
-        verified=value.verified,
-        replaced=value.replaced,
-    )
-    return pb.ConvertResponse(result=event)
-
-
-def _cache(value: values.CacheChoice) -> pb.CacheChoice:
-    return pb.CacheChoice(mode=CACHE_MODES_OUT[value.mode], reason=value.reason)
-
-
-def _member(member: values.ChainMember) -> pb.ImageMember:
-    info = member.info
-    return pb.ImageMember(
-        path=member.path,
-        format=info.format,
-        virtual_size_bytes=info.virtual_size_bytes,
-        actual_size_bytes=info.actual_size_bytes,
-        encrypted=info.encrypted,
-    )
-
-
-def inspected(path: str, message: messages.Inspected) -> pb.InspectResponse:
-    """What an image is."""
-    top = message.chain[0].info
-    return pb.InspectResponse(
-        path=path,
-        format=top.format,
-        virtual_size_bytes=top.virtual_size_bytes,
-        actual_size_bytes=top.actual_size_bytes,
-        cluster_size_bytes=top.cluster_size_bytes,
-        encrypted=top.encrypted,
-        dirty=top.dirty,
-        corrupt=top.corrupt,
-        compressed=message.contents.compressed,
-        backing_filename=top.backing_name,
-        backing_format=top.backing_format,
-        backing_chain=[_member(member) for member in message.chain[1:]],
-        backing_chain_complete=message.complete,
-        snapshots=[_snapshot(item) for item in message.contents.snapshots],
-        bitmaps=[
-            pb.Bitmap(name=item.name, granularity_bytes=item.granularity_bytes, flags=item.flags)
-            for item in message.contents.bitmaps
-        ],
-        format_specific=dict(top.details),
-        qemu_img_json=message.raw_json,
-        warnings=_warnings(message.warnings),
-    )
-
-
-def _snapshot(value: values.Snapshot) -> pb.Snapshot:
-    message = pb.Snapshot(
-        id=value.id,
-        name=value.name,
-        vm_state_size_bytes=value.vm_state_size_bytes,
-        vm_clock_seconds=value.vm_clock_ns / 1e9,
-    )
-    message.create_time.FromNanoseconds(value.created_ns)
+def progress(value: results.Progress) -> pb.ConvertProgress:
+    """How far a conversion is."""
+    message: pb.ConvertProgress = proto_mapping.to_message(value, pb.ConvertProgress())
     return message
 
 
-def _warnings(items: tuple[values.Warning, ...]) -> list[pb.Warning]:
-    return [pb.Warning(reason=item.reason, message=item.message) for item in items]
+def result(job_id: str, value: results.ConvertResult, queued_s: float) -> pb.ConvertResponse:
+    """The last event of a conversion that succeeded. A job knows nothing of the queue."""
+    value = dataclasses.replace(
+        value,
+        job_id=job_id,
+        elapsed_seconds=queued_s + value.elapsed_seconds,
+        queued_seconds=queued_s,
+    )
+    return pb.ConvertResponse(result=proto_mapping.to_message(value, pb.ConvertResult()))
+
+
+def inspected(image: results.ImageInfo) -> pb.InspectResponse:
+    """What an image is."""
+    message: pb.InspectResponse = proto_mapping.to_message(image, pb.InspectResponse())
+    return message
 
 
 def job(entry: messages.JobEntry, progress: pb.ConvertProgress | None) -> pb.Job:
@@ -250,7 +143,7 @@ def job(entry: messages.JobEntry, progress: pb.ConvertProgress | None) -> pb.Job
         source_format=entry.source_format,
         dest_path=entry.dest,
         dest_format=entry.dest_format,
-        state=STATES[entry.state],
+        state=proto_mapping.number_of(entry.state, pb.JobState.DESCRIPTOR),
         label=entry.label,
         progress=progress,
     )
@@ -280,7 +173,10 @@ def access(report: messages.AccessReport) -> pb.GetAccessResponse:
         ),
         source_formats=sorted(report.versions.formats & values.FORMATS),
         dest_formats=sorted(report.versions.formats & values.WRITABLE_FORMATS),
-        compressions=[COMPRESSIONS_OUT[name] for name in report.versions.compressions],
+        compressions=[
+            proto_mapping.number_of(values.Compression(name), pb.Compression.DESCRIPTOR)
+            for name in report.versions.compressions
+        ],
     )
 
 

@@ -13,7 +13,7 @@ import signal
 import time
 from typing import TYPE_CHECKING, NoReturn
 
-from convertd_core import conditions, messages, values
+from convertd_core import conditions, messages, results, values
 from convertd_daemon import channel
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class JobContext:
         self.duration_s = duration_s
         self.started = time.monotonic()
         self.undefined_device = ""
-        self._sent: values.Progress | None = None
+        self._sent: results.Progress | None = None
         self._poll = select.poll()
         self._poll.register(channel_.fileno(), 0)
 
@@ -85,7 +85,7 @@ class JobContext:
 
         Dropped if the front is behind: a job never waits for that.
         """
-        progress = values.Progress(phase=phase, percent=percent)
+        progress = results.Progress(phase=phase, percent=percent)
         if progress == self._sent:
             return
         try:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Final
 
-from convertd_core import conditions, values
+from convertd_core import conditions, results, values
 
 if TYPE_CHECKING:
     from convertd_daemon.job.files.paths import Source
@@ -94,8 +94,8 @@ def accept(asked: values.Source, source: Source, problem: str) -> None:
         raise conditions.DamageNotAllowed(path=path, problem=problem)
 
 
-def warning(path: str, problem: str) -> values.Warning:
+def warning(path: str, problem: str) -> results.Warning:
     """What a result says of such a source."""
-    return values.Warning(
+    return results.Warning(
         reason="SOURCE_DAMAGED", message=f"{path}: {problem}; it was read as it is"
     )

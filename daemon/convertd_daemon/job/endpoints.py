@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from convertd_core import conditions, values
+from convertd_daemon.job import stages
 from convertd_daemon.job.files import (
     device_dest,
     direct_io,
@@ -45,7 +46,7 @@ class Endpoints:
         return tuple(link.source for link in self.chain)
 
     @property
-    def members(self) -> tuple[values.ChainMember, ...]:
+    def members(self) -> tuple[stages.ChainMember, ...]:
         """The chain, without its descriptors."""
         return tuple(link.member for link in self.chain)
 

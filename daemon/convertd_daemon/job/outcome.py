@@ -18,7 +18,6 @@ from convertd_daemon import channel
 if TYPE_CHECKING:
     import socket
 
-    from convertd_core import values
 
 LONGEST_DETAIL: Final = 2000
 """In characters. An outcome fits into an empty pipe, so that writing it never blocks."""
@@ -43,18 +42,23 @@ class OutcomeReporter(channel.Channel):
         """Note what the message tells of the outcome, then send it. See Channel."""
         match message:
             case messages.Planned(plan=plan):
-                self._known = _with_plan(self._known, plan)
-            case messages.Inspected(chain=(image, *_)):
                 self._known = dataclasses.replace(
                     self._known,
-                    source_format=image.info.format,
-                    virtual_size_bytes=image.info.virtual_size_bytes,
+                    source_format=plan.source_format,
+                    source_cache=str(plan.source_cache.mode),
+                    dest_cache=str(plan.dest_cache.mode),
+                    virtual_size_bytes=plan.virtual_size_bytes,
+                )
+            case messages.Inspected(image=image):
+                self._known = dataclasses.replace(
+                    self._known,
+                    source_format=image.format,
+                    virtual_size_bytes=image.virtual_size_bytes,
                 )
                 self.report(done=True)
-            case messages.Succeeded(published=published):
+            case messages.Succeeded(result=result):
                 self._known = dataclasses.replace(
-                    _with_plan(self._known, published.plan),
-                    allocated_size_bytes=published.allocated_size_bytes,
+                    self._known, allocated_size_bytes=result.allocated_size_bytes
                 )
                 self.report(done=True)
             case messages.Failed(failure=failure):
@@ -78,14 +82,3 @@ class OutcomeReporter(channel.Channel):
             self._pipe = -1
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _with_plan(known: messages.JobOutcome, plan: values.Plan) -> messages.JobOutcome:
-    source = plan.chain[0].info
-    return dataclasses.replace(
-        known,
-        source_format=source.format,
-        source_cache=str(plan.source_cache.mode),
-        dest_cache=str(plan.dest_cache.mode),
-        virtual_size_bytes=source.virtual_size_bytes,
-    )

@@ -11,16 +11,16 @@ import dataclasses
 import functools
 import os
 
-from convertd_core import messages, values
+from convertd_core import messages, results, values
 from convertd_daemon.job import (
     confinement,
     context,
     endpoints,
     secrets,
+    stages,
 )
 from convertd_daemon.job.files import (
     clone,
-    destination,
     paths,
     source_change,
 )
@@ -53,13 +53,14 @@ def convert(
         # 3. Plan.
         planned = plan.make(grant, both.members, both.try_out(request.dest.format))
         dest.check_room(planned, source.fd)
-        context_.send(messages.Planned(plan=planned))
+        context_.send(messages.Planned(plan=planned.told))
         whole = stack.enter_context(integrity.IntegrityCheck(grant, both, passphrases, runner))
         if request.validate_only or dest.on_device:
             # A device is not written before it is known that the source is whole.
             whole.finish()
         if request.validate_only:
-            context_.send(messages.Succeeded(published=_validated(planned, dest, whole, context_)))
+            warnings = (*whole.warnings, *dest.expected_warnings)
+            context_.send(messages.Succeeded(result=_result(planned, context_, warnings)))
             return
         compare = functools.partial(verification.compare, grant, planned, both, passphrases, runner)
         with endpoints.undefined_on_failure(dest, context_):
@@ -81,16 +82,17 @@ def convert(
             context_.check()
         with context.defer_sigterm():
             replaced = dest.assign_name(grant)
-            published = values.Published(
-                plan=planned,
+            result = _result(planned, context_, (*whole.warnings, *warnings))
+            seconds = result.elapsed_seconds
+            result = dataclasses.replace(
+                result,
                 published=True,
+                bytes_per_second=result.virtual_size_bytes / seconds if seconds else 0.0,
                 verified=request.verify,
                 replaced=replaced,
                 allocated_size_bytes=os.fstat(dest.fd).st_blocks * 512,
-                seconds=context_.seconds,
-                warnings=(*planned.warnings, *whole.warnings, *warnings),
             )
-            context_.send(messages.Succeeded(published=published))
+            context_.send(messages.Succeeded(result=result))
 
 
 def inspect(grant: values.InspectGrant, runner: execution.Runner) -> None:
@@ -98,22 +100,27 @@ def inspect(grant: values.InspectGrant, runner: execution.Runner) -> None:
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(paths.open_source(grant.source, grant.peer))
         confinement.to_roots(grant, source, None, runner.worker)
-        runner.context.send(backing_chain.describe(grant, source, runner, stack))
+        image = backing_chain.describe(grant, source, runner, stack)
+        runner.context.send(messages.Inspected(image=image))
 
 
-def _validated(
-    planned: values.Plan,
-    dest: destination.Destination,
-    whole: integrity.IntegrityCheck,
+def _result(
+    planned: stages.ConversionPlan,
     context_: context.JobContext,
-) -> values.Published:
+    warnings: tuple[results.Warning, ...],
+) -> results.ConvertResult:
     """The outcome of a request with validate_only."""
-    return values.Published(
-        plan=planned,
+    return results.ConvertResult(
         published=False,
+        source_format=planned.source.format,
+        dest_format=planned.dest_format,
+        virtual_size_bytes=planned.source.virtual_size_bytes,
+        allocated_size_bytes=0,
+        dest_cache=planned.dest_cache,
+        source_cache=planned.source_cache,
+        warnings=(*planned.warnings, *warnings),
+        elapsed_seconds=context_.seconds,
+        bytes_per_second=0.0,
         verified=False,
         replaced=False,
-        allocated_size_bytes=0,
-        seconds=context_.seconds,
-        warnings=(*planned.warnings, *whole.warnings, *dest.expected_warnings),
     )

@@ -12,7 +12,8 @@ import logging
 import os
 from typing import TYPE_CHECKING, Final
 
-from convertd_core import values
+from convertd_core import results, values
+from convertd_daemon.job import stages
 from convertd_daemon.linux import ficlone
 
 if TYPE_CHECKING:
@@ -20,14 +21,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SHARED: Final = values.Warning(
+SHARED: Final = results.Warning(
     reason="BLOCKS_SHARED",
     message="the result shares the source's blocks until either is written: nothing was copied",
 )
 """For callers that rely on the space being allocated now."""
 
 
-def is_possible(grant: values.ConvertGrant, plan: values.Plan, ends: Endpoints) -> bool:
+def is_possible(grant: values.ConvertGrant, plan: stages.ConversionPlan, ends: Endpoints) -> bool:
     """Whether a clone gives what was asked for: two raw files, and no option about the transfer."""
     request = grant.request
     return (
@@ -41,7 +42,7 @@ def is_possible(grant: values.ConvertGrant, plan: values.Plan, ends: Endpoints) 
     )
 
 
-def clone(plan: values.Plan, ends: Endpoints) -> bool:
+def clone(plan: stages.ConversionPlan, ends: Endpoints) -> bool:
     """Share the source's blocks; False if the file system can't, and nothing is written then."""
     try:
         ficlone.ficlone(ends.dest.fd, ends.source.fd)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from convertd_core import conditions, values
+    from convertd_core import conditions, results, values
+    from convertd_daemon.job import stages
     from convertd_daemon.job.qemu.execution import Inodes
     from convertd_daemon.sandbox import landlock
 
@@ -33,7 +34,7 @@ class Destination(Protocol):
         """A path to the descriptor with the right last name, for a format that stores it; or ""."""
 
     @property
-    def expected_warnings(self) -> tuple[values.Warning, ...]:
+    def expected_warnings(self) -> tuple[results.Warning, ...]:
         """The warnings that the result will have, as far as they are known before it is written."""
 
     @property
@@ -57,7 +58,7 @@ class Destination(Protocol):
     def available_bytes(self) -> int:
         """The room there is for the image."""
 
-    def check_room(self, plan: values.Plan, source: int, /) -> None:
+    def check_room(self, plan: stages.ConversionPlan, source: int, /) -> None:
         """Refuse a destination that can't hold the image now, or that is the image itself.
 
         `source` is the source's descriptor.
@@ -70,7 +71,7 @@ class Destination(Protocol):
     def no_space(self, needed_bytes: int, /) -> conditions.ConvertError:
         """The condition for an ENOSPC while the image was being written."""
 
-    def flush(self, plan: values.Plan, /) -> tuple[values.Warning, ...]:
+    def flush(self, plan: stages.ConversionPlan, /) -> tuple[results.Warning, ...]:
         """Put the result on disk, not yet its name. Gives what the file system did not keep.
 
         Raises:

@@ -14,7 +14,8 @@ import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from convertd_core import conditions, validation, values
+from convertd_core import conditions, results, validation, values
+from convertd_daemon.job import stages
 from convertd_daemon.job.files import credentials, direct_io, paths
 from convertd_daemon.job.qemu import execution
 from convertd_daemon.linux import blksszget, blkzeroout
@@ -51,7 +52,7 @@ class DeviceDest:
         return ""
 
     @property
-    def expected_warnings(self) -> tuple[values.Warning, ...]:
+    def expected_warnings(self) -> tuple[results.Warning, ...]:
         """None: a device keeps its owner."""
         return ()
 
@@ -77,7 +78,7 @@ class DeviceDest:
         """The device's size."""
         return self.size_bytes
 
-    def check_room(self, plan: values.Plan, source: int, /) -> None:
+    def check_room(self, plan: stages.ConversionPlan, source: int, /) -> None:
         """Hold the image's virtual size against the device's, and the device against the source.
 
         What lies under the source was opened after this device, which is held: see open_source.
@@ -96,7 +97,7 @@ class DeviceDest:
         """A thin device whose pool is full, or one that lied about its size."""
         return conditions.WriteFailed(path=self.place.path, problem=os.strerror(errno.ENOSPC))
 
-    def flush(self, plan: values.Plan, /) -> tuple[values.Warning, ...]:
+    def flush(self, plan: stages.ConversionPlan, /) -> tuple[results.Warning, ...]:
         """Zero what lies beyond the image, which qemu-img leaves as it was, and fsync."""
         end = plan.source.virtual_size_bytes
         try:

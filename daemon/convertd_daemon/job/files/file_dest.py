@@ -17,7 +17,8 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from convertd_core import conditions, values
+from convertd_core import conditions, results, values
+from convertd_daemon.job import stages
 from convertd_daemon.job.files import (
     attributes,
     credentials,
@@ -54,7 +55,7 @@ class FileDest(NewFile):
     """A new file as the destination. See destination.Destination."""
 
     alias: str = ""
-    expected_warnings: tuple[values.Warning, ...] = ()
+    expected_warnings: tuple[results.Warning, ...] = ()
 
     @property
     def on_device(self) -> bool:
@@ -87,7 +88,7 @@ class FileDest(NewFile):
         """What an unprivileged user could still write there."""
         return space.free_bytes(self.target)
 
-    def check_room(self, plan: values.Plan, _source: int, /) -> None:
+    def check_room(self, plan: stages.ConversionPlan, _source: int, /) -> None:
         """Hold what the plan expects against what the file system has."""
         space.check(self.target, plan.needed_bytes)
 
@@ -95,7 +96,7 @@ class FileDest(NewFile):
         """The file system got full of this very result."""
         return space.ran_out(self.target, self.fd, needed_bytes)
 
-    def flush(self, _plan: values.Plan, /) -> tuple[values.Warning, ...]:
+    def flush(self, _plan: stages.ConversionPlan, /) -> tuple[results.Warning, ...]:
         """Set owner and mode, then fsync."""
         return publish.flush(self)
 
@@ -128,7 +129,7 @@ def create(grant: values.ConvertGrant, target: Target, setup: Setup) -> Iterator
         conditions.WriteFailed: as they say.
     """
     with contextlib.ExitStack() as stack:
-        path, expected = "", tuple[values.Warning, ...]()
+        path, expected = "", tuple[results.Warning, ...]()
         try:
             final = ownership.wanted(grant, target)
             with credentials.acting_for(target.place.root, grant.peer):

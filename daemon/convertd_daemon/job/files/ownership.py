@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from convertd_core import conditions, values
+from convertd_core import conditions, results, values
 from convertd_daemon.job.files import acl, credentials
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def wanted(grant: values.ConvertGrant, target: Target) -> Ownership:
 
 def open_to(
     worker: Identity, fd: int, final: Ownership, target: Target
-) -> tuple[values.Warning, ...]:
+) -> tuple[results.Warning, ...]:
     """Let the worker's group write the inode, which is its owner's from the first byte.
 
     Gives the warning that the result will have if the file system keeps another owner or mode.
@@ -102,7 +102,7 @@ def open_to(
     return (_warning(found, final),)
 
 
-def settle(fd: int, final: Ownership, target: Target) -> tuple[values.Warning, ...]:
+def settle(fd: int, final: Ownership, target: Target) -> tuple[results.Warning, ...]:
     """Give the inode the mode and the owner that it keeps; tell if the file system keeps others.
 
     Raises:
@@ -124,9 +124,9 @@ def settle(fd: int, final: Ownership, target: Target) -> tuple[values.Warning, .
     return (_warning(found, final),)
 
 
-def _warning(found: Ownership, final: Ownership) -> values.Warning:
+def _warning(found: Ownership, final: Ownership) -> results.Warning:
     message = f"the file system does not keep owner and mode: the result is {found}, not {final}"
-    return values.Warning(reason="OWNER_NOT_KEPT", message=message)
+    return results.Warning(reason="OWNER_NOT_KEPT", message=message)
 
 
 @contextlib.contextmanager

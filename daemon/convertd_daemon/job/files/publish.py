@@ -20,7 +20,7 @@ import errno
 import os
 from typing import TYPE_CHECKING
 
-from convertd_core import conditions, values
+from convertd_core import conditions, results, values
 from convertd_daemon.job.files import (
     credentials,
     ownership,
@@ -51,7 +51,7 @@ def write_errors(file: NewFile) -> Iterator[None]:
         raise conditions.WriteFailed(path=file.place.path, problem=problem) from error
 
 
-def flush(file: NewFile) -> tuple[values.Warning, ...]:
+def flush(file: NewFile) -> tuple[results.Warning, ...]:
     """Put the file on disk with the owner and mode that it keeps, but no name yet.
 
     Gives a warning if its file system keeps other ones than it should have.

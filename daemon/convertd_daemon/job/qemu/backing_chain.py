@@ -15,8 +15,8 @@ import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from convertd_core import conditions, messages, validation, values
-from convertd_daemon.job import damage
+from convertd_core import conditions, results, validation, values
+from convertd_daemon.job import damage, stages
 from convertd_daemon.job.files import paths
 from convertd_daemon.job.qemu import image_info
 from convertd_daemon.policy import places
@@ -30,7 +30,7 @@ MAX_MEMBERS: Final = 64
 MAX_SHOWN_BYTES: Final = 256
 """Longer values are cut in their middle on their way to a caller; a command must not be."""
 
-BEING_WRITTEN: Final = values.Warning(
+BEING_WRITTEN: Final = results.Warning(
     reason="IMAGE_IN_USE",
     message="another process has it open for writing: this information may be out of date",
 )
@@ -41,12 +41,12 @@ class ChainLink:
     """One member of a chain: the open inode, and what it is."""
 
     source: paths.Source
-    info: values.ImageInfo
+    info: stages.ProbedImage
 
     @property
-    def member(self) -> values.ChainMember:
+    def member(self) -> stages.ChainMember:
         """The member without its descriptor."""
-        return values.ChainMember(path=self.source.place.path, info=self.info)
+        return stages.ChainMember(path=self.source.place.path, info=self.info)
 
 
 JobGrant = values.ConvertGrant | values.InspectGrant
@@ -80,7 +80,7 @@ def follow(
 
 def describe(
     grant: values.InspectGrant, top: paths.Source, runner: Runner, stack: contextlib.ExitStack
-) -> messages.Inspected:
+) -> results.ImageInfo:
     """What the image is, in qemu-img's own JSON too, and its backing chain as far as allowed.
 
     Raises:
@@ -99,12 +99,25 @@ def describe(
         # That a caller may not see the next member, or that it is broken, is an answer too: the
         # one that a conversion would get.
         failure = error.failure()
-        warnings.append(values.Warning(reason=failure.reason, message=failure.message))
-    return messages.Inspected(
-        chain=tuple(link.member for link in links),
-        complete=not links[-1].info.backing_name,
-        raw_json=text,
-        contents=contents,
+        warnings.append(results.Warning(reason=failure.reason, message=failure.message))
+    return results.ImageInfo(
+        path=path,
+        format=info.format,
+        virtual_size_bytes=info.virtual_size_bytes,
+        actual_size_bytes=info.actual_size_bytes,
+        cluster_size_bytes=info.cluster_size_bytes,
+        encrypted=info.encrypted,
+        dirty=info.dirty,
+        corrupt=info.corrupt,
+        compressed=contents.compressed,
+        backing_filename=info.backing_name,
+        backing_format=info.backing_format,
+        backing_chain=tuple(link.member.told for link in links[1:]),
+        backing_chain_complete=not links[-1].info.backing_name,
+        snapshots=contents.snapshots,
+        bitmaps=contents.bitmaps,
+        format_specific=dict(info.details),
+        qemu_img_json=text,
         warnings=tuple(warnings),
     )
 

@@ -12,8 +12,8 @@ import signal
 import time
 from typing import TYPE_CHECKING, Final
 
-from convertd_core import conditions, values
-from convertd_daemon.job import secrets
+from convertd_core import conditions, results, values
+from convertd_daemon.job import secrets, stages
 from convertd_daemon.job.files import clone
 from convertd_daemon.job.qemu import execution, reasons
 from convertd_daemon.job.qemu import plan as plans
@@ -62,11 +62,11 @@ CPU_TICK_S: Final = 0.01
 
 def convert(
     grant: values.ConvertGrant,
-    plan: values.Plan,
+    plan: stages.ConversionPlan,
     ends: Endpoints,
     kept: secrets.Secrets,
     runner: execution.Runner,
-) -> tuple[values.Warning, ...]:
+) -> tuple[results.Warning, ...]:
     """Run the plan, and give the warnings that a successful qemu-img printed.
 
     Where blocks can be shared instead, nothing is run.
@@ -92,7 +92,7 @@ def convert(
         )
         raise _failure(outcome, plan, ends)
     return tuple(
-        values.Warning(reason="QEMU_IMG", message=line[:MAX_WARNING_CHARACTERS])
+        results.Warning(reason="QEMU_IMG", message=line[:MAX_WARNING_CHARACTERS])
         for line in outcome.stderr.splitlines()[:MAX_WARNINGS]
         if line
     )
@@ -100,7 +100,7 @@ def convert(
 
 def _run(
     grant: values.ConvertGrant,
-    plan: values.Plan,
+    plan: stages.ConversionPlan,
     ends: Endpoints,
     kept: secrets.Secrets,
     runner: execution.Runner,
@@ -113,7 +113,7 @@ def _run(
         return runner.run(argv, inodes, bounds, observer)
 
 
-def _could_not_measure(outcome: execution.Outcome, plan: values.Plan) -> bool:
+def _could_not_measure(outcome: execution.Outcome, plan: stages.ConversionPlan) -> bool:
     """Whether qemu-img ended before it wrote a guest's first byte, for want of a clock."""
     end = f"{CREATING} {plan.dest_format}: {NOT_MEASURED}"
     return outcome.status == 1 and outcome.stderr.lower().endswith(end)
@@ -194,7 +194,7 @@ class Observer:
 
 
 def _failure(
-    outcome: execution.Outcome, plan: values.Plan, ends: Endpoints
+    outcome: execution.Outcome, plan: stages.ConversionPlan, ends: Endpoints
 ) -> conditions.ConvertError:
     """Tell from what qemu-img printed, and how it ended, what went wrong.
 
@@ -221,7 +221,9 @@ _CONDITIONS: Final[
     tuple[
         tuple[
             tuple[str, ...],
-            Callable[[execution.Outcome, values.Plan, Endpoints], conditions.ConvertError],
+            Callable[
+                [execution.Outcome, stages.ConversionPlan, Endpoints], conditions.ConvertError
+            ],
         ],
         ...,
     ]

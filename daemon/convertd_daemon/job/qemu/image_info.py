@@ -7,13 +7,15 @@ files exist on the host.
 
 from __future__ import annotations
 
+import datetime
 import json
 import logging
 import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from convertd_core import conditions, values
+from convertd_core import conditions, results, values
+from convertd_daemon.job import stages
 from convertd_daemon.job.qemu import (
     execution,
     plan,
@@ -51,6 +53,7 @@ NO_MEMORY: Final = "cannot allocate memory"
 
 STRANGE: Final = "qemu-img describes it in a way that convertd does not understand"
 NS_PER_S: Final = 10**9
+EPOCH: Final = datetime.datetime.fromtimestamp(0, tz=datetime.UTC)
 
 MAX_NS: Final = 2**64 - 1
 """What a qcow2 has room for: the clock of a machine; a date has 32 bits for seconds."""
@@ -58,7 +61,7 @@ MAX_NS: Final = 2**64 - 1
 
 def identify(
     source: Source, stated: str, allowed: frozenset[str], runner: execution.Runner
-) -> values.ImageInfo:
+) -> stages.ProbedImage:
     """Find out what the source is, as far as this caller may have it read.
 
     qemu-img is not run on a raw one.
@@ -83,7 +86,7 @@ def describe(
     runner: execution.Runner,
     *,
     shared: bool = False,
-) -> tuple[values.ImageInfo, str]:
+) -> tuple[stages.ProbedImage, str]:
     """What qemu-img says of an image, typed, and its own JSON; `shared`: even if it is in use.
 
     Raises:
@@ -100,7 +103,7 @@ def _describe(
     runner: execution.Runner,
     *,
     shared: bool = False,
-) -> tuple[values.ImageInfo, str]:
+) -> tuple[stages.ProbedImage, str]:
     recognize.check_alone(source, image_format)
     inodes = execution.Inodes(read=(source.fd,))
     argv = plan.info_argv(source.fd, image_format, shared=shared)
@@ -125,7 +128,7 @@ def _describe(
     return info, json.dumps({**answer, "filename": path})
 
 
-def contents(path: str, text: str) -> values.Contents:
+def contents(path: str, text: str) -> stages.Contents:
     """What more there is to tell of an image, from the text that `describe` gave of it.
 
     Raises:
@@ -200,7 +203,7 @@ def _is_elsewhere(answer: dict[str, Any], source: Source) -> bool:
     )
 
 
-def _judge(path: str, info: values.ImageInfo, *, is_elsewhere: bool) -> None:
+def _judge(path: str, info: stages.ProbedImage, *, is_elsewhere: bool) -> None:
     """Refuse what convertd does not convert, whatever qemu-img might make of it."""
     if is_elsewhere:
         raise conditions.ImageRefused(path=path, problem="its data is in another file")
@@ -208,10 +211,10 @@ def _judge(path: str, info: values.ImageInfo, *, is_elsewhere: bool) -> None:
         raise conditions.Unsupported(what=f"{path}: its encryption", why="only LUKS is safe")
 
 
-def _parse(answer: dict[str, Any], source: Source) -> values.ImageInfo:
+def _parse(answer: dict[str, Any], source: Source) -> stages.ProbedImage:
     """qemu-img's ImageInfo, as far as we use it. Source: qemu qapi/block-core.json."""
     specific = answer.get("format-specific", {}).get("data", {})
-    return values.ImageInfo(
+    return stages.ProbedImage(
         format=str(answer["format"]),
         virtual_size_bytes=_size(answer["virtual-size"]),
         actual_size_bytes=_size(answer.get("actual-size", source.allocated_bytes)),
@@ -227,22 +230,23 @@ def _parse(answer: dict[str, Any], source: Source) -> values.ImageInfo:
     )
 
 
-def _contents(answer: dict[str, Any]) -> values.Contents:
+def _contents(answer: dict[str, Any]) -> stages.Contents:
     """Source: qemu qapi/block-core.json: SnapshotInfo, Qcow2BitmapInfo, VmdkExtentInfo."""
     specific = answer.get("format-specific", {}).get("data", {})
-    return values.Contents(
+    return stages.Contents(
         snapshots=tuple(
-            values.Snapshot(
+            results.Snapshot(
                 id=_text(item["id"]),
                 name=_text(item["name"]),
                 vm_state_size_bytes=_size(item["vm-state-size"]),
-                created_ns=_nanoseconds(item, "date"),
-                vm_clock_ns=_nanoseconds(item, "vm-clock"),
+                create_time=EPOCH
+                + datetime.timedelta(microseconds=_nanoseconds(item, "date") // 1000),
+                vm_clock_seconds=_nanoseconds(item, "vm-clock") / NS_PER_S,
             )
             for item in answer.get("snapshots", ())
         ),
         bitmaps=tuple(
-            values.Bitmap(
+            results.Bitmap(
                 name=_text(item["name"]),
                 granularity_bytes=_size(item["granularity"]),
                 flags=tuple(_text(flag) for flag in item["flags"]),

@@ -33,7 +33,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Self
 
 from convertd_core import conditions, values
-from convertd_daemon.job import damage, secrets
+from convertd_daemon.job import damage, secrets, stages
 from convertd_daemon.job.qemu import conversion, execution, image_info
 from convertd_daemon.job.qemu import plan as plans
 from convertd_daemon.sandbox import limits
@@ -208,7 +208,7 @@ class IntegrityCheck:
             self._left.appendleft(replace(question, mapped=True))
 
 
-def _stretches(info: values.ImageInfo) -> Iterator[plans.Stretch | None]:
+def _stretches(info: stages.ProbedImage) -> Iterator[plans.Stretch | None]:
     """The parts in which an image is mapped."""
     piece = PIECE_BYTES.get(info.format)
     if piece is None or info.virtual_size_bytes <= piece:

@@ -11,7 +11,8 @@ import json
 from dataclasses import dataclass
 from typing import Final
 
-from convertd_core import conditions, format_sizes, values
+from convertd_core import conditions, format_sizes, results, values
+from convertd_daemon.job import stages
 
 SECTOR_BYTES: Final = 512
 
@@ -65,8 +66,8 @@ class Facts:
 
 
 def make(
-    grant: values.ConvertGrant, chain: tuple[values.ChainMember, ...], facts: Facts
-) -> values.Plan:
+    grant: values.ConvertGrant, chain: tuple[stages.ChainMember, ...], facts: Facts
+) -> stages.ConversionPlan:
     """Decide how the conversion is run.
 
     Raises:
@@ -85,7 +86,7 @@ def make(
     dest_cache = _dest_cache(grant, facts)
     options = _options(grant, source_cache, dest_cache)
     source = graph(facts.chain, encrypted=grant.request.source.encryption is not None)
-    return values.Plan(
+    return stages.ConversionPlan(
         chain=chain,
         dest_format=dest.format,
         compression=dest.compression,
@@ -142,7 +143,7 @@ def map_argv(
 
 
 def compare_argv(
-    grant: values.ConvertGrant, plan: values.Plan, chain: tuple[Node, ...], dest: Node
+    grant: values.ConvertGrant, plan: stages.ConversionPlan, chain: tuple[Node, ...], dest: Node
 ) -> tuple[str, ...]:
     """`qemu-img compare` of what was read with what was written."""
     request = grant.request
@@ -203,48 +204,48 @@ def path_of(fd: int) -> str:
     return f"/proc/self/fd/{fd}"
 
 
-def raw_info(size_bytes: int, allocated_bytes: int) -> values.ImageInfo:
+def raw_info(size_bytes: int, allocated_bytes: int) -> stages.ProbedImage:
     """What there is to know of an image that the caller declared raw: nothing that is in it.
 
     Guests may write anything into their disks, so a declared raw image is never probed. Its
     size is rounded up to sectors, as qemu does.
     """
     sectors = -(-size_bytes // SECTOR_BYTES)
-    return values.ImageInfo(
+    return stages.ProbedImage(
         format="raw",
         virtual_size_bytes=sectors * SECTOR_BYTES,
         actual_size_bytes=allocated_bytes,
     )
 
 
-def _source_cache(facts: Facts) -> values.CacheChoice:
+def _source_cache(facts: Facts) -> results.CacheChoice:
     if facts.source_direct is not None:
         reason = f"the source can't be read past the page cache: {facts.source_direct}"
-        return values.CacheChoice(mode=values.CacheMode.WRITEBACK, reason=reason)
+        return results.CacheChoice(mode=values.CacheMode.WRITEBACK, reason=reason)
     if facts.in_memory:
         reason = "the source is in the page cache already"
-        return values.CacheChoice(mode=values.CacheMode.WRITEBACK, reason=reason)
+        return results.CacheChoice(mode=values.CacheMode.WRITEBACK, reason=reason)
     reason = "the source can be read past the page cache"
-    return values.CacheChoice(mode=values.CacheMode.NONE, reason=reason)
+    return results.CacheChoice(mode=values.CacheMode.NONE, reason=reason)
 
 
-def _dest_cache(grant: values.ConvertGrant, facts: Facts) -> values.CacheChoice:
+def _dest_cache(grant: values.ConvertGrant, facts: Facts) -> results.CacheChoice:
     asked = grant.request.cache_mode
     if asked is values.CacheMode.AUTO:
         if facts.dest_direct is None:
             reason = "the destination takes direct writes"
-            return values.CacheChoice(mode=values.CacheMode.NONE, reason=reason)
+            return results.CacheChoice(mode=values.CacheMode.NONE, reason=reason)
         reason = f"the destination takes no direct writes: {facts.dest_direct}"
-        return values.CacheChoice(mode=values.CacheMode.WRITEBACK, reason=reason)
+        return results.CacheChoice(mode=values.CacheMode.WRITEBACK, reason=reason)
     if asked in DIRECT_MODES and facts.dest_direct is not None:
         raise conditions.NoDirectWrites(
             path=grant.dest.path, mode=asked.value, problem=facts.dest_direct
         )
-    return values.CacheChoice(mode=asked, reason="asked for")
+    return results.CacheChoice(mode=asked, reason="asked for")
 
 
 def _options(
-    grant: values.ConvertGrant, source_cache: values.CacheChoice, dest_cache: values.CacheChoice
+    grant: values.ConvertGrant, source_cache: results.CacheChoice, dest_cache: results.CacheChoice
 ) -> tuple[str, ...]:
     dest = grant.request.dest
     argv = ["qemu-img", "convert", "-p", "-t", dest_cache.mode.value]
@@ -340,7 +341,7 @@ def _encryption_options(
     ]
 
 
-def _needed_bytes(grant: values.ConvertGrant, chain: tuple[values.ChainMember, ...]) -> int:
+def _needed_bytes(grant: values.ConvertGrant, chain: tuple[stages.ChainMember, ...]) -> int:
     """What the result will take. `qemu-img measure` would ask for far too much."""
     dest, virtual = grant.request.dest, chain[0].info.virtual_size_bytes
     if dest.preallocation in {values.Preallocation.FALLOC, values.Preallocation.FULL}:
@@ -350,18 +351,18 @@ def _needed_bytes(grant: values.ConvertGrant, chain: tuple[values.ChainMember, .
     return min(sum(member.info.actual_size_bytes for member in chain), virtual)
 
 
-def _warnings(info: values.ImageInfo) -> tuple[values.Warning, ...]:
+def _warnings(info: stages.ProbedImage) -> tuple[results.Warning, ...]:
     """What a conversion leaves behind without a word from qemu-img."""
     possible = (
         (info.snapshots, "SNAPSHOTS_DROPPED", f"{len(info.snapshots)} internal snapshots"),
         (info.bitmaps, "BITMAPS_DROPPED", f"{len(info.bitmaps)} bitmaps"),
     )
     dropped = [
-        values.Warning(reason=reason, message=f"{what} of the source are not in the result")
+        results.Warning(reason=reason, message=f"{what} of the source are not in the result")
         for found, reason, what in possible
         if found
     ]
     if info.dirty:
         message = "the source was not closed cleanly: its dirty flag is set"
-        dropped.append(values.Warning(reason="SOURCE_DIRTY", message=message))
+        dropped.append(results.Warning(reason="SOURCE_DIRTY", message=message))
     return tuple(dropped)

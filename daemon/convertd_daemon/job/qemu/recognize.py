@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Final
 
-from convertd_core import conditions, validation, values
+from convertd_core import conditions, results, validation
 from convertd_daemon.job.qemu import signatures
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def check_alone(source: Source, image_format: str) -> None:
         raise conditions.FormatMismatch(path=path, format=image_format)
 
 
-def check_header(source: Source, image_format: str) -> tuple[values.Warning, ...]:
+def check_header(source: Source, image_format: str) -> tuple[results.Warning, ...]:
     """Refuse what its header says is not all here, of the formats of which qemu does not ask.
 
     Raises:
@@ -123,7 +123,7 @@ def _refuse_second_self(source: Source, driver: str, sample: signatures.Sample) 
         raise conditions.AmbiguousFormat(path=source.place.path, found=found, remedy=remedy)
 
 
-def _check_vhd(source: Source, sample: signatures.Sample) -> tuple[values.Warning, ...]:
+def _check_vhd(source: Source, sample: signatures.Sample) -> tuple[results.Warning, ...]:
     path = source.place.path
     first = signatures.vhd_footer(sample.head[:SECTOR_BYTES])
     last = signatures.vhd_footer(sample.tail)
@@ -145,7 +145,7 @@ def _check_vhd(source: Source, sample: signatures.Sample) -> tuple[values.Warnin
     return _warnings_of(path, footer, held)
 
 
-def _warnings_of(path: str, footer: signatures.VhdFooter, held: int) -> tuple[values.Warning, ...]:
+def _warnings_of(path: str, footer: signatures.VhdFooter, held: int) -> tuple[results.Warning, ...]:
     """Say where sizes differ; `held` is how many bytes of a disk the file has."""
     geometry, current = footer.geometry_bytes, footer.current_size_bytes
     if held > current:
@@ -156,17 +156,17 @@ def _warnings_of(path: str, footer: signatures.VhdFooter, held: int) -> tuple[va
         message += f"{'all ' if geometry < current else ''}{current} are read"
     else:
         return ()
-    return (values.Warning(reason="VHD_SIZES_DIFFER", message=message),)
+    return (results.Warning(reason="VHD_SIZES_DIFFER", message=message),)
 
 
-def _check_vdi(source: Source, sample: signatures.Sample) -> tuple[values.Warning, ...]:
+def _check_vdi(source: Source, sample: signatures.Sample) -> tuple[results.Warning, ...]:
     if signatures.vdi_type(sample.head) not in signatures.VDI_ALONE:
         problem = "it is no dynamic or fixed VDI: its data may be in another file"
         raise conditions.ImageRefused(path=source.place.path, problem=problem)
     return ()
 
 
-def _check_dmg(source: Source, sample: signatures.Sample) -> tuple[values.Warning, ...]:
+def _check_dmg(source: Source, sample: signatures.Sample) -> tuple[results.Warning, ...]:
     if signatures.dmg_segments(sample.trailer) > 1:
         problem = "its data is in other files too, for it is one segment of several"
         raise conditions.ImageRefused(path=source.place.path, problem=problem)

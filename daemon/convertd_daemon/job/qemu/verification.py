@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from convertd_core import conditions, values
-from convertd_daemon.job import secrets
+from convertd_daemon.job import secrets, stages
 from convertd_daemon.job.qemu import execution, image_info
 from convertd_daemon.job.qemu import plan as plans
 from convertd_daemon.sandbox import limits
@@ -28,7 +28,10 @@ bdrv_pad_request(); MAX_BLOCKSIZE in block/file-posix.c."""
 
 
 def check(
-    grant: values.ConvertGrant, plan: values.Plan, ends: Endpoints, runner: execution.Runner
+    grant: values.ConvertGrant,
+    plan: stages.ConversionPlan,
+    ends: Endpoints,
+    runner: execution.Runner,
 ) -> None:
     """Check size or header of the result, without qemu's padding. A device has neither.
 
@@ -63,7 +66,7 @@ def check(
 
 def compare(
     grant: values.ConvertGrant,
-    plan: values.Plan,
+    plan: stages.ConversionPlan,
     ends: Endpoints,
     kept: secrets.Secrets,
     runner: execution.Runner,

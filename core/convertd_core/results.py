@@ -1,0 +1,280 @@
+"""What calls return: plain, frozen values, named as the contract names them.
+
+A job says them, the front puts them into messages, and a client takes them out again or hears them
+from a job of its own. Sizes are in bytes and times in seconds. An enum's UNSPECIFIED stands for
+what a newer daemon says and this client does not know.
+"""
+
+from __future__ import annotations
+
+import datetime
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from convertd_core import values
+
+CacheMode = values.CacheMode
+Compression = values.Compression
+Preallocation = values.Preallocation
+Phase = values.Phase
+
+
+class JobState(enum.StrEnum):
+    """What a job is doing."""
+
+    UNSPECIFIED = "unspecified"
+    QUEUED = "queued"
+    RUNNING = "running"
+    CANCELLING = "cancelling"
+    UNKILLABLE = "unkillable"
+
+
+class RootKind(enum.StrEnum):
+    """What lies under a root."""
+
+    UNSPECIFIED = "unspecified"
+    FILE = "file"
+    BLOCK = "block"
+
+
+class RootAccess(enum.StrEnum):
+    """With whose rights files are opened under a root."""
+
+    UNSPECIFIED = "unspecified"
+    DAEMON = "daemon"
+    CALLER = "caller"
+
+
+class OverwriteScope(enum.StrEnum):
+    """Which existing files a conversion may replace."""
+
+    UNSPECIFIED = "unspecified"
+    OWN = "own"
+    ANY = "any"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheChoice:
+    """A cache mode, and in one sentence why it was chosen."""
+
+    mode: CacheMode
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Warning:  # noqa: A001 - the contract's name
+    """What a caller should know though the call succeeded: for programs, and for people."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageMember:
+    """One image of a backing chain."""
+
+    path: str
+    format: str
+    virtual_size_bytes: int
+    actual_size_bytes: int
+    encrypted: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How a conversion will be done, or was.
+
+    `command` is for people to read: not fit to be run, nor to be parsed. `needed_bytes` is 0 where
+    it can't be told or doesn't matter.
+    """
+
+    source_format: str
+    dest_format: str
+    virtual_size_bytes: int
+    dest_cache: CacheChoice
+    source_cache: CacheChoice
+    command: tuple[str, ...]
+    chain: tuple[ImageMember, ...]
+    compression: Compression
+    needed_bytes: int
+    available_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a conversion is.
+
+    `queue_position` counts the jobs that start before this one. `percent` reaches 100 before the
+    result is on the disk. `bytes_total` is the virtual size, 0 until it is known. A job says its
+    phase and percentage; the rest is added by whoever passes that on.
+    """
+
+    job_id: str = ""
+    phase: Phase
+    queue_position: int = 0
+    percent: float = 0.0
+    bytes_done: int = 0
+    bytes_total: int = 0
+    elapsed_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertResult:
+    """What was done.
+
+    `published` is false for `validate_only` alone. `plan` is None only if the daemon told none.
+    `job_id` is empty for a conversion without a daemon.
+    """
+
+    job_id: str = ""
+    published: bool
+    source_format: str
+    dest_format: str
+    virtual_size_bytes: int
+    allocated_size_bytes: int
+    dest_cache: CacheChoice
+    source_cache: CacheChoice
+    warnings: tuple[Warning, ...]
+    elapsed_seconds: float
+    queued_seconds: float = 0.0
+    bytes_per_second: float
+    verified: bool
+    replaced: bool
+    plan: Plan | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """An internal snapshot of an image."""
+
+    id: str
+    name: str
+    vm_state_size_bytes: int
+    create_time: datetime.datetime | None
+    vm_clock_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bitmap:
+    """A persistent dirty bitmap of an image."""
+
+    name: str
+    granularity_bytes: int
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageInfo:
+    """What qemu-img, contained, said of an image.
+
+    `qemu_img_json` is its own answer (`qemu-img info --output=json`).
+    """
+
+    path: str
+    format: str
+    virtual_size_bytes: int
+    actual_size_bytes: int
+    cluster_size_bytes: int
+    encrypted: bool
+    dirty: bool
+    corrupt: bool
+    compressed: bool
+    backing_filename: str
+    backing_format: str
+    backing_chain: tuple[ImageMember, ...]
+    backing_chain_complete: bool
+    snapshots: tuple[Snapshot, ...]
+    bitmaps: tuple[Bitmap, ...]
+    format_specific: Mapping[str, str]
+    qemu_img_json: str
+    warnings: tuple[Warning, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A conversion that waits or runs."""
+
+    job_id: str
+    uid: int
+    source_path: str
+    source_format: str
+    dest_path: str
+    dest_format: str
+    state: JobState
+    label: str
+    progress: Progress
+    create_time: datetime.datetime | None
+    start_time: datetime.datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrantedRoot:
+    """A directory under which a grant allows something."""
+
+    name: str
+    path: str
+    kind: RootKind
+    access: RootAccess
+    may_read: bool
+    may_write: bool
+    allow_is_zero: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """One rule of the policy that names the caller. One must allow both ends of a conversion.
+
+    `rule` is where it stands in the policy file.
+    """
+
+    rule: str
+    roots: tuple[GrantedRoot, ...]
+    read_formats: tuple[str, ...]
+    write_formats: tuple[str, ...]
+    overwrite: OverwriteScope
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The policy's limits."""
+
+    jobs: int
+    jobs_per_user: int
+    queue: int
+    queue_per_user: int
+    inspections: int
+    inspections_per_user: int
+    connections: int
+    connections_per_user: int
+    virtual_size_bytes: int
+    memory_bytes: int
+    stall_seconds: float
+    duration_seconds: float
+    inspect_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Versions:
+    """What runs there."""
+
+    daemon: str
+    qemu_img: str
+    landlock_abi: int
+    kernel: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Access:
+    """Whom the daemon takes the caller for, what that caller may do, and what the daemon can."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    is_operator: bool
+    grants: tuple[Grant, ...]
+    limits: Limits
+    versions: Versions
+    source_formats: tuple[str, ...]
+    dest_formats: tuple[str, ...]
+    compressions: tuple[Compression, ...]
