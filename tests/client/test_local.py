@@ -102,6 +102,7 @@ def test_an_image_is_the_same_there_and_back(dest_format: str, home: Path) -> No
     there, back = home / f"there.{dest_format}", home / "back.raw"
     first = run("convert", home / "a.raw", there, dest_format=dest_format, source_format="raw")
     second = run("convert", there, back, dest_format="raw")
+    assert "value" in first, first
     assert first["value"]["published"]
     assert second["value"]["source_format"] == dest_format
     assert images.identical(home / "a.raw", back)
