@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import itertools
 import os
 import socket
 import struct
@@ -33,6 +34,7 @@ class Kind(enum.IntEnum):
 
 FRAME_HEADER_BYTES: Final = 9
 
+ACK: Final = 1
 END_STREAM: Final = 1
 END_HEADERS: Final = 4
 
@@ -129,16 +131,26 @@ def answer(sock: socket.socket, patience_s: float) -> bytes:
     return said
 
 
-def ended(sock: socket.socket, count: int) -> set[int]:
-    """Wait until the other side has ended so many calls, and tell which."""
-    streams, said = set[int](), b""
-    while len(streams) < count:
-        data = sock.recv(65536)
-        assert data, streams
+def frames(sock: socket.socket) -> Iterator[tuple[int, int, int]]:
+    """Kind, flags and stream of each frame that comes, until the other side ends the connection."""
+    said = b""
+    while data := sock.recv(65536):
         said += data
         while len(said) >= FRAME_HEADER_BYTES + (length := int.from_bytes(said[:3])):
-            kind, flags, stream = struct.unpack(">BBI", said[3:FRAME_HEADER_BYTES])
-            if kind == Kind.HEADERS and flags & END_STREAM:
-                streams.add(stream)
+            yield struct.unpack(">BBI", said[3:FRAME_HEADER_BYTES])
             said = said[FRAME_HEADER_BYTES + length :]
-    return streams
+
+
+def await_pong(sock: socket.socket) -> None:
+    """Wait until a PING is answered, and with it all before it was seen."""
+    assert any(kind == Kind.PING and flags & ACK for kind, flags, _ in frames(sock))
+
+
+def ended(sock: socket.socket, count: int) -> set[int]:
+    """Wait until the other side has ended so many calls, and tell which."""
+    ends = (
+        stream
+        for kind, flags, stream in frames(sock)
+        if kind == Kind.HEADERS and flags & END_STREAM
+    )
+    return set(itertools.islice(ends, count))
