@@ -45,7 +45,7 @@ def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.timeout(900)
-def test_everything_is_measured_and_written_down(tmp_path: Path) -> None:
+def test_benchmark_writes_all_measurements(tmp_path: Path) -> None:
     """Every contestant's result is compared with its source, or there are no results at all."""
     results, page = tmp_path / "results.json", tmp_path / "page.md"
     run = benchmarks("-m", "benchmarks", "measure", "--smoke", "--results", str(results))
@@ -77,7 +77,7 @@ def test_everything_is_measured_and_written_down(tmp_path: Path) -> None:
         pytest.param(["cat"], "ended with 1", id="a failure"),
     ],
 )
-def test_only_who_makes_a_true_copy_has_a_time(
+def test_benchmark_gives_no_time_to_a_wrong_result(
     tmp_path: Path, command: list[str], said: str
 ) -> None:
     """To be quick with something else is no merit."""

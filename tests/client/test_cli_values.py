@@ -24,13 +24,13 @@ from convertd_client.cli import text, values
         ("8b", 8),
     ],
 )
-def test_a_size_is_read_as_qemu_img_reads_it(typed: str, size: int) -> None:
+def test_size_argument_is_parsed_as_qemu_img_does(typed: str, size: int) -> None:
     """With powers of 1024, unless it says otherwise."""
     assert values.parse_size(typed) == size
 
 
 @pytest.mark.parametrize("typed", ["", "M", "-1", "1X", "1iB", "1e6", "1M2", "٣"])
-def test_what_is_no_size_is_refused(typed: str) -> None:
+def test_invalid_size_argument_is_refused(typed: str) -> None:
     """Rather than guessed at."""
     with pytest.raises(ValueError, match="is not a size"):
         values.parse_size(typed)
@@ -39,26 +39,26 @@ def test_what_is_no_size_is_refused(typed: str) -> None:
 @pytest.mark.parametrize(
     ("typed", "seconds"), [("90", 90), ("1.5s", 1.5), ("10m", 600), ("10 min", 600), ("1d", 86400)]
 )
-def test_a_time_is_read_with_its_unit(typed: str, seconds: float) -> None:
+def test_time_argument_is_parsed_with_its_unit(typed: str, seconds: float) -> None:
     """Seconds if there is none."""
     assert values.parse_time(typed) == seconds
 
 
 @pytest.mark.parametrize("typed", ["", "0", "0s", "-1", "1w", "m"])
-def test_what_is_no_time_is_refused(typed: str) -> None:
+def test_invalid_time_argument_is_refused(typed: str) -> None:
     """Nor is no time at all one."""
     with pytest.raises(ValueError, match="is not a time"):
         values.parse_time(typed)
 
 
 @pytest.mark.parametrize(("typed", "mode"), [("640", 0o640), ("0640", 0o640), ("000", 0)])
-def test_a_mode_is_read_in_octal(typed: str, mode: int) -> None:
+def test_mode_argument_is_parsed_as_octal(typed: str, mode: int) -> None:
     """As chmod does."""
     assert values.parse_mode(typed) == mode
 
 
 @pytest.mark.parametrize("typed", ["", "9", "0o640", "888", "1777", "rw"])
-def test_what_is_no_mode_is_refused(typed: str) -> None:
+def test_invalid_mode_argument_is_refused(typed: str) -> None:
     """Nor are bits beyond the permissions."""
     with pytest.raises(ValueError, match="is not a mode"):
         values.parse_mode(typed)
@@ -78,7 +78,7 @@ def test_what_is_no_mode_is_refused(typed: str) -> None:
     ],
     ids=ascii,
 )
-def test_what_a_terminal_might_act_on_is_escaped(name: str, shown: str) -> None:
+def test_terminal_control_characters_are_escaped(name: str, shown: str) -> None:
     """Whoever chose it."""
     assert text.shown(name) == shown
 
@@ -94,7 +94,7 @@ def test_what_a_terminal_might_act_on_is_escaped(name: str, shown: str) -> None:
         (1 << 62, "4096 PiB"),
     ],
 )
-def test_a_size_is_written_with_three_digits(count: int, shown: str) -> None:
+def test_size_is_displayed_with_three_digits(count: int, shown: str) -> None:
     """And the unit that makes them do."""
     assert text.size(count) == shown
 
@@ -109,6 +109,6 @@ def test_a_size_is_written_with_three_digits(count: int, shown: str) -> None:
         (7262, "2 h 01 min"),
     ],
 )
-def test_a_time_is_written_for_people(seconds: float, shown: str) -> None:
+def test_duration_is_displayed_in_its_two_largest_units(seconds: float, shown: str) -> None:
     """In the largest two units."""
     assert text.duration(seconds) == shown

@@ -20,7 +20,7 @@ both = pytest.mark.parametrize("kind", ["sync", "aio"])
 
 
 @both
-def test_a_conversion_gives_its_plan_its_progress_and_its_result(kind: str, fake: Fake) -> None:
+def test_client_conversion_yields_plan_progress_and_result(kind: str, fake: Fake) -> None:
     """In that order, and typed."""
     calling = fake.converting(kind, verify=True)
     calling.await_phase("queued")
@@ -34,7 +34,7 @@ def test_a_conversion_gives_its_plan_its_progress_and_its_result(kind: str, fake
 
 
 @both
-def test_the_other_calls_answer(kind: str, fake: Fake) -> None:
+def test_other_client_calls_return_their_types(kind: str, fake: Fake) -> None:
     """Each in its own type."""
     image = fake.call(kind, "inspect", "/images/a")["value"]
     assert (image["format"], image["format_specific"]) == ("qcow2", {"compat": "1.1"})
@@ -54,7 +54,9 @@ def test_the_other_calls_answer(kind: str, fake: Fake) -> None:
 
 
 @both
-def test_what_a_newer_daemon_says_is_skipped_or_unspecified(kind: str, fake: Fake) -> None:
+def test_unknown_event_and_enum_value_of_a_newer_daemon_are_tolerated(
+    kind: str, fake: Fake
+) -> None:
     """An event, and a value of an enum, that this client does not know."""
     calling = fake.converting(kind, "newer")
     calling.await_phase("unspecified")
@@ -65,7 +67,7 @@ def test_what_a_newer_daemon_says_is_skipped_or_unspecified(kind: str, fake: Fak
 
 
 @both
-def test_a_call_waits_for_a_daemon_that_restarts(kind: str, absent: Fake) -> None:
+def test_client_call_waits_for_a_restarting_daemon(kind: str, absent: Fake) -> None:
     """It is made once, and reaches the daemon once."""
     calling = absent.converting(kind, init={"wait_for_ready": 15})
     absent.start(wait=False)
@@ -75,9 +77,7 @@ def test_a_call_waits_for_a_daemon_that_restarts(kind: str, absent: Fake) -> Non
 
 @both
 @pytest.mark.parametrize("method", ["convert", "jobs"])
-def test_a_socket_that_is_missing_is_waited_for_and_then_named(
-    kind: str, method: str, absent: Fake
-) -> None:
+def test_missing_socket_is_reported_after_the_wait(kind: str, method: str, absent: Fake) -> None:
     """Not for ever, and not with an error of gRPC's."""
     init = {"wait_for_ready": 0.4}
     if method == "convert":
@@ -90,7 +90,7 @@ def test_a_socket_that_is_missing_is_waited_for_and_then_named(
 
 
 @both
-def test_without_a_wait_a_missing_socket_is_an_error_at_once(kind: str, absent: Fake) -> None:
+def test_missing_socket_is_reported_at_once_without_a_wait(kind: str, absent: Fake) -> None:
     """wait_for_ready=0."""
     end = absent.convert(kind, wait_for_ready=0)
     assert (end["error"], end["reason"]) == ("Unreachable", "SOCKET_MISSING")
@@ -98,16 +98,14 @@ def test_without_a_wait_a_missing_socket_is_an_error_at_once(kind: str, absent: 
 
 
 @both
-def test_a_timeout_shorter_than_the_wait_still_names_the_missing_socket(
-    kind: str, absent: Fake
-) -> None:
+def test_missing_socket_is_reported_even_if_the_timeout_is_shorter(kind: str, absent: Fake) -> None:
     """Rather than to say that the daemon took too long."""
     end = absent.convert(kind, timeout=0.3)
     assert end["reason"] == "SOCKET_MISSING"
 
 
 @both
-def test_a_socket_on_which_nobody_listens_is_named(kind: str, absent: Fake) -> None:
+def test_socket_without_a_listener_is_reported(kind: str, absent: Fake) -> None:
     """As a daemon leaves it that was killed."""
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(absent.socket))
@@ -116,7 +114,7 @@ def test_a_socket_on_which_nobody_listens_is_named(kind: str, absent: Fake) -> N
 
 
 @both
-def test_a_listener_that_never_answers_is_named(kind: str, absent: Fake) -> None:
+def test_listener_that_never_answers_is_reported(kind: str, absent: Fake) -> None:
     """As systemd's socket is when the service behind it does not start."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(absent.socket))
@@ -127,7 +125,7 @@ def test_a_listener_that_never_answers_is_named(kind: str, absent: Fake) -> None
 
 @both
 @pytest.mark.parametrize("mode", [0o600, 0o000])
-def test_a_socket_that_is_not_permitted_is_named_at_once(kind: str, mode: int, fake: Fake) -> None:
+def test_socket_without_permission_is_reported_at_once(kind: str, mode: int, fake: Fake) -> None:
     """Waiting would not help."""
     os.chmod(fake.socket, mode)
     end = fake.convert(kind, caller=MALLORY, wait_for_ready=30)
@@ -137,7 +135,7 @@ def test_a_socket_that_is_not_permitted_is_named_at_once(kind: str, mode: int, f
 
 
 @both
-def test_a_file_that_is_no_socket_is_named_at_once(kind: str, absent: Fake) -> None:
+def test_file_that_is_not_a_socket_is_reported_at_once(kind: str, absent: Fake) -> None:
     """A mistyped path."""
     absent.socket.write_text("")
     end = absent.convert(kind)
@@ -148,7 +146,7 @@ def test_a_file_that_is_no_socket_is_named_at_once(kind: str, absent: Fake) -> N
 
 
 @both
-def test_a_conversion_whose_daemon_dies_may_have_been_done_or_not(kind: str, fake: Fake) -> None:
+def test_conversion_with_a_dying_daemon_has_an_unknown_outcome(kind: str, fake: Fake) -> None:
     """The error says so, and is none after which a program tries again."""
     end = fake.convert(kind, "die")
     assert (end["error"], end["reason"]) == ("OutcomeUnknown", "CONNECTION_LOST")
@@ -156,7 +154,7 @@ def test_a_conversion_whose_daemon_dies_may_have_been_done_or_not(kind: str, fak
 
 
 @both
-def test_a_conversion_that_reached_a_daemon_is_never_made_again(kind: str, fake: Fake) -> None:
+def test_conversion_sent_to_a_daemon_is_never_retried(kind: str, fake: Fake) -> None:
     """Not even if another daemon is back while the call would still wait."""
     calling = fake.converting(kind, "hang", wait_for_ready=15)
     calling.await_phase("converting")
@@ -167,14 +165,14 @@ def test_a_conversion_that_reached_a_daemon_is_never_made_again(kind: str, fake:
 
 
 @both
-def test_a_conversion_without_a_result_may_have_been_done_or_not(kind: str, fake: Fake) -> None:
+def test_conversion_stream_without_a_result_has_an_unknown_outcome(kind: str, fake: Fake) -> None:
     """A stream that ends well and says nothing."""
     end = fake.convert(kind, "no-result")
     assert (end["error"], end["reason"]) == ("OutcomeUnknown", "NO_RESULT")
 
 
 @both
-def test_a_question_whose_answer_is_lost_may_be_asked_again(kind: str, fake: Fake) -> None:
+def test_read_only_call_with_a_lost_reply_may_be_retried(kind: str, fake: Fake) -> None:
     """It changes nothing."""
     end = fake.call(kind, "inspect", "/images/bare:UNKNOWN")
     assert (end["error"], end["reason"]) == ("Unreachable", "CONNECTION_LOST")
@@ -196,7 +194,7 @@ def test_a_question_whose_answer_is_lost_may_be_asked_again(kind: str, fake: Fak
         ("OUT_OF_RANGE", "OF_A_NEWER_DAEMON", ["ConvertError"]),
     ],
 )
-def test_a_refusal_becomes_the_class_of_its_reason_or_status(
+def test_client_refusal_has_the_class_of_its_reason_or_status(
     kind: str, fake: Fake, status: str, reason: str, kinds: list[str]
 ) -> None:
     """With its sentence and its values."""
@@ -209,7 +207,7 @@ def test_a_refusal_becomes_the_class_of_its_reason_or_status(
 
 @both
 @pytest.mark.parametrize("label", ["bare:INTERNAL", "two:INTERNAL:X", "foreign:NOT_FOUND:X"])
-def test_a_status_without_exactly_one_errorinfo_of_ours_is_the_transports(
+def test_status_without_our_errorinfo_is_a_transport_error(
     kind: str, fake: Fake, label: str
 ) -> None:
     """Whatever its code, the daemon did not say it."""
@@ -218,7 +216,7 @@ def test_a_status_without_exactly_one_errorinfo_of_ours_is_the_transports(
 
 
 @both
-def test_a_call_that_the_daemon_does_not_know_is_unimplemented(kind: str, fake: Fake) -> None:
+def test_call_unknown_to_the_daemon_is_unimplemented(kind: str, fake: Fake) -> None:
     """The answer is gRPC's own, and has no ErrorInfo."""
     end = fake.call(kind, "inspect", "/images/bare:UNIMPLEMENTED")
     assert (end["error"], end["reason"]) == ("Unimplemented", "NO_SUCH_METHOD")
@@ -229,7 +227,7 @@ def test_a_call_that_the_daemon_does_not_know_is_unimplemented(kind: str, fake: 
 
 @both
 @pytest.mark.parametrize("label", ["hang", "silent"])
-def test_a_timeout_ends_the_call_at_the_daemon_too(kind: str, fake: Fake, label: str) -> None:
+def test_client_timeout_cancels_the_call_at_the_daemon(kind: str, fake: Fake, label: str) -> None:
     """And is told apart from a daemon that is not there."""
     end = fake.convert(kind, label, timeout=3, wait_for_ready=2.5)
     assert (end["error"], end["reason"]) == ("DeadlineExceeded", "TIMEOUT")
@@ -237,21 +235,21 @@ def test_a_timeout_ends_the_call_at_the_daemon_too(kind: str, fake: Fake, label:
 
 
 @both
-def test_an_exception_of_on_progress_cancels_the_job_and_passes(kind: str, fake: Fake) -> None:
+def test_exception_in_on_progress_cancels_the_job_and_is_raised(kind: str, fake: Fake) -> None:
     """The caller sees its own exception."""
     end = fake.convert(kind, "hang", stop_at="converting")
     assert end["error"] == "OfTheCaller"
     fake.await_noted("ended")
 
 
-def test_cancelling_the_task_cancels_the_job(fake: Fake) -> None:
+def test_cancelled_task_cancels_the_job(fake: Fake) -> None:
     """And leaves the task cancelled."""
     end = fake.convert("aio", "hang", cancel_at="converting")
     assert end["error"] == "CancelledError"
     fake.await_noted("ended")
 
 
-def test_a_task_that_is_cancelled_while_it_waits_for_a_daemon_stays_cancelled(
+def test_task_cancelled_while_it_waits_for_a_daemon_stays_cancelled(
     absent: Fake,
 ) -> None:
     """It is not taken for the call that the client itself calls off."""
@@ -260,7 +258,7 @@ def test_a_task_that_is_cancelled_while_it_waits_for_a_daemon_stays_cancelled(
 
 
 @both
-def test_ctrl_c_cancels_the_job(kind: str, fake: Fake) -> None:
+def test_ctrl_c_cancels_the_job_of_a_client(kind: str, fake: Fake) -> None:
     """It ends the call, and so the job."""
     calling = fake.converting(kind, "hang")
     calling.await_phase("converting")
@@ -290,7 +288,7 @@ except KeyboardInterrupt:
 """
 
 
-def test_ctrl_c_while_a_call_is_begun_ends_it(absent: Fake) -> None:
+def test_ctrl_c_while_a_call_starts_ends_it(absent: Fake) -> None:
     """grpcio, left there, would wait for ever when the client is closed."""
     argv = [sys.executable, "-c", CUT_SHORT, str(absent.socket)]
     ran = subprocess.run(
@@ -300,7 +298,7 @@ def test_ctrl_c_while_a_call_is_begun_ends_it(absent: Fake) -> None:
 
 
 @both
-def test_a_client_that_is_killed_takes_its_job_along(kind: str, fake: Fake) -> None:
+def test_killed_client_process_cancels_its_job(kind: str, fake: Fake) -> None:
     """Its connection ends with it."""
     calling = fake.converting(kind, "hang")
     calling.await_phase("converting")
@@ -323,7 +321,7 @@ def test_a_client_that_is_killed_takes_its_job_along(kind: str, fake: Fake) -> N
         ({"label": "\udcff"}, "BAD_OPTION"),
     ],
 )
-def test_an_option_that_the_contract_can_not_carry_is_refused_here(
+def test_option_the_contract_can_not_represent_is_refused_by_the_client(
     kind: str, fake: Fake, options: dict[str, Any], reason: str
 ) -> None:
     """With the class and reason that the daemon would have given."""

@@ -28,13 +28,13 @@ def first_cells(text: str) -> list[str]:
     return re.findall(r"^\| (`.*?)\s+(?<!\\)\|", text, flags=re.MULTILINE)
 
 
-def test_the_page_lists_every_option_of_convert() -> None:
+def test_client_page_lists_each_option_of_convert() -> None:
     """And none that there is not."""
     listed = {cell.strip("`") for cell in first_cells(section("Options of convert"))}
     assert listed == {*conversion.ConvertOptions.__optional_keys__, "dest_format"}
 
 
-def test_the_page_lists_every_error() -> None:
+def test_client_page_lists_each_error() -> None:
     """By its class."""
     listed = {cell.strip("`") for cell in first_cells(section("Errors"))}
     classes = {
@@ -45,7 +45,7 @@ def test_the_page_lists_every_error() -> None:
     assert listed == classes - {"ConvertError"}
 
 
-def test_the_page_lists_every_option_of_convertctl() -> None:
+def test_client_page_lists_each_option_of_convertctl() -> None:
     """Long and short."""
     listed = set(re.findall(r"`(--?[a-zA-Z0-9-]+)", "\n".join(first_cells(section("convertctl")))))
     listed |= set(re.findall(r", `(--[a-z0-9-]+)", section("convertctl")))
@@ -59,13 +59,13 @@ def test_the_page_lists_every_option_of_convertctl() -> None:
     assert listed == options
 
 
-def test_the_page_lists_every_command() -> None:
+def test_client_page_lists_each_command() -> None:
     """In its synopsis."""
     for name in commands.convertctl.commands:
         assert re.search(rf"^convertctl .*\b{name}\b", PAGE, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL))
-def test_the_pages_code_is_code(code: str) -> None:
+def test_client_page_code_is_valid(code: str) -> None:
     """As far as can be seen without a daemon."""
     compile(code, "client.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)

@@ -37,7 +37,7 @@ SAME = {
 
 
 @pytest.mark.parametrize(("message", "value"), SAME.items(), ids=[kind.__name__ for kind in SAME])
-def test_a_value_has_the_fields_of_its_message(message: type[Message], value: type) -> None:
+def test_client_value_has_the_fields_of_its_message(message: type[Message], value: type) -> None:
     """A field that the contract gains is one that the client must pass on."""
     own = {item.name for item in dataclasses.fields(value)} - {"plan"}
     assert own == set(message.DESCRIPTOR.fields_by_name)
@@ -56,14 +56,14 @@ def test_a_value_has_the_fields_of_its_message(message: type[Message], value: ty
         results.RootKind,
     ],
 )
-def test_an_enum_has_the_values_of_the_contract(kind: type[enum.StrEnum]) -> None:
+def test_client_enum_has_the_values_of_the_contract(kind: type[enum.StrEnum]) -> None:
     """No more and no less."""
     values = pb.DESCRIPTOR.enum_types_by_name[kind.__name__].values
     prefix = values[0].name.removesuffix("UNSPECIFIED")
     assert {item.name for item in kind} == {item.name.removeprefix(prefix) for item in values}
 
 
-def test_the_options_of_formats_are_those_of_the_contract() -> None:
+def test_client_format_options_match_the_contract() -> None:
     """By their fields, and each with the values that its field can hold."""
     oneof = pb.Destination.DESCRIPTOR.oneofs_by_name["options"]
     assert {field.name for field in oneof.fields} == set(creation_options.OPTIONS)
@@ -93,7 +93,7 @@ def kind_of(field: FieldDescriptor, choices: tuple[str, ...]) -> tuple[tuple[str
     return (), 2**64 - 1 if field.type == FieldDescriptor.TYPE_UINT64 else 2**32 - 1
 
 
-def test_every_field_of_an_answer_is_read() -> None:
+def test_each_reply_field_is_read_by_the_client() -> None:
     """Each is set to something that its default is not."""
     told = pb.ConvertResult(
         job_id="1",
@@ -130,7 +130,7 @@ def test_every_field_of_an_answer_is_read() -> None:
     )
 
 
-def test_a_request_has_what_was_asked_for() -> None:
+def test_client_request_has_each_option() -> None:
     """Every option that the client has."""
     options = conversion.ConvertOptions(
         source_format="raw",
@@ -183,7 +183,7 @@ def test_a_request_has_what_was_asked_for() -> None:
     )
 
 
-def test_a_mode_that_was_not_asked_for_is_not_said() -> None:
+def test_mode_that_was_not_requested_is_not_sent() -> None:
     """For 0 is a mode."""
     left_out = to_proto.convert_request(conversion.asked("/a", "/b", "raw", {}))
     nothing = to_proto.convert_request(conversion.asked("/a", "/b", "raw", {"mode": 0}))
@@ -192,7 +192,7 @@ def test_a_mode_that_was_not_asked_for_is_not_said() -> None:
 
 
 @pytest.mark.parametrize("path", ["/run/a b.sock", "/run/50%41.sock", "/run/ä?#.sock"])
-def test_a_sockets_path_is_quoted_for_grpc(path: str) -> None:
+def test_socket_path_is_quoted_for_the_grpc_uri(path: str) -> None:
     """Which reads it as a URI."""
     assert "%" in to_proto.target(path)
     assert not set(" ?#") & set(to_proto.target(path))

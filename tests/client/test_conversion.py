@@ -12,7 +12,7 @@ from convertd_client.conversion import ConvertOptions
 from convertd_core import values
 
 
-def test_left_out_options_have_the_defaults_of_the_contract() -> None:
+def test_omitted_options_have_the_defaults_of_the_contract() -> None:
     """Nothing but the two ends and the format is needed."""
     asked = conversion.asked("/a", Path("/b"), "qcow2", {}).request
     assert asked == values.ConvertRequest(
@@ -29,7 +29,7 @@ def test_left_out_options_have_the_defaults_of_the_contract() -> None:
     ],
     ids=["compress", "both", "compression"],
 )
-def test_a_stated_compression_wins_over_a_plain_compress(
+def test_explicit_compression_overrides_the_compress_flag(
     options: ConvertOptions, compression: results.Compression
 ) -> None:
     """Which leaves the choice to the policy."""
@@ -57,20 +57,20 @@ def test_a_stated_compression_wins_over_a_plain_compress(
     ],
     ids=str,
 )
-def test_a_value_that_the_contract_has_not_is_refused(options: ConvertOptions) -> None:
+def test_value_not_in_the_contract_is_refused(options: ConvertOptions) -> None:
     """With the reason that the daemon gives for values that it refuses."""
     with pytest.raises(errors.InvalidArgument) as caught:
         conversion.asked("/a", "/b", "qcow2", options)
     assert caught.value.reason == "BAD_OPTION"
 
 
-def test_options_of_a_format_that_say_nothing_are_not_said() -> None:
+def test_empty_format_options_are_not_sent() -> None:
     """None, False and 0 leave it to qemu, whatever the format."""
     nothing = ConvertOptions(cluster_size=0, subformat=None, static=False)
     assert conversion.asked("/a", "/b", "raw", nothing).request.dest.options == ()
 
 
-def test_a_path_that_is_not_utf_8_is_refused() -> None:
+def test_path_that_is_not_utf_8_is_refused_by_the_client() -> None:
     """The contract can't carry it."""
     with pytest.raises(errors.InvalidArgument) as caught:
         conversion.asked(os.fsdecode(b"/a\xff"), "/b", "qcow2", {})
@@ -78,13 +78,13 @@ def test_a_path_that_is_not_utf_8_is_refused() -> None:
     str(caught.value).encode()
 
 
-def test_an_option_that_does_not_exist_is_a_type_error() -> None:
+def test_unknown_option_is_a_type_error() -> None:
     """As for any function."""
     with pytest.raises(TypeError, match="'overwriet'"):
         conversion.asked("/a", "/b", "qcow2", {"overwriet": True})  # type: ignore[typeddict-unknown-key]
 
 
-def test_a_passphrase_is_not_shown() -> None:
+def test_passphrase_is_not_in_the_repr() -> None:
     """In a log or a traceback."""
     asked = conversion.asked("/a", "/b", "luks", {"dest_secret": b"hunter2"})
     assert "hunter2" not in repr(asked)
@@ -101,7 +101,7 @@ def test_a_passphrase_is_not_shown() -> None:
         ("/a/../b", "/a/../b"),
     ],
 )
-def test_a_path_is_made_absolute_without_a_guess_at_links(
+def test_relative_path_is_made_absolute_without_resolving_symlinks(
     path: str, absolute: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`x/..` is another directory than the current one if x is a link."""
@@ -111,7 +111,7 @@ def test_a_path_is_made_absolute_without_a_guess_at_links(
     assert conversion.absolute(path) == expected
 
 
-def test_more_dots_than_directories_end_at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parent_references_above_the_root_end_at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     """As for the kernel."""
     monkeypatch.chdir("/usr")
     assert conversion.absolute("../../../a") == "/a"

@@ -44,7 +44,7 @@ def end_of(process: subprocess.Popen[bytes]) -> tuple[int, str, str]:
 # --- what it says ------------------------------------------------------------------------------
 
 
-def test_a_conversion_off_a_terminal_says_few_lines(fake: Fake) -> None:
+def test_convertctl_without_a_terminal_prints_few_lines(fake: Fake) -> None:
     """One for each phase, and for every tenth; the result on standard output."""
     ran = fake.convertctl(*CONVERT, "")
     assert ran.status == 0
@@ -63,14 +63,14 @@ def test_a_conversion_off_a_terminal_says_few_lines(fake: Fake) -> None:
     )
 
 
-def test_quiet_says_warnings_alone(fake: Fake) -> None:
+def test_convertctl_quiet_prints_only_warnings(fake: Fake) -> None:
     """No progress and no result."""
     ran = fake.convertctl(*CONVERT, "", "-q")
     assert (ran.status, ran.out) == (0, "")
     assert ran.err == "convertctl: warning: 2 snapshots are not in it (SNAPSHOTS_DROPPED)\n"
 
 
-def test_json_is_one_object_a_line_and_nothing_else(fake: Fake) -> None:
+def test_convertctl_json_prints_one_object_per_line(fake: Fake) -> None:
     """Progress, and last the result."""
     ran = fake.convertctl(*CONVERT, "", "--json")
     told = lines(ran.out)
@@ -81,7 +81,7 @@ def test_json_is_one_object_a_line_and_nothing_else(fake: Fake) -> None:
     assert told[-1]["plan"]["command"] == ["qemu-img", "convert", "/images/a"]
 
 
-def test_a_refusal_is_a_line_and_a_hint(fake: Fake) -> None:
+def test_convertctl_refusal_is_an_error_line_and_a_hint(fake: Fake) -> None:
     """And status 1."""
     ran = fake.convertctl(*CONVERT, "refuse:PERMISSION_DENIED:PERMISSION_DENIED", "-q")
     first, hint = ran.err.splitlines()
@@ -91,14 +91,14 @@ def test_a_refusal_is_a_line_and_a_hint(fake: Fake) -> None:
     assert hint == "  `convertctl access` shows what you may do"
 
 
-def test_an_unknown_outcome_is_told_with_what_to_do(fake: Fake) -> None:
+def test_convertctl_unknown_outcome_is_reported_with_advice(fake: Fake) -> None:
     """Before anything is repeated."""
     ran = fake.convertctl(*CONVERT, "die", "-q")
     assert ran.status == 1
     assert ran.err.endswith("  check whether the destination exists before you try again\n")
 
 
-def test_a_refusal_in_json_has_all_that_a_program_needs(fake: Fake) -> None:
+def test_convertctl_json_refusal_has_status_reason_message_and_metadata(fake: Fake) -> None:
     """Status, reason, message and metadata."""
     ran = fake.convertctl(*CONVERT, "refuse:RESOURCE_EXHAUSTED:NO_SPACE", "--json")
     error = lines(ran.out)[-1]
@@ -107,7 +107,7 @@ def test_a_refusal_in_json_has_all_that_a_program_needs(fake: Fake) -> None:
     assert (error["reason"], error["metadata"]["free_bytes"]) == ("NO_SPACE", "7")
 
 
-def test_a_dry_run_shows_the_plan(fake: Fake) -> None:
+def test_convertctl_dry_run_shows_the_plan(fake: Fake) -> None:
     """And what would be."""
     ran = fake.convertctl(*CONVERT, "", "--dry-run")
     assert ran.out.startswith("/images/b: would be raw of 100 MiB")
@@ -129,16 +129,14 @@ def test_a_dry_run_shows_the_plan(fake: Fake) -> None:
     ],
     ids=ascii,
 )
-def test_nothing_that_others_chose_reaches_the_terminal_raw(
-    arguments: tuple[str, ...], fake: Fake
-) -> None:
+def test_convertctl_escapes_names_for_the_terminal(arguments: tuple[str, ...], fake: Fake) -> None:
     """Paths, and what the shell made of a pattern."""
     ran = fake.convertctl(*arguments)
     for character in ran.out + ran.err:
         assert character == "\n" or character.isprintable()
 
 
-def test_jobs_are_a_table(fake: Fake) -> None:
+def test_convertctl_jobs_prints_a_table(fake: Fake) -> None:
     """One line each."""
     heading, job = fake.convertctl("jobs").out.splitlines()
     assert heading.split() == ["ID", "USER", "STATE", "SINCE", "SOURCE", "DEST", "LABEL"]
@@ -146,7 +144,7 @@ def test_jobs_are_a_table(fake: Fake) -> None:
     assert job.endswith("/images/b.raw (raw)  nightly")
 
 
-def test_info_and_access_and_cancel_are_told_in_words(fake: Fake) -> None:
+def test_convertctl_info_access_and_cancel_print_text(fake: Fake) -> None:
     """What is empty is left out."""
     said = fake.convertctl("info", "/images/a")
     info = said.out
@@ -165,7 +163,7 @@ def test_info_and_access_and_cancel_are_told_in_words(fake: Fake) -> None:
     assert "`convertctl jobs` lists your jobs" in refused.err
 
 
-def test_a_missing_daemon_is_told_with_what_to_do(absent: Fake) -> None:
+def test_convertctl_missing_daemon_is_reported_with_advice(absent: Fake) -> None:
     """Within a few seconds."""
     began = time.monotonic()
     ran = absent.convertctl("jobs")
@@ -175,7 +173,7 @@ def test_a_missing_daemon_is_told_with_what_to_do(absent: Fake) -> None:
     assert "--local" in ran.err
 
 
-def test_the_socket_option_wins_over_the_environment(fake: Fake, tmp_path: Path) -> None:
+def test_convertctl_socket_option_overrides_the_environment(fake: Fake, tmp_path: Path) -> None:
     """As options do."""
     ran = fake.convertctl("--socket", str(tmp_path / "other.sock"), "jobs")
     assert "other.sock" in ran.err
@@ -198,9 +196,7 @@ def test_the_socket_option_wins_over_the_environment(fake: Fake, tmp_path: Path)
     ],
     ids=" ".join,
 )
-def test_a_wrong_command_line_is_status_2_and_a_line(
-    arguments: tuple[str, ...], fake: Fake
-) -> None:
+def test_convertctl_usage_error_has_exit_status_2(arguments: tuple[str, ...], fake: Fake) -> None:
     """And reaches no daemon."""
     ran = fake.convertctl(*arguments)
     assert (ran.status, ran.out) == (2, "")
@@ -209,7 +205,7 @@ def test_a_wrong_command_line_is_status_2_and_a_line(
     assert fake.log == []
 
 
-def test_every_option_reaches_the_daemon(fake: Fake, tmp_path: Path) -> None:
+def test_convertctl_passes_each_option_to_the_daemon(fake: Fake, tmp_path: Path) -> None:
     """A file that the caller can't read himself is the daemon's to judge."""
     secret = tmp_path / "secret"
     secret.write_bytes(b"hunter2")
@@ -219,14 +215,14 @@ def test_every_option_reaches_the_daemon(fake: Fake, tmp_path: Path) -> None:
     assert ran.status == 0, ran
 
 
-def test_a_source_that_the_caller_may_not_read_is_asked_for(fake: Fake) -> None:
+def test_convertctl_sends_a_source_its_user_can_not_read(fake: Fake) -> None:
     """For that is what the daemon is for."""
     arguments = ("convert", "/etc/shadow", "/images/b", "-O", "raw", "-q")
     environment = {"CONVERTD_SOCKET": str(fake.socket)}
     assert ALICE.run([CONVERTCTL, *arguments], env=environment).status == 0
 
 
-def test_the_version_is_the_packages(fake: Fake) -> None:
+def test_convertctl_version_is_that_of_the_package(fake: Fake) -> None:
     """Without a daemon."""
     ran = fake.convertctl("--version")
     assert ran.status == 0
@@ -234,14 +230,14 @@ def test_the_version_is_the_packages(fake: Fake) -> None:
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_prints_what_the_shell_is_to_read(shell: str, fake: Fake) -> None:
+def test_convertctl_completion_prints_the_shell_script(shell: str, fake: Fake) -> None:
     """By click."""
     ran = fake.convertctl("completion", shell)
     assert ran.status == 0
     assert f"_CONVERTCTL_COMPLETE={shell}_complete" in ran.out
 
 
-def test_completion_completes_commands_formats_and_paths() -> None:
+def test_convertctl_completes_commands_formats_and_paths() -> None:
     """As bash asks for it."""
     for words, last, wanted in (
         ("convertctl co", 1, "plain,convert"),
@@ -259,7 +255,7 @@ def test_completion_completes_commands_formats_and_paths() -> None:
 # --- on a terminal -----------------------------------------------------------------------------
 
 
-def test_on_a_terminal_there_is_a_bar_that_goes_when_it_is_done(fake: Fake) -> None:
+def test_convertctl_progress_bar_is_removed_at_the_end(fake: Fake) -> None:
     """With phase, percentage and rate; the cursor is back in the end."""
     ours, theirs = pty.openpty()
     process = ALICE.popen(
@@ -290,7 +286,7 @@ def test_on_a_terminal_there_is_a_bar_that_goes_when_it_is_done(fake: Fake) -> N
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_cancels_the_job_and_waits_for_its_end(
+def test_convertctl_signal_cancels_the_job_and_waits_for_its_end(
     number: signal.Signals, status: int, fake: Fake
 ) -> None:
     """So that it can say what was left."""
@@ -301,7 +297,7 @@ def test_a_signal_cancels_the_job_and_waits_for_its_end(
     assert "cancel cafe01" in fake.log
 
 
-def test_a_cancelled_overwrite_says_that_the_old_file_is_as_it_was(fake: Fake) -> None:
+def test_convertctl_cancelled_overwrite_says_that_the_old_file_is_unchanged(fake: Fake) -> None:
     """For something is there."""
     process = fake.convertctl_started(*CONVERT, "hang", "--overwrite")
     await_line(process, "converting")
@@ -309,7 +305,7 @@ def test_a_cancelled_overwrite_says_that_the_old_file_is_as_it_was(fake: Fake) -
     assert "/images/b is as it was" in end_of(process)[2]
 
 
-def test_a_cancelled_job_is_an_error_in_json(fake: Fake) -> None:
+def test_convertctl_cancelled_job_is_an_error_in_json(fake: Fake) -> None:
     """The last line, and the status of the signal."""
     process = fake.convertctl_started(*CONVERT, "hang", "--json")
     assert process.stdout is not None
@@ -321,7 +317,7 @@ def test_a_cancelled_job_is_an_error_in_json(fake: Fake) -> None:
     assert lines(out)[-1]["reason"] == "CANCELLED_BY_CALLER"
 
 
-def test_a_signal_that_comes_too_late_does_not_undo_what_is_done(fake: Fake) -> None:
+def test_convertctl_signal_after_publishing_reports_success(fake: Fake) -> None:
     """The job had been published: it is told as done."""
     process = fake.convertctl_started(*CONVERT, "finish")
     await_line(process, "queued")
@@ -331,7 +327,7 @@ def test_a_signal_that_comes_too_late_does_not_undo_what_is_done(fake: Fake) -> 
     assert out.startswith("/images/b: raw of 100 MiB")
 
 
-def test_a_second_signal_stops_waiting(fake: Fake) -> None:
+def test_convertctl_second_signal_exits_without_waiting(fake: Fake) -> None:
     """And says no more than is certain; the call's end cancels the job."""
     process = fake.convertctl_started(*CONVERT, "silent")
     fake.await_noted("convert silent")
@@ -345,7 +341,7 @@ def test_a_second_signal_stops_waiting(fake: Fake) -> None:
     fake.await_noted("ended")
 
 
-def test_a_daemon_that_does_not_answer_is_not_waited_for_for_ever(fake: Fake) -> None:
+def test_convertctl_signal_with_an_unresponsive_daemon_exits(fake: Fake) -> None:
     """One signal is enough."""
     process = fake.convertctl_started(*CONVERT, "silent")
     fake.await_noted("convert silent")
@@ -355,7 +351,7 @@ def test_a_daemon_that_does_not_answer_is_not_waited_for_for_ever(fake: Fake) ->
     assert "stopped waiting" in err
 
 
-def test_another_command_is_simply_ended_by_ctrl_c(absent: Fake) -> None:
+def test_convertctl_other_command_ends_on_ctrl_c(absent: Fake) -> None:
     """While it waits for a daemon."""
     process = absent.convertctl_started("jobs")
     waiting.until(lambda: _threads_of(process) > 2, "it waits for the daemon")
@@ -380,7 +376,7 @@ def home(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_local_converts_and_informs_with_ones_own_rights(home: Path) -> None:
+def test_convertctl_local_converts_and_inspects_with_own_rights(home: Path) -> None:
     """No daemon, and relative paths."""
     script = "import os, sys; os.chdir(sys.argv[1]); os.execv(sys.argv[2], sys.argv[2:])"
     here = [sys.executable, "-I", "-c", script, str(home), CONVERTCTL]
@@ -392,7 +388,7 @@ def test_local_converts_and_informs_with_ones_own_rights(home: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_cancels_a_local_conversion(
+def test_convertctl_signal_cancels_a_local_conversion(
     number: signal.Signals, status: int, home: Path
 ) -> None:
     """And nothing is left."""

@@ -97,7 +97,7 @@ def jobs_of(process: subprocess.Popen[bytes]) -> list[int]:
 
 
 @pytest.mark.parametrize("dest_format", ["qcow2", "vmdk", "vdi"])
-def test_an_image_is_the_same_there_and_back(dest_format: str, home: Path) -> None:
+def test_local_conversion_and_back_preserves_the_image(dest_format: str, home: Path) -> None:
     """What is made is the user's, and what a policy would have said by default."""
     there, back = home / f"there.{dest_format}", home / "back.raw"
     first = run("convert", home / "a.raw", there, dest_format=dest_format, source_format="raw")
@@ -109,12 +109,12 @@ def test_an_image_is_the_same_there_and_back(dest_format: str, home: Path) -> No
     assert owner_of(there) == (ALICE.uid, ALICE.gid, 0o600)
 
 
-def test_neither_grpc_nor_protobuf_is_needed(home: Path) -> None:
+def test_local_conversion_does_not_load_grpc_or_protobuf(home: Path) -> None:
     """Nor loaded."""
     assert not run("convert", home / "a.raw", home / "b", dest_format="qcow2")["loaded"]
 
 
-def test_the_result_says_what_a_daemons_says(home: Path) -> None:
+def test_local_result_has_the_fields_of_a_daemon_result(home: Path) -> None:
     """Plan included."""
     options = {"verify": True, "compress": True, "mode": 0o640}
     value = run("convert", home / "a.raw", home / "b", dest_format="qcow2", **options)["value"]
@@ -127,7 +127,7 @@ def test_the_result_says_what_a_daemons_says(home: Path) -> None:
     assert stat.S_IMODE((home / "b").stat().st_mode) == 0o640
 
 
-def test_an_encrypted_image_is_made_and_read_with_its_passphrase(home: Path) -> None:
+def test_local_encrypted_image_is_created_and_read_with_its_passphrase(home: Path) -> None:
     """Which goes by the channel to its job."""
     script = (
         "from convertd_client import local; import sys; a, b, c = sys.argv[1:];"
@@ -142,7 +142,7 @@ def test_an_encrypted_image_is_made_and_read_with_its_passphrase(home: Path) -> 
     assert (refused["error"], refused["reason"]) == ("InvalidArgument", "SECRET_MISSING")
 
 
-def test_an_image_is_inspected(home: Path) -> None:
+def test_local_image_is_inspected(home: Path) -> None:
     """With qemu-img's own answer under the name that was given."""
     image = images.converted(home / "a.raw", home / "b.qcow2", "qcow2")
     subprocess.run(["qemu-img", "snapshot", "-c", "mark", image], check=True)
@@ -161,7 +161,7 @@ def test_an_image_is_inspected(home: Path) -> None:
     assert json.loads(value["qemu_img_json"])["filename"] == str(image)
 
 
-def test_what_the_user_may_not_read_is_refused(home: Path) -> None:
+def test_local_source_the_user_may_not_read_is_refused(home: Path) -> None:
     """By the kernel: nobody's rights but one's own."""
     os.chown(home / "a.raw", 0, 0)
     end = run("convert", home / "a.raw", home / "b", dest_format="qcow2")
@@ -169,7 +169,7 @@ def test_what_the_user_may_not_read_is_refused(home: Path) -> None:
     assert os.listdir(home) == ["a.raw"]
 
 
-def test_an_existing_destination_is_kept_unless_overwriting_is_asked_for(home: Path) -> None:
+def test_local_existing_destination_is_kept_unless_overwrite_is_requested(home: Path) -> None:
     """As with a daemon."""
     dest = home / "b"
     dest.write_text("precious")
@@ -181,7 +181,7 @@ def test_an_existing_destination_is_kept_unless_overwriting_is_asked_for(home: P
     assert images.identical(home / "a.raw", dest)
 
 
-def test_a_dry_run_says_its_plan_and_does_nothing(home: Path) -> None:
+def test_local_dry_run_returns_the_plan_and_writes_nothing(home: Path) -> None:
     """validate_only."""
     end = run("convert", home / "a.raw", home / "b", dest_format="qcow2", validate_only=True)
     assert not end["value"]["published"]
@@ -189,7 +189,7 @@ def test_a_dry_run_says_its_plan_and_does_nothing(home: Path) -> None:
     assert os.listdir(home) == ["a.raw"]
 
 
-def test_a_relative_path_is_below_the_working_directory(
+def test_local_relative_path_is_below_the_working_directory_of_the_caller(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of whoever calls, not of the job."""
@@ -222,7 +222,7 @@ def assert_nothing_left(home: Path, pids: list[int]) -> None:
     assert sorted(os.listdir(home)) == ["a.raw", "bulky.raw"]
 
 
-def test_a_timeout_ends_the_job_and_leaves_nothing(home: Path, bulky: Path) -> None:
+def test_local_timeout_ends_the_job_and_leaves_nothing(home: Path, bulky: Path) -> None:
     """And says that it was the timeout."""
     process = begin("convert", bulky, home / "b", timeout=15.0, **SLOW)
     await_phase(process, "converting")
@@ -233,7 +233,7 @@ def test_a_timeout_ends_the_job_and_leaves_nothing(home: Path, bulky: Path) -> N
     assert_nothing_left(home, pids)
 
 
-def test_an_exception_of_on_progress_ends_the_job_and_leaves_nothing(
+def test_local_exception_in_on_progress_ends_the_job_and_leaves_nothing(
     home: Path, bulky: Path
 ) -> None:
     """When the call is left, the job is gone."""
@@ -247,7 +247,7 @@ def _is_gone(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_caller_that_is_stopped_takes_the_job_along(
+def test_local_caller_that_ends_takes_its_job_along(
     number: signal.Signals, home: Path, bulky: Path
 ) -> None:
     """Whether it can tidy up or not."""
@@ -260,9 +260,7 @@ def test_a_caller_that_is_stopped_takes_the_job_along(
     assert_nothing_left(home, pids)
 
 
-def test_a_job_that_is_killed_leaves_nothing_and_its_caller_in_doubt(
-    home: Path, bulky: Path
-) -> None:
+def test_local_job_that_is_killed_has_an_unknown_outcome(home: Path, bulky: Path) -> None:
     """It can't say whether it had published."""
     process = begin("convert", bulky, home / "b", **SLOW)
     await_phase(process, "converting")
@@ -273,7 +271,7 @@ def test_a_job_that_is_killed_leaves_nothing_and_its_caller_in_doubt(
     assert_nothing_left(home, [pid])
 
 
-def test_a_job_that_dies_before_its_work_has_done_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_job_that_dies_at_startup_has_done_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A broken installation, for instance."""
     monkeypatch.setattr(job, "_START", "raise SystemExit(3)")
     conversion = job.Conversion(b"[]", ())
@@ -282,7 +280,7 @@ def test_a_job_that_dies_before_its_work_has_done_nothing(monkeypatch: pytest.Mo
     assert (caught.value.reason, caught.value.metadata) == ("JOB_DIED", {"status": "3"})
 
 
-def test_a_conversion_that_is_cancelled_before_it_runs_is_not_done() -> None:
+def test_local_conversion_cancelled_before_it_runs_is_not_done() -> None:
     """The signal may come first."""
     conversion = job.Conversion(b"[]", ())
     conversion.cancel()
@@ -290,7 +288,9 @@ def test_a_conversion_that_is_cancelled_before_it_runs_is_not_done() -> None:
         conversion.run(None, None)
 
 
-def test_without_qemu_img_converting_is_unimplemented(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_conversion_without_qemu_img_is_unimplemented(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """And said before anything is started."""
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     with pytest.raises(errors.Unimplemented, match="qemu-img"):
@@ -308,7 +308,7 @@ PATHS: Final = {
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-def test_a_qemu_img_of_the_working_directory_is_not_run(path: str, home: Path) -> None:
+def test_local_qemu_img_in_the_working_directory_is_not_run(path: str, home: Path) -> None:
     """Whoever makes images there may have made that too: only absolute directories count."""
     for directory in (home, home / "bin"):
         directory.mkdir(exist_ok=True)
@@ -320,7 +320,7 @@ def test_a_qemu_img_of_the_working_directory_is_not_run(path: str, home: Path) -
     assert images.identical(home / "a.raw", home / "b.qcow2")
 
 
-def test_the_first_absolute_directory_of_path_has_the_qemu_img(
+def test_local_qemu_img_is_the_first_in_an_absolute_path_directory(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As for a shell."""
@@ -329,7 +329,7 @@ def test_the_first_absolute_directory_of_path_has_the_qemu_img(
     assert job.qemu_img() == str(home / "qemu-img")
 
 
-def test_a_job_program_of_the_working_directory_is_not_run(home: Path) -> None:
+def test_local_job_program_in_the_working_directory_is_not_run(home: Path) -> None:
     """Though Python looks there first, for all but what is installed beside the client."""
     (home / "convertd_daemon").mkdir()
     (home / "convertd_daemon" / "__init__.py").write_text("raise SystemExit(3)", encoding="utf-8")
@@ -342,7 +342,7 @@ def test_a_job_program_of_the_working_directory_is_not_run(home: Path) -> None:
     assert images.identical(home / "a.raw", home / "b")
 
 
-def test_a_client_without_the_job_program_says_so(
+def test_local_client_without_the_job_program_reports_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A package of somebody else's may have left it out."""
@@ -352,7 +352,7 @@ def test_a_client_without_the_job_program_says_so(
 
 
 @pytest.mark.parametrize("executable", [None, "", "python3"])
-def test_an_interpreter_that_is_not_known_is_not_looked_for(
+def test_local_unknown_python_interpreter_is_not_searched_for(
     executable: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A program that embeds Python may have none; "python3" alone would be searched for."""
@@ -361,7 +361,7 @@ def test_an_interpreter_that_is_not_known_is_not_looked_for(
         job.Conversion(b"[]", ()).run(None, None)
 
 
-def test_an_order_is_what_the_job_reads(home: Path) -> None:
+def test_local_request_can_be_decoded_by_the_job(home: Path) -> None:
     """Every field of its own types, and none besides: the job takes no other."""
     from convertd_client import conversion  # noqa: PLC0415 - beside the daemon's modules
     from convertd_core import codec, values  # noqa: PLC0415 - as above

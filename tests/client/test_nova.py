@@ -87,7 +87,7 @@ def as_nova_would(source: Path, dest: Path, out_format: str, *, compress: bool) 
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
-def test_the_arguments_are_novas(name: str) -> None:
+def test_nova_functions_have_the_arguments_of_nova(name: str) -> None:
     """By name and in order, for some callers use the one and some the other."""
     script = (
         "import inspect, sys; from convertd_client import nova;"
@@ -113,7 +113,7 @@ def _without_types(signature: str) -> str:
 @pytest.mark.parametrize("compress", [False, True])
 @pytest.mark.parametrize("out_format", ["qcow2", "vmdk"])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_the_result_is_what_qemu_img_makes(
+def test_nova_result_equals_that_of_qemu_img(
     name: str, out_format: str, home: Path, call: Callable[..., object], *, compress: bool
 ) -> None:
     """The same disk for a guest, compressed or not; a vmdk never is, whatever qemu-img is told."""
@@ -125,7 +125,7 @@ def test_the_result_is_what_qemu_img_makes(
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_what_qemu_img_does_not_compress_is_refused(
+def test_nova_format_without_compression_is_refused(
     name: str, home: Path, call: Callable[..., object]
 ) -> None:
     """As there, before anything is written."""
@@ -137,7 +137,7 @@ def test_what_qemu_img_does_not_compress_is_refused(
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_an_existing_destination_is_replaced(
+def test_nova_existing_destination_is_replaced(
     name: str, home: Path, call: Callable[..., object]
 ) -> None:
     """As qemu-img overwrites it."""
@@ -147,7 +147,7 @@ def test_an_existing_destination_is_replaced(
     assert images.identical(home / "a.raw", home / "b")
 
 
-def test_what_is_made_with_ones_own_rights_has_the_mode_that_qemu_img_gives(
+def test_nova_local_result_has_mode_0644_less_the_umask(
     home: Path, call: Callable[..., object]
 ) -> None:
     """0644, less the umask: others read Nova's base images."""
@@ -162,7 +162,7 @@ def test_what_is_made_with_ones_own_rights_has_the_mode_that_qemu_img_gives(
     ("instances", "mode"),
     [("direct", "none"), ("ramfs", "writeback"), ("missing", "writeback")],
 )
-def test_the_cache_mode_is_the_one_that_nova_chooses(
+def test_nova_cache_mode_is_the_one_nova_selects(
     name: str, instances: str, mode: str, home: Path, call: Callable[..., object]
 ) -> None:
     """From whether instances_path takes direct writes. The destination does, each time."""
@@ -183,7 +183,7 @@ def test_the_cache_mode_is_the_one_that_nova_chooses(
 
 
 @pytest.mark.parametrize("name", ["privileged_qemu_img_info", "unprivileged_qemu_img_info"])
-def test_info_is_the_text_that_qemu_img_prints(
+def test_nova_info_is_the_output_of_qemu_img(
     name: str, home: Path, call: Callable[..., object]
 ) -> None:
     """For oslo.utils' QemuImgInfo, which parses it."""
@@ -198,7 +198,7 @@ def test_info_is_the_text_that_qemu_img_prints(
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_an_encryption_that_is_not_luks_is_refused(
+def test_nova_encryption_other_than_luks_is_refused(
     name: str, home: Path, call: Callable[..., object]
 ) -> None:
     """Rather than taken for LUKS."""
@@ -209,7 +209,7 @@ def test_an_encryption_that_is_not_luks_is_refused(
     assert not (home / "b").exists()
 
 
-def test_a_ploop_image_is_looked_at_in_its_directory(
+def test_nova_ploop_image_is_inspected_in_its_directory(
     home: Path, call: Callable[..., object]
 ) -> None:
     """As Nova does."""
@@ -240,7 +240,7 @@ except ConvertError as error:
 """
 
 
-def test_where_eventlet_has_taken_the_threads_the_daemon_is_asked_by_a_child(
+def test_nova_under_eventlet_calls_the_daemon_from_a_child_process(
     daemon: Daemon, home: Path
 ) -> None:
     """In which gRPC runs as it should. Results and errors are the same."""
@@ -266,7 +266,7 @@ def test_where_eventlet_has_taken_the_threads_the_daemon_is_asked_by_a_child(
     ],
     ids=["differencing-stated", "differencing", "gzip", "two-in-one"],
 )
-def test_an_image_that_would_lose_data_is_refused(  # noqa: PLR0913, PLR0917 - what is tried, and where
+def test_nova_image_that_would_lose_data_is_refused(  # noqa: PLR0913, PLR0917 - what is tried, and where
     home: Path,
     call: Callable[..., object],
     function: str,

@@ -182,7 +182,7 @@ def ours(request: pytest.FixtureRequest, home: Path, daemon: Daemon) -> dict[str
     return {call[1][1]: mode for call, mode in zip(calls, modes, strict=True)}
 
 
-def test_results_and_cache_modes_are_novas(
+def test_nova_results_and_cache_modes_equal_those_of_nova_34(
     home: Path, theirs: dict[str, str], ours: dict[str, str]
 ) -> None:
     """A guest sees the same disk, and the host the same way of writing it."""

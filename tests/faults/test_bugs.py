@@ -30,7 +30,7 @@ MIB: Final = 1024 * 1024
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS])
-def test_a_job_that_crashes_is_answered_with_an_id_that_the_log_has(
+def test_crashed_job_is_answered_internal_with_an_id_that_is_in_the_log(
     daemon: Daemon, library: Path, images_dir: Path, number: signal.Signals
 ) -> None:
     """Nothing of what happened is told but that; nothing is left, and the next one is done."""

@@ -92,7 +92,7 @@ def check_failed(refusal: Refusal, dest: Path) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS, ids="-".join)
-def test_a_thin_disk_that_runs_out_publishes_nothing(
+def test_thin_disk_that_runs_out_of_space_publishes_nothing(
     daemon: Daemon, alone: Mounts, bulky: Path, way: tuple[str, str, str]
 ) -> None:
     """The file system has room as far as it knows; the disk below it has not."""
@@ -115,7 +115,7 @@ def names_in(directory: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("cache", CACHES)
-def test_a_thin_device_that_runs_out_is_told_and_so_is_what_is_on_it(
+def test_thin_device_out_of_space_is_reported_with_its_content_undefined(
     daemon: Daemon, alone: Mounts, bulky: Path, cache: str
 ) -> None:
     """With writeback, qemu-img itself says 0: it is our fsync(2) that fails."""
@@ -165,7 +165,7 @@ STOPS: Final = {
 
 @pytest.mark.parametrize("cache", ["none", "writeback"])
 @pytest.mark.parametrize("name", STOPS)
-def test_a_file_system_that_stops_in_the_middle_keeps_the_old_file(
+def test_file_system_shut_down_during_a_write_keeps_the_old_file(
     daemon: Daemon, scratch: Path, bulky: Path, name: str, cache: str
 ) -> None:
     """Mounted again it has the old file, and nothing else."""

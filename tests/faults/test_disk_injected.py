@@ -145,7 +145,7 @@ calls of one process."""
 
 @pytest.mark.parametrize("overwrite", [False, True], ids=["fresh", "overwrite"])
 @pytest.mark.parametrize("name", IN_THE_JOB)
-def test_a_failing_call_of_the_job_publishes_nothing_at(
+def test_failing_system_call_of_the_job_publishes_nothing_at(
     daemon: Daemon, source: Path, images_dir: Path, name: str, *, overwrite: bool
 ) -> None:
     """And what was there before is there still."""
@@ -162,7 +162,7 @@ def test_a_failing_call_of_the_job_publishes_nothing_at(
 
 @pytest.mark.parametrize("step", ["linkat", "rename"])
 @pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
-def test_a_failing_step_of_overwriting_keeps_the_old_file_and_no_temporary(
+def test_failing_overwrite_step_keeps_the_old_file_and_no_temporary(
     daemon: Daemon, source: Path, images_dir: Path, step: str, error: str
 ) -> None:
     """The temporary's name at the second linkat(2), or the renameat2(2)."""
@@ -179,7 +179,7 @@ def test_a_failing_step_of_overwriting_keeps_the_old_file_and_no_temporary(
 
 
 @pytest.mark.parametrize("error", ["EINVAL", "ENOSYS", "EOPNOTSUPP"])
-def test_a_file_system_that_can_not_exchange_names_is_overwritten_by_a_rename(
+def test_file_system_without_rename_exchange_is_overwritten_by_rename(
     daemon: Daemon, source: Path, images_dir: Path, error: str
 ) -> None:
     """Where nobody else may write the directory; elsewhere it is refused."""
@@ -198,7 +198,7 @@ def test_a_file_system_that_can_not_exchange_names_is_overwritten_by_a_rename(
 
 @pytest.mark.parametrize("overwrite", [False, True], ids=["fresh", "overwrite"])
 @pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
-def test_a_directory_that_can_not_be_flushed_is_told_as_such(
+def test_failed_fsync_of_the_directory_is_reported_with_the_result_in_place(
     daemon: Daemon, source: Path, images_dir: Path, error: str, *, overwrite: bool
 ) -> None:
     """The one error after which the result is in place: it is whole, and has its owner."""
@@ -213,7 +213,7 @@ def test_a_directory_that_can_not_be_flushed_is_told_as_such(
     assert owner_of(dest) == (ALICE.uid, ALICE.gid, 0o600)
 
 
-def test_a_source_that_can_not_be_opened_is_told(
+def test_source_that_can_not_be_opened_is_reported_with_its_path(
     daemon: Daemon, source: Path, images_dir: Path
 ) -> None:
     """With its own path, not the destination's."""
@@ -232,7 +232,7 @@ def test_a_source_that_can_not_be_opened_is_told(
     list(itertools.product(["pwrite64", FLUSHES], PROBLEMS)),
     ids="-".join,
 )
-def test_a_failing_call_of_qemu_img_publishes_nothing_at(
+def test_failing_system_call_of_qemu_img_publishes_nothing_at(
     daemon: Daemon,
     source: Path,
     images_dir: Path,
@@ -252,7 +252,7 @@ def test_a_failing_call_of_qemu_img_publishes_nothing_at(
 
 
 @pytest.mark.parametrize("cache", CACHES)
-def test_space_that_can_not_be_reserved_is_told(
+def test_failed_space_reservation_is_reported(
     daemon: Daemon, source: Path, images_dir: Path, cache: str
 ) -> None:
     """fallocate(2), for preallocation."""
@@ -270,7 +270,7 @@ def test_space_that_can_not_be_reserved_is_told(
 
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
-def test_a_source_that_can_not_be_read_is_told(
+def test_source_read_error_is_reported_with_its_path(
     daemon: Daemon, source: Path, images_dir: Path, image_format: str
 ) -> None:
     """With its own path, and the kernel's words."""
@@ -281,7 +281,7 @@ def test_a_source_that_can_not_be_read_is_told(
     check_untouched(dest, overwrite=False)
 
 
-def test_a_destination_that_qemu_img_can_not_open_is_told(
+def test_destination_open_error_of_qemu_img_is_reported(
     daemon: Daemon, alice: Agent, source: Path, images_dir: Path
 ) -> None:
     """Of all that is said of opening, only the kernel's words go any further."""
@@ -310,7 +310,7 @@ def device(scratch: Path, daemon: Daemon) -> Iterator[Path]:
     list(itertools.product(["pwrite64", FLUSHES, "fsync"], PROBLEMS)),
     ids="-".join,
 )
-def test_a_device_that_fails_is_told_and_so_is_what_is_on_it(
+def test_device_write_error_is_reported_with_its_content_undefined(
     daemon: Daemon, source: Path, device: Path, failing: tuple[str, str], cache: str
 ) -> None:
     """There is no temporary for a device: what it holds is undefined, and the error says so."""
@@ -323,7 +323,7 @@ def test_a_device_that_fails_is_told_and_so_is_what_is_on_it(
     assert refusal.metadata["device_content"] == "undefined"
 
 
-def test_a_device_of_which_the_rest_can_not_be_zeroed_is_told(
+def test_failed_zeroing_of_the_rest_of_a_device_is_reported(
     daemon: Daemon, alice: Agent, source: Path, device: Path
 ) -> None:
     """BLKZEROOUT, of what lies beyond the image: the job's first ioctl(2) after qemu-img."""
@@ -339,7 +339,7 @@ def test_a_device_of_which_the_rest_can_not_be_zeroed_is_told(
     assert refusal.metadata["device_content"] == "undefined"
 
 
-def test_after_all_of_that_the_device_is_written_as_ever(
+def test_device_is_writable_after_earlier_failures(
     alice: Agent, source: Path, device: Path
 ) -> None:
     """No descriptor, lock or process of a failed job stands in the way."""

@@ -78,7 +78,7 @@ def is_unkillable(agent: Agent) -> bool:
 
 
 @pytest.mark.parametrize("how", ["stall", "cancel", "kill"])
-def test_its_caller_is_told_and_its_place_stays_taken(
+def test_job_on_frozen_storage_keeps_its_slot_and_its_caller_gets_an_error(
     daemon: Daemon, disk: Path, library: Path, images_dir: Path, how: str
 ) -> None:
     """The list says why; when the storage answers, nothing is left, and the next one begins."""
@@ -102,7 +102,7 @@ def test_its_caller_is_told_and_its_place_stays_taken(
     assert os.listdir(disk) == ["lost+found"]
 
 
-def test_it_is_no_call_of_the_next_front(
+def test_job_on_frozen_storage_is_not_counted_as_a_call_of_the_next_front(
     daemon: Daemon, disk: Path, library: Path, images_dir: Path
 ) -> None:
     """Which counts its calls anew, and whose first is not refused as one that has a job already."""
@@ -123,7 +123,9 @@ def end_front(daemon: Daemon) -> None:
     waiting.until(lambda: daemon.await_one(FRONT) != front, "another front")
 
 
-def test_a_stop_does_not_wait_for_it(daemon: Daemon, disk: Path, library: Path) -> None:
+def test_stop_does_not_wait_for_a_job_on_frozen_storage(
+    daemon: Daemon, disk: Path, library: Path
+) -> None:
     """Asked twice, the daemon ends at once; what it can't kill ends when the storage answers."""
     with frozen(disk, daemon, library) as call:
         left = daemon.await_one(QEMU_IMG)
@@ -160,7 +162,7 @@ def unanswered(daemon: Daemon, scratch: Path) -> Iterator[tuple[Path, subprocess
         shutil.rmtree(point)
 
 
-def test_who_has_an_image_validated_is_told_of_a_stall(
+def test_validation_on_frozen_storage_ends_with_a_stall_error(
     daemon: Daemon, unanswered: tuple[Path, subprocess.Popen[bytes]], images_dir: Path
 ) -> None:
     """What examines the image can't be killed either, and nobody waits for that."""

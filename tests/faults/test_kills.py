@@ -65,9 +65,7 @@ def check_serves(daemon: Daemon, library: Path, directory: Path) -> None:
 # --- each of them -------------------------------------------------------------------------------
 
 
-def test_a_client_that_is_killed_takes_its_job_with_it(
-    daemon: Daemon, library: Path, images_dir: Path
-) -> None:
+def test_killed_client_cancels_its_job(daemon: Daemon, library: Path, images_dir: Path) -> None:
     """The kernel closes its connection, and that is the cancel."""
     begin(daemon, library, images_dir / "dest.qcow2")
     daemon.kill_agent(ALICE)
@@ -75,7 +73,7 @@ def test_a_client_that_is_killed_takes_its_job_with_it(
     check_serves(daemon, library, images_dir)
 
 
-def test_a_front_that_is_killed_takes_all_jobs_with_it_and_is_replaced(
+def test_killed_front_cancels_all_jobs_and_is_replaced(
     daemon: Daemon, library: Path, images_dir: Path
 ) -> None:
     """Its callers see a broken connection, and no reason: it is the transport's."""
@@ -89,7 +87,7 @@ def test_a_front_that_is_killed_takes_all_jobs_with_it_and_is_replaced(
     assert daemon.await_one(FRONT) != front
 
 
-def test_a_job_that_is_killed_takes_its_qemu_img_with_it(
+def test_killed_job_ends_its_qemu_img(
     daemon: Daemon, alice: Agent, library: Path, images_dir: Path
 ) -> None:
     """By PDEATHSIG. The caller is told what most likely happened: the kernel wanted memory."""
@@ -111,7 +109,7 @@ def test_a_job_that_is_killed_takes_its_qemu_img_with_it(
         (signal.SIGTERM, "CONVERSION_FAILED"),
     ],
 )
-def test_a_qemu_img_that_ends_by_a_signal_publishes_nothing(
+def test_qemu_img_killed_by_a_signal_publishes_nothing(
     daemon: Daemon, library: Path, images_dir: Path, number: signal.Signals, reason: str
 ) -> None:
     """And the caller is told."""
@@ -122,7 +120,7 @@ def test_a_qemu_img_that_ends_by_a_signal_publishes_nothing(
     check_serves(daemon, library, images_dir)
 
 
-def test_a_broker_that_is_killed_takes_everything_with_it(
+def test_killed_broker_ends_all_processes_and_the_next_start_works(
     make_daemon: MakeDaemon, library: Path, images_dir: Path
 ) -> None:
     """The next start finds a dead socket, clears it, and serves."""
@@ -156,7 +154,7 @@ MOMENTS: Final = (
 
 @pytest.mark.parametrize("moment", MOMENTS, ids=pb.Phase.Name)
 @pytest.mark.parametrize("name", [JOB, QEMU_IMG, FRONT])
-def test_a_destination_is_there_whole_or_not_at_all_whenever_somebody_dies(
+def test_kill_in_any_phase_leaves_a_whole_destination_or_none(
     daemon: Daemon, library: Path, images_dir: Path, name: str, moment: pb.Phase.ValueType
 ) -> None:
     """Killed as soon as the caller hears of a phase; some of them are too late, as they may be."""
@@ -206,7 +204,7 @@ def by_fuse(mounts: Mounts, scratch: Path, daemon: Daemon) -> Iterator[Path]:
     assert mounts is not None
 
 
-def test_a_named_temporary_of_a_job_that_was_killed_is_swept_by_the_next(
+def test_named_temporary_of_a_killed_job_is_removed_by_the_next_job(
     daemon: Daemon, library: Path, by_fuse: Path
 ) -> None:
     """It is nobody's result: hidden, locked by nobody, and gone with the next conversion."""
@@ -223,7 +221,7 @@ def test_a_named_temporary_of_a_job_that_was_killed_is_swept_by_the_next(
 
 
 @pytest.mark.parametrize("name", [QEMU_IMG, FRONT])
-def test_a_named_temporary_is_removed_by_a_job_that_lives(
+def test_named_temporary_is_removed_by_a_surviving_job(
     daemon: Daemon, library: Path, by_fuse: Path, name: str
 ) -> None:
     """Whoever else dies."""
@@ -243,7 +241,7 @@ def test_a_named_temporary_is_removed_by_a_job_that_lives(
     [("renameat2", False), ("unlinkat", True)],
     ids=["before-the-exchange", "after-the-exchange"],
 )
-def test_a_job_that_is_killed_while_it_overwrites_leaves_two_whole_files_and_the_next_job_one(
+def test_job_killed_during_an_overwrite_leaves_whole_files(
     daemon: Daemon, library: Path, images_dir: Path, call: str, *, is_new: bool
 ) -> None:
     """One has the name, the other a temporary one: the next overwriting job removes that."""
@@ -263,7 +261,7 @@ def test_a_job_that_is_killed_while_it_overwrites_leaves_two_whole_files_and_the
     assert images.identical(source, dest)
 
 
-def test_another_users_file_that_a_killed_job_could_not_give_back_is_kept(
+def test_file_of_another_user_left_by_a_killed_exchange_is_kept(
     daemon: Daemon, library: Path, images_dir: Path
 ) -> None:
     """It came between check and exchange. What was not judged replaceable is never removed."""

@@ -98,7 +98,7 @@ LIMITS: Final = {"STALLED": {"stall": "3 s"}, "DURATION_EXCEEDED": {"duration": 
 
 
 @pytest.mark.parametrize("order", FAILING)
-def test_nothing_is_published_by_a_qemu_img_that_is_told_to(
+def test_misbehaving_qemu_img_publishes_nothing_when_told_to(
     daemon: Daemon, alice: Agent, images_dir: Path, order: str
 ) -> None:
     """And nothing of it is left running."""
@@ -112,7 +112,7 @@ SUCCEEDING: Final = ("progress without end", "flood stderr", "complain and succe
 
 
 @pytest.mark.parametrize("order", SUCCEEDING)
-def test_what_it_says_does_no_harm_when_it_is_told_to(
+def test_misbehaving_qemu_img_output_is_harmless_when_told_to(
     daemon: Daemon, alice: Agent, images_dir: Path, order: str
 ) -> None:
     """Progress goes up from 0 to 100, warnings are few and short, and the image is whole."""
@@ -164,7 +164,7 @@ def test_nothing_else_is_begun_anew(daemon: Daemon, alice: Agent, images_dir: Pa
 
 
 @pytest.mark.parametrize("order", ["hang", "ignore signals", "close outputs and hang"])
-def test_a_cancelled_call_ends_at_once_whatever_it_does(
+def test_cancel_ends_a_misbehaving_qemu_img_at_once_when_told_to(
     daemon: Daemon, alice: Agent, images_dir: Path, order: str
 ) -> None:
     """Nobody asks it: SIGKILL can't be ignored."""
@@ -176,7 +176,7 @@ def test_a_cancelled_call_ends_at_once_whatever_it_does(
     check_nothing_came_of_it(daemon, images_dir)
 
 
-def test_one_that_writes_without_end_is_stopped_in_time(
+def test_qemu_img_that_writes_without_end_is_stopped_by_the_time_limit(
     daemon: Daemon, alice: Agent, images_dir: Path
 ) -> None:
     """It moves, so it does not stall; the duration ends it."""
@@ -186,7 +186,9 @@ def test_one_that_writes_without_end_is_stopped_in_time(
     check_nothing_came_of_it(daemon, images_dir)
 
 
-def test_one_that_is_not_there_is_told(alice: Agent, images_dir: Path, scratch: Path) -> None:
+def test_missing_qemu_img_during_operation_is_reported(
+    alice: Agent, images_dir: Path, scratch: Path
+) -> None:
     """As when a package is being upgraded. Afterwards it is there again."""
     program, away = scratch / "bin" / "qemu-img", scratch / "bin" / "away"
     program.rename(away)
@@ -196,7 +198,7 @@ def test_one_that_is_not_there_is_told(alice: Agent, images_dir: Path, scratch: 
     ordered(alice, images_dir, "behave").result()
 
 
-def test_one_that_is_no_program_is_told(
+def test_qemu_img_that_is_not_an_elf_file_is_reported(
     daemon: Daemon, alice: Agent, images_dir: Path, scratch: Path
 ) -> None:
     """A script, say: only an ELF file can be confined to itself."""

@@ -39,7 +39,7 @@ def free_bytes(directory: Path) -> int:
 
 
 @pytest.mark.parametrize("compressed", ["result", "source"])
-def test_a_result_whose_size_nobody_knew_is_told_what_room_there_was(
+def test_result_of_unknown_size_that_does_not_fit_reports_the_free_space(
     daemon: Daemon, library: Path, scratch: Path, compressed: str
 ) -> None:
     """All that is free once it is gone again, and that it needs more than that."""

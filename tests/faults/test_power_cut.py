@@ -220,7 +220,7 @@ def synchronised(point: Path) -> Iterator[None]:
 
 @pytest.mark.timeout(300 + 2 * CUTS)
 @pytest.mark.parametrize("overwrite", [False, True], ids=["fresh", "overwrite"])
-def test_a_power_cut_leaves_all_of_an_image_or_nothing(
+def test_power_cut_leaves_a_whole_image_or_none(
     alice: Agent,
     disk: Disk,
     sources: tuple[Path, ...],
@@ -340,7 +340,7 @@ def qemu_img(*arguments: str | Attempt | Path) -> None:
     [("raw", in_place_of_another), ("qcow2", in_place)],
     ids=["raw", "qcow2"],
 )
-def test_the_same_cuts_find_what_qemu_img_leaves_half_written(
+def test_control_power_cut_test_detects_a_half_written_image(
     disk: Disk,
     slow_sources: tuple[Path, ...],
     chance: random.Random,
@@ -356,7 +356,9 @@ def test_the_same_cuts_find_what_qemu_img_leaves_half_written(
     assert tally[Found.TORN]
 
 
-def test_the_same_cuts_find_what_was_never_flushed(disk: Disk, sources: tuple[Path, ...]) -> None:
+def test_control_power_cut_test_detects_a_missing_fsync(
+    disk: Disk, sources: tuple[Path, ...]
+) -> None:
     """Renamed into place without fsync(2), an image is gone, or empty, after a cut."""
     attempt = Attempt(name="control", old=None, new=Version(source=sources[0], format="raw"))
     unsafely(attempt, disk.point / attempt.name)

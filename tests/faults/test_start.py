@@ -57,14 +57,14 @@ def refusal(daemon: Daemon, *wrapper: str) -> str:
 # --- the socket ---------------------------------------------------------------------------------
 
 
-def test_everybody_may_connect(daemon: Daemon) -> None:
+def test_socket_allows_every_user_to_connect(daemon: Daemon) -> None:
     """The policy decides, not the socket's mode."""
     daemon.start()
     assert daemon.socket.stat().st_mode & 0o7777 == 0o666
     assert daemon.agent(ALICE).access().uid == ALICE.uid
 
 
-def test_a_socket_is_not_taken_from_a_daemon_that_lives(daemon: Daemon) -> None:
+def test_second_daemon_does_not_take_the_socket_of_a_running_daemon(daemon: Daemon) -> None:
     """The second says so and ends; the first serves on."""
     daemon.start()
     second = Daemon(daemon.policy_path.read_text(encoding="utf-8"))
@@ -76,7 +76,7 @@ def test_a_socket_is_not_taken_from_a_daemon_that_lives(daemon: Daemon) -> None:
     assert daemon.agent(ALICE).access().uid == ALICE.uid
 
 
-def test_a_socket_that_a_dead_daemon_left_is_cleared(daemon: Daemon) -> None:
+def test_stale_socket_of_a_dead_daemon_is_removed(daemon: Daemon) -> None:
     """And what else it left: the front's socket in its directory."""
     daemon.start()
     daemon.signal(signal.SIGKILL)
@@ -88,14 +88,14 @@ def test_a_socket_that_a_dead_daemon_left_is_cleared(daemon: Daemon) -> None:
     assert daemon.agent(ALICE).access().uid == ALICE.uid
 
 
-def test_what_is_no_socket_is_left_alone(daemon: Daemon) -> None:
+def test_non_socket_at_the_socket_path_is_left_unchanged(daemon: Daemon) -> None:
     """Somebody mistyped a path."""
     daemon.socket.write_bytes(b"precious")
     assert refusal(daemon) == f"{daemon.socket}: exists, and is no socket"
     assert daemon.socket.read_bytes() == b"precious"
 
 
-def test_a_directory_is_refused_in_which_others_could_put_a_socket(daemon: Daemon) -> None:
+def test_socket_directory_that_others_can_write_is_refused(daemon: Daemon) -> None:
     """Clients would talk to whoever comes first."""
     directory = daemon.home / "open"
     directory.mkdir()
@@ -105,7 +105,7 @@ def test_a_directory_is_refused_in_which_others_could_put_a_socket(daemon: Daemo
     assert refusal(daemon).startswith(told)
 
 
-def test_a_directory_that_is_not_there_is_told(daemon: Daemon) -> None:
+def test_missing_socket_directory_is_reported(daemon: Daemon) -> None:
     """It is not made, for it would be nobody's."""
     missing = daemon.home / "no such" / "directory"
     daemon.socket = missing / "convertd.sock"
@@ -118,7 +118,7 @@ def test_a_directory_that_is_not_there_is_told(daemon: Daemon) -> None:
     assert daemon.agent(ALICE).access().uid == ALICE.uid
 
 
-def test_a_directory_that_is_none_is_told(daemon: Daemon) -> None:
+def test_socket_directory_that_is_not_a_directory_is_reported(daemon: Daemon) -> None:
     """By its name, and what is wrong with it."""
     daemon.socket = daemon.policy_path / "convertd.sock"
     assert refusal(daemon) == f"{daemon.policy_path}: is not a directory"
@@ -127,9 +127,7 @@ def test_a_directory_that_is_none_is_told(daemon: Daemon) -> None:
 # --- where it is started ------------------------------------------------------------------------
 
 
-def test_the_directory_in_which_it_is_started_can_be_unmounted(
-    daemon: Daemon, scratch: Path
-) -> None:
+def test_working_directory_at_start_can_be_unmounted(daemon: Daemon, scratch: Path) -> None:
     """No process of it stays there; and what was named from there is found again at a reload."""
     policy, public = daemon.policy_path, daemon.socket
     with Mounts(scratch) as mounts:
@@ -171,7 +169,7 @@ def start_activated(daemon: Daemon, sock: socket.socket) -> None:
     daemon.start(wrapper=wrapper, pass_fds=(sock.fileno(),))
 
 
-def test_a_socket_that_systemd_passed_is_served_and_stays(
+def test_socket_passed_by_systemd_is_served_and_kept(
     daemon: Daemon, listening: socket.socket, library: Path, images_dir: Path
 ) -> None:
     """Whoever connected before the start is served, and after the end waits for the next."""
@@ -194,7 +192,7 @@ def test_a_socket_that_systemd_passed_is_served_and_stays(
     daemon.check_gone()
 
 
-def test_what_systemd_passed_must_be_a_listening_stream_socket(daemon: Daemon) -> None:
+def test_socket_passed_by_systemd_must_be_a_listening_stream_socket(daemon: Daemon) -> None:
     """Anything else is a mistake in a unit."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         with pytest.raises(DidNotStart) as refused:
@@ -214,7 +212,9 @@ def in_a_mount_namespace(*binds: tuple[Path, str]) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("user", ["convertd", "convertd-qemu"])
-def test_a_missing_user_is_told_with_how_to_make_it(daemon: Daemon, user: str) -> None:
+def test_missing_system_user_is_reported_with_the_command_to_create_it(
+    daemon: Daemon, user: str
+) -> None:
     """As root, one line to paste."""
     passwd = daemon.home / "passwd"
     entries = Path("/etc/passwd").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -224,7 +224,7 @@ def test_a_missing_user_is_told_with_how_to_make_it(daemon: Daemon, user: str) -
     assert line.endswith(f" {user}")
 
 
-def test_a_user_that_is_root_is_refused(daemon: Daemon) -> None:
+def test_system_user_with_uid_0_is_refused(daemon: Daemon) -> None:
     """An account with uid 0 is no account of its own."""
     passwd = daemon.home / "passwd"
     entries = Path("/etc/passwd").read_text(encoding="utf-8").splitlines()
@@ -237,7 +237,9 @@ def test_a_user_that_is_root_is_refused(daemon: Daemon) -> None:
     assert line.startswith("the user convertd-qemu must not be root")
 
 
-def test_unprotected_hard_links_are_told_with_how_to_protect_them(daemon: Daemon) -> None:
+def test_unprotected_hard_links_are_reported_with_the_command_to_protect_them(
+    daemon: Daemon,
+) -> None:
     """Anybody could link another's image into a directory of his own."""
     setting = daemon.home / "setting"
     setting.write_text("0\n")
@@ -247,20 +249,20 @@ def test_unprotected_hard_links_are_told_with_how_to_protect_them(daemon: Daemon
     )
 
 
-def test_a_kernel_without_landlock_is_told(daemon: Daemon) -> None:
+def test_kernel_without_landlock_is_reported(daemon: Daemon) -> None:
     """As one is that has it off: the system call is not there."""
     trace = ("strace", "-qq", "-o", "/dev/null", "-e", "trace=landlock_create_ruleset")
     line = refusal(daemon, *trace, "-e", "inject=landlock_create_ruleset:error=EOPNOTSUPP")
     assert line.startswith("this kernel has no Landlock, or has it off")
 
 
-def test_missing_capabilities_are_told(daemon: Daemon) -> None:
+def test_missing_capabilities_are_reported(daemon: Daemon) -> None:
     """Without CAP_KILL a qemu-img could not be ended."""
     line = refusal(daemon, "setpriv", "--bounding-set=-kill", "--inh-caps=-kill")
     assert "KILL" in line.upper()
 
 
-def test_only_root_can_start_it(daemon: Daemon) -> None:
+def test_daemon_started_by_a_user_other_than_root_is_refused(daemon: Daemon) -> None:
     """The policy of others is nobody's."""
     ran = ALICE.run([str(COMMAND), "--policy", str(daemon.policy_path), "--socket", "/run/x.sock"])
     assert ran.status == 1
@@ -271,7 +273,7 @@ def test_only_root_can_start_it(daemon: Daemon) -> None:
 # --- qemu-img -----------------------------------------------------------------------------------
 
 
-def test_a_qemu_img_that_is_not_there_is_told_with_its_package(make_daemon: MakeDaemon) -> None:
+def test_missing_qemu_img_is_reported_with_its_package(make_daemon: MakeDaemon) -> None:
     """A fresh machine has none."""
     daemon = make_daemon('qemu_img = "/usr/bin/no-such-qemu-img"')
     line = refusal(daemon)
@@ -279,7 +281,7 @@ def test_a_qemu_img_that_is_not_there_is_told_with_its_package(make_daemon: Make
 
 
 @pytest.mark.parametrize("change", ["owner", "mode"])
-def test_a_qemu_img_is_refused_that_others_than_root_can_write(
+def test_qemu_img_that_others_than_root_can_write_is_refused(
     make_daemon: MakeDaemon, scratch: Path, change: str
 ) -> None:
     """It reads what its caller may not."""
@@ -291,7 +293,7 @@ def test_a_qemu_img_is_refused_that_others_than_root_can_write(
     assert line == f"{program}: is not a program that only root can write"
 
 
-def test_a_program_that_is_no_qemu_img_fails_the_self_test(make_daemon: MakeDaemon) -> None:
+def test_program_that_is_not_qemu_img_fails_the_self_test(make_daemon: MakeDaemon) -> None:
     """64 KiB are converted in the sandbox before anybody is let in."""
     line = refusal(make_daemon('qemu_img = "/usr/bin/true"'))
     assert line.startswith("the self-test failed: ")
@@ -311,7 +313,7 @@ def test_a_program_that_is_no_qemu_img_fails_the_self_test(make_daemon: MakeDaem
         pytest.param("[limits", "is not TOML: ", id="no TOML"),
     ],
 )
-def test_a_bad_policy_is_told_with_file_and_key(
+def test_invalid_policy_is_reported_with_file_and_key(
     make_daemon: MakeDaemon, policy: str, said: str
 ) -> None:
     """As `convertd check` does."""
@@ -320,13 +322,13 @@ def test_a_bad_policy_is_told_with_file_and_key(
     assert refusal(daemon).startswith(f"{daemon.policy_path}: {said}")
 
 
-def test_a_policy_that_is_not_there_is_told(daemon: Daemon) -> None:
+def test_missing_policy_is_reported(daemon: Daemon) -> None:
     """By its name."""
     daemon.policy_path.unlink()
     assert refusal(daemon).startswith(f"{daemon.policy_path}: ")
 
 
-def test_a_policy_that_others_may_write_is_refused(daemon: Daemon) -> None:
+def test_policy_that_others_can_write_is_refused(daemon: Daemon) -> None:
     """They would decide who may do what."""
     daemon.policy_path.chmod(0o666)
     line = refusal(daemon)
@@ -334,7 +336,7 @@ def test_a_policy_that_others_may_write_is_refused(daemon: Daemon) -> None:
     assert line.endswith("can be written by others than root (mode 0666)")
 
 
-def test_a_daemon_whose_policy_names_nobody_serves(make_daemon: MakeDaemon) -> None:
+def test_daemon_starts_with_unknown_users_in_its_policy(make_daemon: MakeDaemon) -> None:
     """A name that does not exist is a warning."""
     daemon = make_daemon('[operators]\nusers = ["no-such-user"]')
     daemon.start()

@@ -65,7 +65,7 @@ def check_stopped(daemon: Daemon) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_what_runs_is_finished_and_what_waits_is_refused(
+def test_stop_finishes_running_jobs_and_refuses_queued_ones(
     daemon: Daemon, library: Path, images_dir: Path, number: signal.Signals
 ) -> None:
     """A caller whose request had not begun is told to come again, and with what reason."""
@@ -83,7 +83,7 @@ def test_what_runs_is_finished_and_what_waits_is_refused(
     check_stopped(daemon)
 
 
-def test_nobody_is_let_in_any_more_and_who_is_in_is_refused(
+def test_stopping_daemon_accepts_no_connection_and_refuses_new_requests(
     daemon: Daemon, library: Path, images_dir: Path
 ) -> None:
     """While what runs is finished."""
@@ -104,7 +104,7 @@ def test_nobody_is_let_in_any_more_and_who_is_in_is_refused(
     check_stopped(daemon)
 
 
-def test_a_daemon_that_starts_while_another_stops_serves_on(
+def test_daemon_started_while_another_stops_keeps_its_socket(
     daemon: Daemon, make_daemon: MakeDaemon, library: Path, images_dir: Path
 ) -> None:
     """By hand: a manager waits for the first one's end."""
@@ -120,7 +120,7 @@ def test_a_daemon_that_starts_while_another_stops_serves_on(
     assert second.agent(ALICE).convert(request).result().published
 
 
-def test_a_second_sigterm_ends_what_runs(daemon: Daemon, library: Path, images_dir: Path) -> None:
+def test_second_sigterm_ends_running_jobs(daemon: Daemon, library: Path, images_dir: Path) -> None:
     """Somebody is in a hurry."""
     running = begin(daemon, library / "bulky.raw", images_dir / "dest.qcow2")
     daemon.signal(signal.SIGTERM)
@@ -133,7 +133,7 @@ def test_a_second_sigterm_ends_what_runs(daemon: Daemon, library: Path, images_d
     assert os.listdir(images_dir) == []
 
 
-def test_what_still_runs_when_the_grace_is_over_is_ended(
+def test_job_still_running_after_the_grace_period_is_ended(
     make_daemon: MakeDaemon, library: Path, images_dir: Path
 ) -> None:
     """The policy says how long that is."""
@@ -148,13 +148,13 @@ def test_what_still_runs_when_the_grace_is_over_is_ended(
     assert os.listdir(images_dir) == []
 
 
-def test_an_idle_daemon_stops_at_once(daemon: Daemon) -> None:
+def test_idle_daemon_stops_at_once(daemon: Daemon) -> None:
     """With clients connected: the grace is for what runs, and longer than we wait here."""
     daemon.agent(ALICE).access()
     daemon.stop()
 
 
-def test_a_daemon_that_stops_while_its_front_is_dead_stops(daemon: Daemon) -> None:
+def test_daemon_stops_while_its_front_is_dead(daemon: Daemon) -> None:
     """It waits for nobody who can't come."""
     front = daemon.await_one(FRONT)
     os.kill(front, signal.SIGKILL)
@@ -162,14 +162,14 @@ def test_a_daemon_that_stops_while_its_front_is_dead_stops(daemon: Daemon) -> No
     check_stopped(daemon)
 
 
-def test_a_front_that_does_not_listen_is_killed_at_the_end(daemon: Daemon) -> None:
+def test_front_that_ignores_the_stop_request_is_killed(daemon: Daemon) -> None:
     """It is asked first, by closing its channel."""
     os.kill(daemon.await_one(FRONT), signal.SIGSTOP)
     daemon.signal(signal.SIGTERM)
     check_stopped(daemon)
 
 
-def test_a_front_that_dies_again_and_again_is_given_up(daemon: Daemon) -> None:
+def test_daemon_exits_when_its_front_dies_repeatedly(daemon: Daemon) -> None:
     """The daemon ends, for its manager to decide, with status 1 and one line that says why."""
     seen: set[int] = set()
     while daemon.is_running:
@@ -184,7 +184,7 @@ def test_a_front_that_dies_again_and_again_is_given_up(daemon: Daemon) -> None:
     daemon.check_gone()
 
 
-def test_a_front_that_can_not_begin_is_given_up(make_daemon: MakeDaemon, tmp_path: Path) -> None:
+def test_daemon_exits_when_its_front_can_not_start(make_daemon: MakeDaemon, tmp_path: Path) -> None:
     """The first ends while the self-test runs, when nobody listens for that yet."""
     crash = (
         "import os, sys\nif sys.orig_argv[2:4] == ['-m', 'convertd_daemon.front']:\n os._exit(1)"
@@ -210,7 +210,7 @@ def reload(daemon: Daemon, library: Path, images_dir: Path, policy: str) -> None
     daemon.reload(filled.replace("{scratch}/images", str(images_dir.parent)))
 
 
-def test_a_new_policy_holds_for_whoever_asks_next(
+def test_reloaded_policy_applies_to_the_next_request(
     daemon: Daemon, library: Path, images_dir: Path
 ) -> None:
     """Also over a connection that was there before."""
@@ -224,7 +224,7 @@ def test_a_new_policy_holds_for_whoever_asks_next(
     assert bob.convert(request).refusal().status == "PERMISSION_DENIED"
 
 
-def test_a_running_job_keeps_the_policy_that_it_began_with(
+def test_running_job_keeps_the_policy_it_started_with(
     daemon: Daemon, library: Path, images_dir: Path
 ) -> None:
     """Even one that would not allow it any more."""
@@ -235,7 +235,7 @@ def test_a_running_job_keeps_the_policy_that_it_began_with(
     assert running.result().published
 
 
-def test_a_new_bound_lets_those_in_who_wait(
+def test_raised_job_limit_after_a_reload_starts_queued_jobs(
     daemon: Daemon, library: Path, images_dir: Path
 ) -> None:
     """At once, and not only when a place becomes free."""
@@ -257,7 +257,7 @@ def test_a_new_bound_lets_those_in_who_wait(
         pytest.param("jobs = 4", "jobs: is not a key of the policy", id="unknown key"),
     ],
 )
-def test_a_bad_policy_keeps_the_old_one_and_says_why(
+def test_reload_of_an_invalid_policy_keeps_the_old_one_and_logs_why(
     daemon: Daemon, library: Path, images_dir: Path, policy: str, reason: str
 ) -> None:
     """With the file and the key, in the log."""
@@ -268,7 +268,7 @@ def test_a_bad_policy_keeps_the_old_one_and_says_why(
     assert daemon.agent(ALICE).convert(request).result().published
 
 
-def test_a_policy_that_others_may_write_is_not_taken(
+def test_reload_of_a_policy_that_others_can_write_keeps_the_old_one(
     daemon: Daemon, library: Path, images_dir: Path
 ) -> None:
     """Nor one that is not there."""
@@ -305,7 +305,7 @@ def test_a_policy_that_can_not_be_checked_now_is_not_taken(
     assert daemon.agent(ALICE).convert(request).result().published
 
 
-def test_many_reloads_leave_no_process_behind(
+def test_repeated_reloads_leave_no_process_behind(
     daemon: Daemon, library: Path, images_dir: Path
 ) -> None:
     """Each looks names up in a child."""
@@ -320,7 +320,7 @@ def test_many_reloads_leave_no_process_behind(
 # --- a manager that does not read ---------------------------------------------------------------
 
 
-def test_a_manager_that_does_not_read_holds_nobody_up(
+def test_unread_notify_socket_does_not_block_the_daemon(
     daemon: Daemon, library: Path, images_dir: Path
 ) -> None:
     """Its socket takes ten messages; each conversion is worth two."""
@@ -330,7 +330,7 @@ def test_a_manager_that_does_not_read_holds_nobody_up(
     assert len(os.listdir(images_dir)) == 20
 
 
-def test_a_broker_that_was_stopped_for_a_while_loses_nobody(
+def test_broker_resumed_after_sigstop_serves_waiting_callers(
     daemon: Daemon, library: Path, images_dir: Path
 ) -> None:
     """It serves whoever came meanwhile."""

@@ -110,7 +110,7 @@ def check_serves(daemon: Daemon, library: Path, directory: Path) -> None:
 
 @pytest.mark.parametrize("name", [CLIENT, FRONT, BROKER, JOB, QEMU_IMG])
 @AT
-def test_a_process_that_was_stopped_and_goes_on_spoils_nothing(
+def test_process_resumed_after_sigstop_leaves_a_correct_result(
     daemon: Daemon, library: Path, images_dir: Path, name: str, stage: pb.Phase.ValueType
 ) -> None:
     """Whoever waits for it waits; the others do what they can, and nobody takes it for dead."""
@@ -127,7 +127,7 @@ def test_a_process_that_was_stopped_and_goes_on_spoils_nothing(
 
 @pytest.mark.parametrize("name", [CLIENT, FRONT, JOB, QEMU_IMG])
 @AT
-def test_a_process_that_is_killed_while_it_is_stopped_leaves_nothing_half(
+def test_process_killed_while_stopped_leaves_a_whole_result_or_none(
     daemon: Daemon, library: Path, images_dir: Path, name: str, stage: pb.Phase.ValueType
 ) -> None:
     """The kernel does what it can't do itself."""
@@ -145,7 +145,7 @@ def test_a_process_that_is_killed_while_it_is_stopped_leaves_nothing_half(
 
 
 @AT
-def test_a_broker_that_is_killed_while_it_is_stopped_leaves_nothing_half(
+def test_broker_killed_while_stopped_leaves_a_whole_result_or_none(
     make_daemon: MakeDaemon, library: Path, images_dir: Path, stage: pb.Phase.ValueType
 ) -> None:
     """Everything ends with it. The next one serves."""

@@ -46,9 +46,7 @@ def started(make_daemon: MakeDaemon, stall: str, duration: str) -> Daemon:
     return one
 
 
-def test_a_conversion_that_stands_still_is_given_up(
-    daemon: Daemon, library: Path, images_dir: Path
-) -> None:
+def test_stalled_conversion_is_ended(daemon: Daemon, library: Path, images_dir: Path) -> None:
     """No per cent, no block, no processor time: a qemu-img that was stopped moves nothing."""
     request = conversion(
         library / "bulky.raw", images_dir / "dest.qcow2", rate_limit_bytes_per_second=MIB
@@ -63,7 +61,7 @@ def test_a_conversion_that_stands_still_is_given_up(
     assert os.listdir(images_dir) == []
 
 
-def test_a_conversion_that_is_slow_but_moves_is_not_given_up(
+def test_slow_conversion_that_makes_progress_is_not_ended(
     make_daemon: MakeDaemon, library: Path, images_dir: Path
 ) -> None:
     """At 1 MiB/s each per cent of it takes more than half a second, the whole over a minute."""
@@ -78,7 +76,7 @@ def test_a_conversion_that_is_slow_but_moves_is_not_given_up(
     assert call.end().status == "CANCELLED"
 
 
-def test_a_conversion_ends_with_its_duration(
+def test_conversion_is_ended_at_its_time_limit(
     make_daemon: MakeDaemon, library: Path, images_dir: Path
 ) -> None:
     """Though it moves."""
@@ -93,7 +91,7 @@ def test_a_conversion_ends_with_its_duration(
     assert os.listdir(images_dir) == []
 
 
-def test_a_job_that_does_not_listen_is_killed(
+def test_job_that_ignores_sigterm_is_killed(
     daemon: Daemon, library: Path, images_dir: Path
 ) -> None:
     """First it is asked, by SIGTERM; a process that was stopped can't hear that."""

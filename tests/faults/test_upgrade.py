@@ -105,7 +105,7 @@ def request(version: Version, source: Path, dest: Path) -> Any:  # noqa: ANN401 
 # --- the daemon is newer, or as new -------------------------------------------------------------
 
 
-def test_an_old_client_converts(
+def test_old_client_converts_with_a_new_daemon(
     alice: Agent, older: Version, library: Path, images_dir: Path
 ) -> None:
     """Every event can be read with the old descriptor, and says what it said."""
@@ -119,7 +119,7 @@ def test_an_old_client_converts(
     assert images.identical(source, dest)
 
 
-def test_an_old_client_is_answered_by_all_other_calls(
+def test_old_client_is_answered_in_all_other_calls(
     alice: Agent, older: Version, library: Path
 ) -> None:
     """And a job that is not there is an old condition, too."""
@@ -143,7 +143,7 @@ def answer(alice: Agent, version: Version, method: str, **fields: Any) -> Any:  
 # --- the client is newer ------------------------------------------------------------------------
 
 
-def test_fields_that_the_daemon_does_not_know_are_ignored(
+def test_request_fields_unknown_to_the_daemon_are_ignored(
     alice: Agent, newer: Version, library: Path, images_dir: Path
 ) -> None:
     """In each message of a request."""
@@ -163,7 +163,7 @@ ENUMS: Final = (
 
 
 @pytest.mark.parametrize("field", ENUMS)
-def test_a_value_that_the_daemon_does_not_know_is_refused(
+def test_enum_value_unknown_to_the_daemon_is_refused(
     alice: Agent, newer: Version, library: Path, images_dir: Path, field: str
 ) -> None:
     """To guess what was meant would be to do something else than was asked for."""
@@ -202,7 +202,7 @@ ANSWERS: Final = {
 """The messages that this client makes values of, and what makes them."""
 
 
-def test_answers_with_more_in_them_than_this_client_knows_are_read(newer: Version) -> None:
+def test_reply_with_fields_unknown_to_the_client_is_read(newer: Version) -> None:
     """Each field of each answer set, each enum to a new value, each message with a new field."""
     orders = [
         (kind, reader, filled(newer.make(kind)).SerializeToString().hex())

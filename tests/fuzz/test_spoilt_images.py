@@ -143,7 +143,7 @@ def run(daemon: Daemon, images_dir: Path, secret: Secret) -> Iterator[Run]:
 
 
 @pytest.mark.timeout(SECONDS + 300)
-def test_no_spoilt_image_brings_a_secret_or_the_daemon_down(
+def test_corrupted_image_reveals_no_secret_and_does_not_end_the_daemon(
     daemon: Daemon, seeds: tuple[Seed, ...], run: Run
 ) -> None:
     """Each is answered in time, by a result or by a condition that has a name."""

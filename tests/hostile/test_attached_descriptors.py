@@ -75,7 +75,9 @@ def attacked(kernel: str, fill_in: Callable[[str], str]) -> Iterator[Daemon]:
     "how",
     ["at once", "in the middle", "after a part", "out of band", "and is gone", "over the cap"],
 )
-def test_what_strangers_attach_holds_nobody_up(attacked: Daemon, kernel: str, how: str) -> None:
+def test_descriptors_attached_by_strangers_do_not_block_other_callers(
+    attacked: Daemon, kernel: str, how: str
+) -> None:
     """Whenever they send it, and whoever would have closed it: others are answered meanwhile.
 
     In the end nothing of it is left.
@@ -105,7 +107,7 @@ def test_what_strangers_attach_holds_nobody_up(attacked: Daemon, kernel: str, ho
     assert lingering.seconds_of(agent.access) < lingering.SOON_S
 
 
-def test_who_converts_meanwhile_is_not_held_up(
+def test_descriptors_attached_by_strangers_do_not_block_conversions(
     attacked: Daemon, library: Path, images_dir: Path
 ) -> None:
     """Each job's process is a copy of the broker, with its descriptors, for a moment."""
@@ -118,7 +120,9 @@ def test_who_converts_meanwhile_is_not_held_up(
     attacked.await_calm()
 
 
-def test_a_front_that_dies_with_it_unread_holds_nobody_up(attacked: Daemon) -> None:
+def test_front_that_dies_with_unread_descriptors_does_not_block_the_broker(
+    attacked: Daemon,
+) -> None:
     """The broker closes then what the front did not read, and starts another front."""
     pid = attacked.await_one(FRONT)
     os.kill(pid, signal.SIGSTOP)
@@ -147,7 +151,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
-def test_what_was_sent_before_the_daemon_ran_holds_nobody_up(
+def test_descriptors_sent_before_the_daemon_started_do_not_block_it(
     make_daemon: MakeDaemon, kernel: str
 ) -> None:
     """Systemd listens before, and no option was set on its socket then."""
@@ -168,7 +172,7 @@ def test_what_was_sent_before_the_daemon_ran_holds_nobody_up(
     daemon.socket.unlink()
 
 
-def test_whom_nobody_accepts_any_more_holds_up_no_stop(
+def test_descriptors_in_the_backlog_do_not_delay_the_stop(
     make_daemon: MakeDaemon, library: Path, images_dir: Path
 ) -> None:
     """They are in the backlog when the daemon stops listening, and waits for its last job."""
@@ -194,7 +198,7 @@ def test_whom_nobody_accepts_any_more_holds_up_no_stop(
     daemon.check_gone()
 
 
-def test_what_a_taken_over_front_passes_is_never_the_brokers(
+def test_broker_takes_no_descriptor_from_a_compromised_front(
     make_daemon: MakeDaemon, kernel: str
 ) -> None:
     """It takes no descriptor from it at all: such a front is replaced, and nobody waits."""
@@ -227,7 +231,7 @@ def test_what_a_taken_over_front_passes_is_never_the_brokers(
             one.close()
 
 
-def test_one_that_brings_descriptors_counts_until_it_is_closed(
+def test_connection_with_attached_descriptors_counts_until_it_is_closed(
     make_daemon: MakeDaemon,
 ) -> None:
     """Where the front does not say that it let go, the broker keeps its own, within the caps."""

@@ -56,7 +56,9 @@ def volume(request: pytest.FixtureRequest, volumes: Devices, secret: Secret) -> 
     return link, header
 
 
-def test_bare_qemu_img_destroys_what_a_header_names(secret: Secret, scratch: Path) -> None:
+def test_control_bare_qemu_img_writes_to_the_file_named_in_a_header(
+    secret: Secret, scratch: Path
+) -> None:
     """The control for what is written: it resizes the victim, here a copy."""
     victim, image = scratch / "victim", scratch / "guest.raw"
     shutil.copy(secret.raw, victim)
@@ -66,7 +68,7 @@ def test_bare_qemu_img_destroys_what_a_header_names(secret: Secret, scratch: Pat
     victim.unlink()
 
 
-def test_bare_qemu_img_reads_what_a_volume_names(
+def test_control_bare_qemu_img_reads_the_file_named_on_a_volume(
     volume: tuple[Path, bytes], secret: Secret, scratch: Path
 ) -> None:
     """The control for what is read."""
@@ -78,7 +80,7 @@ def test_bare_qemu_img_reads_what_a_volume_names(
 
 
 @pytest.mark.parametrize("stated", ["raw", "qcow2", "vmdk", ""])
-def test_a_volume_with_a_header_is_read_as_what_it_is_or_refused(
+def test_volume_with_an_image_header_is_read_as_stated_or_refused(
     daemon: Daemon, volume: tuple[Path, bytes], secret: Secret, images_dir: Path, stated: str
 ) -> None:
     """Stated as raw it is copied, its header too. Else it would be what the header says."""
@@ -93,7 +95,7 @@ def test_a_volume_with_a_header_is_read_as_what_it_is_or_refused(
     assert secret.unchanged()
 
 
-def test_a_volume_with_a_header_is_overwritten_and_nothing_else(
+def test_writing_to_a_volume_with_an_image_header_changes_no_other_file(
     daemon: Daemon, volume: tuple[Path, bytes], secret: Secret, images_dir: Path, volumes: Devices
 ) -> None:
     """The destination is raw, whatever was on it."""
@@ -106,7 +108,7 @@ def test_a_volume_with_a_header_is_overwritten_and_nothing_else(
     assert secret.unchanged()
 
 
-def test_a_file_with_a_header_in_place_of_the_result_is_replaced_and_not_opened(
+def test_existing_destination_with_an_image_header_is_replaced_unopened(
     daemon: Daemon, secret: Secret, images_dir: Path
 ) -> None:
     """Nothing that bears the destination's name is ever given to qemu-img."""

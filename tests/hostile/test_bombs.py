@@ -189,7 +189,7 @@ BOMBS: Final[dict[str, tuple[str, Callable[[Path], bytes]]]] = {
 
 @pytest.mark.parametrize(("image_format", "make"), BOMBS.values(), ids=tuple(BOMBS))
 @pytest.mark.parametrize("is_stated", [True, False], ids=["stated", "unstated"])
-def test_an_image_that_promises_too_much_is_answered(
+def test_image_with_excessive_header_values_ends_in_a_result_or_a_condition(
     daemon: Daemon,
     own_dir: Path,
     image_format: str,
@@ -210,14 +210,14 @@ def test_an_image_that_promises_too_much_is_answered(
     assert set(os.listdir(own_dir)) <= {"bomb.img", "out.raw"}
 
 
-def test_a_raw_file_of_more_than_allowed_is_refused(daemon: Daemon, own_dir: Path) -> None:
+def test_raw_file_larger_than_the_policy_allows_is_refused(daemon: Daemon, own_dir: Path) -> None:
     """It takes no block on the disk."""
     image = asking.given_to(ALICE, own_dir / "bomb.img", b"")
     os.truncate(image, 2**40)
     assert asking.convert(daemon, image, own_dir / "out", "raw").reason == "IMAGE_TOO_LARGE"
 
 
-def test_a_chain_that_bites_its_tail_is_refused(daemon: Daemon, own_dir: Path) -> None:
+def test_backing_chain_with_a_loop_is_refused(daemon: Daemon, own_dir: Path) -> None:
     """By one member, by two, and by another name of the same file."""
     for name, backing in (("a", "a"), ("b", "c"), ("c", "b"), ("d", "e")):
         data = Qcow2(backing=backing, backing_format="qcow2").data()
@@ -229,7 +229,9 @@ def test_a_chain_that_bites_its_tail_is_refused(daemon: Daemon, own_dir: Path) -
         assert asking.inspect(daemon, own_dir / name, "qcow2").is_ok
 
 
-def test_a_chain_without_end_is_refused(make_daemon: MakeDaemon, own_dir: Path) -> None:
+def test_backing_chain_over_the_depth_limit_is_refused(
+    make_daemon: MakeDaemon, own_dir: Path
+) -> None:
     """A hundred members: each would be a process, a descriptor, and a rule."""
     daemon = make_daemon(POLICY.replace('"10 s"', '"1 h"'))
     daemon.start()
@@ -242,7 +244,7 @@ def test_a_chain_without_end_is_refused(make_daemon: MakeDaemon, own_dir: Path) 
     assert "more than" in answer.message
 
 
-def test_a_passphrase_that_takes_hours_to_try_ends_with_the_job(
+def test_key_derivation_with_excessive_iterations_ends_with_the_job(
     daemon: Daemon, own_dir: Path
 ) -> None:
     """The header says how often it is hashed. The processor is busy, so nothing has stalled."""
@@ -263,7 +265,7 @@ def test_a_passphrase_that_takes_hours_to_try_ends_with_the_job(
     daemon.await_none(QEMU_IMG)
 
 
-def test_what_qemu_img_may_take_of_the_machine_is_bounded(daemon: Daemon, own_dir: Path) -> None:
+def test_qemu_img_has_resource_limits(daemon: Daemon, own_dir: Path) -> None:
     """Address space, descriptors, core dumps; and it waits behind whatever else runs."""
     image = asking.given_to(ALICE, own_dir / "slow.raw", os.urandom(8 * images.MIB))
     request = conversion(

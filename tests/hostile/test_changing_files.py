@@ -98,7 +98,7 @@ def bare_leaks(image: Path, marker: bytes) -> bool:
 
 @pytest.mark.parametrize("kind", ["backing file", "data file"])
 @pytest.mark.parametrize("stated", ["qcow2", ""])
-def test_a_header_rewritten_by_its_owner_reaches_no_other_file(
+def test_header_rewritten_after_the_probe_gives_access_to_no_other_file(
     daemon: Daemon, secret: Secret, own_dir: Path, kind: str, stated: str
 ) -> None:
     """Honest when it is probed, and not when it is converted: nothing but the kernel can help."""
@@ -115,7 +115,7 @@ def test_a_header_rewritten_by_its_owner_reaches_no_other_file(
     assert ends["OK"] < ROUNDS, "the race was never lost: it tests nothing"
 
 
-def test_a_header_rewritten_by_its_owner_reaches_no_file_of_the_system(
+def test_header_rewritten_after_the_probe_gives_access_to_no_system_file(
     daemon: Daemon, system_file: tuple[Path, bytes], own_dir: Path
 ) -> None:
     """Libraries must be open to qemu-img. What lies beside them must not.
@@ -134,7 +134,7 @@ def test_a_header_rewritten_by_its_owner_reaches_no_file_of_the_system(
     hammer(daemon, descriptor, "vmdk", marker)
 
 
-def test_a_source_whose_name_is_swapped_is_the_file_or_is_refused(
+def test_source_name_swapped_during_open_gives_the_file_or_a_refusal(
     daemon: Daemon, secret: Secret, own_dir: Path
 ) -> None:
     """File, link to a secret, directory, FIFO, device: in turn, under one name."""
@@ -150,7 +150,7 @@ def test_a_source_whose_name_is_swapped_is_the_file_or_is_refused(
     assert len(ends) > 1, "the race was never lost: it tests nothing"
 
 
-def test_a_directory_on_the_way_that_is_swapped_leads_nowhere_else(
+def test_directory_swapped_during_path_resolution_does_not_lead_out_of_the_root(
     daemon: Daemon, secret: Secret, own_dir: Path
 ) -> None:
     """For the source and for the destination: nothing is read from there, nothing made there."""
@@ -174,7 +174,7 @@ def test_a_directory_on_the_way_that_is_swapped_leads_nowhere_else(
     assert all(path.read_bytes() == HONEST for path in results)
 
 
-def test_a_destination_whose_name_is_swapped_is_replaced_or_left_alone(
+def test_destination_name_swapped_during_a_job_is_replaced_or_left_unchanged(
     daemon: Daemon, secret: Secret, own_dir: Path
 ) -> None:
     """Nothing is written through a link, into a directory or to a FIFO; and no temporary stays."""
@@ -200,7 +200,9 @@ def test_a_destination_whose_name_is_swapped_is_replaced_or_left_alone(
     assert os.listdir(own_dir / "directory") == []
 
 
-def test_nobody_can_link_anothers_file_into_a_root(secret: Secret, own_dir: Path) -> None:
+def test_user_can_not_hard_link_files_of_another_user_into_a_root(
+    secret: Secret, own_dir: Path
+) -> None:
     """A hard link would be a regular file below the root.
 
     fs.protected_hardlinks, on which the daemon insists, keeps a user from making one.
@@ -220,7 +222,7 @@ HELD_S: Final = 0.5
 
 
 @pytest.mark.parametrize("round_number", range(3))
-def test_another_users_file_is_never_replaced_in_a_sticky_directory(
+def test_sticky_directory_file_of_another_user_is_not_replaced_after_a_swap(
     daemon: Daemon, images_dir: Path, round_number: int
 ) -> None:
     """The destination was the caller's own when it was looked at, and is another's at the rename.
@@ -250,7 +252,7 @@ def test_another_users_file_is_never_replaced_in_a_sticky_directory(
     assert sorted(os.listdir(shared)) == ["aside", "out"]
 
 
-def test_a_race_for_anothers_file_in_a_sticky_directory_is_never_won(
+def test_sticky_directory_race_never_replaces_a_file_of_another_user(
     daemon: Daemon, images_dir: Path
 ) -> None:
     """As fast as two users can swap their files under one name; nothing of either is lost."""

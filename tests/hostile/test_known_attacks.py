@@ -152,7 +152,9 @@ def forge(attack: Attack, secret: Secret, images_dir: Path) -> tuple[Path, Path]
     return named, asking.given_to(ALICE, images_dir / "b.img", twin)
 
 
-def test_bare_qemu_img_falls_for(attack: Attack, forge: tuple[Path, Path], secret: Secret) -> None:
+def test_control_bare_qemu_img_is_vulnerable_to(
+    attack: Attack, forge: tuple[Path, Path], secret: Secret
+) -> None:
     """As root, which is how it was run where it did the damage."""
     out = forge[0].with_suffix(".out")
     argv = ["qemu-img", "convert", "-f", attack.format, "-O", "raw", str(forge[0]), str(out)]
@@ -161,7 +163,7 @@ def test_bare_qemu_img_falls_for(attack: Attack, forge: tuple[Path, Path], secre
 
 
 @pytest.mark.parametrize("stated", ["right", "unstated", "raw", "wrong"])
-def test_the_daemon_does_not_fall_for(
+def test_convertd_is_not_vulnerable_to(
     daemon: Daemon, attack: Attack, forge: tuple[Path, Path], secret: Secret, stated: str
 ) -> None:
     """And tells nobody whether the file that was named exists: neither by Convert nor by Inspect.

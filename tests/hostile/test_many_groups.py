@@ -61,7 +61,7 @@ def ticks_of(pid: int) -> int:
     return int(fields[11]) + int(fields[12])
 
 
-def test_groups_cost_nothing_while_nothing_is_decided(daemon: Daemon) -> None:
+def test_groups_of_a_caller_use_no_memory_until_a_decision_needs_them(daemon: Daemon) -> None:
     """The kernel keeps them with the socket; the broker asks when it must know."""
     before = processes.anonymous_kib(daemon.pid)
     sockets = len(processes.descriptors(daemon.pid))
@@ -76,7 +76,7 @@ def test_groups_cost_nothing_while_nothing_is_decided(daemon: Daemon) -> None:
         process.kill()
 
 
-def test_groups_are_asked_for_once_however_often_somebody_calls(daemon: Daemon) -> None:
+def test_groups_of_a_caller_are_read_once_per_connection(daemon: Daemon) -> None:
     """Each time takes milliseconds, in which nobody else is heard."""
     agent = daemon.agent(CROWDED)
     assert agent.jobs() == []
@@ -89,7 +89,7 @@ def test_groups_are_asked_for_once_however_often_somebody_calls(daemon: Daemon) 
     assert spent_s < 400 * ASKING_S
 
 
-def test_groups_decide_and_cost_nothing_in_the_queue(
+def test_groups_of_a_queued_request_count_in_the_policy_and_use_no_memory(
     daemon: Daemon, library: Path, images_dir: Path
 ) -> None:
     """Each request is held against all of them; each job is started with all of them."""

@@ -49,7 +49,7 @@ def own_dir(images_dir: Path) -> Path:
     ],
     ids=["below a source", "below a result", "in place of a result", "a source", "a result"],
 )
-def test_a_silent_file_system_holds_nobody(
+def test_unresponsive_fuse_mount_in_a_root_blocks_no_job(
     daemon: Daemon, own_dir: Path, point: str, source: str, dest: str
 ) -> None:
     """It is not entered, so it is not asked."""
@@ -61,7 +61,7 @@ def test_a_silent_file_system_holds_nobody(
         daemon.await_calm()
 
 
-def test_a_silent_file_system_in_the_place_of_a_left_over_holds_nobody(
+def test_unresponsive_fuse_mount_named_as_a_temporary_blocks_no_overwrite(
     daemon: Daemon, own_dir: Path
 ) -> None:
     """Whoever overwrites looks through the directory for what a killed job left."""
@@ -76,7 +76,7 @@ def test_a_silent_file_system_in_the_place_of_a_left_over_holds_nobody(
     assert not other.exists()
 
 
-def test_the_silent_file_system_does_hold_whoever_asks_it(own_dir: Path) -> None:
+def test_control_unresponsive_fuse_mount_blocks_a_process_that_opens_it(own_dir: Path) -> None:
     """The control: without it the others would show nothing. Not even SIGKILL ends the wait."""
     point = own_dir / "directory"
     argv = ["stat", str(point)]

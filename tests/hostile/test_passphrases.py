@@ -108,7 +108,7 @@ def finish(call: Call, passphrase: bytes) -> str:
 
 
 @pytest.mark.parametrize("dest_format", ["luks", "qcow2"])
-def test_a_passphrase_shows_nowhere_during_and_after_a_conversion(
+def test_passphrase_is_not_readable_during_or_after_a_conversion(
     daemon: Daemon, own_dir: Path, passphrases: tuple[bytes, bytes], dest_format: str
 ) -> None:
     """To an encrypted image, and from it to another one with another passphrase."""
@@ -132,7 +132,9 @@ def test_a_passphrase_shows_nowhere_during_and_after_a_conversion(
     assert seen(daemon, own_dir, one) + seen(daemon, own_dir, other) == []
 
 
-def test_the_search_finds_what_there_is_to_find(daemon: Daemon, own_dir: Path) -> None:
+def test_control_the_passphrase_search_finds_a_planted_passphrase(
+    daemon: Daemon, own_dir: Path
+) -> None:
     """The control."""
     in_a_file, in_memory = secrets.token_hex(), secrets.token_hex()
     asking.given_to(ALICE, own_dir / "leak", b"there: " + in_a_file.encode())
@@ -143,7 +145,7 @@ def test_the_search_finds_what_there_is_to_find(daemon: Daemon, own_dir: Path) -
         process.kill()
 
 
-def test_a_passphrase_shows_in_no_refusal(
+def test_passphrase_is_in_no_error_message(
     daemon: Daemon, own_dir: Path, passphrases: tuple[bytes, bytes]
 ) -> None:
     """A wrong one, one for an image that has none, one that is too long, one with a bad option."""
@@ -170,7 +172,7 @@ def test_a_passphrase_shows_in_no_refusal(
     assert seen(daemon, own_dir, wrong) == []
 
 
-def test_an_image_that_names_descriptors_gets_no_passphrase(
+def test_image_that_names_descriptors_can_not_read_the_passphrase(
     daemon: Daemon, own_dir: Path, passphrases: tuple[bytes, bytes]
 ) -> None:
     """It names each that qemu-img could have: the pipe is read before any image is opened."""
@@ -192,7 +194,7 @@ def test_an_image_that_names_descriptors_gets_no_passphrase(
 
 
 @pytest.mark.parametrize("name", [FRONT, JOB, QEMU_IMG])
-def test_a_process_that_crashes_with_a_passphrase_dumps_nothing(
+def test_crashed_process_with_a_passphrase_leaves_no_core_dump(
     daemon: Daemon, own_dir: Path, passphrases: tuple[bytes, bytes], name: str
 ) -> None:
     """Whatever the machine does with core dumps: the kernel is told to make none."""
@@ -216,7 +218,7 @@ def test_a_process_that_crashes_with_a_passphrase_dumps_nothing(
     assert seen(daemon, own_dir, one) == []
 
 
-def test_only_processes_that_need_a_passphrase_have_it(
+def test_only_processes_that_need_a_passphrase_have_it_in_memory(
     daemon: Daemon, own_dir: Path, passphrases: tuple[bytes, bytes]
 ) -> None:
     """The broker, which is root and stays, never does."""
@@ -254,7 +256,7 @@ def in_memory(pid: int, text: bytes) -> bool:
     return found
 
 
-def test_the_job_list_shows_only_that_there_is_a_job(
+def test_job_list_shows_nothing_about_encryption(
     daemon: Daemon, own_dir: Path, passphrases: tuple[bytes, bytes]
 ) -> None:
     """Paths and formats, and of the encryption nothing."""

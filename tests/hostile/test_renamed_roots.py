@@ -84,9 +84,7 @@ def _moved_down(outer: Path) -> Path:
 
 
 @pytest.mark.parametrize("move", [_renamed, _replaced, _moved_down])
-def test_a_nested_root_that_was_renamed_stays_closed(
-    daemon: Daemon, outer: Path, move: Move
-) -> None:
+def test_renamed_nested_root_stays_closed(daemon: Daemon, outer: Path, move: Move) -> None:
     """As a source, as the source of an overlay, to be looked at, and to be written to."""
     moved = move(outer)
     out = outer / "out.raw"
@@ -101,7 +99,7 @@ def test_a_nested_root_that_was_renamed_stays_closed(
     assert asking.overwrite(daemon, outer / "own.raw", out).is_ok
 
 
-def test_a_nested_root_that_exchanges_its_name_all_the_time_stays_closed(
+def test_nested_root_that_swaps_names_continuously_stays_closed(
     daemon: Daemon, outer: Path
 ) -> None:
     """The directory that was judged is the one that is gone on in."""
@@ -120,7 +118,7 @@ def test_a_nested_root_that_exchanges_its_name_all_the_time_stays_closed(
     assert len(ends) > 1, "the race was never lost: it tests nothing"
 
 
-def test_a_nested_root_that_is_mounted_once_more_stays_closed(
+def test_nested_root_that_is_mounted_a_second_time_stays_closed(
     outer: Path, make_daemon: MakeDaemon
 ) -> None:
     """Where mounts are entered: it is the same directory."""
@@ -133,7 +131,7 @@ def test_a_nested_root_that_is_mounted_once_more_stays_closed(
         daemon.stop()
 
 
-def test_a_nested_root_on_overlayfs_that_was_renamed_stays_closed(
+def test_renamed_nested_root_on_overlayfs_stays_closed(
     scratch: Path, outer: Path, make_daemon: MakeDaemon
 ) -> None:
     """The first change to a directory of the lower layer makes another inode, with its number."""
@@ -181,7 +179,7 @@ def test_a_nested_root_in_a_snapshot_stays_closed(scratch: Path, make_daemon: Ma
         daemon.stop()
 
 
-def test_a_nested_root_in_the_place_of_another_root_stays_closed(
+def test_nested_root_moved_to_the_path_of_another_root_stays_closed(
     scratch: Path, outer: Path, make_daemon: MakeDaemon
 ) -> None:
     """Whoever owns the parent of both puts the one where the other was."""
@@ -206,7 +204,9 @@ parents_writable_by = [1234]
 """
 
 
-def test_two_names_of_one_directory_are_two_roots(outer: Path, make_daemon: MakeDaemon) -> None:
+def test_one_directory_bind_mounted_twice_is_two_roots(
+    outer: Path, make_daemon: MakeDaemon
+) -> None:
     """Root mounted it twice, and so they were when the policy was loaded."""
     policy = POLICY.replace("[[grants]]", _GRANTED, 1).replace('"outer"]', '"granted", "outer"]')
     with Mounts(outer) as mounts:
@@ -235,7 +235,7 @@ def without_case(scratch: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(point)], check=True)
 
 
-def test_a_nested_root_is_closed_by_each_spelling_of_its_name(
+def test_nested_root_is_closed_in_each_spelling_that_the_file_system_accepts(
     outer: Path, without_case: Path, make_daemon: MakeDaemon
 ) -> None:
     """Where a file system takes capital letters for small ones."""
@@ -261,7 +261,7 @@ access = "daemon"
 """
 
 
-def test_what_its_user_moves_into_a_root_counts_as_in_it(daemon: Daemon, outer: Path) -> None:
+def test_file_that_its_owner_moves_into_a_root_is_in_the_root(daemon: Daemon, outer: Path) -> None:
     """As docs/policy.md says: rename(2) asks about two directories, and never about the file."""
     home = outer.with_name("home-of-alice")
     home.mkdir()

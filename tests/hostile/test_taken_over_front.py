@@ -163,7 +163,7 @@ def reason(answer: object) -> str:
     ],
     ids=["Convert", "Inspect", "ListJobs", "CancelJob", "GetAccess", "GetStats"],
 )
-def test_it_can_act_for_nobody_who_is_not_connected(
+def test_compromised_front_can_not_act_for_a_caller_who_is_not_connected(
     broker: Daemon,
     front: FalseFront,
     image: Path,
@@ -188,7 +188,7 @@ def reason_of_access(front: FalseFront, number: int) -> str:
     return answer.failure.reason if isinstance(answer, messages.Refused) else ""
 
 
-def test_it_can_ask_for_nothing_over_the_probe_that_is_roots(
+def test_compromised_front_can_not_use_the_health_probe_connection_of_root(
     make_daemon: MakeDaemon, image: Path
 ) -> None:
     """The broker makes the connection for it, and is root, who may see and end every job."""
@@ -206,7 +206,7 @@ def test_it_can_ask_for_nothing_over_the_probe_that_is_roots(
         scm_rights.close_all(sockets)
 
 
-def test_it_can_use_no_more_than_the_grants_of_who_is_connected(
+def test_compromised_front_is_limited_to_the_grants_of_connected_callers(
     broker: Daemon, front: FalseFront, image: Path, secret: Secret
 ) -> None:
     """Bob is granted another root, Mallory nothing, and nobody what lies outside of all roots."""
@@ -229,7 +229,7 @@ def test_it_can_use_no_more_than_the_grants_of_who_is_connected(
     assert not out.exists()
 
 
-def test_it_can_keep_no_job_of_a_caller_who_is_gone(
+def test_compromised_front_can_not_keep_the_job_of_a_disconnected_caller(
     broker: Daemon, front: FalseFront, image: Path
 ) -> None:
     """Though it holds the job's channel, and says nothing of the kind."""
@@ -246,7 +246,7 @@ def test_it_can_keep_no_job_of_a_caller_who_is_gone(
     assert os.listdir(image.parent) == ["image.raw"]
 
 
-def test_it_can_see_and_end_no_job_of_another(
+def test_compromised_front_can_not_list_or_cancel_jobs_of_another_caller(
     broker: Daemon, front: FalseFront, image: Path
 ) -> None:
     """By Bob's connection neither; that it can end Alice's by Alice's is what it is for."""
@@ -270,7 +270,7 @@ def test_it_can_see_and_end_no_job_of_another(
 # --- how much it can have ------------------------------------------------------------------------
 
 
-def test_it_can_have_no_more_jobs_than_the_policy_allows(
+def test_compromised_front_can_not_exceed_the_job_limits_of_the_policy(
     broker: Daemon, front: FalseFront, image: Path
 ) -> None:
     """Two run for Alice, four wait, the others are refused; and to lie that one ended is no use."""
@@ -301,7 +301,9 @@ def jobs_of_its_own(broker: Daemon) -> list[processes.Process]:
     return [one for one in broker.processes(JOB) if one.parent == broker.pid]
 
 
-def test_it_can_have_one_call_do_one_thing(broker: Daemon, front: FalseFront, image: Path) -> None:
+def test_compromised_front_can_not_reuse_the_number_of_a_running_call(
+    broker: Daemon, front: FalseFront, image: Path
+) -> None:
     """A number that is in use is refused: or its job would be out of reach."""
     with false_front.connected(broker, ALICE):
         number, call = connection_of(front), front.call()
@@ -327,7 +329,7 @@ OPTIONS: Final = (
 
 
 @pytest.mark.parametrize(("name", "value"), OPTIONS, ids=[f"{n}={v!r}" for n, v in OPTIONS])
-def test_it_can_hand_qemu_img_no_option_that_names_a_file(
+def test_compromised_front_can_not_pass_qemu_img_an_option_with_a_file_name(
     broker: Daemon, front: FalseFront, image: Path, name: str, value: str
 ) -> None:
     """What a caller can't say by gRPC, it can: the broker looks itself."""
@@ -371,7 +373,7 @@ MAD: Final[dict[str, tuple[dict[str, Any], str]]] = {
 
 
 @pytest.mark.parametrize(("changes", "expected"), MAD.values(), ids=tuple(MAD))
-def test_it_can_ask_for_nothing_that_a_caller_could_not(
+def test_compromised_front_can_not_send_values_that_grpc_callers_can_not(
     broker: Daemon, front: FalseFront, image: Path, changes: dict[str, Any], expected: str
 ) -> None:
     """Values of the right type that no honest front would send."""
@@ -387,7 +389,7 @@ def test_it_can_ask_for_nothing_that_a_caller_could_not(
     [(), (b"s",), (channel.PASSPHRASE,), (channel.PASSPHRASE + b"x" * 9000,), (b"[]",)],
     ids=["nothing", "no passphrase", "an empty one", "one that is too long", "a message"],
 )
-def test_it_can_send_nothing_for_a_passphrase_that_holds_a_job_up(
+def test_compromised_front_can_not_stall_a_job_with_its_passphrase_channel(
     broker: Daemon, front: FalseFront, image: Path, sent: tuple[bytes, ...]
 ) -> None:
     """The call ends at once, or after a few seconds; the broker does not know of any of it."""
@@ -455,7 +457,7 @@ NO_MESSAGES: Final[dict[str, bytes]] = {
 
 
 @pytest.mark.parametrize("data", NO_MESSAGES.values(), ids=tuple(NO_MESSAGES))
-def test_what_is_no_message_ends_the_front_and_nothing_else(
+def test_invalid_message_ends_the_front_and_nothing_else(
     broker: Daemon, front: FalseFront, data: bytes
 ) -> None:
     """It no longer speaks our language, so it is no longer ours; another one takes its place."""
@@ -467,7 +469,7 @@ def test_what_is_no_message_ends_the_front_and_nothing_else(
     await_descriptors(broker, front, before)
 
 
-def test_a_front_that_closes_its_channel_and_lives_on_is_replaced(
+def test_front_that_closes_its_channel_but_keeps_running_is_replaced(
     broker: Daemon, front: FalseFront
 ) -> None:
     """Else people would be let in whom nobody ever answers."""
@@ -478,7 +480,7 @@ def test_a_front_that_closes_its_channel_and_lives_on_is_replaced(
     assert front.quiet()
 
 
-def test_a_front_that_reads_nothing_is_replaced(broker: Daemon, front: FalseFront) -> None:
+def test_front_that_stops_reading_is_replaced(broker: Daemon, front: FalseFront) -> None:
     """Until then it is not heard either: what it has not read does not fill the broker's memory."""
     first = broker.await_one("convertd-front")
     before = processes.anonymous_kib(broker.pid)
@@ -520,7 +522,7 @@ class Visitors:
             sock.close()
 
 
-def test_a_front_that_closes_half_its_channel_is_replaced(
+def test_front_that_shuts_down_half_its_channel_is_replaced(
     broker: Daemon, front: FalseFront
 ) -> None:
     """It would be sent nothing more, and no event of its descriptor tells of that."""
@@ -535,7 +537,7 @@ def test_a_front_that_closes_half_its_channel_is_replaced(
     await_descriptors(broker, front, before)
 
 
-def test_a_front_that_was_slow_gets_all_its_answers(broker: Daemon, front: FalseFront) -> None:
+def test_front_that_reads_slowly_receives_all_replies(broker: Daemon, front: FalseFront) -> None:
     """It is not heard while it does not read, and loses nothing by it."""
     first, asked = broker.await_one("convertd-front"), itertools.count()
     with false_front.connected(broker, ALICE):
@@ -556,7 +558,9 @@ def test_a_front_that_was_slow_gets_all_its_answers(broker: Daemon, front: False
     assert broker.await_one("convertd-front") == first
 
 
-def test_nobody_is_let_in_while_it_does_not_read(broker: Daemon, front: FalseFront) -> None:
+def test_broker_accepts_no_connection_while_the_front_does_not_read(
+    broker: Daemon, front: FalseFront
+) -> None:
     """Else whoever connects often enough would be the end of a front that is merely slow."""
     first = broker.await_one("convertd-front")
 
@@ -580,7 +584,7 @@ def test_nobody_is_let_in_while_it_does_not_read(broker: Daemon, front: FalseFro
     assert broker.await_one("convertd-front") == first
 
 
-def test_a_front_that_dies_again_and_again_is_started_again_and_again(
+def test_front_that_dies_repeatedly_is_restarted_without_leaks(
     broker: Daemon, front: FalseFront
 ) -> None:
     """As long as each has served. The broker neither gives up nor leaks."""
@@ -684,7 +688,7 @@ class Spoiler:
         return "".join(pick.choices(letters, k=pick.choice((0, 1, 5, 40, 4000))))
 
 
-def test_random_requests_stay_within_the_policy(
+def test_random_requests_of_a_compromised_front_stay_within_the_policy(
     broker: Daemon, front: FalseFront, image: Path, secret: Secret
 ) -> None:
     """Thousands of them, from a front that knows all numbers and paths, and drops what it hears."""
@@ -710,7 +714,7 @@ def test_random_requests_stay_within_the_policy(
     assert not any(asking.holds(path, secret.marker) for path in image.parent.iterdir())
 
 
-def test_random_requests_are_of_every_kind() -> None:
+def test_random_requests_cover_every_request_type() -> None:
     """One that is added later is tried as well, or this fails."""
     spoiler = Spoiler(SEED, ("/a",), (1,))
     made = [spoiler.message(call) for call in range(1000)]
@@ -730,7 +734,7 @@ def _drop_what_came(front: FalseFront) -> None:
         return
 
 
-def test_spoilt_messages_never_end_the_broker(broker: Daemon, front: FalseFront) -> None:
+def test_mutated_messages_never_end_the_broker(broker: Daemon, front: FalseFront) -> None:
     """A valid request with one thing in it replaced: each either is answered or ends the front."""
     pick = random.Random(SEED)  # noqa: S311 - a test's, to be repeated
     junk: tuple[Any, ...] = (None, True, -1, 1.5, 10**400)

@@ -134,7 +134,7 @@ LIMITS: Final = {"DURATION_EXCEEDED": {"duration": "2 s"}}
 
 
 @pytest.mark.parametrize("name", LIES)
-def test_what_it_says_of_an_image_is_judged(
+def test_compromised_qemu_img_report_about_an_image_is_validated(
     attacked: Daemon, place: Path, image: Path, name: str
 ) -> None:
     """It can say what it likes. The answer is a condition, never a bug, and no file opens."""
@@ -193,7 +193,7 @@ CONTENTS: Final[dict[str, tuple[Behaviour, str]]] = {
 
 
 @pytest.mark.parametrize(("info", "expected"), CONTENTS.values(), ids=tuple(CONTENTS))
-def test_what_it_says_an_image_holds_is_judged(
+def test_compromised_qemu_img_list_of_snapshots_and_bitmaps_is_validated(
     attacked: Daemon, place: Path, image: Path, info: Behaviour, expected: str
 ) -> None:
     """Snapshots and bitmaps are told by Inspect alone: as they can be, or not at all."""
@@ -221,7 +221,7 @@ ENDS: Final[dict[str, tuple[Behaviour, str]]] = {
 
 
 @pytest.mark.parametrize("name", ENDS)
-def test_what_it_says_of_its_work_is_checked(
+def test_compromised_qemu_img_output_of_a_conversion_is_validated(
     attacked: Daemon, place: Path, image: Path, name: str
 ) -> None:
     """A result that is none is not published, and its words go to nobody but the log."""
@@ -280,7 +280,7 @@ EXAMINED: Final[dict[str, tuple[Behaviour, Behaviour, str]]] = {
 
 
 @pytest.mark.parametrize("name", EXAMINED)
-def test_what_it_says_of_an_images_tables_is_judged(
+def test_compromised_qemu_img_report_about_image_tables_is_validated(
     attacked: Daemon, place: Path, image: Path, name: str
 ) -> None:
     """Nothing is published before they are known to be right."""
@@ -295,13 +295,13 @@ def test_what_it_says_of_an_images_tables_is_judged(
     assert os.listdir(image.parent) == [image.name]
 
 
-def test_nothing_that_it_says_is_a_line_of_the_log(attacked: Daemon) -> None:
+def test_compromised_qemu_img_output_can_not_forge_a_log_line(attacked: Daemon) -> None:
     """Both failures above said one."""
     assert not any(line.startswith("INFO convertd.audit[1]") for line in attacked.log.splitlines())
     assert "Traceback" not in attacked.log
 
 
-def test_it_can_name_a_backing_file_only_where_the_caller_may_read(
+def test_compromised_qemu_img_can_name_only_backing_files_its_caller_may_read(
     attacked: Daemon, place: Path, image: Path, secret: Secret
 ) -> None:
     """And that one is then given to a qemu-img for reading, as any other of the caller's."""

@@ -133,7 +133,9 @@ def refusal_of(daemon: Daemon) -> str:
 
 
 @pytest.mark.usefixtures("queued")
-def test_replies_that_are_not_taken_fill_no_memory_and_hold_up_nobody(daemon: Daemon) -> None:
+def test_unread_job_list_replies_use_little_memory_and_block_no_other_caller(
+    daemon: Daemon,
+) -> None:
     """Lists of jobs, by a window of 0, on sockets that are read: it was 1.7 GB, and 24 s."""
     calls = (http2.call(stream, path="ListJobs") for stream in STREAMS)
     with untaken.untaken(ALICE, daemon.socket, *calls) as done:
@@ -145,14 +147,16 @@ def test_replies_that_are_not_taken_fill_no_memory_and_hold_up_nobody(daemon: Da
 
 
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=tuple(ATTACKS))
-def test_nor_does_whatever_else_is_asked_and_not_taken(daemon: Daemon, attack: list[bytes]) -> None:
+def test_other_unread_replies_use_little_memory_and_block_no_other_caller(
+    daemon: Daemon, attack: list[bytes]
+) -> None:
     """Small replies, requests that never come, streams of the services beside ours."""
     with untaken.untaken(ALICE, daemon.socket, *attack):
         waits = suffer(daemon, lambda seconds: seconds > 5)
     assert waits[len(waits) * 9 // 10] < 1.0
 
 
-def test_a_call_counts_and_is_refused_before_its_request_is_there(daemon: Daemon) -> None:
+def test_call_without_its_request_yet_counts_and_is_refused_over_the_limit(daemon: Daemon) -> None:
     """What comes of a request is kept by gRPC, for as many calls as one user may have."""
     calls = [http2.frame(Kind.HEADERS, http2.block(), flags=4, stream=n) for n in STREAMS]
     with contextlib.ExitStack() as stack:
@@ -167,7 +171,7 @@ def test_a_call_counts_and_is_refused_before_its_request_is_there(daemon: Daemon
         assert len(http2.ended(sock, surely)) == surely
 
 
-def test_who_does_not_take_the_health_keeps_it_from_nobody(daemon: Daemon) -> None:
+def test_unread_health_watch_does_not_block_the_health_checks_of_others(daemon: Daemon) -> None:
     """All who watched a service had one lock, and who did not take his first reply held it."""
     bob, record = daemon.agent(BOB), "operation=get-access outcome=done uid=1234"
     before = daemon.log.count(record)
@@ -181,14 +185,14 @@ def test_who_does_not_take_the_health_keeps_it_from_nobody(daemon: Daemon) -> No
         call.end()
 
 
-def test_a_watch_that_is_not_taken_ends(daemon: Daemon) -> None:
+def test_unread_health_watch_is_ended(daemon: Daemon) -> None:
     """As any other reply."""
     seen = daemon.log.count(ENDED)
     with untaken.untaken(ALICE, daemon.socket, call_to(WATCH, 1, b""), connections=1):
         waiting.until(lambda: daemon.log.count(ENDED) > seen, "it is ended")
 
 
-def test_who_has_too_many_calls_is_told_so_and_nobody_else(daemon: Daemon) -> None:
+def test_caller_over_its_call_limit_is_refused_and_other_callers_are_served(daemon: Daemon) -> None:
     """On whichever connection, until those are over."""
     calls = (http2.call(stream) for stream in STREAMS)
     with untaken.untaken(ALICE, daemon.socket, *calls, connections=16):

@@ -55,7 +55,7 @@ def answers(
 
 @pytest.mark.parametrize("caller", [ALICE, MALLORY], ids=["granted elsewhere", "not granted"])
 @pytest.mark.parametrize("stated", FORMATS)
-def test_a_path_that_nobody_granted_is_refused_alike(
+def test_path_without_a_grant_gets_the_same_refusal_whether_it_exists(
     daemon: Daemon, secret: Secret, images_dir: Path, caller: Caller, stated: str
 ) -> None:
     """Whether it is there, is not, is below something that is not, or below a file."""
@@ -93,7 +93,7 @@ NAMING: Final[dict[str, Callable[[str], bytes]]] = {
 
 @pytest.mark.parametrize("make", NAMING.values(), ids=tuple(NAMING))
 @pytest.mark.parametrize("stated", FORMATS)
-def test_an_image_is_refused_alike_whatever_is_where_it_points(
+def test_image_gets_the_same_refusal_whatever_its_backing_path_is(
     daemon: Daemon, secret: Secret, images_dir: Path, make: Callable[[str], bytes], stated: str
 ) -> None:
     """A file, a directory, nothing, a name below a file ("Not a directory"), one of a root's end.
@@ -116,7 +116,7 @@ def test_an_image_is_refused_alike_whatever_is_where_it_points(
     assert len(told) == 1, told
 
 
-def test_a_link_is_refused_alike_wherever_it_leads(
+def test_symlink_gets_the_same_refusal_wherever_it_leads(
     daemon: Daemon, secret: Secret, images_dir: Path
 ) -> None:
     """As a source, as a destination, and on the way to either."""
@@ -138,7 +138,7 @@ def test_a_link_is_refused_alike_wherever_it_leads(
     assert told == {("SYMLINK_IN_PATH",) * 4}
 
 
-def test_a_directory_that_the_caller_may_not_search_keeps_its_names(
+def test_names_in_a_directory_the_caller_may_not_search_are_not_revealed(
     daemon: Daemon, scratch: Path
 ) -> None:
     """Where the caller's own rights count, the daemon's do not look for him."""

@@ -101,7 +101,7 @@ FUZZ: Final[dict[str, Callable[[random.Random], bytes]]] = {
 
 
 @pytest.mark.parametrize("make", FUZZ.values(), ids=tuple(FUZZ))
-def test_any_bytes_end_at_most_their_own_connection(
+def test_random_bytes_end_at_most_their_own_connection(
     daemon: Daemon, make: Callable[[random.Random], bytes]
 ) -> None:
     """From a user who may do nothing at all."""
@@ -148,14 +148,14 @@ BOMBS: Final[dict[str, bytes]] = {
 
 
 @pytest.mark.parametrize("bomb", BOMBS.values(), ids=tuple(BOMBS))
-def test_floods_and_bombs_end_at_most_their_own_connection(daemon: Daemon, bomb: bytes) -> None:
+def test_hostile_http2_frames_end_at_most_their_own_connection(daemon: Daemon, bomb: bytes) -> None:
     """Each is somebody's CVE, or looks like one."""
     with http2.connected(daemon.socket, MALLORY) as sock:
         http2.sent(sock, http2.opening(bomb))
         http2.answer(sock, 0.2)
 
 
-def test_more_connections_than_a_user_may_have_keep_nobody_else_out(daemon: Daemon) -> None:
+def test_user_at_the_connection_limit_does_not_keep_other_users_out(daemon: Daemon) -> None:
     """Those that were opened say nothing, and those that were refused come again."""
     before = len(processes.descriptors(daemon.pid))
     held = []
@@ -207,7 +207,7 @@ MESSAGES: Final[dict[str, Callable[[random.Random], bytes]]] = {
 
 @pytest.mark.parametrize("make", MESSAGES.values(), ids=tuple(MESSAGES))
 @pytest.mark.parametrize("caller", [ALICE, MALLORY], ids=["granted", "not granted"])
-def test_any_bytes_as_a_request_are_answered(
+def test_random_bytes_as_a_request_get_a_status_with_a_reason(
     daemon: Daemon, make: Callable[[random.Random], bytes], caller: Caller
 ) -> None:
     """With a status and a reason, never with UNKNOWN, never with a traceback."""
@@ -227,7 +227,7 @@ ENUMS: Final[dict[str, bytes]] = {
 }
 
 
-def test_the_numbers_of_the_enums_are_those_of_the_contract() -> None:
+def test_enum_numbers_in_the_requests_match_the_contract() -> None:
     """Or the next test would send unknown fields, which are ignored."""
     assert pb.ConvertRequest.FromString(ENUMS["cache_mode"]).cache_mode == 99
     assert pb.ConvertRequest.FromString(ENUMS["dest.compression"]).dest.compression == 99
@@ -237,14 +237,14 @@ def test_the_numbers_of_the_enums_are_those_of_the_contract() -> None:
 
 
 @pytest.mark.parametrize("data", ENUMS.values(), ids=tuple(ENUMS))
-def test_a_value_that_no_enum_has_is_refused(daemon: Daemon, data: bytes) -> None:
+def test_unknown_enum_value_is_refused(daemon: Daemon, data: bytes) -> None:
     """It is not taken for the default."""
     assert checked(daemon.agent(ALICE), "Convert", data) == "INVALID_ARGUMENT"
 
 
 @pytest.mark.parametrize("size", [5_000, 100_000, 170_000, 220_000, 262_000])
 @pytest.mark.parametrize("letter", ["a", "\x01", "\U0001f600"], ids=["letter", "escape", "astral"])
-def test_a_giant_field_ends_its_own_call_alone(daemon: Daemon, size: int, letter: str) -> None:
+def test_oversized_field_ends_only_its_own_call(daemon: Daemon, size: int, letter: str) -> None:
     """One of these once stuck in the front's queue for the broker, and all after it."""
     text = letter * (size // len(letter.encode()))
     agent = daemon.agent(MALLORY)
@@ -259,13 +259,13 @@ def test_a_giant_field_ends_its_own_call_alone(daemon: Daemon, size: int, letter
         assert daemon.agent(BOB).access().uid == BOB.uid
 
 
-def test_a_request_over_the_limit_is_refused_by_grpc(daemon: Daemon) -> None:
+def test_request_over_the_size_limit_is_refused_by_grpc(daemon: Daemon) -> None:
     """Before it is read whole."""
     call = daemon.agent(MALLORY).call("CancelJob", b"\x0a" + b"\xe0\xa7\x12" + b"a" * 300_000)
     assert call.end().status == "RESOURCE_EXHAUSTED"
 
 
-def test_a_caller_in_more_groups_than_fit_into_an_answer_is_told_so(daemon: Daemon) -> None:
+def test_caller_in_too_many_groups_for_the_reply_gets_a_condition(daemon: Daemon) -> None:
     """With subordinate ids anybody can be in 65,536. GetAccess once ended the broker then."""
     crowd = Caller(uid=1777, gid=1777, groups=tuple(range(100_000, 165_000)))
     call = daemon.agent(crowd).call("GetAccess", pb.GetAccessRequest())
@@ -273,7 +273,7 @@ def test_a_caller_in_more_groups_than_fit_into_an_answer_is_told_so(daemon: Daem
     assert daemon.agent(crowd).jobs() == []
 
 
-def test_a_path_that_is_no_text_ends_its_own_connection_alone(daemon: Daemon) -> None:
+def test_path_with_invalid_utf8_ends_only_its_own_connection(daemon: Daemon) -> None:
     """It once ended gRPC's one loop, and nobody was served any more."""
     path = f"/{SERVICE}/Get\N{LATIN SMALL LETTER E WITH ACUTE}".encode("latin-1")
     headers = tuple((name, path if name == b":path" else value) for name, value in http2.HEADERS)
@@ -293,7 +293,9 @@ def test_a_path_that_is_no_text_ends_its_own_connection_alone(daemon: Daemon) ->
         assert daemon.agent(BOB).access().uid == BOB.uid
 
 
-def test_a_peer_writes_no_line_of_its_own_into_the_log(daemon: Daemon, tmp_path: Path) -> None:
+def test_peer_can_not_forge_a_log_line_with_http2_debug_text(
+    daemon: Daemon, tmp_path: Path
+) -> None:
     """By whatever gRPC might log: the text of a GOAWAY was, newlines and all."""
     forged = b"\nINFO convertd.audit[1] operation=convert outcome=done uid=0 FORGED\n"
     names = (b":method", b":path", b"te", b"grpc-timeout", b"grpc-encoding", b"user-agent", b"x")
@@ -319,7 +321,7 @@ def test_a_peer_writes_no_line_of_its_own_into_the_log(daemon: Daemon, tmp_path:
     assert not any(line.startswith("INFO convertd.audit[1]") for line in daemon.log.splitlines())
 
 
-def test_a_call_without_a_request_ends(daemon: Daemon) -> None:
+def test_call_without_a_request_is_ended(daemon: Daemon) -> None:
     """Whether it would have one reply or many, it is not left to wait for what will not come."""
     paths = ("/grpc.health.v1.Health/Watch", f"/{SERVICE}/GetAccess", f"/{SERVICE}/Convert")
     calls = {
@@ -337,7 +339,7 @@ def test_a_call_without_a_request_ends(daemon: Daemon) -> None:
         assert http2.ended(sock, len(calls)) == calls.keys()
 
 
-def test_a_method_that_does_not_exist_is_unimplemented(daemon: Daemon) -> None:
+def test_unknown_method_is_answered_unimplemented(daemon: Daemon) -> None:
     """Of ours, of another service, and of none."""
     for method in (f"/{SERVICE}/Nothing", "/a/b", "/", "//"):
         ended = daemon.agent(MALLORY).call(method, b"").end()

@@ -54,14 +54,14 @@ def copy(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_image_in_git_is_the_contract(tmp_path: Path) -> None:
+def test_descriptor_image_in_git_matches_the_contract(tmp_path: Path) -> None:
     """Additions are in it too: from then on they can't be broken either (`make contract`)."""
     built = buf("build", "--exclude-source-info", "-o", tmp_path / "now.binpb", cwd=ROOT)
     assert built.returncode == 0, built.stderr
     assert (tmp_path / "now.binpb").read_bytes() == IMAGE.read_bytes()
 
 
-def test_the_installed_code_is_of_that_contract() -> None:
+def test_installed_code_matches_the_contract() -> None:
     """Each message, field, enum and call that Python knows is the image's."""
     files = descriptor_pb2.FileDescriptorSet.FromString(IMAGE.read_bytes()).file
     (stated,) = (file for file in files if file.name == PROTO)
@@ -73,13 +73,13 @@ def test_the_installed_code_is_of_that_contract() -> None:
     assert installed.service == stated.service
 
 
-def test_an_unchanged_contract_breaks_nothing(copy: Path) -> None:
+def test_control_unchanged_contract_passes_the_breaking_check(copy: Path) -> None:
     """The control of the test below."""
     assert buf("breaking", "--against", IMAGE, cwd=copy).returncode == 0
 
 
 @pytest.mark.parametrize(("old", "new"), BREAKS.values(), ids=BREAKS)
-def test_a_break_is_noticed(copy: Path, old: str, new: str) -> None:
+def test_breaking_change_is_detected(copy: Path, old: str, new: str) -> None:
     """As `make check` would notice it."""
     proto = copy / "proto" / PROTO
     text = proto.read_text()
@@ -90,7 +90,7 @@ def test_a_break_is_noticed(copy: Path, old: str, new: str) -> None:
     assert PROTO in outcome.stdout
 
 
-def test_an_undocumented_field_is_noticed(copy: Path) -> None:
+def test_undocumented_contract_field_is_detected(copy: Path) -> None:
     """A comment on each message, field, value and call is a rule of `buf lint`."""
     proto = copy / "proto" / PROTO
     proto.write_text(proto.read_text() + "\nmessage Bare {\n  bool said = 1;\n}\n")
@@ -99,7 +99,7 @@ def test_an_undocumented_field_is_noticed(copy: Path) -> None:
     assert "should have a non-empty comment" in outcome.stdout
 
 
-def test_the_generator_is_exactly_the_lowest_grpcio() -> None:
+def test_code_generator_version_is_the_lowest_supported_grpcio() -> None:
     """Generated code refuses a grpcio older than its generator."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     (generator,) = (

@@ -52,7 +52,7 @@ def copy(tmp_path: Path) -> Path:
     return Path(shutil.copytree(ROOT, tmp_path / "copy", ignore=ignored))
 
 
-def test_each_link_that_leads_nowhere_is_told(copy: Path, tmp_path: Path) -> None:
+def test_broken_link_fails_the_documentation_build(copy: Path, tmp_path: Path) -> None:
     """With the page that has it."""
     for page, mistake in MISTAKES.items():
         with (copy / page).open("a", encoding="utf-8") as file:
@@ -65,7 +65,7 @@ def test_each_link_that_leads_nowhere_is_told(copy: Path, tmp_path: Path) -> Non
     assert sorted(told) == sorted(MISTAKES), built.stderr
 
 
-def test_the_site_needs_no_network(tmp_path: Path) -> None:
+def test_documentation_site_needs_no_network(tmp_path: Path) -> None:
     """No page loads a script, a font or a picture from elsewhere."""
     built = build(ROOT, tmp_path)
     assert built.returncode == 0, built.stderr
@@ -80,7 +80,7 @@ def test_the_site_needs_no_network(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_a_test_that_a_page_links_to_is_in_that_file(page: Path) -> None:
+def test_linked_test_in_the_documentation_exists(page: Path) -> None:
     """The build sees that the file is there; this, that the test is in it."""
     for name, path in linked_tests(page.read_text(encoding="utf-8")):
         text = (page.parent / path).read_text(encoding="utf-8")
@@ -95,7 +95,7 @@ def test_a_source_file_that_a_page_names_is_there(page: Path) -> None:
         assert (ROOT / path).exists(), path
 
 
-def test_the_pages_link_to_many_tests() -> None:
+def test_documentation_links_to_many_tests() -> None:
     """Or the test above would no longer find them."""
     linked = [link for page in PAGES for link in linked_tests(page.read_text("utf-8"))]
     assert len(linked) > 60

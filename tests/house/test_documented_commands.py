@@ -194,12 +194,12 @@ SHOWN: Final = {
 
 
 @pytest.mark.parametrize("command", SHOWN.values(), ids=SHOWN)
-def test_a_command_that_a_page_shows_is_right(command: str) -> None:
+def test_documented_command_is_valid(command: str) -> None:
     """For whoever copies it."""
     check(command)
 
 
-def test_the_pages_show_commands_of_each_program() -> None:
+def test_documented_commands_cover_each_program() -> None:
     """Or the test above would no longer find them."""
     programs = [command.split()[0] for command in SHOWN.values()]
     assert len(programs) > 30
@@ -241,13 +241,13 @@ WRONG: Final = (
 
 
 @pytest.mark.parametrize("command", RIGHT)
-def test_a_right_command_is_accepted(command: str) -> None:
+def test_valid_command_passes_the_check(command: str) -> None:
     """In each way in which a page may show one."""
     check(command)
 
 
 @pytest.mark.parametrize("command", WRONG)
-def test_a_wrong_command_is_noticed(command: str) -> None:
+def test_invalid_command_fails_the_check(command: str) -> None:
     """Each program's check can fail."""
     page = f"Text.\n\n```console\n$ {command}\n```\n"
     ((line, shown),) = shown_in(page)

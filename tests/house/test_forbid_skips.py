@@ -27,7 +27,7 @@ def plugin_on_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("body", SKIPS.values(), ids=SKIPS)
-def test_a_skip_fails_the_run(pytester: pytest.Pytester, body: str) -> None:
+def test_skipped_test_fails_the_run_with_forbid_skips(pytester: pytest.Pytester, body: str) -> None:
     """And says why it was skipped."""
     result = run(pytester, body, "--forbid-skips")
     assert result.ret != pytest.ExitCode.OK
@@ -35,13 +35,15 @@ def test_a_skip_fails_the_run(pytester: pytest.Pytester, body: str) -> None:
 
 
 @pytest.mark.parametrize("body", SKIPS.values(), ids=SKIPS)
-def test_a_skip_is_only_a_skip_where_they_are_allowed(pytester: pytest.Pytester, body: str) -> None:
+def test_skipped_test_passes_the_run_without_forbid_skips(
+    pytester: pytest.Pytester, body: str
+) -> None:
     """The control: without the option the same file doesn't fail."""
     result = run(pytester, body)
     assert result.ret in {pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED}
 
 
-def test_an_expected_failure_is_no_skip(pytester: pytest.Pytester) -> None:
+def test_expected_failure_passes_with_forbid_skips(pytester: pytest.Pytester) -> None:
     """Though pytest reports it as one."""
     body = "@pytest.mark.xfail(reason='why')\ndef test_it(): assert False"
     run(pytester, body, "--forbid-skips").assert_outcomes(xfailed=1)

@@ -68,14 +68,14 @@ def copy(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_every_import_keeps_to_the_contracts() -> None:
+def test_each_import_follows_the_import_contracts() -> None:
     """As `make check` finds them."""
     outcome = lint()
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
 
 
 @pytest.mark.parametrize(("module", "statement"), TRESPASSES.values(), ids=TRESPASSES)
-def test_a_trespass_is_noticed(copy: Path, module: str, statement: str) -> None:
+def test_forbidden_import_is_detected(copy: Path, module: str, statement: str) -> None:
     """The contracts really forbid what they seem to."""
     with (copy / module).open("a") as file:
         file.write(f"\n{statement}\n")
@@ -84,7 +84,7 @@ def test_a_trespass_is_noticed(copy: Path, module: str, statement: str) -> None:
     assert "BROKEN" in outcome.stdout
 
 
-def test_job_sandbox_and_kernel_import_the_standard_library_and_ours_alone() -> None:
+def test_job_sandbox_and_kernel_import_only_the_standard_library_and_own_code() -> None:
     """A job runs with the caller's own rights and nothing installed (`convertd_client.local`)."""
     graph = grimp.build_graph("convertd_daemon", include_external_packages=True, cache_dir=None)
     parts = ("convertd_daemon.job", "convertd_daemon.sandbox", "convertd_daemon.linux")
@@ -98,18 +98,18 @@ def test_job_sandbox_and_kernel_import_the_standard_library_and_ours_alone() -> 
 
 
 @pytest.mark.parametrize("module", ["convertd_daemon.job.main", "convertd_daemon.serve"])
-def test_what_runs_as_root_has_no_grpc_in_memory(module: str) -> None:
+def test_root_processes_do_not_load_grpc(module: str) -> None:
     """Whatever an import brings along counts too, so this asks the interpreter."""
     loaded = {name.partition(".")[0] for name in loaded_by(module)}
     assert not loaded & {"convertd", "google", "grpc"}
 
 
-def test_the_front_hashes_nothing() -> None:
+def test_front_does_not_load_hashlib() -> None:
     """What hashes loads OpenSSL, and with it 5 MiB."""
     assert not {"hashlib", "hmac", "secrets"} & loaded_by("convertd_daemon.front.main")
 
 
-def test_the_front_is_started_before_the_broker_has_loaded_much() -> None:
+def test_front_is_started_before_the_broker_loads_most_modules() -> None:
     """It takes longest to start: what the command loads for its first steps delays the daemon."""
     heavy = {"convertd_daemon.channel", "convertd_core.values", "msgspec"}
     assert not heavy & loaded_by("convertd_daemon.main")

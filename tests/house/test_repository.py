@@ -42,7 +42,7 @@ def files() -> list[Path]:
     return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
 
 
-def test_no_file_names_a_place_on_somebodys_machine() -> None:
+def test_no_file_names_a_path_on_a_developer_machine() -> None:
     """Neither where it was written, nor a home, nor a package index."""
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
@@ -55,7 +55,7 @@ def test_no_file_names_a_place_on_somebodys_machine() -> None:
 
 
 @pytest.mark.parametrize("name", ["build", "daemon"])
-def test_what_is_installed_and_what_builds_it_is_pinned(name: str) -> None:
+def test_locked_requirements_are_complete_and_pinned(name: str) -> None:
     """By version and hashes; `make lock` writes both files, from pyproject.toml."""
     lock = (ROOT / "packaging" / "locked" / f"{name}.txt").read_text(encoding="utf-8")
     lines = [line for line in lock.replace("\\\n", "").splitlines() if not line.startswith("#")]
@@ -80,7 +80,7 @@ def test_generated_code_is_not_in_git() -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs uid 0 to become another, this is another")
 @pytest.mark.parametrize("module", ["convertd.v1.convert_pb2_grpc", "convertd_client"])
-def test_any_user_can_run_what_is_installed(module: str) -> None:
+def test_installed_modules_are_importable_by_every_user(module: str) -> None:
     """The tests run programs of ours as users who own nothing."""
     subprocess.run(
         [

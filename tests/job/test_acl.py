@@ -89,7 +89,7 @@ def linked(dest: file_dest.FileDest, path: Path) -> Path:
 
 
 @pytest.mark.parametrize("entries", LISTS)
-def test_a_result_has_the_list_that_open_would_have_given_it(directory: Path, entries: str) -> None:
+def test_result_has_the_acl_that_open_would_have_given_it(directory: Path, entries: str) -> None:
     """For each mode that can be asked for, on each file system."""
     set_default(directory, entries)
     for mode in MODES:
@@ -99,7 +99,7 @@ def test_a_result_has_the_list_that_open_would_have_given_it(directory: Path, en
         path.unlink()
 
 
-def test_no_entry_allows_more_than_the_mode_that_was_asked_for(area: Path) -> None:
+def test_acl_entry_allows_no_more_than_the_requested_mode(area: Path) -> None:
     """A root's mode of 0600 keeps what is created closed to whomever the list names."""
     set_default(area, "u:1666:rw")
     with created(area, 0o600) as dest:
@@ -112,7 +112,7 @@ def test_no_entry_allows_more_than_the_mode_that_was_asked_for(area: Path) -> No
     assert can_read(path, 1666) is True
 
 
-def test_while_it_is_written_nobody_whom_the_list_names_may_open_it(area: Path) -> None:
+def test_unfinished_result_can_not_be_opened_by_users_in_the_default_acl(area: Path) -> None:
     """Only the worker, by its group."""
     set_default(area, "u:1666:rw,g:1700:rw,o::rw")
     with created(area, 0o666) as dest:
@@ -132,7 +132,7 @@ def can_read(path: Path, uid: int, gid: int = 9999) -> bool:
     return ran.returncode == 0
 
 
-def test_without_a_daemon_it_is_inherited_too(area: Path) -> None:
+def test_local_conversion_inherits_the_default_acl(area: Path) -> None:
     """The job has its caller's own rights then."""
     set_default(area, "u:1666:rw")
     rules = grants.Rules(roots=(local_grant.EVERYTHING,))
@@ -160,7 +160,7 @@ def test_without_a_daemon_it_is_inherited_too(area: Path) -> None:
     [b"", b"\2\0\0", b"\1\0\0\0", b"\2\0\0\0\1\0\6\0\xff\xff\xff"],
     ids=["empty", "short", "another-version", "odd"],
 )
-def test_what_is_no_list_is_an_error(data: bytes) -> None:
+def test_invalid_acl_is_an_error(data: bytes) -> None:
     """The kernel hands out none such, or hands on what a file system's server says."""
     with pytest.raises(OSError, match="access control list"):
         acl.inherited(data, 0o600)

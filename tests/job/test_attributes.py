@@ -59,7 +59,7 @@ def disk(request: pytest.FixtureRequest, mounts: Mounts) -> Path:
         pytest.param("out", "i", "immutable", id="immutable-file"),
     ],
 )
-def test_what_can_not_be_replaced_is_refused_before_anything_is_written_in_an(
+def test_destination_is_refused_before_anything_is_written_in_an(
     disk: Path, what: str, attribute: str, named: str
 ) -> None:
     """Nothing is left there, and the message says why."""
@@ -74,14 +74,14 @@ def test_what_can_not_be_replaced_is_refused_before_anything_is_written_in_an(
     assert (disk / "out").read_bytes() == b"old"
 
 
-def test_a_new_name_in_an_append_only_directory_is_made(disk: Path) -> None:
+def test_new_result_is_created_in_an_append_only_directory(disk: Path) -> None:
     """That is what such a directory is for."""
     with having(disk, "a"):
         assert job(disk, overwrite=False).reason == "done"
         assert sorted(os.listdir(disk)) == ["in", "out"]
 
 
-def test_a_directory_that_becomes_append_only_meanwhile_gets_no_temporary(area: Path) -> None:
+def test_directory_that_becomes_append_only_during_the_job_gets_no_temporary(area: Path) -> None:
     """It could not be taken away again."""
     (area / "new").write_bytes(b"old")
     rules = grants.Rules(roots=(grants.files(area),), overwrite=values.OverwriteScope.ANY)
@@ -96,7 +96,7 @@ def test_a_directory_that_becomes_append_only_meanwhile_gets_no_temporary(area: 
     assert reason == "PROTECTED_BY_ATTRIBUTE"
 
 
-def test_where_results_have_names_from_the_start_an_append_only_directory_is_refused(
+def test_append_only_directory_without_o_tmpfile_is_refused(
     area: Path,
 ) -> None:
     """The name could not be taken away. No file system here has attributes and no O_TMPFILE."""

@@ -116,14 +116,16 @@ def rules(images: Path) -> grants.Rules:
     return grants.Rules(roots=(grants.files(images),))
 
 
-class TestChains:
+class TestChainDiscovery:
     """What is found."""
 
-    def test_an_image_alone_is_a_chain(self, rules: grants.Rules, images: Path) -> None:
+    def test_image_without_a_backing_file_is_a_chain_of_one(
+        self, rules: grants.Rules, images: Path
+    ) -> None:
         """Of one."""
         assert followed(rules, image(images / "a", "qcow2")).names == ["a"]
 
-    def test_a_chain_goes_down_to_its_base(self, rules: grants.Rules, images: Path) -> None:
+    def test_chain_is_resolved_down_to_its_base(self, rules: grants.Rules, images: Path) -> None:
         """Relative to the overlay, absolute, up and down again."""
         image(images / "base")
         overlay(images / "bases" / "c", "../base")
@@ -137,7 +139,7 @@ class TestChains:
             (f"{images}/base", "raw"),
         )
 
-    def test_members_may_be_of_any_format_that_the_rule_allows(
+    def test_chain_members_may_have_any_format_the_rule_allows(
         self, rules: grants.Rules, images: Path
     ) -> None:
         """And of no other."""
@@ -149,7 +151,7 @@ class TestChains:
         assert failure is not None
         assert failure.reason == "FORMAT_NOT_ALLOWED"
 
-    def test_members_may_be_others_where_the_daemons_rights_count(
+    def test_daemon_access_reads_chain_members_of_other_owners(
         self, rules: grants.Rules, images: Path
     ) -> None:
         """Mixed owners and directories; qemu-img reads each."""
@@ -159,7 +161,9 @@ class TestChains:
         (images / "bases").chmod(0o700)
         assert followed(rules, images / "a").names == ["a", "b", "base"]
 
-    def test_members_are_read_with_the_callers_rights_where_those_count(self, images: Path) -> None:
+    def test_caller_access_reads_chain_members_with_the_rights_of_the_caller(
+        self, images: Path
+    ) -> None:
         """One that it could not read itself is refused."""
         rules = grants.Rules(roots=(grants.files(images, access=values.RootAccess.CALLER),))
         os.chown(overlay(images / "a", "base"), 1234, 1234)
@@ -168,7 +172,7 @@ class TestChains:
         os.chown(images / "base", 1666, 1666)
         assert "uid 1234" in followed(rules, images / "a").problem
 
-    def test_a_base_in_another_root_is_read_as_that_root_says(self, area: Path) -> None:
+    def test_base_in_another_root_is_read_with_the_settings_of_that_root(self, area: Path) -> None:
         """Its own rights, its own kind."""
         for name in ("images", "library"):
             (area / name).mkdir()
@@ -178,7 +182,9 @@ class TestChains:
         overlay(area / "images" / "a", "../library/base")
         assert followed(rules, area / "images" / "a").names == ["a", "base"]
 
-    def test_with_ones_own_rights_a_base_may_lie_anywhere(self, images: Path, area: Path) -> None:
+    def test_local_grant_allows_a_base_anywhere_and_follows_symlinks(
+        self, images: Path, area: Path
+    ) -> None:
         """And links on the way are followed."""
         image(area / "base")
         overlay(images / "a", area / "link")
@@ -203,7 +209,7 @@ class TestRefusals:
             ":",
         ],
     )
-    def test_a_name_with_a_protocol_is_none(
+    def test_backing_file_name_with_a_protocol_prefix_is_refused(
         self, rules: grants.Rules, images: Path, name: str
     ) -> None:
         """As qemu tells one: a colon before the first slash."""
@@ -211,7 +217,7 @@ class TestRefusals:
             "it is not the plain name of a file"
         )
 
-    def test_a_colon_after_a_slash_is_part_of_a_name(
+    def test_backing_file_name_with_a_colon_after_a_slash_is_a_path(
         self, rules: grants.Rules, images: Path
     ) -> None:
         """As in a path of libvirt's."""
@@ -231,7 +237,7 @@ class TestRefusals:
             "/dev/sda",
         ],
     )
-    def test_outside_of_the_roots_nothing_is_told(
+    def test_backing_file_outside_the_roots_gets_the_same_refusal_whether_it_exists(
         self, rules: grants.Rules, images: Path, area: Path, name: str
     ) -> None:
         """Whether it exists or not has one answer."""
@@ -239,12 +245,14 @@ class TestRefusals:
         found = followed(rules, overlay(images / "a", name))
         assert found.problem == "it is not below a root that you may read"
 
-    def test_the_root_itself_is_no_image(self, rules: grants.Rules, images: Path) -> None:
+    def test_backing_file_that_is_a_root_directory_is_refused(
+        self, rules: grants.Rules, images: Path
+    ) -> None:
         """Nor is a directory in it."""
         assert "not below a root" in followed(rules, overlay(images / "a", images)).problem
         assert "a directory" in followed(rules, overlay(images / "b", "bases")).problem
 
-    def test_a_root_that_the_rule_does_not_name_is_closed_inside_one_that_it_does(
+    def test_backing_file_in_a_nested_root_the_rule_does_not_name_is_refused(
         self, images: Path
     ) -> None:
         """The longest root decides, as for a path of the caller's."""
@@ -254,26 +262,28 @@ class TestRefusals:
         found = followed(rules, overlay(images / "a", "bases/base"))
         assert found.problem == "it is not below a root that you may read"
 
-    def test_in_the_roots_what_is_not_there_is_said_not_to_be(
+    def test_missing_backing_file_inside_the_roots_is_reported_as_missing(
         self, rules: grants.Rules, images: Path
     ) -> None:
         """The caller may look there."""
         problem = followed(rules, overlay(images / "a", "absent")).problem
         assert problem == f"{images}/absent: no such file"
 
-    def test_a_link_is_not_followed(self, rules: grants.Rules, images: Path) -> None:
+    def test_symlink_is_not_followed(self, rules: grants.Rules, images: Path) -> None:
         """Wherever it leads."""
         image(images / "base")
         (images / "link").symlink_to("base")
         assert "symbolic link" in followed(rules, overlay(images / "a", "link")).problem
 
-    def test_what_is_no_file_is_refused_unopened(self, rules: grants.Rules, images: Path) -> None:
+    def test_backing_file_that_is_not_a_regular_file_is_refused_unopened(
+        self, rules: grants.Rules, images: Path
+    ) -> None:
         """A FIFO would block for ever."""
         os.mkfifo(images / "fifo")
         assert "a FIFO" in followed(rules, overlay(images / "a", "fifo")).problem
 
     @pytest.mark.parametrize("name", ["x" * 256, "a/" * 500 + "b"], ids=["a-name", "a-path"])
-    def test_a_name_that_is_too_long_is_refused(
+    def test_backing_file_name_that_is_too_long_is_refused(
         self, rules: grants.Rules, images: Path, name: str
     ) -> None:
         """And shown as far as it fits."""
@@ -282,7 +292,9 @@ class TestRefusals:
         assert failure.reason == "BACKING_REFUSED"
         assert len(dict(failure.values)["backing"]) <= 257
 
-    def test_a_name_that_is_no_text_is_refused(self, rules: grants.Rules, images: Path) -> None:
+    def test_backing_file_name_with_invalid_utf8_is_refused(
+        self, rules: grants.Rules, images: Path
+    ) -> None:
         """A qcow2 may have any bytes there."""
         path = overlay(images / "a", "some-name-of-bytes")
         path.write_bytes(path.read_bytes().replace(b"some-name-of-bytes", b"\xff" * 18))
@@ -291,19 +303,23 @@ class TestRefusals:
         assert failure.status is conditions.Status.FAILED_PRECONDITION
 
     @pytest.mark.parametrize("length", [1, 2, 3])
-    def test_a_loop_is_noticed(self, rules: grants.Rules, images: Path, length: int) -> None:
+    def test_chain_with_a_loop_is_refused(
+        self, rules: grants.Rules, images: Path, length: int
+    ) -> None:
         """By the inode, at the first member that comes again."""
         for number in range(length):
             overlay(images / str(number), str((number + 1) % length), "qcow2")
         assert followed(rules, images / "0").problem == "the chain is a loop"
 
-    def test_a_loop_by_another_name_is_noticed(self, rules: grants.Rules, images: Path) -> None:
+    def test_chain_with_a_loop_through_a_hard_link_is_refused(
+        self, rules: grants.Rules, images: Path
+    ) -> None:
         """A hard link."""
         overlay(images / "a", "b", "qcow2")
         os.link(images / "a", images / "b")
         assert followed(rules, images / "a").problem == "the chain is a loop"
 
-    def test_a_chain_that_is_too_deep_is_refused(
+    def test_chain_over_the_depth_limit_is_refused(
         self, rules: grants.Rules, images: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Each member takes a descriptor, and a run of qemu-img."""
@@ -314,7 +330,7 @@ class TestRefusals:
         assert followed(rules, images / "2").names == ["2", "1", "0"]
         assert followed(rules, images / "3").problem == "the chain has more than 3 members"
 
-    def test_a_member_that_is_not_what_its_overlay_says_is_refused(
+    def test_backing_file_of_another_format_than_the_overlay_states_is_refused(
         self, rules: grants.Rules, images: Path
     ) -> None:
         """And one that is said to be raw is read as raw, whatever is in it."""
@@ -325,7 +341,7 @@ class TestRefusals:
         found = followed(rules, overlay(images / "b", "base", "raw"))
         assert found.members[1] == (f"{images}/base", "raw")
 
-    def test_a_member_that_is_encrypted_is_refused(self, rules: grants.Rules, images: Path) -> None:
+    def test_encrypted_backing_file_is_refused(self, rules: grants.Rules, images: Path) -> None:
         """There is one passphrase, and it is for the source itself."""
         options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
         secret = ["--object", "secret,id=s,data=x", "-o", options]
@@ -333,7 +349,7 @@ class TestRefusals:
         found = followed(rules, overlay(images / "a", "base", "qcow2"))
         assert found.problem == "it is encrypted, and only the source itself may be"
 
-    def test_a_member_with_its_data_elsewhere_is_refused(
+    def test_backing_file_with_an_external_data_file_is_refused(
         self, rules: grants.Rules, images: Path
     ) -> None:
         """As it would be by itself."""
@@ -344,10 +360,10 @@ class TestRefusals:
         assert failure.reason == "IMAGE_REFUSED"
 
 
-class TestWithoutAFormat:
+class TestOverlayWithoutABackingFormat:
     """An overlay that doesn't say what it stands on."""
 
-    def test_on_a_raw_base_is_fine_where_raw_is_allowed(
+    def test_overlay_without_a_backing_format_on_a_raw_base_is_accepted(
         self, rules: grants.Rules, images: Path
     ) -> None:
         """That is what no header in it means."""
@@ -359,7 +375,7 @@ class TestWithoutAFormat:
         assert failure is not None
         assert failure.reason == "FORMAT_NOT_ALLOWED"
 
-    def test_on_anything_else_is_refused_with_the_way_out(
+    def test_overlay_without_a_backing_format_on_another_base_is_refused(
         self, rules: grants.Rules, images: Path
     ) -> None:
         """A guest can write a header into a raw disk, so a probe settles nothing."""
@@ -368,7 +384,7 @@ class TestWithoutAFormat:
         assert problem.endswith(f"qemu-img rebase -u -f qcow2 -b base -F qcow2 {images}/a")
 
 
-class TestInspecting:
+class TestInspectedChains:
     """To look at an image shows as much of its chain as the caller may read."""
 
     def inspected(self, rules: grants.Rules, path: Path) -> results.ImageInfo:
@@ -376,7 +392,7 @@ class TestInspecting:
         source = values.Source(path=str(path), format="qcow2")
         return whole_job.run(rules.inspect(source)).inspected
 
-    def test_a_chain_is_shown_to_its_base(self, rules: grants.Rules, images: Path) -> None:
+    def test_inspect_shows_the_chain_to_its_base(self, rules: grants.Rules, images: Path) -> None:
         """And said to be all of it."""
         image(images / "base")
         said = self.inspected(rules, overlay(images / "a", "base"))
@@ -385,7 +401,7 @@ class TestInspecting:
         assert said.backing_chain_complete
 
     @pytest.mark.parametrize("name", ["absent", "/etc/passwd", "json:{}", "a"])
-    def test_one_that_ends_early_is_said_to(
+    def test_inspect_marks_an_incomplete_chain(
         self, rules: grants.Rules, images: Path, name: str
     ) -> None:
         """What the header says is shown; it is in the image, which the caller may read."""
@@ -394,7 +410,7 @@ class TestInspecting:
         assert said.backing_filename == name
         assert not said.backing_chain_complete
 
-    def test_the_name_that_qemu_saw_it_under_is_not_shown(
+    def test_inspect_shows_the_path_of_the_caller_and_not_of_qemu_img(
         self, rules: grants.Rules, images: Path
     ) -> None:
         """The caller's own path is."""
@@ -402,7 +418,7 @@ class TestInspecting:
         assert "/proc/self/fd" not in said.qemu_img_json
         assert f'"filename": "{images}/a"' in said.qemu_img_json
 
-    def test_an_image_of_a_format_that_is_not_allowed_is_not_shown(
+    def test_inspect_does_not_show_an_image_of_a_format_not_allowed(
         self, rules: grants.Rules, images: Path
     ) -> None:
         """Found out or stated."""
@@ -423,7 +439,7 @@ class TestPassphrases:
             (False, True, conditions.BadOption),
         ],
     )
-    def test_it_goes_with_an_encrypted_image_alone(
+    def test_passphrase_is_accepted_for_an_encrypted_image_only(
         self,
         is_encrypted: bool,  # noqa: FBT001
         has_one: bool,  # noqa: FBT001

@@ -106,11 +106,11 @@ def outcome_of(
     return in_child(steps)
 
 
-class TestSizeAndHeader:
+class TestResultSizeAndHeader:
     """What is always, or cheaply, looked at."""
 
     @pytest.mark.parametrize("kind", ["raw", "qcow2", "vmdk"])
-    def test_what_qemu_img_really_wrote_passes(self, area: Path, kind: str) -> None:
+    def test_correct_result_passes_the_check(self, area: Path, kind: str) -> None:
         """Its header too, if that is asked for."""
 
         def act(steps: Steps) -> None:
@@ -121,7 +121,7 @@ class TestSizeAndHeader:
         assert outcome_of(grant_in(area, format=kind, verify=True), act) is None
 
     @pytest.mark.parametrize(("kind", "words"), [("raw", "has 0 bytes"), ("qcow2", "nothing was")])
-    def test_nothing_written_is_noticed(self, area: Path, kind: str, words: str) -> None:
+    def test_empty_result_fails_the_check(self, area: Path, kind: str, words: str) -> None:
         """Of whatever format."""
         failure = outcome_of(grant_in(area, format=kind), Steps.check)
         assert failure is not None
@@ -129,7 +129,7 @@ class TestSizeAndHeader:
         assert words in failure.message
 
     @pytest.mark.parametrize("size", [MIB - 512, MIB + 512, 2 * MIB])
-    def test_a_raw_result_of_another_size_is_noticed(self, area: Path, size: int) -> None:
+    def test_raw_result_of_the_wrong_size_fails_the_check(self, area: Path, size: int) -> None:
         """To the byte."""
 
         def act(steps: Steps) -> None:
@@ -140,7 +140,7 @@ class TestSizeAndHeader:
         assert failure is not None
         assert failure.message.endswith(f"has {size} bytes instead of {MIB}")
 
-    def test_a_header_that_is_none_is_noticed(self, area: Path) -> None:
+    def test_result_with_an_invalid_header_fails_the_verification(self, area: Path) -> None:
         """If verification is asked for; otherwise that of a job that took long."""
 
         def act(steps: Steps) -> None:
@@ -152,7 +152,7 @@ class TestSizeAndHeader:
         assert failure is not None
         assert failure.message.endswith(f"is unreadable of 0 bytes, not {MIB}")
 
-    def test_a_job_that_took_long_has_its_header_looked_at(self, area: Path) -> None:
+    def test_header_is_checked_after_a_long_job_without_verification(self, area: Path) -> None:
         """It can afford that."""
 
         def act(steps: Steps) -> None:
@@ -162,7 +162,7 @@ class TestSizeAndHeader:
 
         assert outcome_of(grant_in(area, format="qcow2"), act) is not None
 
-    def test_an_image_of_another_size_is_noticed(self, area: Path) -> None:
+    def test_result_with_the_wrong_virtual_size_fails_the_check(self, area: Path) -> None:
         """By its header."""
 
         def act(steps: Steps) -> None:
@@ -175,7 +175,7 @@ class TestSizeAndHeader:
         assert failure is not None
         assert failure.message.endswith(f"is qcow2 of {2 * MIB} bytes, not {MIB}")
 
-    def test_a_device_has_neither(self, area: Path) -> None:
+    def test_device_result_has_no_size_or_header_check(self, area: Path) -> None:
         """It has its own size, and what is on it is compared if that is asked for."""
         with loop_devices.made(area) as volumes:
             device = volumes.add("lv", 2 * MIB)
@@ -193,10 +193,10 @@ class TestSizeAndHeader:
             assert volumes.bytes_on(device) == (area / "in").read_bytes().ljust(2 * MIB, b"\0")
 
 
-class TestContent:
+class TestContentComparison:
     """What a guest would see."""
 
-    def test_one_byte_that_differs_is_noticed(self, area: Path) -> None:
+    def test_verification_detects_one_different_byte(self, area: Path) -> None:
         """Wherever it is."""
 
         def act(steps: Steps) -> None:
@@ -210,7 +210,7 @@ class TestContent:
         assert failure is not None
         assert failure.message.endswith("the contents are not the same")
 
-    def test_what_can_not_be_compared_is_not_called_the_same(self, area: Path) -> None:
+    def test_result_that_can_not_be_compared_fails_the_verification(self, area: Path) -> None:
         """Here its header is gone."""
 
         def act(steps: Steps) -> None:
@@ -234,7 +234,7 @@ def sharing(request: pytest.FixtureRequest, mounts: Mounts) -> Path:
 class TestClones:
     """Raw to raw on a file system that shares blocks."""
 
-    def test_are_the_same_and_say_that_they_share(self, sharing: Path) -> None:
+    def test_clone_has_the_content_of_the_source_and_is_reported(self, sharing: Path) -> None:
         """Rounded up to whole sectors, as qemu does; both can be written on their own."""
 
         def act(steps: Steps) -> None:
@@ -258,7 +258,7 @@ class TestClones:
             pytest.param({"preallocation": values.Preallocation.FULL}, id="room-of-its-own"),
         ],
     )
-    def test_are_not_made_where_something_else_is_asked_for(
+    def test_clone_is_not_made_when_options_require_writing(
         self, sharing: Path, asked: dict[str, object]
     ) -> None:
         """Somebody wants bytes to be written."""
@@ -274,7 +274,7 @@ class TestClones:
         ],
         ids=["a-cache-mode", "a-rate"],
     )
-    def test_are_not_made_where_it_is_said_how(
+    def test_clone_is_not_made_when_a_cache_mode_or_rate_is_requested(
         self, sharing: Path, changes: dict[str, object]
     ) -> None:
         """A clone takes no way that could be said."""
@@ -282,7 +282,7 @@ class TestClones:
         request = dataclasses.replace(grant.request, **changes)  # type: ignore[arg-type]
         assert outcome_of(dataclasses.replace(grant, request=request), is_copied) is None
 
-    def test_are_not_made_where_the_file_system_has_none(self, area: Path) -> None:
+    def test_clone_is_not_made_where_the_file_system_can_not_share_blocks(self, area: Path) -> None:
         """It is tried, and copied then; nothing is left of the attempt."""
 
         def act(steps: Steps) -> None:
@@ -304,7 +304,7 @@ def is_copied(steps: Steps) -> None:
 class TestOwnRights:
     """The grant of who needs no daemon."""
 
-    def test_is_to_everything_that_the_kernel_allows(self) -> None:
+    def test_local_grant_for_a_conversion_allows_everything_with_own_ids(self) -> None:
         """With the ids of this process, and every format."""
         asked = grants.request("/a/b", "/c/d")
         grant = local_grant.grant(messages.LocalRequest(qemu_img="", request=asked))
@@ -314,7 +314,7 @@ class TestOwnRights:
         assert grant.read_formats == values.FORMATS
         assert grant.overwrite is values.OverwriteScope.ANY
 
-    def test_to_look_is_the_same(self) -> None:
+    def test_local_grant_for_an_inspection_allows_one_image(self) -> None:
         """At one image."""
         asked = values.InspectRequest(source=values.Source(path="/a/b"))
         grant = local_grant.grant(messages.LocalRequest(qemu_img="", request=asked))
@@ -327,7 +327,7 @@ class TestOwnRights:
         assert refusals.reason_of(lambda: local_grant.grant(order)) == "BAD_PATH"
 
 
-def test_without_a_qemu_img_there_is_no_conversion(area: Path) -> None:
+def test_local_conversion_without_qemu_img_is_refused_with_the_reason(area: Path) -> None:
     """And that is said, with the reason."""
     missing = dataclasses.replace(whole_job.setup(), path=str(area / "missing"))
 

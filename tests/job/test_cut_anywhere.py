@@ -97,7 +97,7 @@ def instants(events: Instants) -> list[int]:
 
 @pytest.mark.timeout(7200 if CUTS == "all" else 900)
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_job_that_is_cut_short_anywhere_ends_in_silence(
+def test_sigterm_at_any_instruction_leaves_a_whole_result_or_none(
     area: Path, heard: Callable[[], str], *, overwrite: bool
 ) -> None:
     """The result is whole or is not there, nothing else lies about, and the log has no traceback.

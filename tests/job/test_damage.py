@@ -117,7 +117,7 @@ def bare(source: Path) -> bytes:
 
 
 @pytest.mark.parametrize("kind", READABLE)
-def test_a_damaged_image_is_converted_where_that_is_accepted(
+def test_damaged_image_is_converted_if_the_caller_accepts_it(
     area: Path, data: bytes, kind: str
 ) -> None:
     """All of it, with a warning; and the source stays as it is."""
@@ -133,7 +133,7 @@ def test_a_damaged_image_is_converted_where_that_is_accepted(
 
 @pytest.mark.parametrize("kind", READABLE)
 @pytest.mark.parametrize("dry", [False, True], ids=["convert", "dry run"])
-def test_a_damaged_image_is_refused_as_such_where_nothing_was_said(
+def test_damaged_image_is_refused_if_the_caller_does_not_accept_it(
     area: Path, data: bytes, kind: str, *, dry: bool
 ) -> None:
     """With what there is to say."""
@@ -144,7 +144,9 @@ def test_a_damaged_image_is_refused_as_such_where_nothing_was_said(
 
 
 @pytest.mark.parametrize("kind", ["marked as corrupt", "count of 0"])
-def test_a_root_that_does_not_allow_it_decides(area: Path, data: bytes, kind: str) -> None:
+def test_damaged_image_is_refused_if_its_root_does_not_allow_it(
+    area: Path, data: bytes, kind: str
+) -> None:
     """Whatever is asked; and a sound image is converted whatever is asked."""
     source = damaged(area / "in", data, READABLE[kind])
     said = converted(source, accept=True, allow=False)
@@ -156,7 +158,7 @@ def test_a_root_that_does_not_allow_it_decides(area: Path, data: bytes, kind: st
 
 
 @pytest.mark.parametrize("kind", MISSING)
-def test_what_is_missing_is_refused_whatever_is_accepted(
+def test_image_with_missing_data_is_refused_even_if_damage_is_accepted(
     area: Path, data: bytes, kind: str
 ) -> None:
     """Zeroes, or another's data, in place of a guest's are no conversion."""
@@ -167,7 +169,7 @@ def test_what_is_missing_is_refused_whatever_is_accepted(
     assert not (area / "out").exists()
 
 
-def test_a_damaged_backing_file_is_judged_too(area: Path, data: bytes) -> None:
+def test_damaged_backing_file_is_checked_too(area: Path, data: bytes) -> None:
     """It is half of what is converted."""
     damaged(area / "base", data, READABLE["marked as corrupt"])
     argv = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b", "base"]
@@ -187,14 +189,14 @@ def test_a_damaged_backing_file_is_judged_too(area: Path, data: bytes) -> None:
     ],
     ids=["nothing", "a cluster of two", "an unknown line", "beyond the end"],
 )
-def test_what_is_not_known_to_be_harmless_is_not(said: str) -> None:
+def test_unknown_check_message_is_not_treated_as_harmless(said: str) -> None:
     """A line that is not known may tell of data that is gone."""
     complaints = damage.Complaints()
     complaints.take(said.encode())
     assert not complaints.are_harmless()
 
 
-def test_a_complaint_without_an_end_is_not_harmless() -> None:
+def test_check_message_without_an_end_is_not_harmless_and_not_stored() -> None:
     """And is not kept."""
     complaints = damage.Complaints()
     complaints.take(b"ERROR cluster 7 refcount=0 reference=1\n")
@@ -203,7 +205,7 @@ def test_a_complaint_without_an_end_is_not_harmless() -> None:
 
 
 @pytest.mark.parametrize("pieces", [1, 7, 4096])
-def test_complaints_are_understood_however_they_are_cut(pieces: int) -> None:
+def test_check_messages_are_parsed_however_the_output_is_split(pieces: int) -> None:
     """A pipe gives them in pieces."""
     said = b"Leaked cluster 4 refcount=1 reference=0\nERROR cluster 7 refcount=0 reference=1\n"
     complaints = damage.Complaints()
@@ -212,10 +214,12 @@ def test_complaints_are_understood_however_they_are_cut(pieces: int) -> None:
     assert complaints.are_harmless()
 
 
-class TestNotClosed:
+class TestDirtyImages:
     """A qcow2 whose dirty flag is set: its counts are wrong as a matter of course."""
 
-    def test_its_counts_need_nobodys_leave(self, area: Path, data: bytes) -> None:
+    def test_dirty_qcow2_with_wrong_reference_counts_is_converted(
+        self, area: Path, data: bytes
+    ) -> None:
         """Whatever they say."""
         source = damaged(area / "in", data, lambda image: not_closed(image).count_all(0))
         said = converted(source, accept=False)
@@ -224,7 +228,9 @@ class TestNotClosed:
         assert (area / "out").read_bytes() == data
 
     @pytest.mark.parametrize("kind", MISSING)
-    def test_what_is_missing_is_refused(self, area: Path, data: bytes, kind: str) -> None:
+    def test_dirty_qcow2_with_missing_data_is_refused(
+        self, area: Path, data: bytes, kind: str
+    ) -> None:
         """A map alone says of a table that is not there that all of it is zero."""
         source = damaged(area / "in", data, MISSING[kind])
         image = Tables(source)
@@ -248,7 +254,7 @@ class TestNotClosed:
         assert "corrupt path=" in logged
         assert len(logged) < 10_000
 
-    def test_more_complaints_than_are_kept_are_all_judged(self, area: Path) -> None:
+    def test_all_check_messages_count_even_more_than_are_stored(self, area: Path) -> None:
         """One for each of many small clusters."""
         data = os.urandom(20 * MIB)
         source = damaged(area / "in", data, not_closed, "-o", "cluster_size=512")

@@ -71,12 +71,12 @@ def converted(
     return whole_job.run(rules_of(volumes).convert(request))
 
 
-class TestWriting:
+class TestWritingADevice:
     """A device as the destination."""
 
     @pytest.mark.parametrize("sector_bytes", [512, 4096])
     @pytest.mark.parametrize("source_format", ["raw", "qcow2"])
-    def test_of_a_former_tenant_nothing_is_left(
+    def test_device_keeps_no_data_of_its_previous_content(
         self, volumes: Devices, sector_bytes: int, source_format: str
     ) -> None:
         """The image from the first byte to its last, and zeroes to the device's end."""
@@ -89,7 +89,7 @@ class TestWriting:
 
     @pytest.mark.parametrize("sector_bytes", [512, 4096])
     @pytest.mark.parametrize("size", [512, 2 * MIB + 512, 2 * MIB + 3584, SIZE - 512])
-    def test_an_image_that_ends_within_a_sector_of_the_device_leaves_nothing_either(
+    def test_device_with_larger_sectors_keeps_no_data_of_its_previous_content(
         self, volumes: Devices, sector_bytes: int, size: int
     ) -> None:
         """Disks of 512-byte sectors onto a device of larger ones."""
@@ -99,14 +99,16 @@ class TestWriting:
         assert volumes.bytes_on(device) == source.read_bytes().ljust(SIZE, b"\0")
 
     @pytest.mark.parametrize("sector_bytes", [512, 4096])
-    def test_an_image_that_just_fits_fits(self, volumes: Devices, sector_bytes: int) -> None:
+    def test_image_that_exactly_fits_the_device_is_written(
+        self, volumes: Devices, sector_bytes: int
+    ) -> None:
         """To the last byte."""
         device = volumes.add("lv", SIZE, sector_bytes=sector_bytes)
         source = image(volumes, SIZE)
         assert converted(volumes, source, device).reason == "done"
         assert volumes.bytes_on(device) == source.read_bytes()
 
-    def test_what_is_all_zeroes_is_written_too(self, volumes: Devices) -> None:
+    def test_zero_ranges_of_the_image_are_written_to_the_device(self, volumes: Devices) -> None:
         """To qemu-img a hole is nothing to write, unless it is told that something is there."""
         device = volumes.add("lv", SIZE)
         source = volumes.directory / "zeroes"
@@ -115,7 +117,7 @@ class TestWriting:
         assert converted(volumes, source, device).reason == "done"
         assert volumes.bytes_on(device) == bytes(SIZE)
 
-    def test_the_claim_that_it_is_zero_saves_writing_zeroes(self, volumes: Devices) -> None:
+    def test_claimed_zero_device_is_not_zeroed_again(self, volumes: Devices) -> None:
         """A claim that is not true is its claimant's loss: here it shows what was not written."""
         device = volumes.add("lv", SIZE)
         source = image(volumes, 2 * MIB)
@@ -125,16 +127,14 @@ class TestWriting:
         assert found[MIB : MIB + 4096] == b"\xaa" * 4096
         assert found[2 * MIB :] == b"\xaa" * (SIZE - 2 * MIB)
 
-    def test_what_was_written_is_verified_up_to_the_images_end(self, volumes: Devices) -> None:
+    def test_device_is_verified_up_to_the_end_of_the_image(self, volumes: Devices) -> None:
         """What lies beyond is not the image's."""
         device = volumes.add("lv", SIZE)
         request = grants.request(image(volumes, 2 * MIB, "qcow2"), device, "qcow2")
         grant = rules_of(volumes).convert(dataclasses.replace(request, verify=True))
         assert whole_job.run(grant).published.verified
 
-    def test_one_that_is_too_small_is_refused_before_a_byte_is_written(
-        self, volumes: Devices
-    ) -> None:
+    def test_device_that_is_too_small_is_refused_before_a_write(self, volumes: Devices) -> None:
         """With both sizes."""
         device = volumes.add("lv", MIB)
         said = converted(volumes, image(volumes, MIB + 512), device)
@@ -143,7 +143,7 @@ class TestWriting:
         assert said.failure.message == f"{device}: has 1048576 bytes, the image needs 1049088"
         assert volumes.bytes_on(device) == b"\xaa" * MIB
 
-    def test_one_that_was_only_checked_is_not_written(self, volumes: Devices) -> None:
+    def test_validation_does_not_write_the_device(self, volumes: Devices) -> None:
         """The plan is told, with the device's size as the room there is."""
         device = volumes.add("lv", SIZE)
         request = grants.request(image(volumes, MIB), device)
@@ -154,7 +154,7 @@ class TestWriting:
         assert (said.plan.needed_bytes, said.plan.available_bytes) == (0, SIZE)
         assert volumes.bytes_on(device) == b"\xaa" * SIZE
 
-    def test_a_failure_says_that_the_content_is_undefined(
+    def test_failed_write_to_a_device_reports_its_content_as_undefined(
         self, volumes: Devices, mounts: Mounts
     ) -> None:
         """A thin volume that runs full: it has the size, but not the room."""
@@ -172,7 +172,7 @@ class TestWriting:
 class TestRefusals:
     """Which devices are not written."""
 
-    def test_one_that_is_mounted(self, volumes: Devices) -> None:
+    def test_mounted_device_is_refused(self, volumes: Devices) -> None:
         """It holds somebody's files."""
         device = volumes.add("lv", 32 * MIB, dirty=False)
         subprocess.run(["mkfs.ext4", "-q", "-F", str(device)], check=True)
@@ -186,7 +186,9 @@ class TestRefusals:
             subprocess.run(["umount", str(point)], check=True)
         assert converted(volumes, device, volumes.directory / "o").reason == "done"
 
-    def test_one_that_somebody_else_holds(self, volumes: Devices) -> None:
+    def test_device_opened_exclusively_by_another_process_is_refused(
+        self, volumes: Devices
+    ) -> None:
         """A volume manager, another conversion: with O_EXCL, as we do."""
         device = volumes.add("lv", SIZE)
         holder = os.open(device, os.O_RDONLY | os.O_EXCL)
@@ -195,13 +197,13 @@ class TestRefusals:
         os.close(holder)
         assert converted(volumes, image(volumes, MIB), device).reason == "done"
 
-    def test_one_that_is_gone_is_not_made(self, volumes: Devices) -> None:
+    def test_missing_device_is_not_created(self, volumes: Devices) -> None:
         """A file in its place would fill /dev."""
         said = converted(volumes, image(volumes, MIB), volumes.links / "gone")
         assert said.reason == "SOURCE_NOT_FOUND"
         assert os.listdir(volumes.links) == []
 
-    def test_one_whose_name_leads_nowhere_is_not_made(self, volumes: Devices) -> None:
+    def test_device_name_that_is_a_dangling_symlink_is_not_created(self, volumes: Devices) -> None:
         """As udev leaves one for a moment."""
         (volumes.links / "lv").symlink_to("../no-such-device")
         said = converted(volumes, image(volumes, MIB), volumes.links / "lv")
@@ -218,7 +220,7 @@ class TestRefusals:
             ("../fd/3", "OUTSIDE_ROOT"),
         ],
     )
-    def test_one_whose_name_leads_elsewhere(
+    def test_device_name_that_links_to_something_else_is_refused(
         self, volumes: Devices, target: str, expected: str
     ) -> None:
         """Links are followed below /dev, and what is found must be a block device."""
@@ -226,7 +228,7 @@ class TestRefusals:
         said = converted(volumes, image(volumes, MIB), volumes.links / "lv")
         assert said.reason == expected
 
-    def test_a_file_in_a_root_of_devices(self, volumes: Devices) -> None:
+    def test_regular_file_in_a_root_of_devices_is_refused(self, volumes: Devices) -> None:
         """Somebody put it into /dev."""
         (volumes.links / "lv").write_bytes(b"x")
         said = converted(volumes, image(volumes, MIB), volumes.links / "lv")
@@ -236,7 +238,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("group", "mode"), [(DISK_GROUP, 0o640), (DISK_GROUP, 0o600), (0, 0o660)]
     )
-    def test_one_whose_group_may_not_write_it(
+    def test_device_its_group_may_not_write_is_refused(
         self, volumes: Devices, group: int, mode: int
     ) -> None:
         """The worker gets the device's group, no capability, and never root's group."""
@@ -252,16 +254,16 @@ class TestRefusals:
         )
         assert volumes.bytes_on(device) == b"\xaa" * SIZE
 
-    def test_any_format_but_raw(self, volumes: Devices) -> None:
+    def test_destination_format_other_than_raw_is_refused_for_a_device(
+        self, volumes: Devices
+    ) -> None:
         """What is on a device is its content."""
         device = volumes.add("lv", SIZE)
         said = converted(volumes, image(volumes, MIB), device, format="qcow2")
         assert said.reason == "UNSUPPORTED"
         assert volumes.bytes_on(device) == b"\xaa" * SIZE
 
-    def test_one_that_the_caller_may_not_open_where_its_rights_count(
-        self, volumes: Devices
-    ) -> None:
+    def test_caller_access_refuses_a_device_the_caller_may_not_open(self, volumes: Devices) -> None:
         """Access = caller, on a device as on a file."""
         device = volumes.add("lv", SIZE)
         rules = rules_of(volumes, access=values.RootAccess.CALLER)
@@ -271,7 +273,9 @@ class TestRefusals:
         os.chown(device, 0, 1300)
         assert whole_job.run(grant).reason == "done"
 
-    def test_the_source_under_another_name(self, volumes: Devices) -> None:
+    def test_device_that_is_the_source_under_another_name_is_refused(
+        self, volumes: Devices
+    ) -> None:
         """An image that is converted onto itself is lost."""
         device = volumes.add("lv", SIZE)
         source = image(volumes, MIB, "qcow2")
@@ -284,7 +288,9 @@ class TestRefusals:
         assert said.failure.message.endswith("/alias' is the source")
         assert volumes.bytes_on(device)[: len(content)] == content
 
-    def test_what_the_source_stands_on(self, volumes: Devices) -> None:
+    def test_device_that_is_the_backing_file_of_the_source_is_refused(
+        self, volumes: Devices
+    ) -> None:
         """A snapshot that is converted onto its own base is lost, too."""
         device = volumes.add("lv", SIZE)
         overlay = volumes.directory / "overlay"
@@ -299,11 +305,11 @@ class TestRefusals:
         assert volumes.bytes_on(device) == b"\xaa" * SIZE
 
 
-class TestReading:
+class TestReadingADevice:
     """A device as the source."""
 
     @pytest.mark.parametrize("sector_bytes", [512, 4096])
-    def test_all_of_it_is_the_image(self, volumes: Devices, sector_bytes: int) -> None:
+    def test_source_device_is_read_in_full(self, volumes: Devices, sector_bytes: int) -> None:
         """Its size is the disk's."""
         device = volumes.add("lv", 2 * MIB, sector_bytes=sector_bytes)
         device.write_bytes(os.urandom(2 * MIB))
@@ -311,7 +317,7 @@ class TestReading:
         assert said.published.virtual_size_bytes == 2 * MIB
         assert (volumes.directory / "out").read_bytes() == volumes.bytes_on(device)
 
-    def test_an_image_of_another_format_may_be_on_it(self, volumes: Devices) -> None:
+    def test_source_device_may_hold_an_image_of_another_format(self, volumes: Devices) -> None:
         """A qcow2 on a volume."""
         device = volumes.add("lv", SIZE, dirty=False)
         source = image(volumes, MIB, "qcow2")
@@ -321,7 +327,7 @@ class TestReading:
         raw = volumes.directory / "source.raw"
         assert (volumes.directory / "out").read_bytes() == raw.read_bytes()
 
-    def test_a_chain_may_stand_on_it(self, volumes: Devices) -> None:
+    def test_source_device_may_be_a_backing_file(self, volumes: Devices) -> None:
         """Files over a volume; qemu-img opens it as a device."""
         device = volumes.add("lv", MIB)
         overlay = volumes.directory / "overlay"
@@ -331,7 +337,7 @@ class TestReading:
         assert [member.path for member in said.plan.chain] == [str(overlay), str(device)]
         assert (volumes.directory / "out").read_bytes() == b"\xaa" * MIB
 
-    def test_one_may_be_copied_to_another(self, volumes: Devices) -> None:
+    def test_source_device_is_copied_to_a_device_with_other_sectors(self, volumes: Devices) -> None:
         """Of different sectors."""
         source = volumes.add("one", MIB)
         dest = volumes.add("two", SIZE, sector_bytes=4096)
@@ -347,7 +353,7 @@ def failing(dest: destination.Destination) -> Iterator[None]:
         yield
 
 
-class TestOpening:
+class TestOpeningADevice:
     """What is held while a device is written."""
 
     @contextlib.contextmanager
@@ -357,7 +363,9 @@ class TestOpening:
         with device_dest.open_dest(grant, WORKER) as dest:
             yield dest
 
-    def test_it_is_held_for_as_long_as_it_is_open(self, volumes: Devices) -> None:
+    def test_destination_device_is_held_exclusively_while_it_is_open(
+        self, volumes: Devices
+    ) -> None:
         """Nobody can mount it meanwhile, nor open it as we do."""
         device = volumes.add("lv", SIZE)
         with self.opened(volumes, device) as dest:
@@ -368,7 +376,7 @@ class TestOpening:
                 os.open(device, os.O_RDONLY | os.O_EXCL)
         os.close(os.open(device, os.O_RDONLY | os.O_EXCL))
 
-    def test_without_a_worker_its_group_does_not_matter(self, volumes: Devices) -> None:
+    def test_local_conversion_ignores_the_group_of_a_device(self, volumes: Devices) -> None:
         """Qemu-img has our own rights then."""
         device = volumes.add("lv", SIZE)
         os.chmod(device, 0o600)
@@ -376,7 +384,7 @@ class TestOpening:
         with device_dest.open_dest(grant, None) as dest:
             assert dest.group is None
 
-    def test_what_can_not_be_flushed_is_told(self, volumes: Devices) -> None:
+    def test_device_flush_error_is_reported(self, volumes: Devices) -> None:
         """In the kernel's words; here the range that is zeroed is not the device's."""
         device = volumes.add("lv", SIZE)
         with self.opened(volumes, device) as dest:
@@ -386,7 +394,7 @@ class TestOpening:
         assert failure is not None
         assert failure.reason == "WRITE_FAILED"
 
-    def test_a_file_that_fails_leaves_nothing_undefined(self, area: Path) -> None:
+    def test_failed_file_destination_has_no_undefined_content(self, area: Path) -> None:
         """It just never appears."""
         rules = grants.Rules(roots=(grants.files(area),))
         grant = rules.convert(grants.request(area / "a", area / "b"))
@@ -398,7 +406,7 @@ class TestOpening:
             raise conditions.Stalled(stall_s=1.0)
         assert stalled.value.undefined_device == ""
 
-    def test_a_device_that_fails_is_undefined(self, volumes: Devices) -> None:
+    def test_failed_device_destination_has_undefined_content(self, volumes: Devices) -> None:
         """Whatever it failed of."""
         device = volumes.add("lv", SIZE)
         with (
@@ -409,7 +417,7 @@ class TestOpening:
             raise conditions.Stalled(stall_s=1.0)
         assert stalled.value.undefined_device == str(device)
 
-    def test_where_there_are_no_devices_there_is_none(self) -> None:
+    def test_root_of_devices_without_dev_is_reported_as_missing(self) -> None:
         """A root of devices is resolved from /dev anew by each job."""
         rules = grants.Rules(roots=(grants.devices("/dev/no-such-group"),))
         place = rules.place("/dev/no-such-group/lv")

@@ -36,7 +36,7 @@ def unnamed(
 
 
 @pytest.mark.parametrize("size", [0, 1, 4095, 4096, 1024 * 1024])
-def test_what_can_be_read_directly_can_be_whatever_its_size(unnamed: int, size: int) -> None:
+def test_direct_read_is_possible_for_a_file_of_any_size(unnamed: int, size: int) -> None:
     """And its content is not changed by asking."""
     data = os.urandom(size)
     os.write(unnamed, data)
@@ -44,13 +44,13 @@ def test_what_can_be_read_directly_can_be_whatever_its_size(unnamed: int, size: 
     assert os.pread(unnamed, size + 1, 0) == data
 
 
-def test_what_can_be_written_directly_is_left_empty(unnamed: int) -> None:
+def test_direct_write_test_leaves_the_file_empty(unnamed: int) -> None:
     """A leftover block would end up in the result."""
     assert direct_io.write_refusal(unnamed) is None
     assert os.fstat(unnamed).st_size == 0
 
 
-def test_what_the_kernel_promises_is_not_tried(mounts: Mounts) -> None:
+def test_direct_io_reported_by_the_kernel_is_not_tested(mounts: Mounts) -> None:
     """It would take the disk milliseconds."""
     descriptor = os.open(mounts.on_a_loop("xfs", "xfs"), os.O_TMPFILE | os.O_RDWR, 0o600)
     before = os.fstat(descriptor)
@@ -60,7 +60,7 @@ def test_what_the_kernel_promises_is_not_tried(mounts: Mounts) -> None:
 
 
 @pytest.mark.parametrize(("memory", "offset"), [(0, 0), (512, 8192), (8192, 512), (4096, 0)])
-def test_a_promise_that_is_none_for_us_is_tried(
+def test_direct_io_with_unsuitable_alignment_is_tested(
     on_ramfs: int, monkeypatch: pytest.MonkeyPatch, memory: int, offset: int
 ) -> None:
     """Blocks of 4096 bytes are what qemu transfers at least."""
@@ -70,13 +70,13 @@ def test_a_promise_that_is_none_for_us_is_tried(
     assert direct_io.write_refusal(on_ramfs) == "Invalid argument"
 
 
-def test_where_it_can_not_be_the_kernels_words_say_so(on_ramfs: int) -> None:
+def test_direct_io_refusal_has_the_kernel_message(on_ramfs: int) -> None:
     """Ramfs refuses O_DIRECT when it is opened."""
     assert direct_io.read_refusal(on_ramfs) == "Invalid argument"
     assert direct_io.write_refusal(on_ramfs) == "Invalid argument"
 
 
-def test_a_write_that_fails_after_the_opening_is_a_refusal_too(mounts: Mounts) -> None:
+def test_direct_write_that_fails_after_open_is_a_refusal_too(mounts: Mounts) -> None:
     """Here the file system is full, which is seen at the first transfer only."""
     point = mounts.in_memory("tmpfs", "full", "mode=755,size=64k")
     with (point / "filler").open("wb", buffering=0) as filler:
@@ -87,7 +87,7 @@ def test_a_write_that_fails_after_the_opening_is_a_refusal_too(mounts: Mounts) -
     os.close(descriptor)
 
 
-def test_an_inode_that_holds_data_is_not_written_to(unnamed: int) -> None:
+def test_direct_write_test_on_a_file_with_data_is_an_error(unnamed: int) -> None:
     """It would lose what it holds; to ask is a mistake of ours."""
     os.write(unnamed, b"data")
     with pytest.raises(ValueError, match="holds data"):
@@ -95,7 +95,7 @@ def test_an_inode_that_holds_data_is_not_written_to(unnamed: int) -> None:
     assert os.pread(unnamed, 9, 0) == b"data"
 
 
-def test_no_descriptor_is_left_open(unnamed: int, on_ramfs: int) -> None:
+def test_direct_io_test_leaves_no_descriptor_open(unnamed: int, on_ramfs: int) -> None:
     """Whatever the answer was."""
     with none_left_open():
         for descriptor in (unnamed, on_ramfs):

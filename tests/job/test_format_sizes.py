@@ -69,7 +69,7 @@ def last_sector_is_there(path: Path, image_format: str, size_bytes: int) -> bool
 
 
 @pytest.mark.parametrize("kind", LARGEST)
-def test_the_largest_image_of_a_format_is_made(area: Path, kind: str) -> None:
+def test_largest_image_of_a_format_is_created(area: Path, kind: str) -> None:
     """What is said of the limits is not too little."""
     image_format, options, size = LARGEST[kind]
     assert converted(area, image_format, options, size).failure is None
@@ -78,7 +78,7 @@ def test_the_largest_image_of_a_format_is_made(area: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("validate_only", [False, True], ids=["convert", "dry run"])
 @pytest.mark.parametrize("kind", [*LARGEST, *OUT_OF_REACH])
-def test_one_sector_more_is_refused_with_the_limit(
+def test_image_one_sector_over_the_limit_is_refused_with_the_limit(
     area: Path, kind: str, *, validate_only: bool
 ) -> None:
     """Before anything runs, as a request that can't be meant."""
@@ -93,7 +93,7 @@ def test_one_sector_more_is_refused_with_the_limit(
 
 
 @pytest.mark.parametrize("kind", OUT_OF_REACH)
-def test_tables_that_memory_does_not_hold_are_told_as_such(area: Path, kind: str) -> None:
+def test_tables_that_do_not_fit_into_memory_are_reported_as_such(area: Path, kind: str) -> None:
     """Not as data that is lost."""
     image_format, options, size = OUT_OF_REACH[kind]
     assert converted(area, image_format, options, size).reason == "OUT_OF_MEMORY"
@@ -115,7 +115,7 @@ EMPTY: Final = {
 
 
 @pytest.mark.parametrize("kind", EMPTY)
-def test_an_empty_image_is_made_where_its_format_has_one(area: Path, kind: str) -> None:
+def test_empty_image_is_created_or_refused_as_its_format_allows(area: Path, kind: str) -> None:
     """And refused, with the least that is possible, where qemu could not open it again."""
     image_format, options, is_possible = EMPTY[kind]
     said = converted(area, image_format, options, 0)
@@ -129,7 +129,9 @@ def test_an_empty_image_is_made_where_its_format_has_one(area: Path, kind: str) 
 
 
 @pytest.mark.parametrize("options", ["cluster_size=8388608,table_size=2", "cluster_size=67108864"])
-def test_tables_that_qemu_can_not_count_are_refused(area: Path, options: str) -> None:
+def test_image_tables_with_an_integer_overflow_in_qemu_are_refused(
+    area: Path, options: str
+) -> None:
     """A qed of which the tables could reach beyond 64 bits: qemu takes its size for 0."""
     said = converted(area, "qed", options, GIB)
     assert said.reason == "SIZE_NOT_POSSIBLE"

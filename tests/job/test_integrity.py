@@ -88,7 +88,7 @@ class TestWholeImages:
 
     @pytest.mark.parametrize("data", [noise(), words()], ids=["noise", "words"])
     @pytest.mark.parametrize("kind", KINDS)
-    def test_an_image_that_is_whole_is_converted(self, area: Path, kind: str, data: bytes) -> None:
+    def test_complete_image_is_converted(self, area: Path, kind: str, data: bytes) -> None:
         """Of each format, where its file ends in the middle of a cluster too."""
         image_format, options = KINDS[kind]
         source = made(area / "in", image_format, *options, data=data)
@@ -97,7 +97,7 @@ class TestWholeImages:
 
     @pytest.mark.parametrize("image_format", ["qcow2", "vmdk", "vdi", "qed", "parallels"])
     @pytest.mark.parametrize("seed", range(4))
-    def test_what_a_guest_has_written_is_converted(
+    def test_complete_image_with_guest_writes_is_converted(
         self, area: Path, image_format: str, seed: int
     ) -> None:
         """Here and there, zeroes and discards among it, in a disk of no round size."""
@@ -117,7 +117,7 @@ class TestWholeImages:
         compare = ["qemu-img", "compare", "-f", image_format, "-F", "raw"]
         subprocess.run([*compare, str(source), str(area / "out")], check=True)
 
-    def test_an_image_that_has_lost_space_is_converted(self, area: Path) -> None:
+    def test_image_with_leaked_clusters_is_converted(self, area: Path) -> None:
         """A cluster that nothing leads to harms nobody; a crash leaves such."""
         source = made(area / "in", "qcow2", data=noise())
         with source.open("r+b") as file:
@@ -126,7 +126,7 @@ class TestWholeImages:
         assert _check_status(source) == 3
         assert converted(source, "qcow2").reason == "done"
 
-    def test_an_image_that_was_not_closed_is_converted(self, area: Path) -> None:
+    def test_image_that_was_not_closed_is_converted(self, area: Path) -> None:
         """Its reference counts are wrong, as its dirty flag says, and its data is right."""
         source = _not_closed(area / "in")
         assert _check_status(source) == 2
@@ -134,7 +134,7 @@ class TestWholeImages:
         assert [warning.reason for warning in said.published.warnings] == ["SOURCE_DIRTY"]
         assert (area / "out").read_bytes()[:MIB] == b"\xcd" * MIB
 
-    def test_an_encrypted_image_is_opened_with_its_passphrase(self, area: Path) -> None:
+    def test_encrypted_image_is_checked_with_its_passphrase(self, area: Path) -> None:
         """Which goes to each qemu-img by a pipe of its own; a wrong one is named as such."""
         secret = ["--object", "secret,id=s,data=secret"]
         options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=1"
@@ -145,7 +145,7 @@ class TestWholeImages:
         cut(source, source.stat().st_size // 2)
         assert converted(source, "qcow2", b"secret").reason == "IMAGE_REFUSED"
 
-    def test_an_image_declared_raw_is_not_asked_about(self, area: Path) -> None:
+    def test_raw_image_is_not_checked(self, area: Path) -> None:
         """Half of an image is all of a raw one."""
         source = made(area / "in", "qcow2", data=noise())
         half = cut(source, source.stat().st_size // 2 // SECTOR * SECTOR)
@@ -153,11 +153,11 @@ class TestWholeImages:
         assert (area / "out").read_bytes() == half.read_bytes()
 
 
-class TestHalves:
+class TestTruncatedImages:
     """What is cut off."""
 
     @pytest.mark.parametrize("kind", KINDS)
-    def test_half_of_an_image_is_refused(self, area: Path, kind: str) -> None:
+    def test_image_truncated_to_half_is_refused(self, area: Path, kind: str) -> None:
         """Of each format. Nothing appears."""
         image_format, options = KINDS[kind]
         source = made(area / "in", image_format, *options, data=noise())
@@ -166,7 +166,7 @@ class TestHalves:
         assert not (area / "out").exists()
 
     @pytest.mark.parametrize("kind", ["qcow2", "qcow2-preallocated", "vmdk", "vdi", "parallels"])
-    def test_an_image_without_its_last_sector_is_refused(self, area: Path, kind: str) -> None:
+    def test_image_without_its_last_sector_is_refused(self, area: Path, kind: str) -> None:
         """Which qemu-img check forgives."""
         image_format, options = KINDS[kind]
         source = made(area / "in", image_format, *options, data=noise())
@@ -176,7 +176,7 @@ class TestHalves:
         assert failure is not None
         assert f"its data goes on to byte {size}, it ends at {size - SECTOR}" in failure.message
 
-    def test_a_table_that_is_cut_off_is_missed(self, area: Path) -> None:
+    def test_image_with_a_truncated_table_is_refused(self, area: Path) -> None:
         """All that it leads to would read as zeroes, and `map` shows nothing of it."""
         source = area / "in"
         argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=4096", str(source)]
@@ -189,7 +189,7 @@ class TestHalves:
         assert subprocess.run(listed, check=True, capture_output=True).stdout.count(b"offset") == 1
         assert converted(source, "qcow2").reason == "IMAGE_REFUSED"
 
-    def test_half_of_an_image_that_was_not_closed_is_refused(self, area: Path) -> None:
+    def test_truncated_image_that_was_not_closed_is_refused(self, area: Path) -> None:
         """For what is missing, and not for its reference counts, which whole ones have too."""
         source = _not_closed(area / "in")
         cut(source, source.stat().st_size // 2)
@@ -197,7 +197,7 @@ class TestHalves:
         assert failure is not None
         assert "its tables lead beyond its end" in failure.message
 
-    def test_half_of_what_an_image_stands_on_is_refused(self, area: Path) -> None:
+    def test_truncated_backing_file_is_refused_by_name(self, area: Path) -> None:
         """And named."""
         base = made(area / "base", "qcow2", data=noise())
         argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", "base"]
@@ -209,13 +209,13 @@ class TestHalves:
         assert failure is not None
         assert (failure.reason, dict(failure.values)["path"]) == ("IMAGE_REFUSED", str(base))
 
-    def test_a_validation_says_so(self, area: Path) -> None:
+    def test_validation_refuses_a_truncated_image(self, area: Path) -> None:
         """It is a check like the others."""
         source = made(area / "in", "vdi", data=noise())
         cut(source, source.stat().st_size // 2)
         assert converted(source, "vdi", validate_only=True).reason == "IMAGE_REFUSED"
 
-    def test_nothing_of_it_is_written_to_a_device(self, area: Path) -> None:
+    def test_truncated_image_is_refused_before_a_device_is_written(self, area: Path) -> None:
         """Whose content would be undefined: it is asked before."""
         source = made(area / "in", "qcow2", data=noise())
         cut(source, source.stat().st_size // 2)
@@ -228,7 +228,7 @@ class TestHalves:
             assert volumes.bytes_on(device) == b"\xaa" * 4 * MIB
 
 
-class TestLargeParallels:
+class TestLargeParallelsImages:
     """One of 1 TiB and more, which qemu-img can convert, and not map at once."""
 
     SIZE_TIB = 3
@@ -253,13 +253,13 @@ class TestLargeParallels:
         request = grants.request(source, source.parent / "out", "parallels", "qcow2")
         return whole_job.run(rules.convert(dataclasses.replace(request, validate_only=True)))
 
-    def test_one_that_is_whole_is_converted(self, large: Path) -> None:
+    def test_complete_parallels_image_of_1_tib_is_converted(self, large: Path) -> None:
         """It is asked about piece by piece."""
         argv = ["qemu-img", "map", "-f", "parallels", str(large)]
         assert subprocess.run(argv, check=False, capture_output=True).returncode < 0
         assert self.asked(large).reason == "done"
 
-    def test_one_without_its_last_sector_is_refused(self, large: Path) -> None:
+    def test_large_parallels_image_without_its_last_sector_is_refused(self, large: Path) -> None:
         """Wherever in the disk that is."""
         size = large.stat().st_size
         cut(large, size - SECTOR)
@@ -267,7 +267,9 @@ class TestLargeParallels:
         assert failure is not None
         assert f"its data goes on to byte {size}, it ends at {size - SECTOR}" in failure.message
 
-    def test_the_least_that_it_crashes_at_is_converted(self, area: Path) -> None:
+    def test_smallest_parallels_image_that_crashes_qemu_img_map_is_converted(
+        self, area: Path
+    ) -> None:
         """In whole, with its data."""
         source = area / "in"
         argv = ["qemu-img", "create", "-q", "-f", "parallels", str(source), "1T"]
@@ -286,7 +288,7 @@ class TestLargeParallels:
 class TestHostileImages:
     """Made to be examined for ever, or not at all."""
 
-    def test_what_takes_for_ever_ends_in_time(self, area: Path) -> None:
+    def test_check_of_a_hostile_image_ends_at_the_time_limit(self, area: Path) -> None:
         """Snapshots that nobody converts, each with tables to follow."""
         source = _with_snapshots(area / "in", 4000)
         limits = values.Limits(duration_s=3.0)
@@ -295,7 +297,7 @@ class TestHostileImages:
         assert said.reason == "DURATION_EXCEEDED"
         assert not (area / "out").exists()
 
-    def test_what_takes_too_much_memory_is_refused(self, area: Path) -> None:
+    def test_image_whose_check_needs_too_much_memory_is_refused(self, area: Path) -> None:
         """A count for each of the clusters that such a file could have."""
         source = made(area / "in", "qcow2", "-o", "cluster_size=512,refcount_bits=64", data=noise())
         cut(source, 100 * 1024 * MIB)

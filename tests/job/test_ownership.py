@@ -60,7 +60,7 @@ def everybodys(area: Path, mounts: Mounts) -> Path:
     return mounts.by_fuse(area / "below", "fuse", *options)
 
 
-def test_a_file_system_that_keeps_other_owners_or_modes_is_refused(unkept: Path) -> None:
+def test_file_system_that_keeps_other_owners_or_modes_is_refused(unkept: Path) -> None:
     """Whether it says so or not; nothing is left there."""
     failure = refusals.refusal_of(lambda: created(grant_to(unkept)).__enter__())
     assert failure is not None
@@ -69,14 +69,18 @@ def test_a_file_system_that_keeps_other_owners_or_modes_is_refused(unkept: Path)
     assert os.listdir(unkept) == []
 
 
-def test_one_that_keeps_them_is_not(area: Path, mounts: Mounts) -> None:
+def test_fuse_file_system_that_keeps_owners_and_modes_is_accepted(
+    area: Path, mounts: Mounts
+) -> None:
     """The control: FUSE alone is no reason."""
     (area / "below").mkdir()
     with created(grant_to(mounts.by_fuse(area / "below", "fuse"))) as dest:
         assert ownership.settle(dest.fd, dest.ownership, dest.target) == ()
 
 
-def test_where_it_is_allowed_one_is_used_and_told_of(everybodys: Path) -> None:
+def test_file_system_that_ignores_owners_is_used_with_a_warning_if_allowed(
+    everybodys: Path,
+) -> None:
     """In the result's warnings."""
     with created(grant_to(everybodys, allow_ownerless=True)) as dest:
         (warning,) = ownership.settle(dest.fd, dest.ownership, dest.target)
@@ -84,9 +88,7 @@ def test_where_it_is_allowed_one_is_used_and_told_of(everybodys: Path) -> None:
     assert "uid 0, gid 0, mode 0666, not uid 1234, gid 1234, mode 0600" in warning.message
 
 
-def test_where_it_is_allowed_qemu_img_must_still_be_able_to_write(
-    area: Path, mounts: Mounts
-) -> None:
+def test_file_system_where_the_worker_can_not_write_is_refused(area: Path, mounts: Mounts) -> None:
     """It would fail in the middle, and say something else."""
     (area / "below").mkdir()
     place = mounts.by_fuse(area / "below", "fuse", "--perms=0644:a+X", "--chmod-ignore")
@@ -98,7 +100,7 @@ def test_where_it_is_allowed_qemu_img_must_still_be_able_to_write(
     assert os.listdir(place) == []
 
 
-def test_an_owner_that_is_lost_at_the_end_is_noticed_before_anything_is_published(
+def test_owner_lost_at_the_end_is_detected_before_the_result_is_published(
     area: Path, mounts: Mounts
 ) -> None:
     """Another mode than the one while it is written can be one that is not kept."""
@@ -113,7 +115,7 @@ def test_an_owner_that_is_lost_at_the_end_is_noticed_before_anything_is_publishe
     assert os.listdir(place) == []
 
 
-def test_without_a_daemon_a_warning_says_so(everybodys: Path) -> None:
+def test_local_conversion_warns_about_an_owner_that_was_not_kept(everybodys: Path) -> None:
     """Whoever converts with its own rights chose the file system."""
     grant = dataclasses.replace(
         grant_to(everybodys),
@@ -126,7 +128,7 @@ def test_without_a_daemon_a_warning_says_so(everybodys: Path) -> None:
     assert warning.reason == "OWNER_NOT_KEPT"
 
 
-def test_a_left_over_where_nobody_owns_anything_is_removed(everybodys: Path) -> None:
+def test_stale_temporary_is_removed_where_the_file_system_ignores_owners(everybodys: Path) -> None:
     """It belongs to whom the next one belongs: to all alike."""
     (everybodys / ".convertd-0123456789abcdef.tmp").touch()
     with created(grant_to(everybodys, allow_ownerless=True)) as dest:

@@ -73,7 +73,7 @@ NO_IMAGES = [
 ]
 
 
-class TestSource:
+class TestOpenSource:
     """What is read."""
 
     def opened(self, rules: grants.Rules, path: Path) -> bytes:
@@ -94,27 +94,29 @@ class TestSource:
         assert failure is not None
         return failure
 
-    def test_a_file_is_opened_for_reading(self, images: Path) -> None:
+    def test_source_is_opened_for_reading(self, images: Path) -> None:
         """In the root, and below it."""
         rules = rules_of(images)
         assert self.opened(rules, images / "disk") == DATA
         assert self.opened(rules, images / "sub" / "disk") == DATA
 
     @pytest.mark.parametrize(("make", "found"), NO_IMAGES)
-    def test_what_is_no_file_is_refused(self, images: Path, make: Make, found: str) -> None:
+    def test_source_that_is_not_a_regular_file_is_refused_unopened(
+        self, images: Path, make: Make, found: str
+    ) -> None:
         """Without being opened, so that nothing blocks and no device notices."""
         make(images / "odd")
         failure = self.refusal(rules_of(images), images / "odd")
         assert failure.message == f"{images}/odd: is {found}, not a regular file"
 
     @pytest.mark.parametrize("below", ["absent", "absent/disk", "disk/below-a-file", "sub/absent"])
-    def test_what_is_not_there_is_said_not_to_be(self, images: Path, below: str) -> None:
+    def test_missing_source_is_reported_as_missing(self, images: Path, below: str) -> None:
         """The caller may look there, so it may know."""
         failure = self.refusal(rules_of(images), images / below)
         assert failure.reason == "SOURCE_NOT_FOUND"
         assert failure.message == f"{images}/{below}: no such file"
 
-    def test_a_root_that_is_not_there_is_no_bug(self, area: Path) -> None:
+    def test_source_in_a_missing_root_is_reported(self, area: Path) -> None:
         """It may be mounted later."""
         failure = self.refusal(rules_of(area / "absent"), area / "absent" / "disk")
         assert failure.reason == "SOURCE_NOT_FOUND"
@@ -131,13 +133,15 @@ class TestSource:
             pytest.param("link", "/proc/self/fd/0", "link", id="a-magic-link"),
         ],
     )
-    def test_a_link_is_not_followed(self, images: Path, link: str, target: str, below: str) -> None:
+    def test_symlink_is_not_followed(
+        self, images: Path, link: str, target: str, below: str
+    ) -> None:
         """Wherever it leads: whoever made it may not be who asks."""
         (images / link).symlink_to(target)
         failure = self.refusal(rules_of(images), images / below)
         assert failure.reason == "SYMLINK_IN_PATH"
 
-    def test_a_root_that_became_a_link_is_not_followed(self, area: Path, images: Path) -> None:
+    def test_root_replaced_by_a_symlink_is_not_followed(self, area: Path, images: Path) -> None:
         """Nor is one above the root."""
         images.rename(area / "real")
         images.symlink_to("real")
@@ -146,7 +150,7 @@ class TestSource:
         nested = rules_of(images / "sub")
         assert self.refusal(nested, images / "sub" / "disk").reason == "SYMLINK_IN_PATH"
 
-    def test_a_link_put_in_place_after_the_opening_is_not_followed(self, images: Path) -> None:
+    def test_symlink_put_in_place_after_the_open_is_not_followed(self, images: Path) -> None:
         """The kernel resolves the name once, below the root, and we keep the handle."""
         rules = rules_of(images)
         with paths.open_source(rules.place(str(images / "disk")), CALLER) as source:
@@ -154,7 +158,7 @@ class TestSource:
             (images / "disk").symlink_to("/etc/passwd")
             assert os.pread(source.fd, 2 * len(DATA), 0) == DATA
 
-    def test_another_file_system_inside_the_root_is_not_entered(
+    def test_mount_inside_the_root_is_not_entered_for_a_source(
         self, images: Path, mounts: Mounts
     ) -> None:
         """A user's FUSE could hold a job for ever; `mounts = true` trusts those who mount."""
@@ -165,19 +169,19 @@ class TestSource:
         assert dict(failure.values) == {"path": f"{inside}/disk", "root": str(images)}
         assert self.opened(rules_of(images, mounts=True), inside / "disk") == DATA
 
-    def test_a_file_that_somebody_holds_a_lease_on_is_in_use(self, images: Path) -> None:
+    def test_source_with_a_lease_is_refused_as_in_use(self, images: Path) -> None:
         """It would take the holder's leave, for which an open waits 45 seconds."""
         with leased(images / "disk"):
             assert self.refusal(rules_of(images), images / "disk").reason == "IMAGE_IN_USE"
         assert self.opened(rules_of(images), images / "disk") == DATA
 
-    def test_a_name_may_have_what_shells_and_qemu_find_special(self, images: Path) -> None:
+    def test_path_may_contain_characters_special_to_shell_and_qemu(self, images: Path) -> None:
         """It never reaches either."""
         for name in ("a,b=c", "json:{}", "nbd:x", "new\nline", "quo'te\"", "-O", "ünï"):
             (images / name).write_bytes(DATA)
             assert self.opened(rules_of(images), images / name) == DATA
 
-    def test_the_daemons_rights_read_whatever_is_in_the_root(self, images: Path) -> None:
+    def test_daemon_access_opens_any_source_in_the_root(self, images: Path) -> None:
         """Whosever it is: that is what `access = "daemon"` says."""
         os.chown(images / "disk", grants.STRANGER.uid, grants.STRANGER.gid)
         assert self.opened(rules_of(images), images / "disk") == DATA
@@ -195,7 +199,7 @@ class TestSource:
             (CALLER.uid, 0, 0o044, "ACCESS_REFUSED"),
         ],
     )
-    def test_the_callers_rights_read_what_the_caller_could(
+    def test_caller_access_opens_a_source_only_with_the_rights_of_the_caller(
         self, images: Path, owner: int, group: int, mode: int, expected: str
     ) -> None:
         """By uid, gid and every group that the kernel told at connect; the kernel decides."""
@@ -205,25 +209,21 @@ class TestSource:
         reason = refusals.reason_of(lambda: self.opened(rules, images / "disk"))
         assert reason == expected
 
-    def test_whose_rights_did_not_suffice_is_said(self, images: Path) -> None:
+    def test_permission_error_names_the_uid_that_was_used(self, images: Path) -> None:
         """The caller's, by number."""
         rules = rules_of(images, access=values.RootAccess.CALLER)
         failure = self.refusal(rules, images / "disk")
         refused = "the kernel refused access with the rights of uid 1234"
         assert failure.message == f"{images}/disk: {refused}"
 
-    def test_a_directory_that_the_caller_may_not_search_hides_what_is_in_it(
-        self, images: Path
-    ) -> None:
+    def test_unsearchable_directory_hides_whether_a_source_exists(self, images: Path) -> None:
         """What is there and what is not have one answer."""
         (images / "sub").chmod(0o700)
         rules = rules_of(images, access=values.RootAccess.CALLER)
         for name in ("disk", "absent"):
             assert self.refusal(rules, images / "sub" / name).reason == "ACCESS_REFUSED"
 
-    def test_with_ones_own_rights_links_are_followed_as_everywhere(
-        self, area: Path, images: Path
-    ) -> None:
+    def test_local_grant_follows_symlinks_to_a_source(self, area: Path, images: Path) -> None:
         """Without a daemon nobody else's rights could be led astray; magic links stay refused."""
         (area / "link").symlink_to(images)
         place = values.Place(
@@ -236,14 +236,16 @@ class TestSource:
         assert failure is not None
         assert failure.reason == "SYMLINK_IN_PATH"
 
-    def test_with_ones_own_rights_too_what_is_no_file_is_not_opened(self, images: Path) -> None:
+    def test_local_grant_does_not_open_a_source_that_is_not_a_regular_file(
+        self, images: Path
+    ) -> None:
         """A FIFO without a writer would hold whoever opens it."""
         os.mkfifo(images / "odd")
         place = values.Place(root=local_grant.EVERYTHING, below=f"{images}/odd".removeprefix("/"))
         reason = refusals.reason_of(lambda: paths.open_source(place, CALLER).__enter__())
         assert reason == "NOT_AN_IMAGE"
 
-    def test_what_is_no_device_is_not_opened_in_a_root_of_devices(self) -> None:
+    def test_regular_file_is_not_opened_in_a_root_of_devices(self) -> None:
         """Nor does it say more than what it is."""
         with tempfile.TemporaryDirectory(dir=paths.DEVICES, prefix="convertd-test-") as directory:
             os.mkfifo(f"{directory}/odd")
@@ -252,7 +254,7 @@ class TestSource:
         assert failure.message == f"{directory}/odd: is a FIFO, not a block device"
 
 
-class TestTarget:
+class TestResolveDestination:
     """Where the result will be."""
 
     def opened(self, rules: grants.Rules, path: Path, **asked: object) -> paths.Target:
@@ -275,26 +277,26 @@ class TestTarget:
         assert failure is not None
         return failure
 
-    def test_a_name_that_is_free_is_fine(self, images: Path) -> None:
+    def test_free_destination_name_is_accepted(self, images: Path) -> None:
         """In the root, and below it."""
         rules = rules_of(images)
         assert self.opened(rules, images / "new").existing is None
         assert self.opened(rules, images / "sub" / "new").existing is None
 
     @pytest.mark.parametrize("below", ["absent/new", "disk/new"])
-    def test_a_directory_that_is_not_there_is_not_made(self, images: Path, below: str) -> None:
+    def test_missing_destination_directory_is_not_created(self, images: Path, below: str) -> None:
         """It is named."""
         failure = self.refusal(rules_of(images), images / below)
         parent = below.partition("/")[0]
         assert failure.message == f"{images}/{parent}: the directory does not exist"
 
-    def test_a_link_on_the_way_is_not_followed(self, images: Path) -> None:
+    def test_symlink_in_the_path_is_not_followed(self, images: Path) -> None:
         """Wherever it leads."""
         (images / "link").symlink_to("sub")
         failure = self.refusal(rules_of(images), images / "link" / "new")
         assert failure.reason == "SYMLINK_IN_PATH"
 
-    def test_a_file_system_inside_the_root_is_not_entered(
+    def test_mount_inside_the_root_is_not_entered_for_a_destination(
         self, images: Path, mounts: Mounts
     ) -> None:
         """Unless the policy trusts those who mount there."""
@@ -302,7 +304,9 @@ class TestTarget:
         assert self.refusal(rules_of(images), inside / "new").reason == "OUTSIDE_ROOT"
         assert self.opened(rules_of(images, mounts=True), inside / "new").existing is None
 
-    def test_a_file_with_that_name_stays_unless_it_may_be_replaced(self, images: Path) -> None:
+    def test_existing_destination_is_refused_unless_overwriting_is_allowed(
+        self, images: Path
+    ) -> None:
         """Nothing is opened of it."""
         failure = self.refusal(rules_of(images), images / "disk")
         assert failure.reason == "DEST_EXISTS"
@@ -315,7 +319,7 @@ class TestTarget:
             (values.OverwriteScope.ANY, 0, "done"),
         ],
     )
-    def test_whose_file_may_be_replaced_is_the_policys(
+    def test_overwrite_setting_of_the_policy_decides_whose_file_is_replaceable(
         self, images: Path, overwrite: values.OverwriteScope, owner: int, expected: str
     ) -> None:
         """One's own, or anybody's."""
@@ -325,21 +329,25 @@ class TestTarget:
         assert reason == expected
 
     @pytest.mark.parametrize(("make", "found"), NO_IMAGES)
-    def test_what_is_no_file_is_never_replaced(self, images: Path, make: Make, found: str) -> None:
+    def test_destination_that_is_not_a_regular_file_is_never_replaced(
+        self, images: Path, make: Make, found: str
+    ) -> None:
         """Nor is it opened."""
         make(images / "odd")
         rules = dataclasses.replace(rules_of(images), overwrite=values.OverwriteScope.ANY)
         failure = self.refusal(rules, images / "odd", overwrite=True)
         assert failure.message == f"{images}/odd: is {found}, not a regular file"
 
-    def test_a_link_with_that_name_is_never_replaced_nor_followed(self, images: Path) -> None:
+    def test_destination_that_is_a_symlink_is_neither_replaced_nor_followed(
+        self, images: Path
+    ) -> None:
         """Nor is what it leads to."""
         (images / "link").symlink_to("disk")
         rules = dataclasses.replace(rules_of(images), overwrite=values.OverwriteScope.ANY)
         failure = self.refusal(rules, images / "link", overwrite=True)
         assert failure.reason == "SYMLINK_IN_PATH"
 
-    def test_a_mount_with_that_name_is_not_entered(self, images: Path) -> None:
+    def test_destination_that_is_a_mount_point_is_not_entered(self, images: Path) -> None:
         """A file can be one, too; who so much as asks for its size may wait for ever."""
         rules = dataclasses.replace(rules_of(images), overwrite=values.OverwriteScope.ANY)
         (images / "point").touch()
@@ -347,7 +355,7 @@ class TestTarget:
             failure = self.refusal(rules, images / "point", overwrite=True)
         assert failure.reason == "OUTSIDE_ROOT"
 
-    def test_a_file_that_somebody_holds_a_lease_on_is_not_waited_for(self, images: Path) -> None:
+    def test_destination_with_a_lease_is_refused_without_waiting(self, images: Path) -> None:
         """As for a source."""
         rules = dataclasses.replace(rules_of(images), overwrite=values.OverwriteScope.ANY)
         with leased(images / "disk"):
@@ -355,7 +363,9 @@ class TestTarget:
         assert failure.reason == "IMAGE_IN_USE"
 
     @pytest.mark.parametrize("byte", [paths.QEMU_LOCKS[0], 150, paths.QEMU_LOCKS[1]])
-    def test_the_disk_of_a_running_qemu_is_not_replaced(self, images: Path, byte: int) -> None:
+    def test_destination_locked_by_a_running_qemu_is_not_replaced(
+        self, images: Path, byte: int
+    ) -> None:
         """Its locks are on these bytes; it would go on writing into the void."""
         rules = dataclasses.replace(rules_of(images), overwrite=values.OverwriteScope.ANY)
         with (images / "disk").open("r+b") as theirs:
@@ -365,7 +375,7 @@ class TestTarget:
             assert failure.reason == "IMAGE_IN_USE"
         assert self.opened(rules, images / "disk", overwrite=True).existing is not None
 
-    def test_other_locks_on_it_are_nobodys_business(self, images: Path) -> None:
+    def test_unrelated_locks_on_the_destination_are_ignored(self, images: Path) -> None:
         """flock(2), or on other bytes."""
         rules = dataclasses.replace(rules_of(images), overwrite=values.OverwriteScope.ANY)
         with (images / "disk").open("r+b") as theirs:
@@ -373,25 +383,21 @@ class TestTarget:
             fcntl.lockf(theirs, fcntl.LOCK_EX, 1, paths.QEMU_LOCKS[1] + 1)
             assert self.opened(rules, images / "disk", overwrite=True).existing is not None
 
-    def test_a_setgid_directory_gives_its_group(self, images: Path) -> None:
+    def test_destination_in_a_setgid_directory_gets_its_group(self, images: Path) -> None:
         """As open(2) would."""
         assert self.opened(rules_of(images), images / "new").setgid_group is None
         os.chown(images, 0, 1400)
         images.chmod(0o2755)
         assert self.opened(rules_of(images), images / "new").setgid_group == 1400
 
-    def test_names_in_a_directory_that_the_caller_may_not_search_are_hidden(
-        self, images: Path
-    ) -> None:
+    def test_unsearchable_directory_hides_whether_a_destination_exists(self, images: Path) -> None:
         """Whether there is such a file is not to be learnt by asking to write it."""
         (images / "sub").chmod(0o744)
         rules = rules_of(images, access=values.RootAccess.CALLER)
         for name in ("disk", "absent"):
             assert self.refusal(rules, images / "sub" / name).reason == "ACCESS_REFUSED"
 
-    def test_directories_behind_one_that_the_caller_may_not_search_are_hidden(
-        self, images: Path
-    ) -> None:
+    def test_unsearchable_directory_hides_the_directories_below_it(self, images: Path) -> None:
         """Though it could write there, if it came that far."""
         (images / "sub" / "deep").mkdir()
         (images / "sub" / "deep").chmod(0o777)
@@ -401,7 +407,7 @@ class TestTarget:
             failure = self.refusal(rules, images / "sub" / name / "new")
             assert failure.reason == "ACCESS_REFUSED"
 
-    def test_with_ones_own_rights_a_link_on_the_way_is_followed(
+    def test_local_grant_follows_a_symlink_in_the_destination_path(
         self, area: Path, images: Path
     ) -> None:
         """As every other program would."""
@@ -431,7 +437,7 @@ class TestTarget:
     ],
     ids=lambda value: errno.errorcode[value] if isinstance(value, int) else value,
 )
-def test_whatever_the_kernel_says_becomes_a_condition(number: int, expected: str) -> None:
+def test_each_errno_of_open_becomes_a_condition(number: int, expected: str) -> None:
     """With its own words where there is no better one."""
     place = grants.Rules(roots=(grants.files("/images"),)).place("/images/a")
     absent = conditions.SourceNotFound(path=place.path)
@@ -442,7 +448,7 @@ def test_whatever_the_kernel_says_becomes_a_condition(number: int, expected: str
     assert "/images/a" in failure.message
 
 
-def test_an_odd_kind_of_file_has_a_name_too() -> None:
+def test_unknown_file_type_has_a_name() -> None:
     """Even one that Linux does not have yet."""
     place = grants.Rules(roots=(grants.files("/images"),)).place("/images/a")
     odd = os.stat_result((0o030000, *[0] * 9))
@@ -459,7 +465,7 @@ def test_an_odd_kind_of_file_has_a_name_too() -> None:
         (values.RootAccess.OWN, "uid 0"),
     ],
 )
-def test_whose_rights_are_in_force_can_be_said(access: values.RootAccess, expected: str) -> None:
+def test_rights_in_force_are_described(access: values.RootAccess, expected: str) -> None:
     """For a message."""
     assert credentials.describe_rights(grants.files("/images", access=access), CALLER) == expected
 

@@ -109,10 +109,10 @@ def place(request: pytest.FixtureRequest, area: Path) -> Iterator[Path]:
         yield mounts.by_fuse(directory, "fuse")
 
 
-class TestNewName:
+class TestNewFile:
     """A name that is free."""
 
-    def test_leads_to_all_of_the_result(self, place: Path) -> None:
+    def test_published_name_leads_to_the_whole_result(self, place: Path) -> None:
         """And to nothing before; nothing else is left."""
         with written(grant_to(place)) as dest:
             assert "new" not in names_in(place)
@@ -121,13 +121,13 @@ class TestNewName:
         assert (place / "new").read_bytes() == NEW
         assert os.listdir(place) == ["new"]
 
-    def test_leads_to_a_file_with_the_owner_and_the_mode_asked_for(self, place: Path) -> None:
+    def test_published_file_has_the_requested_owner_and_mode(self, place: Path) -> None:
         """Set before the name is."""
         published(grant_to(place, mode=0o640, group="1300"))
         status = (place / "new").stat()
         assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (CALLER.uid, 1300, 0o640)
 
-    def test_that_somebody_took_meanwhile_is_not_taken_from_him(self, place: Path) -> None:
+    def test_name_taken_by_another_file_during_the_job_is_not_replaced(self, place: Path) -> None:
         """Whose file it is does not matter: overwriting was not asked for."""
         reason = published(grant_to(place), lambda: put(place / "new", THEIRS))
         assert reason == "DEST_EXISTS"
@@ -142,7 +142,7 @@ class TestNewName:
             pytest.param(Path.mkdir, id="a-directory"),
         ],
     )
-    def test_that_something_else_took_meanwhile_is_not_followed(
+    def test_name_taken_by_a_symlink_during_the_job_is_not_followed(
         self, area: Path, make: Callable[[Path], object]
     ) -> None:
         """Linkat(2) creates, and never goes through what is there."""
@@ -151,13 +151,13 @@ class TestNewName:
         assert (area / "elsewhere").read_bytes() == THEIRS
         assert not os.path.lexists("/nowhere")
 
-    def test_in_a_directory_that_was_removed_is_none(self, area: Path) -> None:
+    def test_publishing_in_a_removed_directory_is_reported(self, area: Path) -> None:
         """And that is said."""
         directory = area / "removed"
         directory.mkdir()
         assert published(grant_to(directory), directory.rmdir) == "DIRECTORY_NOT_FOUND"
 
-    def test_in_a_directory_that_was_renamed_is_there(self, area: Path) -> None:
+    def test_publishing_in_a_renamed_directory_succeeds(self, area: Path) -> None:
         """The descriptor of it is what counts."""
         directory = area / "before"
         directory.mkdir()
@@ -169,7 +169,7 @@ class TestOverwriting:
     """A name that leads to an old file."""
 
     @pytest.mark.parametrize("overwrite", values.OverwriteScope)
-    def test_leads_to_the_new_one_at_once(
+    def test_overwriting_replaces_the_file_atomically(
         self, place: Path, overwrite: values.OverwriteScope
     ) -> None:
         """Whoever has the old one open keeps it whole."""
@@ -182,14 +182,14 @@ class TestOverwriting:
         assert (place / "new").read_bytes() == NEW
         assert names_in(place) == {"new"}
 
-    def test_where_there_is_no_old_one_is_a_new_name(self, place: Path) -> None:
+    def test_overwriting_of_a_missing_file_creates_it(self, place: Path) -> None:
         """To ask for it is no duty."""
         grant = grant_to(place, overwrite=values.OverwriteScope.OWN)
         with written(grant) as dest:
             assert publish.assign_name(grant, dest) is False
 
     @pytest.mark.parametrize("uid", [STRANGER.uid, 0])
-    def test_of_a_file_that_another_user_put_there_meanwhile_is_refused(
+    def test_overwriting_refuses_a_file_put_there_by_another_user_during_the_job(
         self, place: Path, uid: int
     ) -> None:
         """It was the caller's own when it was allowed."""
@@ -200,7 +200,7 @@ class TestOverwriting:
         assert (place / "new").read_bytes() == THEIRS
         assert names_in(place) == {"new"}
 
-    def test_of_anybodys_file_is_done_if_the_policy_says_so(self, place: Path) -> None:
+    def test_overwriting_any_file_is_done_if_the_policy_allows_it(self, place: Path) -> None:
         """Also of one that came meanwhile."""
         grant = grant_to(place, overwrite=values.OverwriteScope.ANY)
         assert published(grant, lambda: put(place / "new", THEIRS, STRANGER.uid)) == "done"
@@ -214,7 +214,7 @@ class TestOverwriting:
             pytest.param(os.mkfifo, id="a-fifo"),
         ],
     )
-    def test_of_what_is_no_file_is_refused(
+    def test_overwriting_refuses_what_is_not_a_regular_file(
         self, place: Path, make: Callable[[Path], object]
     ) -> None:
         """Whatever it was when it was looked at first."""
@@ -223,7 +223,7 @@ class TestOverwriting:
         assert published(grant, lambda: make(place / "new")) == "DEST_EXISTS"
         assert names_in(place) == before | {"new"}
 
-    def test_of_a_mount_is_refused(self, area: Path) -> None:
+    def test_overwriting_refuses_a_mount_point(self, area: Path) -> None:
         """What is mounted on the file is not entered, nor is it taken away."""
         put(area / "new", OLD)
         put(area / "other", THEIRS)
@@ -239,9 +239,7 @@ class TestOverwriting:
         assert (area / "new").read_bytes() == OLD
         assert names_in(area) == {"new", "other"}
 
-    def test_of_anothers_file_in_a_sticky_directory_is_the_kernels_to_refuse(
-        self, area: Path
-    ) -> None:
+    def test_overwriting_in_a_sticky_directory_is_decided_by_the_kernel(self, area: Path) -> None:
         """The policy would allow it, the caller's rights do not."""
         area.chmod(0o1777)
         put(area / "new", THEIRS, STRANGER.uid)
@@ -252,7 +250,7 @@ class TestOverwriting:
         assert (area / "new").read_bytes() == THEIRS
         assert names_in(area) == {"new"}
 
-    def test_removes_what_killed_jobs_left_there(self, area: Path) -> None:
+    def test_overwriting_removes_temporaries_of_killed_jobs(self, area: Path) -> None:
         """A kill between link and rename leaves a complete temporary."""
         put(area / "new", OLD)
         put(area / ".convertd-0123456789abcdef.tmp", NEW)
@@ -260,10 +258,10 @@ class TestOverwriting:
         assert names_in(area) == {"new"}
 
 
-class TestAfterwards:
+class TestCheckAfterPublishing:
     """A name that was given is looked at once more."""
 
-    def test_a_result_that_somebody_replaced_at_once_is_not_called_published(
+    def test_result_replaced_right_after_publishing_is_not_reported_as_success(
         self, area: Path
     ) -> None:
         """Somebody else's file is at the name. The caller must not take it for its own."""
@@ -273,13 +271,17 @@ class TestAfterwards:
             # moment after the name was given, which no test can hit from outside
         assert reason == "NAME_REPLACED"
 
-    def test_nor_is_one_that_somebody_removed_at_once(self, area: Path) -> None:
+    def test_result_removed_right_after_publishing_is_not_reported_as_success(
+        self, area: Path
+    ) -> None:
         """There is nothing at the name."""
         with written(grant_to(area)) as dest:
             reason = refusals.reason_of(lambda: publish._check_name(dest))  # noqa: SLF001 - as above
         assert reason == "NAME_REPLACED"
 
-    def test_nor_is_one_over_which_somebody_mounted_at_once(self, area: Path) -> None:
+    def test_result_hidden_by_a_mount_after_publishing_is_not_reported_as_success(
+        self, area: Path
+    ) -> None:
         """What is mounted there is not entered."""
         put(area / "other", THEIRS)
         with written(grant_to(area)) as dest:
@@ -292,7 +294,7 @@ class TestAfterwards:
                 subprocess.run(["umount", point], check=True)
         assert reason == "NAME_REPLACED"
 
-    def test_a_swapped_temporary_is_not_taken_for_the_result(
+    def test_swapped_temporary_is_not_published_as_the_result(
         self, area: Path, mounts: Mounts
     ) -> None:
         """Whoever may write the directory may put another file in the place of a named one."""
@@ -304,9 +306,7 @@ class TestAfterwards:
             reason = refusals.reason_of(lambda: publish.assign_name(grant_to(fuse), dest))
         assert reason == "NAME_REPLACED"
 
-    def test_a_name_that_is_not_on_disk_is_said_to_be_there_but_not_durable(
-        self, area: Path
-    ) -> None:
+    def test_failed_directory_fsync_reports_the_result_as_not_durable(self, area: Path) -> None:
         """Fsync(2) of the directory fails; here, for it is open as a mere path."""
         grant = grant_to(area)
         with written(grant) as dest:
@@ -321,7 +321,7 @@ class TestAfterwards:
         assert "Bad file descriptor" in failure.message
         assert (area / "new").read_bytes() == NEW
 
-    def test_a_name_that_can_not_be_looked_at_is_not_called_durable(
+    def test_published_name_that_can_not_be_checked_is_not_reported_as_durable(
         self, area: Path, mounts: Mounts
     ) -> None:
         """A file system that went away: it may or may not be there."""
@@ -339,10 +339,10 @@ class TestAfterwards:
         assert reason == "PUBLISHED_BUT_NOT_DURABLE"
 
 
-class TestFailing:
+class TestFailedPublishing:
     """What can't be flushed or named leaves nothing."""
 
-    def test_a_result_that_can_not_be_flushed_is_not_published(self, area: Path) -> None:
+    def test_result_that_can_not_be_flushed_is_not_published(self, area: Path) -> None:
         """In the kernel's words; here a pipe, which can't be."""
         grant = grant_to(area)
         reader, writer = os.pipe()
@@ -355,7 +355,7 @@ class TestFailing:
         assert failure.reason == "WRITE_FAILED"
         assert "Invalid argument" in failure.message
 
-    def test_a_directory_that_takes_no_link_is_named_as_the_reason(
+    def test_failed_link_is_reported_and_publishes_nothing(
         self, area: Path, mounts: Mounts
     ) -> None:
         """Another file system's, here: nothing is visible in either."""
@@ -378,7 +378,7 @@ class TestFailing:
 class TestOwnRights:
     """Without a daemon."""
 
-    def test_the_group_is_left_as_the_directory_gave_it(self, area: Path) -> None:
+    def test_local_publishing_leaves_the_group_from_the_directory(self, area: Path) -> None:
         """Nobody may chown who is not root; nothing is asked of the kernel that need not be."""
         grant = dataclasses.replace(
             grant_to(area), dest=values.Place(root=local_grant.EVERYTHING, below=f"{area}/new"[1:])
@@ -393,7 +393,7 @@ class TestOwnRights:
         assert (area / "new").stat().st_gid == 1400
 
     @pytest.mark.parametrize("asked", [{}, {"group": "0"}], ids=["no-group", "the-same-group"])
-    def test_an_owner_that_it_has_already_is_not_given_again(
+    def test_publishing_does_not_chown_to_the_current_owner(
         self, area: Path, mounts: Mounts, asked: dict[str, Any]
     ) -> None:
         """Some file systems give nothing to anybody, not even to whom it belongs."""
@@ -411,7 +411,7 @@ class TestOwnRights:
         assert os.listdir(point) == ["new"]
 
 
-def test_a_device_has_its_name(area: Path) -> None:
+def test_publishing_a_device_changes_no_name(area: Path) -> None:
     """There is nothing to be given; and something was there before, as there always is."""
     place = values.Place(root=grants.devices("/dev/vg"), below="lv")
     device = device_dest.DeviceDest(place=place, fd=-1, size_bytes=0, group=None)
@@ -419,7 +419,7 @@ def test_a_device_has_its_name(area: Path) -> None:
     assert names_in(area) == set()
 
 
-def test_what_is_refused_has_the_callers_path(area: Path) -> None:
+def test_publishing_error_has_the_path_of_the_caller(area: Path) -> None:
     """And no name of ours."""
     grant = grant_to(area)
     with written(grant) as dest:

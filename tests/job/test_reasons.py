@@ -42,7 +42,7 @@ BAD: Final[dict[str, tuple[str, int, bytes, str]]] = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_what_qemu_img_can_not_open_is_told_why(area: Path, kind: str) -> None:
+def test_image_open_failure_of_qemu_img_is_reported_with_its_reason(area: Path, kind: str) -> None:
     """As far as that names no file."""
     image_format, offset, data, words = BAD[kind]
     source = changed(area / "in", image_format, offset, data)
@@ -53,7 +53,7 @@ def test_what_qemu_img_can_not_open_is_told_why(area: Path, kind: str) -> None:
     assert words in said.failure.message
 
 
-def test_a_log_to_be_replayed_is_told() -> None:
+def test_image_with_an_unreplayed_log_is_reported_as_such() -> None:
     """Its own hint names a descriptor of its own."""
     said = reasons.of_opening(REPLAY, PATH)
     assert said == "its log has to be replayed first, by whoever may write it"
@@ -71,12 +71,12 @@ FORGED: Final = {
 
 
 @pytest.mark.parametrize("forged", FORGED)
-def test_a_sentence_that_names_another_file_is_no_reason(forged: str) -> None:
+def test_error_message_that_names_another_file_is_not_passed_on(forged: str) -> None:
     """Whether it exists is nobody's affair; and what we say is never a part of it."""
     assert reasons.of_opening(FORGED[forged], PATH) is None
 
 
-def test_a_feature_s_name_is_not_passed_on() -> None:
+def test_feature_name_from_the_image_is_not_passed_on() -> None:
     """The image chose it."""
     said = reasons.of_opening(
         f"qemu-img: Could not open '{PATH}': Unsupported qcow2 feature(s): /etc/shadow", PATH
@@ -84,7 +84,7 @@ def test_a_feature_s_name_is_not_passed_on() -> None:
     assert said == "it has features that this qemu-img does not know"
 
 
-def test_only_who_has_its_own_rights_is_told_what_qemu_img_said() -> None:
+def test_qemu_img_output_is_shown_to_local_callers_only() -> None:
     """To all others it would tell which files there are."""
     own = values.Place(
         root=values.Root(name="own", path="/", access=values.RootAccess.OWN), below="images/in"
@@ -96,7 +96,7 @@ def test_only_who_has_its_own_rights_is_told_what_qemu_img_said() -> None:
 
 
 @pytest.mark.parametrize("name", ["bzip2", "lzfse"])
-def test_a_missing_module_is_named(name: str) -> None:
+def test_missing_qemu_module_is_named(name: str) -> None:
     """As qemu-img warns of it, before it fails to read."""
     said = (
         f"qemu-img: warning: dmg-{name} module is missing, accessing {name} compressed blocks "

@@ -110,7 +110,7 @@ MISTAKEN: Final[dict[str, tuple[str, bytes, bytes]]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKEN)
-def test_bare_qemu_img_makes_something_else_of_it(area: Path, name: str) -> None:
+def test_control_bare_qemu_img_misreads_the_image_of(area: Path, name: str) -> None:
     """With status 0."""
     stated, data, disk = MISTAKEN[name]
     (area / "in").write_bytes(data)
@@ -124,7 +124,7 @@ class TestOnlyAllowedDrivers:
 
     @pytest.mark.parametrize("image_format", BROKEN)
     @pytest.mark.parametrize("act", [converted, inspected])
-    def test_a_driver_that_is_not_allowed_sees_no_image(
+    def test_image_of_a_format_not_allowed_is_not_opened(
         self, area: Path, image_format: str, act: Callable[..., whole_job.Said]
     ) -> None:
         """Its format is told, not that it could not be opened."""
@@ -135,7 +135,7 @@ class TestOnlyAllowedDrivers:
 
     @pytest.mark.parametrize("image_format", BROKEN)
     @pytest.mark.parametrize("stated", [True, False])
-    def test_nor_one_that_a_chain_leads_to(
+    def test_backing_file_of_a_format_not_allowed_is_not_opened(
         self, area: Path, image_format: str, *, stated: bool
     ) -> None:
         """Whether or not the overlay says what it stands on."""
@@ -146,7 +146,7 @@ class TestOnlyAllowedDrivers:
         assert dict(failure.values)["format"] == image_format
 
     @pytest.mark.parametrize("named", ["nbd", "vvfat", "blkdebug", "null-co", "no-such\x1b"])
-    def test_what_an_overlay_calls_a_format_is_no_drivers_name(
+    def test_backing_format_name_unknown_to_convertd_is_refused(
         self, area: Path, named: str
     ) -> None:
         """Qemu has more drivers than formats."""
@@ -154,12 +154,12 @@ class TestOnlyAllowedDrivers:
         said = converted(overlay(area / "top", named), "qcow2")
         assert failure_of(said).reason == "FORMAT_NOT_ALLOWED"
 
-    def test_an_allowed_driver_is_asked(self, area: Path) -> None:
+    def test_broken_image_of_an_allowed_format_is_opened_and_refused(self, area: Path) -> None:
         """And says what is wrong."""
         (area / "in").write_bytes(BROKEN["vmdk"])
         assert converted(area / "in").reason == "IMAGE_REFUSED"
 
-    def test_what_nothing_is_known_of_is_raw(self, area: Path) -> None:
+    def test_unrecognized_content_is_raw(self, area: Path) -> None:
         """And refused as that where raw is not allowed."""
         (area / "in").write_bytes(DISK)
         failure = failure_of(converted(area / "in", formats=("qcow2",)))
@@ -188,12 +188,12 @@ NAMING: Final = {
 """Images that name another file: their format, what is in them, and how that ends."""
 
 
-class TestDataElsewhere:
+class TestExternalData:
     """What says that its data is in another file is not half a disk, it is none."""
 
     @pytest.mark.parametrize("disk_type", [0, 1, 2, 4, 5, 6, 7, 2**32 - 1])
     @pytest.mark.parametrize("stated", ["vpc", ""])
-    def test_a_vhd_of_any_type_but_dynamic_is_refused(
+    def test_vhd_of_any_type_but_dynamic_is_refused(
         self, area: Path, disk_type: int, stated: str
     ) -> None:
         """A differencing one has its parent's data in the parent."""
@@ -205,12 +205,12 @@ class TestDataElsewhere:
         assert ("differencing" in failure.message) is (disk_type == containers.DIFFERENCING)
         assert not (area / "out").exists()
 
-    def test_a_differencing_vhd_under_an_overlay_is_refused(self, area: Path) -> None:
+    def test_differencing_vhd_under_an_overlay_is_refused(self, area: Path) -> None:
         """As the source itself would be."""
         (area / "in").write_bytes(Vhd(disk_type=containers.DIFFERENCING).sparse({0: DISK}))
         assert converted(overlay(area / "top", "vpc"), "qcow2").reason == "IMAGE_REFUSED"
 
-    def test_a_vhd_with_two_different_footers_is_refused(self, area: Path) -> None:
+    def test_vhd_with_two_different_footers_is_refused(self, area: Path) -> None:
         """A guest wrote the first into its own disk, or somebody the last."""
         size = 10 * MIB
         dynamic = Vhd(disk_type=containers.DYNAMIC).sparse({0: DISK})
@@ -221,7 +221,7 @@ class TestDataElsewhere:
             (area / "in").write_bytes(data)
             assert converted(area / "in", "vpc").reason == "IMAGE_REFUSED"
 
-    def test_a_dynamic_vhd_without_its_last_footer_is_converted(self, area: Path) -> None:
+    def test_dynamic_vhd_without_its_last_footer_is_converted(self, area: Path) -> None:
         """The first is there for that."""
         data = Vhd(disk_type=containers.DYNAMIC).sparse({0: DISK})
         (area / "in").write_bytes(data[:-SECTOR])
@@ -229,7 +229,7 @@ class TestDataElsewhere:
         assert (area / "out").read_bytes() == DISK.ljust(10 * MIB, b"\0")
 
     @pytest.mark.parametrize("image_type", [0, 3, 4, 5])
-    def test_a_vdi_that_is_neither_dynamic_nor_fixed_is_refused(
+    def test_vdi_that_is_neither_dynamic_nor_fixed_is_refused(
         self, area: Path, image_type: int
     ) -> None:
         """3 is for undoing what is in another, 4 differs from another."""
@@ -238,7 +238,7 @@ class TestDataElsewhere:
         source = _patched(area / "in", "vdi", 76, struct.pack("<I", image_type))
         assert converted(source).reason == "IMAGE_REFUSED"
 
-    def test_a_vhdx_that_has_a_parent_is_refused(self, area: Path) -> None:
+    def test_vhdx_with_a_parent_is_refused(self, area: Path) -> None:
         """By qemu itself."""
         argv = ["qemu-img", "create", "-q", "-f", "vhdx", str(area / "in"), "8M"]
         subprocess.run(argv, check=True)
@@ -251,28 +251,28 @@ class TestDataElsewhere:
         (area / "in").write_bytes(data)
         assert converted(area / "in").reason == "IMAGE_REFUSED"
 
-    def test_a_vmdk_whose_parent_is_not_named_is_refused(self, area: Path) -> None:
+    def test_vmdk_with_an_unnamed_parent_is_refused(self, area: Path) -> None:
         """It says that it has one, by its id."""
         (area / "parent").write_bytes(forged.overlay(area / "x", "vmdk", _created(area), "vmdk"))
         data = (area / "parent").read_bytes()
         (area / "in").write_bytes(data.replace(b"parentFileNameHint", b"parentFileNameXint"))
         assert failure_of(converted(area / "in")).message.endswith("its data is in another file")
 
-    def test_a_qcow2_whose_data_file_has_no_name_is_refused(self, area: Path) -> None:
+    def test_qcow2_with_an_unnamed_data_file_is_refused(self, area: Path) -> None:
         """It says that it has one, by a bit."""
         data = forged.Qcow2(data_file="nowhere").data()
         unnamed = data.replace(struct.pack(">I", forged.DATA_FILE), struct.pack(">I", 0x0BADCAFE))
         (area / "in").write_bytes(unnamed)
         assert failure_of(inspected(area / "in")).message.endswith("its data is in another file")
 
-    def test_a_luks_header_alone_is_refused(self, area: Path) -> None:
+    def test_detached_luks_header_is_refused(self, area: Path) -> None:
         """It would be a disk of no bytes."""
         secret = ["--object", "secret,id=s,data=x", "-o", "key-secret=s,iter-time=1"]
         encrypting.qemu_img("create", "-q", "-f", "luks", *secret, area / "in", "1M")
         os.truncate(area / "in", (area / "in").stat().st_size - MIB)
         assert failure_of(inspected(area / "in")).message.endswith("its data is in another file")
 
-    def test_one_segment_of_an_apple_image_is_refused(self, area: Path) -> None:
+    def test_single_segment_of_an_apple_disk_image_is_refused(self, area: Path) -> None:
         """The others are files of their own."""
         (area / "in").write_bytes(containers.dmg(DISK, segments=2))
         assert converted(area / "in", "dmg").reason == "IMAGE_REFUSED"
@@ -304,12 +304,12 @@ class TestDataElsewhere:
 CREATORS: Final = (b"vbox", b"vpc ", b"vs  ", b"qemu", b"win ", b"qem2", b"d2v ", b"tap\0", b"CTXS")
 
 
-class TestSizesOfVhds:
+class TestVhdSizes:
     """A VHD has two: cylinders, heads and sectors, which are rounded, and its current size."""
 
     @pytest.mark.parametrize("creator", CREATORS)
     @pytest.mark.parametrize("is_fixed", [True, False])
-    def test_all_of_a_vhd_is_converted_whoever_created_it(
+    def test_vhd_is_converted_in_full_whatever_program_created_it(
         self, area: Path, creator: bytes, *, is_fixed: bool
     ) -> None:
         """The last sectors too, where the backup of a partition table lies; and it is told."""
@@ -328,7 +328,7 @@ class TestSizesOfVhds:
         assert found.virtual_size_bytes == 10 * MIB
         assert found.warnings == warnings
 
-    def test_a_vhd_under_an_overlay_is_whole_too(self, area: Path) -> None:
+    def test_vhd_under_an_overlay_is_read_in_full(self, area: Path) -> None:
         """And told of by its own path."""
         disk = DISK.ljust(10 * MIB - SECTOR, b"\0") + b"\xee" * SECTOR
         (area / "in").write_bytes(Vhd().fixed(disk))
@@ -337,7 +337,7 @@ class TestSizesOfVhds:
         (warning,) = said.published.warnings
         assert warning.message.startswith(f"{area}/in: ")
 
-    def test_a_verification_compares_all_of_it(self, area: Path) -> None:
+    def test_verification_compares_the_full_vhd(self, area: Path) -> None:
         """Not what the geometry comes to."""
         disk = DISK.ljust(10 * MIB - SECTOR, b"\0") + b"\xee" * SECTOR
         (area / "in").write_bytes(Vhd().fixed(disk))
@@ -347,7 +347,7 @@ class TestSizesOfVhds:
         assert said.published.verified
         assert converted_back(area / "out") == disk
 
-    def test_sizes_that_are_the_same_are_not_told(self, area: Path) -> None:
+    def test_vhd_with_matching_sizes_has_no_warning(self, area: Path) -> None:
         """Nor a geometry that is at its end: larger disks have no other."""
         disk = DISK[: 17 * 4 * 4 * SECTOR]
         vhd = Vhd(size=len(disk), geometry=(4, 4, 17))
@@ -366,13 +366,15 @@ class TestSizesOfVhds:
         assert warning.message.endswith(f"the last {MIB} are not read")
         assert (area / "out").read_bytes() == DISK
 
-    def test_a_fixed_vhd_that_says_more_than_its_file_has_is_refused(self, area: Path) -> None:
+    def test_fixed_vhd_with_a_footer_larger_than_its_file_is_refused(self, area: Path) -> None:
         """Its footer would be read as if it were on the disk."""
         (area / "in").write_bytes(Vhd(size=2 * MIB).fixed(DISK))
         assert converted(area / "in", "vpc").reason == "IMAGE_REFUSED"
 
     @pytest.mark.parametrize("subformat", ["fixed", "dynamic"])
-    def test_what_convertd_wrote_is_read_again_as_it_was(self, area: Path, subformat: str) -> None:
+    def test_vhd_written_by_convertd_is_read_with_its_exact_size(
+        self, area: Path, subformat: str
+    ) -> None:
         """Of a size that no geometry has."""
         disk = DISK + os.urandom(3 * SECTOR)
         (area / "in").write_bytes(disk)
@@ -398,7 +400,7 @@ class TestContainers:
     """What is found to be raw and looks like something else."""
 
     @pytest.mark.parametrize("command", containers.packed(b""))
-    def test_a_packed_disk_is_refused_with_the_command_that_unpacks_it(
+    def test_compressed_disk_is_refused_with_the_command_to_unpack_it(
         self, area: Path, command: str
     ) -> None:
         """Which then gives the disk."""
@@ -421,7 +423,7 @@ class TestContainers:
         assert converted(area / "in", "raw").reason == "done"
         assert (area / "out").read_bytes() == _whole_sectors((area / "in").read_bytes())
 
-    def test_an_ova_is_called_by_its_name(self, area: Path) -> None:
+    def test_ova_archive_is_refused_by_name(self, area: Path) -> None:
         """The disks are in it."""
         (area / "in").write_bytes(containers.tar("machine.ovf", b"<Envelope/>"))
         assert dict(failure_of(converted(area / "in")).values)["found"].startswith("an OVA")
@@ -434,7 +436,7 @@ class TestContainers:
             pytest.param("vpc", Vhd(size=MIB).fixed(DISK)[:-1], id="old-vhd"),
         ],
     )
-    def test_what_qemu_knows_by_its_end_is_refused_until_its_format_is_stated(
+    def test_image_recognized_by_its_footer_needs_a_stated_format(
         self, area: Path, stated: str, data: bytes
     ) -> None:
         """For qemu's probe looks at the beginning only."""
@@ -447,7 +449,7 @@ class TestContainers:
         (area / "out").unlink()
         assert converted(area / "in", "raw").reason == "done"
 
-    def test_a_fixed_vhd_that_convertd_wrote_is_known(self, area: Path) -> None:
+    def test_fixed_vhd_written_by_convertd_is_recognized(self, area: Path) -> None:
         """As anybody's."""
         (area / "in").write_bytes(DISK)
         options = (values.CreationOption(name="subformat", value="fixed"),)
@@ -458,7 +460,7 @@ class TestContainers:
         assert whole_job.run(rules.convert(request)).reason == "done"
         assert converted(area / "mid").reason == "AMBIGUOUS_FORMAT"
 
-    def test_a_base_that_looks_like_something_else_is_not_taken_for_raw(self, area: Path) -> None:
+    def test_base_that_looks_like_another_format_is_not_read_as_raw(self, area: Path) -> None:
         """Where its overlay does not say that it is."""
         (area / "in").write_bytes(containers.packed(DISK)["gzip"])
         failure = failure_of(converted(overlay(area / "top", ""), "qcow2"))
@@ -467,7 +469,7 @@ class TestContainers:
         assert converted(overlay(area / "top", "raw"), "qcow2").reason == "done"
 
 
-class TestTwoInOne:
+class TestAmbiguousImages:
     """A header of a format, and a whole disk or CD all the same."""
 
     @pytest.mark.parametrize(
@@ -479,7 +481,7 @@ class TestTwoInOne:
             pytest.param(containers.gpt()[:SECTOR].ljust(MIB, b"\1"), "boot sector", id="mbr"),
         ],
     )
-    def test_a_header_on_a_disk_is_refused_until_the_format_is_stated(
+    def test_disk_with_an_image_header_needs_a_stated_format(
         self, area: Path, data: bytes, words: str
     ) -> None:
         """A qcow2 to qemu, a disk to whoever made it."""
@@ -513,14 +515,14 @@ class TestTwoInOne:
         assert (area / "in").read_bytes()[4096:4104] == b"EFI PART"
         assert converted(area / "in").reason == "done"
 
-    def test_a_header_on_a_disk_in_a_fixed_vhd_is_refused(self, area: Path) -> None:
+    def test_disk_with_an_image_header_inside_a_fixed_vhd_is_refused(self, area: Path) -> None:
         """Its guest wrote it."""
         disk = containers.with_header(DISK)
         (area / "in").write_bytes(Vhd(size=len(disk)).fixed(disk))
         assert "fixed VHD" in dict(failure_of(converted(area / "in")).values)["found"]
 
 
-class TestDisks:
+class TestRawDisks:
     """None is refused that is a disk."""
 
     @pytest.mark.parametrize(
@@ -540,7 +542,7 @@ class TestDisks:
             pytest.param(bytes(SECTOR) + b"LABELONE".ljust(MIB, b"\1"), id="lvm"),
         ],
     )
-    def test_a_disk_is_raw(self, area: Path, data: bytes) -> None:
+    def test_partitioned_disk_is_recognized_as_raw(self, area: Path, data: bytes) -> None:
         """Whatever is on it. Its size is rounded up to sectors, as qemu does."""
         (area / "in").write_bytes(data)
         said = converted(area / "in")
@@ -548,7 +550,7 @@ class TestDisks:
         assert (area / "out").read_bytes() == _whole_sectors(data)
 
     @pytest.mark.parametrize("command", ["mkfs.ext4", "mkfs.xfs", "mkfs.btrfs"])
-    def test_a_file_system_is_a_disk(self, area: Path, command: str) -> None:
+    def test_file_system_image_is_recognized_as_raw(self, area: Path, command: str) -> None:
         """By its own program."""
         with (area / "in").open("wb") as file:
             file.truncate(320 * MIB)

@@ -95,7 +95,7 @@ def judged(grant: values.ConvertGrant) -> Iterator[Callable[[], str]]:
 class TestExchange:
     """What came out is judged, and not what was there before."""
 
-    def test_another_users_file_that_came_at_the_last_moment_keeps_its_name(
+    def test_exchange_keeps_a_file_another_user_put_there_at_the_last_moment(
         self, sticky: Path
     ) -> None:
         """Its inode, its data, its owner."""
@@ -117,7 +117,7 @@ class TestExchange:
             pytest.param(os.mkfifo, id="a-fifo"),
         ],
     )
-    def test_what_is_no_file_keeps_its_name(
+    def test_exchange_keeps_an_object_that_is_not_a_regular_file(
         self, sticky: Path, overwrite: values.OverwriteScope, make: Callable[[Path], object]
     ) -> None:
         """It came at the last moment, too."""
@@ -130,9 +130,7 @@ class TestExchange:
         assert os.path.samestat(before, (sticky / "new").lstat())
         assert os.listdir(sticky) == ["new"]
 
-    def test_a_disk_that_a_qemu_opened_at_the_last_moment_keeps_its_name(
-        self, sticky: Path
-    ) -> None:
+    def test_exchange_keeps_a_disk_that_qemu_opened_at_the_last_moment(self, sticky: Path) -> None:
         """It would go on writing into the void."""
         grant = grant_to(sticky)
         with judged(grant) as put_over, (sticky / "new").open("r+b") as disk:
@@ -142,9 +140,7 @@ class TestExchange:
         assert (sticky / "new").read_bytes() == OLD
         assert os.listdir(sticky) == ["new"]
 
-    def test_a_name_that_is_free_at_the_last_moment_is_taken_as_a_new_one(
-        self, sticky: Path
-    ) -> None:
+    def test_name_removed_at_the_last_moment_is_published_as_a_new_file(self, sticky: Path) -> None:
         """Nothing is there to be exchanged, and what is there next is not replaced unseen."""
         grant = grant_to(sticky)
         with judged(grant) as put_over:
@@ -162,7 +158,7 @@ class TestExchange:
         assert (sticky / "new").read_bytes() == NEW
 
     @pytest.mark.parametrize("named", [False, True], ids=["unnamed", "named"])
-    def test_a_name_that_comes_and_goes_all_the_time_costs_nobody_a_file(
+    def test_name_created_and_removed_in_a_loop_loses_no_file(
         self, area: Path, mounts: Mounts, *, named: bool
     ) -> None:
         """Somebody makes and removes files there as fast as he can."""
@@ -186,7 +182,9 @@ class TestExchange:
         names = {name for name in os.listdir(area / "below") if not name.startswith(".fuse")}
         assert names <= {"new", "other"}
 
-    def test_with_the_callers_rights_the_kernel_judges_before_us(self, sticky: Path) -> None:
+    def test_caller_access_in_a_sticky_directory_is_refused_before_the_exchange(
+        self, sticky: Path
+    ) -> None:
         """In a sticky directory another's file is not even touched."""
         put(sticky / "theirs", THEIRS, STRANGER.uid)
         grant = grant_to(
@@ -200,7 +198,7 @@ class TestExchange:
         assert os.listdir(sticky) == ["new"]
 
 
-class TestGivingBack:
+class TestUndoneExchange:
     """The moment after an exchange that has to be undone."""
 
     @contextlib.contextmanager
@@ -214,7 +212,7 @@ class TestGivingBack:
             renameat2(dest.target.directory, name, "new", Flag.EXCHANGE)
             yield dest, name
 
-    def test_a_third_file_at_the_name_is_kept_too(
+    def test_undone_exchange_keeps_a_third_file_at_the_name(
         self, area: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         """Who had the name first has it; the other one's data is whole, and the log says where."""
@@ -227,7 +225,7 @@ class TestGivingBack:
         assert name in caplog.text
 
     @pytest.mark.parametrize("access", [values.RootAccess.CALLER, values.RootAccess.DAEMON])
-    def test_the_callers_own_file_takes_its_name_from_nobody(
+    def test_undone_exchange_replaces_no_file_of_another_user(
         self, sticky: Path, access: values.RootAccess, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """In a sticky directory the caller has its disk locked and removes the result in between.
@@ -252,7 +250,7 @@ class TestGivingBack:
             temporaries.sweep(target.directory, CALLER.uid)
         assert (sticky / kept).read_bytes() == OLD
 
-    def test_a_name_that_was_freed_meanwhile_is_its_own_again(self, area: Path) -> None:
+    def test_undone_exchange_gives_a_freed_name_back(self, area: Path) -> None:
         """The caller removed the result, which was its own to remove."""
         with self.held(area) as (dest, name):
             (area / "new").unlink()
@@ -260,14 +258,14 @@ class TestGivingBack:
         assert (area / "new").read_bytes() == THEIRS
         assert os.listdir(area) == ["new"]
 
-    def test_a_file_that_its_owner_removed_meanwhile_is_not_missed(self, area: Path) -> None:
+    def test_undone_exchange_accepts_that_the_owner_removed_the_file(self, area: Path) -> None:
         """There is nothing to be given back."""
         with self.held(area) as (dest, name):
             (area / name).unlink()
             replace._give_back(grant_to_any(area), dest, name)  # noqa: SLF001 - as above
             assert (area / "new").read_bytes() == NEW
 
-    def test_a_file_that_can_not_be_given_its_name_is_kept_and_told_of(self, area: Path) -> None:
+    def test_undone_exchange_that_fails_keeps_the_file_and_logs_its_name(self, area: Path) -> None:
         """The directory has become append-only at this very moment."""
         with self.held(area) as (dest, name):
             subprocess.run(["chattr", "+a", str(area)], check=True)
@@ -280,7 +278,7 @@ class TestGivingBack:
         assert failure.reason == "WRITE_FAILED"
         assert name in failure.message
 
-    def test_what_a_kill_leaves_there_is_never_swept(self, area: Path) -> None:
+    def test_file_left_by_a_killed_exchange_is_never_removed(self, area: Path) -> None:
         """It is not the file that was judged, so it may be anybody's."""
         with self.held(area) as (dest, name):
             temporaries.sweep(dest.target.directory, STRANGER.uid)
@@ -292,7 +290,7 @@ def grant_to_any(directory: Path) -> values.ConvertGrant:
     return grant_to(directory, overwrite=values.OverwriteScope.ANY)
 
 
-class TestWithoutExchange:
+class TestWithoutRenameExchange:
     """A file system that does not know RENAME_EXCHANGE; here FUSE."""
 
     @pytest.fixture
@@ -302,7 +300,9 @@ class TestWithoutExchange:
         put(area / "below" / "new", OLD)
         return mounts.by_fuse(area / "below", "fuse")
 
-    def test_one_overwrites_where_nobody_else_can_put_a_file(self, fuse: Path) -> None:
+    def test_overwrite_without_exchange_works_where_no_other_user_can_write(
+        self, fuse: Path
+    ) -> None:
         """Root's directory, or the caller's own."""
         for owner in (0, CALLER.uid):
             os.chown(fuse, owner, owner)
@@ -316,7 +316,7 @@ class TestWithoutExchange:
         [(0, 0o1777), (0, 0o775), (STRANGER.uid, 0o755)],
         ids=["everybody's", "a-group's", "another-user's"],
     )
-    def test_one_is_refused_where_others_can_before_anything_is_converted(
+    def test_overwrite_without_exchange_is_refused_where_others_can_write(
         self, fuse: Path, owner: int, mode: int
     ) -> None:
         """The check and the rename would be two steps."""
@@ -330,7 +330,7 @@ class TestWithoutExchange:
         assert (fuse / "new").stat().st_ino == before
         assert os.listdir(fuse) == ["new"]
 
-    def test_a_file_system_that_can_exchange_is_not_refused(self, sticky: Path) -> None:
+    def test_file_system_with_rename_exchange_is_detected(self, sticky: Path) -> None:
         """It is tried with two empty files, and each has its own name afterwards."""
         named = put(sticky / ".convertd-0123456789abcdef.tmp", NEW)
         before = named.stat()
@@ -339,7 +339,9 @@ class TestWithoutExchange:
         assert os.path.samestat(before, named.stat())
         assert sorted(os.listdir(sticky)) == [named.name, "new"]
 
-    def test_one_is_refused_where_others_can_by_now(self, fuse: Path) -> None:
+    def test_overwrite_without_exchange_is_refused_if_the_directory_was_opened(
+        self, fuse: Path
+    ) -> None:
         """The directory was closed when the conversion began."""
         grant = grant_to(fuse)
         with written(grant) as dest:
@@ -348,7 +350,9 @@ class TestWithoutExchange:
         assert (fuse / "new").read_bytes() == OLD
         assert os.listdir(fuse) == ["new"]
 
-    def test_anybodys_file_is_overwritten_if_the_policy_says_so(self, fuse: Path) -> None:
+    def test_overwrite_without_exchange_replaces_any_file_if_the_policy_allows_it(
+        self, fuse: Path
+    ) -> None:
         """By rename(2): whose it is does not matter."""
         fuse.chmod(0o1777)
         grant = grant_to_any(fuse)

@@ -31,12 +31,12 @@ def forget(descriptor: int, offset: int = 0, length: int = 0) -> None:
     os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
 
-def test_what_was_just_written_is_in_memory(image: int) -> None:
+def test_written_file_is_in_the_page_cache(image: int) -> None:
     """Holes are passed over: reading them takes nothing."""
     assert page_cache.is_in_memory(image)
 
 
-def test_what_was_dropped_is_not(image: int) -> None:
+def test_dropped_file_is_not_in_the_page_cache(image: int) -> None:
     """Until somebody reads it."""
     forget(image)
     assert not page_cache.is_in_memory(image)
@@ -45,14 +45,14 @@ def test_what_was_dropped_is_not(image: int) -> None:
 
 
 @pytest.mark.parametrize("begin_mib", [32, 40, 48, 56])
-def test_a_quarter_that_is_missing_is_noticed(image: int, begin_mib: int) -> None:
+def test_file_with_a_quarter_missing_is_not_in_the_page_cache(image: int, begin_mib: int) -> None:
     """Wherever it is: it would be read into memory that belongs to others."""
     forget(image, begin_mib * MIB, 8 * MIB)
     assert not page_cache.is_in_memory(image)
 
 
 @pytest.mark.parametrize("size", [1, 4095, 4097, 3 * MIB])
-def test_any_size_can_be_asked(area: Path, size: int) -> None:
+def test_page_cache_query_accepts_any_file_size(area: Path, size: int) -> None:
     """Also that of less than a page, and of one that is no multiple of it."""
     path = area / "small"
     path.write_bytes(os.urandom(size))
@@ -60,7 +60,7 @@ def test_any_size_can_be_asked(area: Path, size: int) -> None:
         assert page_cache.is_in_memory(file.fileno())
 
 
-def test_holes_between_data_are_not_missed(area: Path) -> None:
+def test_holes_between_data_count_as_in_the_page_cache(area: Path) -> None:
     """As in the image of a file system, in which data and holes take turns."""
     with (area / "holes").open("w+b") as file:
         for number in range(256):
@@ -73,7 +73,7 @@ def test_holes_between_data_are_not_missed(area: Path) -> None:
         assert not page_cache.is_in_memory(file.fileno())
 
 
-def test_nothing_is_in_no_memory(area: Path) -> None:
+def test_object_without_data_is_not_in_the_page_cache(area: Path) -> None:
     """An empty file, one that is a hole, and a device."""
     (area / "empty").touch()
     with (area / "hole").open("wb") as file:
@@ -83,7 +83,7 @@ def test_nothing_is_in_no_memory(area: Path) -> None:
             assert not page_cache.is_in_memory(file.fileno())
 
 
-def test_of_anothers_file_nobody_but_root_is_told(image: int) -> None:
+def test_page_cache_of_another_users_file_is_known_to_root_only(image: int) -> None:
     """The kernel would say that all of it is in memory."""
     forget(image)
 

@@ -73,10 +73,10 @@ def look_of(descriptor: int) -> tuple[int, int, int]:
     return status.st_uid, status.st_gid, status.st_mode & 0o7777
 
 
-class TestUnnamed:
+class TestUnnamedTemporary:
     """Where the file system has O_TMPFILE."""
 
-    def test_is_in_no_directory(self, area: Path) -> None:
+    def test_unnamed_temporary_is_in_no_directory(self, area: Path) -> None:
         """And is gone when the block is left."""
         with created(grant_to(area)) as dest:
             os.write(dest.fd, b"x")
@@ -87,19 +87,19 @@ class TestUnnamed:
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(dest.fd)
 
-    def test_is_its_owners_from_the_first_byte_and_the_worker_may_write_it(
+    def test_unnamed_temporary_belongs_to_its_owner_and_is_writable_by_the_worker(
         self, area: Path
     ) -> None:
         """It counts to the owner's quota; the worker owns nothing, and so can't chmod it."""
         with created(grant_to(area)) as dest:
             assert look_of(dest.fd) == (CALLER.uid, WORKER.gid, 0o060)
 
-    def test_is_ours_alone_if_no_worker_is_another_user(self, area: Path) -> None:
+    def test_unnamed_temporary_without_a_worker_is_private_to_the_caller(self, area: Path) -> None:
         """Without a daemon qemu-img has the caller's own uid."""
         with created(grant_to(area), WITHOUT_WORKER) as dest:
             assert look_of(dest.fd) == (0, 0, 0o600)
 
-    def test_a_default_acl_of_the_directory_does_not_reach_it(self, area: Path) -> None:
+    def test_unnamed_temporary_ignores_the_default_acl_of_the_directory(self, area: Path) -> None:
         """It would mask the worker's bits, and let others read what is being written."""
         setfacl = ["setfacl", "-d", "-m", "u:1666:rwx,g::r,m::r,o::r", str(area)]
         subprocess.run(setfacl, check=True)
@@ -107,7 +107,7 @@ class TestUnnamed:
             assert look_of(dest.fd) == (CALLER.uid, WORKER.gid, 0o060)
             assert "system.posix_acl_access" not in os.listxattr(dest.fd)
 
-    def test_is_locked_for_as_long_as_it_lives(self, area: Path) -> None:
+    def test_temporary_is_locked_while_it_exists(self, area: Path) -> None:
         """Whoever sweeps the directory for left-overs asks for this lock first."""
         with created(grant_to(area)) as dest:
             again = os.open(f"/proc/self/fd/{dest.fd}", os.O_RDONLY)
@@ -115,7 +115,7 @@ class TestUnnamed:
                 fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.close(again)
 
-    def test_one_that_names_itself_has_a_path_with_the_right_name(self, area: Path) -> None:
+    def test_vmdk_temporary_has_a_path_with_the_final_name(self, area: Path) -> None:
         """A link for the worker, which is gone afterwards."""
         (area / "names").mkdir()
         setup = dataclasses.replace(SETUP, names=str(area / "names"))
@@ -127,7 +127,7 @@ class TestUnnamed:
         with created(grant_to(area), setup) as dest:
             assert dest.alias == ""
 
-    def test_a_name_that_could_mean_something_in_a_vmdk_is_changed_there(self, area: Path) -> None:
+    def test_special_characters_in_a_vmdk_name_are_replaced(self, area: Path) -> None:
         """A quote would end the name, a newline the line."""
         (area / "names").mkdir()
         setup = dataclasses.replace(SETUP, names=str(area / "names"))
@@ -154,10 +154,10 @@ def bind_socket(path: Path) -> None:
 LEFT = ".convertd-0123456789abcdef.tmp"
 
 
-class TestNamed:
+class TestNamedTemporary:
     """Where it has none: NFS, FUSE."""
 
-    def test_has_a_name_that_nobody_can_guess_and_the_same_rights(self, fuse: Path) -> None:
+    def test_named_temporary_has_a_random_name_and_the_same_rights(self, fuse: Path) -> None:
         """And is gone when the block is left."""
         with created(grant_to(fuse)) as dest:
             assert os.listdir(fuse) == [dest.temporary]
@@ -166,13 +166,13 @@ class TestNamed:
             assert look_of(dest.fd) == (CALLER.uid, WORKER.gid, 0o060)
         assert os.listdir(fuse) == []
 
-    def test_one_that_was_published_already_is_not_missed(self, fuse: Path) -> None:
+    def test_missing_named_temporary_after_publishing_is_no_error(self, fuse: Path) -> None:
         """Publishing takes the temporary name away."""
         with created(grant_to(fuse)) as dest:
             (fuse / dest.temporary).rename(fuse / "new")
         assert os.listdir(fuse) == ["new"]
 
-    def test_one_in_a_directory_that_its_owner_closed_is_left_and_no_bug(
+    def test_temporary_in_a_closed_directory_is_left_and_logged(
         self, fuse: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         """With the caller's rights it can't be taken away; the next sweep does."""
@@ -186,7 +186,7 @@ class TestNamed:
         with created(grant):
             assert left not in os.listdir(fuse)
 
-    def test_one_that_something_was_mounted_over_is_left_and_no_bug(
+    def test_temporary_hidden_by_a_mount_is_left_and_logged(
         self, fuse: Path, area: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         """Nothing is asked of what is mounted there: its server might never answer."""
@@ -198,7 +198,7 @@ class TestNamed:
         assert dest.temporary in caplog.text
 
     @pytest.mark.parametrize("access", [values.RootAccess.DAEMON, values.RootAccess.CALLER])
-    def test_those_of_jobs_that_were_killed_are_removed(
+    def test_named_temporaries_of_killed_jobs_are_removed(
         self, fuse: Path, access: values.RootAccess
     ) -> None:
         """By whoever makes the next one there; while it was written its owner could not open it."""
@@ -218,7 +218,7 @@ class TestNamed:
                 # What is open keeps a name of the file system's own.
                 assert LEFT not in os.listdir(fuse)
 
-    def test_those_of_jobs_that_live_are_not(self, fuse: Path) -> None:
+    def test_named_temporaries_of_running_jobs_are_kept(self, fuse: Path) -> None:
         """Two at once in one directory."""
         with created(grant_to(fuse)) as one, created(grant_to(fuse)) as two:
             assert {one.temporary, two.temporary} == set(os.listdir(fuse))
@@ -240,7 +240,7 @@ class TestNamed:
             pytest.param(LEFT, bind_socket, id="a-socket"),
         ],
     )
-    def test_what_only_looks_like_one_stays(
+    def test_objects_with_temporary_like_names_are_kept_unopened(
         self, area: Path, name: str, make: Callable[[Path], object]
     ) -> None:
         """Nothing is opened of it, so that nothing blocks."""
@@ -250,7 +250,7 @@ class TestNamed:
             temporaries.sweep(target.directory, CALLER.uid)
         assert os.listdir(area) == [name]
 
-    def test_sweeping_is_done_with_the_rights_of_who_asks(self, area: Path) -> None:
+    def test_stale_temporaries_are_removed_with_the_rights_of_the_caller(self, area: Path) -> None:
         """In a sticky directory others' files stay, whatever they are called."""
         area.chmod(0o1777)
         (area / LEFT).touch(0o600)
@@ -262,7 +262,9 @@ class TestNamed:
 
     @pytest.mark.parametrize("uid", [0, grants.STRANGER.uid], ids=["root's", "another-user's"])
     @pytest.mark.parametrize("access", [values.RootAccess.DAEMON, values.RootAccess.CALLER])
-    def test_those_of_others_stay(self, area: Path, uid: int, access: values.RootAccess) -> None:
+    def test_temporaries_of_other_users_are_kept(
+        self, area: Path, uid: int, access: values.RootAccess
+    ) -> None:
         """Whatever they are called: they may be anything."""
         area.chmod(0o777)
         (area / LEFT).write_bytes(b"precious")
@@ -272,7 +274,7 @@ class TestNamed:
             temporaries.sweep(target.directory, CALLER.uid)
         assert (area / LEFT).read_bytes() == b"precious"
 
-    def test_ones_that_a_qemu_has_open_stay(self, area: Path) -> None:
+    def test_temporaries_open_in_qemu_are_kept(self, area: Path) -> None:
         """It would go on writing into the void."""
         (area / LEFT).touch()
         with (area / LEFT).open("r+b") as file:
@@ -289,7 +291,7 @@ class TestNamed:
                 temporaries.sweep(target.directory, 0)
         assert os.listdir(area) == []
 
-    def test_of_two_names_of_one_file_only_the_temporary_goes(self, area: Path) -> None:
+    def test_second_hard_link_of_a_published_result_is_removed(self, area: Path) -> None:
         """A kill between link(2) and unlink(2) leaves two."""
         (area / "result").write_bytes(b"whole")
         os.link(area / "result", area / LEFT)
@@ -298,7 +300,7 @@ class TestNamed:
         assert os.listdir(area) == ["result"]
         assert (area / "result").read_bytes() == b"whole"
 
-    def test_what_was_exchanged_goes_if_it_is_what_the_name_says(self, area: Path) -> None:
+    def test_exchanged_file_is_removed_if_it_matches_its_temporary_name(self, area: Path) -> None:
         """The result, or the very file that was judged replaceable."""
         for number in range(3):
             (area / f"{number}").touch()
@@ -310,7 +312,7 @@ class TestNamed:
             temporaries.sweep(target.directory, 0)
         assert os.listdir(area) == [names[2]]
 
-    def test_a_crowd_of_names_holds_nobody_up(self, area: Path) -> None:
+    def test_stale_temporaries_are_removed_in_limited_batches(self, area: Path) -> None:
         """Whoever fills a directory with them has them looked at to a bound."""
         for number in range(temporaries.MOST_EXAMINED + 100):
             (area / f".convertd-{number:016x}.tmp").touch()
@@ -320,7 +322,7 @@ class TestNamed:
             temporaries.sweep(target.directory, 0)
         assert os.listdir(area) == []
 
-    def test_one_that_a_sweep_finds_before_it_is_locked_is_made_anew(self, area: Path) -> None:
+    def test_temporary_removed_before_it_was_locked_is_created_anew(self, area: Path) -> None:
         """Another process sweeps all the time, with the right to remove everything."""
         (area / "below").mkdir()
         with Mounts(area) as mounts:
@@ -340,7 +342,7 @@ class TestNamed:
                 os.waitpid(sweeper, 0)
 
 
-class TestOwnership:
+class TestResultOwnership:
     """Whose the result is in the end."""
 
     def owned(
@@ -350,22 +352,22 @@ class TestOwnership:
         with created(grant_to(area, root=root, **asked)) as dest:
             return dataclasses.astuple(dest.ownership)[:3]
 
-    def test_the_callers_with_the_roots_mode(self, area: Path) -> None:
+    def test_result_gets_the_caller_as_owner_and_the_mode_of_the_root(self, area: Path) -> None:
         """By default."""
         assert self.owned(area) == (CALLER.uid, CALLER.gid, 0o600)
         assert self.owned(area, grants.files(area, mode=0o640))[2] == 0o640
 
-    def test_the_mode_that_is_asked_for(self, area: Path) -> None:
+    def test_result_gets_the_mode_in_the_request(self, area: Path) -> None:
         """Also none at all."""
         assert self.owned(area, mode=0o644)[2] == 0o644
         assert self.owned(area, mode=0)[2] == 0
 
-    def test_the_roots_owner(self, area: Path) -> None:
+    def test_result_gets_the_owner_configured_for_the_root(self, area: Path) -> None:
         """If the policy names one."""
         root = grants.files(area, owner=values.Owner(uid=7, gid=8))
         assert self.owned(area, root) == (7, 8, 0o600)
 
-    def test_a_setgid_directorys_group(self, area: Path) -> None:
+    def test_result_gets_the_group_of_a_setgid_directory(self, area: Path) -> None:
         """As open(2) would; it outranks the root's."""
         os.chown(area, 0, 1500)
         area.chmod(0o2755)
@@ -374,13 +376,13 @@ class TestOwnership:
         assert self.owned(area, root) == (7, 1500, 0o600)
 
     @pytest.mark.parametrize("group", ["1234", "1300", "1400"])
-    def test_a_group_of_the_callers(self, area: Path, group: str) -> None:
+    def test_result_gets_the_group_in_the_request(self, area: Path, group: str) -> None:
         """It outranks the directory's: it was asked for."""
         os.chown(area, 0, 1500)
         area.chmod(0o2755)
         assert self.owned(area, group=group)[1] == int(group)
 
-    def test_a_group_by_its_name(self, area: Path) -> None:
+    def test_result_gets_a_group_requested_by_name(self, area: Path) -> None:
         """If the caller is in it."""
         entry = grp.getgrnam("daemon")
         peer = dataclasses.replace(CALLER, groups=frozenset({entry.gr_gid}))
@@ -390,12 +392,12 @@ class TestOwnership:
             assert dest.ownership.gid == entry.gr_gid
 
     @pytest.mark.parametrize("group", ["0", "root", "1500", "no-such-group", "4294967295"])
-    def test_no_group_that_the_caller_is_not_in(self, area: Path, group: str) -> None:
+    def test_result_group_the_caller_is_not_in_is_refused(self, area: Path, group: str) -> None:
         """It could not chgrp to it itself; whether there is one is not told."""
         failure = refusal_of(grant_to(area, group=group))
         assert failure.message == f"dest.group: {group!r} is not a group of yours"
 
-    def test_ones_own_without_a_daemon(self, area: Path) -> None:
+    def test_local_result_gets_the_own_uid(self, area: Path) -> None:
         """And the group is left as the directory gives it."""
         grant = dataclasses.replace(
             grant_to(area), dest=values.Place(root=local_grant.EVERYTHING, below=f"{area}/new"[1:])
@@ -407,7 +409,7 @@ class TestOwnership:
 class TestRefusals:
     """Where nothing can be made."""
 
-    def test_in_a_directory_that_the_caller_may_not_write(self, area: Path) -> None:
+    def test_directory_the_caller_may_not_write_is_refused(self, area: Path) -> None:
         """With its own rights; the daemon's would do."""
         root = grants.files(area, access=values.RootAccess.CALLER)
         failure = refusal_of(grant_to(area, root=root))
@@ -416,7 +418,7 @@ class TestRefusals:
         with created(grant_to(area)):
             pass
 
-    def test_with_the_callers_rights_in_its_own_directory(self, area: Path) -> None:
+    def test_caller_access_creates_a_result_in_a_directory_of_the_caller(self, area: Path) -> None:
         """Also by one of its groups; the result is the caller's as everywhere."""
         os.chown(area, 0, 1400)
         area.chmod(0o775)
@@ -425,13 +427,15 @@ class TestRefusals:
         ) as dest:
             assert look_of(dest.fd) == (CALLER.uid, WORKER.gid, 0o060)
 
-    def test_on_a_read_only_file_system(self, area: Path, mounts: Mounts) -> None:
+    def test_read_only_file_system_is_refused_for_a_result(
+        self, area: Path, mounts: Mounts
+    ) -> None:
         """It has a condition of its own."""
         (area / "below").mkdir()
         point = mounts.bound(area / "below", "point", read_only=True)
         assert refusal_of(grant_to(point)).reason == "READ_ONLY_FILE_SYSTEM"
 
-    def test_on_a_file_system_without_room_for_one_more_file(self, mounts: Mounts) -> None:
+    def test_file_system_without_free_inodes_is_refused_for_a_result(self, mounts: Mounts) -> None:
         """It may have space left, but no inode."""
         point = mounts.in_memory("tmpfs", "full", "mode=755,nr_inodes=2")
         (point / "the-last-one").touch()
@@ -448,7 +452,7 @@ class TestRefusals:
         ],
         ids=["quota", "not-permitted", "broken"],
     )
-    def test_what_no_file_system_here_says_has_its_condition_too(
+    def test_errno_without_a_test_file_system_has_its_condition(
         self, area: Path, number: int, expected: str
     ) -> None:
         """A quota, for one."""

@@ -88,7 +88,7 @@ class TestProgress:
         """Tell it as soon as there is more to tell, but where a test says otherwise."""
         monkeypatch.setattr(conversion, "PROGRESS_S", 0.0)
 
-    def test_is_not_told_again_at_once(
+    def test_progress_is_rate_limited(
         self, front: Front, written: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Nobody sees a hundred steps of a second; the end of the writing is told in any case."""
@@ -98,7 +98,7 @@ class TestProgress:
         observer.on_output(printed(99.0, 100.0))
         assert front.outputs() == [("converting", 0.0), ("flushing", 100.0)]
 
-    def test_is_told_when_some_time_has_passed(
+    def test_progress_event_has_the_newest_value(
         self, front: Front, written: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """What was held back is not made up for: the newest counts."""
@@ -113,7 +113,7 @@ class TestProgress:
         observer.on_output(printed(4.0, 5.0))
         assert front.outputs() == [("converting", 1.0), ("converting", 4.0)]
 
-    def test_is_told_in_steps_of_one_per_cent(self, front: Front, written: int) -> None:
+    def test_progress_rises_in_steps_of_one_per_cent(self, front: Front, written: int) -> None:
         """And never backwards; 100 comes before the flushing, which is a phase of its own."""
         observer = conversion.Observer(front.context, written, 1.0)
         observer.on_output(printed(0.0, 0.5, 1.01, 1.99, 1.2, 50.0, 49.0, 99.99, 100.0, 100.0))
@@ -126,7 +126,7 @@ class TestProgress:
         ]
 
     @given(st.lists(st.integers(1, 200)))
-    def test_is_the_same_however_the_output_is_cut(self, pieces: list[int]) -> None:
+    def test_progress_is_parsed_however_the_output_is_split(self, pieces: list[int]) -> None:
         """A pipe knows no lines."""
         front, text = Front(), printed(*range(0, 101, 7), 100.0)
         observer = conversion.Observer(front.context, 0, 1.0)
@@ -138,7 +138,7 @@ class TestProgress:
         assert heard == [float(percent) for percent in [*range(0, 101, 7), 100]]
 
     @given(st.lists(st.binary()))
-    def test_no_output_breaks_anything_or_is_kept(self, pieces: list[bytes]) -> None:
+    def test_unexpected_output_is_ignored_and_not_stored(self, pieces: list[bytes]) -> None:
         """A qemu-img that an image has taken over may print what it likes."""
         front = Front()
         observer = conversion.Observer(front.context, 0, 1.0)
@@ -148,14 +148,16 @@ class TestProgress:
         assert len(observer._tail) <= conversion.LONGEST_LINE  # noqa: SLF001 - the memory is the point
         front.close()
 
-    def test_that_nobody_reads_is_dropped(self, front: Front, written: int) -> None:
+    def test_unread_progress_is_dropped(self, front: Front, written: int) -> None:
         """A job never waits for its front."""
         for _ in range(100):
             observer = conversion.Observer(front.context, written, 1.0)
             observer.on_output(printed(*range(101)))
         assert 0 < len(front.outputs()) < 100 * 101
 
-    def test_that_nobody_can_hear_ends_the_job(self, front: Front, written: int) -> None:
+    def test_disconnected_front_ends_the_job_at_the_next_progress(
+        self, front: Front, written: int
+    ) -> None:
         """The front is gone, and so is the caller."""
         front.channel.close()
         with pytest.raises(context.Cancelled):
@@ -204,12 +206,12 @@ class TestStall:
         waiting.until(rests, "the program comes to rest")
         return made
 
-    def test_is_noticed(self, observer: conversion.Observer, idle: Clock) -> None:
+    def test_stall_is_detected(self, observer: conversion.Observer, idle: Clock) -> None:
         """With the limit that was passed."""
         with pytest.raises(conditions.Stalled, match=r"no progress for 0\.0 seconds"):
             observer.on_tick(idle.child)
 
-    def test_is_not_where_the_percentage_moves(
+    def test_stall_is_not_reported_while_the_percentage_rises(
         self, observer: conversion.Observer, idle: Clock
     ) -> None:
         """However slowly."""
@@ -218,7 +220,7 @@ class TestStall:
         with pytest.raises(conditions.Stalled):
             observer.on_tick(idle.child)
 
-    def test_is_not_where_there_is_more_to_hear(
+    def test_stall_is_not_reported_while_output_is_unread(
         self, observer: conversion.Observer, idle: Clock
     ) -> None:
         """A program that says more than a pipe holds waits for us, and may compute little."""
@@ -227,7 +229,7 @@ class TestStall:
         with pytest.raises(conditions.Stalled):
             observer.on_tick(idle.child)
 
-    def test_is_not_where_blocks_are_written(
+    def test_stall_is_not_reported_while_blocks_are_written(
         self, observer: conversion.Observer, idle: Clock, written: int
     ) -> None:
         """To the result, through our own descriptor."""
@@ -236,7 +238,9 @@ class TestStall:
         with pytest.raises(conditions.Stalled):
             observer.on_tick(idle.child)
 
-    def test_is_not_where_it_computes(self, front: Front, written: int) -> None:
+    def test_stall_is_not_reported_while_processor_time_is_used(
+        self, front: Front, written: int
+    ) -> None:
         """Compressing, or reading zeroes."""
         busy = Clock("sh", "-c", "while :; do :; done")
         observer = conversion.Observer(front.context, written, 0.2)
@@ -251,13 +255,17 @@ class TestStall:
                 )
                 observer.on_tick(busy.child)
 
-    def test_is_not_while_it_flushes(self, observer: conversion.Observer, idle: Clock) -> None:
+    def test_stall_is_not_reported_while_the_result_is_flushed(
+        self, observer: conversion.Observer, idle: Clock
+    ) -> None:
         """That is the disk's work, and bounded by the job's duration alone."""
         observer.on_output(printed(100.0))
         for _ in range(3):
             observer.on_tick(idle.child)
 
-    def test_is_not_of_a_program_that_has_ended(self, front: Front, written: int) -> None:
+    def test_stall_is_not_reported_after_the_program_has_ended(
+        self, front: Front, written: int
+    ) -> None:
         """Which is about to be noticed anyway."""
         gone = Clock("true")
         gone.process.wait()
@@ -300,7 +308,7 @@ CACHE = results.CacheChoice(mode=values.CacheMode.NONE, reason="")
 FD = "qemu-img: Could not open '/proc/self/fd/8'"
 
 
-class TestFailures:
+class TestQemuImgFailures:
     """What qemu-img says, and how it ends."""
 
     @pytest.mark.parametrize(
@@ -322,13 +330,15 @@ class TestFailures:
             ("", "CONVERSION_FAILED"),
         ],
     )
-    def test_its_words_are_told_from_each_other(
+    def test_qemu_img_error_messages_map_to_conditions(
         self, both: endpoints.Endpoints, said: str, expected: str
     ) -> None:
         """The result is discarded anyway; they decide only what the caller reads."""
         assert failed(both, said).reason == expected
 
-    def test_only_the_systems_own_words_are_passed_on(self, both: endpoints.Endpoints) -> None:
+    def test_only_kernel_error_text_of_qemu_img_is_passed_on(
+        self, both: endpoints.Endpoints
+    ) -> None:
         """Never a name: it could be that of a file on this host."""
         known = failed(both, "qemu-img: error while reading at byte 0: Input/output error")
         assert known.message.endswith("could not be read completely: Input/output error")
@@ -337,18 +347,20 @@ class TestFailures:
         assert "the daemon's log has qemu-img's words" in unknown.message
 
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT, signal.SIGTRAP])
-    def test_one_that_got_no_memory_ends_by_a_signal(
+    def test_qemu_img_out_of_memory_is_reported(
         self, both: endpoints.Endpoints, number: signal.Signals
     ) -> None:
         """The kernel's, or its own."""
         assert failed(both, "", -number).reason == "OUT_OF_MEMORY"
 
-    def test_one_that_crashed_is_named_by_its_signal(self, both: endpoints.Endpoints) -> None:
+    def test_qemu_img_crash_is_reported_with_its_signal(self, both: endpoints.Endpoints) -> None:
         """An image may have done it."""
         failure = failed(both, "", -signal.SIGSEGV)
         assert failure.message.endswith("qemu-img failed: ended by SIGSEGV")
 
-    def test_a_full_device_is_no_full_file_system(self, both: endpoints.Endpoints) -> None:
+    def test_full_device_is_not_reported_as_a_full_file_system(
+        self, both: endpoints.Endpoints
+    ) -> None:
         """There is no mount point at which to make room."""
         place = grants.Rules(roots=(grants.devices("/dev/vg"),)).place("/dev/vg/lv")
         device = device_dest.DeviceDest(place=place, fd=both.dest.fd, size_bytes=0, group=None)
@@ -358,7 +370,7 @@ class TestFailures:
         assert failure.message.startswith("/dev/vg/lv: ")
 
 
-class TestWhole:
+class TestWholeRun:
     """With the real program."""
 
     def converted(self, area: Path, *passphrases: bytes, **asked: object) -> whole_job.Said:
@@ -369,7 +381,7 @@ class TestWhole:
         request = dataclasses.replace(grants.request(area / "in", area / "out"), source=source)
         return whole_job.run(rules.convert(grants.to(request, **asked)), *passphrases)
 
-    def test_phases_come_in_their_order(self, area: Path) -> None:
+    def test_run_reports_its_phases_in_order(self, area: Path) -> None:
         """Each of them, and the percentage never falls."""
         (area / "in").write_bytes(os.urandom(4 * MIB))
         said = self.converted(area, format="qcow2")
@@ -384,7 +396,7 @@ class TestWhole:
         percents = [item.percent for item in told]
         assert percents == sorted(percents)
 
-    def test_a_source_whose_clusters_are_cut_off_is_not_converted(self, area: Path) -> None:
+    def test_source_with_truncated_clusters_is_not_converted(self, area: Path) -> None:
         """It would read as zeroes, and qemu-img would say nothing. See test_integrity."""
         (area / "raw").write_bytes(os.urandom(4 * MIB))
         argv = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2"]
@@ -393,7 +405,9 @@ class TestWhole:
         source = values.Source(path=str(area / "in"), format="qcow2")
         assert self.converted(area, source=source).reason == "IMAGE_REFUSED"
 
-    def test_encrypted_at_both_ends_it_takes_both_passphrases(self, area: Path, luks: Path) -> None:
+    def test_conversion_between_encrypted_images_needs_both_passphrases(
+        self, area: Path, luks: Path
+    ) -> None:
         """Each at its own end; a wrong one has its own condition."""
         (area / "in").write_bytes(luks.read_bytes())
         source = values.Source(
@@ -408,7 +422,7 @@ class TestWhole:
         assert done.published.published
         assert (area / "out").read_bytes() == b"\x5a" * MIB
 
-    def test_an_encrypted_source_without_its_passphrase_is_refused(
+    def test_encrypted_source_without_its_passphrase_is_refused(
         self, area: Path, luks: Path
     ) -> None:
         """Found out by its header."""
@@ -416,7 +430,7 @@ class TestWhole:
         source = values.Source(path=str(area / "in"))
         assert self.converted(area, source=source).reason == "SECRET_MISSING"
 
-    def test_a_caller_that_goes_ends_it_and_leaves_nothing(self, area: Path) -> None:
+    def test_disconnected_caller_ends_the_job_and_leaves_nothing(self, area: Path) -> None:
         """Closing the job's channel is enough."""
         (area / "in").write_bytes(os.urandom(16 * MIB))
         rules = grants.Rules(roots=(grants.files(area),))
@@ -428,7 +442,7 @@ class TestWhole:
                 pass
         assert os.listdir(area) == ["in"]
 
-    def test_a_signal_ends_it_and_leaves_nothing(self, area: Path) -> None:
+    def test_sigterm_ends_the_job_and_leaves_nothing(self, area: Path) -> None:
         """As the broker sends it."""
         (area / "in").write_bytes(os.urandom(16 * MIB))
         rules = grants.Rules(roots=(grants.files(area),))
@@ -444,7 +458,7 @@ class TestWhole:
                     assert not isinstance(line.receive(*messages.FROM_JOB)[0], messages.Failed)
         assert os.listdir(area) == ["in"]
 
-    def test_one_that_takes_too_long_is_ended(self, area: Path) -> None:
+    def test_job_over_its_time_limit_is_ended(self, area: Path) -> None:
         """By the policy's `duration`."""
         (area / "in").write_bytes(os.urandom(16 * MIB))
         limits = values.Limits(duration_s=0.3)
@@ -470,15 +484,15 @@ def luks(shared_area: Path) -> Path:
     return path
 
 
-class TestLeash:
+class TestJobContext:
     """What ends a job before its work is done."""
 
-    def test_a_front_that_listens_lets_it_go_on(self, front: Front) -> None:
+    def test_job_context_with_a_connected_front_does_not_cancel(self, front: Front) -> None:
         """And time that is left."""
         front.context.check()
         assert 0 <= front.context.seconds < 60
 
-    def test_a_front_that_is_gone_cuts_it(self, front: Front) -> None:
+    def test_job_context_with_a_disconnected_front_cancels(self, front: Front) -> None:
         """Wherever it looks, and whatever it says."""
         front.channel.close()
         for act in (
@@ -489,14 +503,14 @@ class TestLeash:
             with pytest.raises(context.Cancelled):
                 act()
 
-    def test_what_is_too_long_to_be_told_is_said_to_be(self, front: Front) -> None:
+    def test_event_that_is_too_long_to_send_is_reported_as_such(self, front: Front) -> None:
         """An image may have thousands of snapshots."""
         with pytest.raises(conditions.Unsupported, match="does not fit into a message"):
             front.context.send(
                 messages.Failed(failure=conditions.Failure(reason="x" * 200_000, message=""))
             )
 
-    def test_a_signal_waits_where_there_is_no_way_back(self) -> None:
+    def test_sigterm_is_deferred_while_the_result_is_published(self) -> None:
         """What is published is reported first."""
 
         def act() -> list[str]:

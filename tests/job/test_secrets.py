@@ -37,7 +37,7 @@ def nothing_is_left_open() -> Iterator[None]:
         yield
 
 
-class TestTaking:
+class TestReceivingPassphrases:
     """What the front sends when the job has started."""
 
     @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ class TestTaking:
             (b"s", b"d" * secrets.MAX_BYTES, secrets.Secrets(source=b"s", dest=b"d" * 4096)),
         ],
     )
-    def test_each_end_has_its_own(
+    def test_source_and_destination_get_their_own_passphrase(
         self, line: Pair, source: bytes, dest: bytes, expected: secrets.Secrets
     ) -> None:
         """In the order of the request; any bytes are fine."""
@@ -59,7 +59,7 @@ class TestTaking:
         assert secrets.take(jobs, source=bool(source), dest=bool(dest)) == expected
 
     @pytest.mark.parametrize("data", [b"", b"x" * (secrets.MAX_BYTES + 1)], ids=["empty", "long"])
-    def test_one_that_is_none_is_refused_and_not_repeated(self, line: Pair, data: bytes) -> None:
+    def test_invalid_passphrase_is_refused_and_not_repeated(self, line: Pair, data: bytes) -> None:
         """With the field, and the bounds."""
         line[0].send_bytes(channel.PASSPHRASE + data)
         failure = refusals.refusal_of(lambda: secrets.take(line[1], source=False, dest=True))
@@ -71,13 +71,13 @@ class TestTaking:
         [b"s", b'["Ready",{}]', channel.PASSPHRASE + b"x" * 9000],
         ids=["short", "a-message", "long"],
     )
-    def test_what_is_no_passphrase_is_refused(self, line: Pair, data: bytes) -> None:
+    def test_message_that_is_not_a_passphrase_is_refused(self, line: Pair, data: bytes) -> None:
         """Whoever took the front over can send anything."""
         line[0].send_bytes(data)
         reason = refusals.reason_of(lambda: secrets.take(line[1], source=True, dest=False))
         assert reason == "BAD_MESSAGE"
 
-    def test_one_with_a_descriptor_is_refused_and_the_descriptor_never_taken(self) -> None:
+    def test_passphrase_with_a_descriptor_is_refused_without_receiving_it(self) -> None:
         """To close it could take for ever."""
         fronts, jobs = channels.passing()
         with fronts, jobs:
@@ -85,7 +85,7 @@ class TestTaking:
             reason = refusals.reason_of(lambda: secrets.take(jobs, source=True, dest=False))
             assert reason == "BAD_MESSAGE"
 
-    def test_one_that_does_not_come_is_not_waited_for_long(
+    def test_missing_passphrase_ends_in_a_timeout(
         self, line: Pair, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A front that was taken over could hold the job for ever."""
@@ -93,23 +93,23 @@ class TestTaking:
         reason = refusals.reason_of(lambda: secrets.take(line[1], source=True, dest=False))
         assert reason == "BAD_MESSAGE"
 
-    def test_a_front_that_is_gone_ends_the_wait(self, line: Pair) -> None:
+    def test_disconnected_front_ends_the_wait_for_a_passphrase(self, line: Pair) -> None:
         """Nobody waits for the result any more."""
         line[0].close()
         with pytest.raises(channel.Closed):
             secrets.take(line[1], source=True, dest=False)
 
-    def test_they_are_never_shown(self) -> None:
+    def test_passphrases_are_not_in_repr_or_traceback(self) -> None:
         """Not in a traceback either."""
         kept = secrets.Secrets(source=b"hunter2", dest=b"hunter2")
         assert "hunter2" not in repr(kept)
         assert "hunter2" not in str(dataclasses.replace(kept))
 
 
-class TestOffering:
+class TestPassphrasePipes:
     """What qemu-img reads them from."""
 
-    def test_each_is_on_a_fresh_pipe_that_is_read_once(self) -> None:
+    def test_each_passphrase_is_on_a_new_pipe_that_is_read_once(self) -> None:
         """By the id of its `secret` object; nothing is offered where there is none."""
         kept = secrets.Secrets(source=b"s" * secrets.MAX_BYTES)
         with secrets.as_pipes(kept, WORKER) as pipes:
@@ -119,14 +119,14 @@ class TestOffering:
         with secrets.as_pipes(secrets.Secrets(), WORKER) as pipes:
             assert pipes == {}
 
-    def test_they_can_be_offered_again(self) -> None:
+    def test_passphrases_can_be_provided_again(self) -> None:
         """To convert, and to compare."""
         kept = secrets.Secrets(source=b"s", dest=b"d")
         for _ in range(2):
             with secrets.as_pipes(kept, None) as pipes:
                 assert [os.read(pipes[name], 9) for name in ("source", "dest")] == [b"s", b"d"]
 
-    def test_only_the_worker_can_open_them(self) -> None:
+    def test_passphrase_pipe_can_be_opened_by_the_worker_only(self) -> None:
         """Through /proc/self/fd, which asks for the inode's permissions."""
         with secrets.as_pipes(secrets.Secrets(dest=b"d"), WORKER) as pipes:
             path = f"/proc/self/fd/{pipes['dest']}"
@@ -143,7 +143,7 @@ class TestOffering:
             assert opened_as(WORKER.uid) == "done"
             assert opened_as(1666) == "EACCES"
 
-    def test_one_that_nobody_read_is_gone_with_its_pipe(self) -> None:
+    def test_unread_passphrase_is_gone_with_its_pipe(self) -> None:
         """A qemu-img that fails before it reads leaves nothing."""
         with secrets.as_pipes(secrets.Secrets(source=b"s"), WORKER) as pipes:
             descriptor = pipes["source"]

@@ -137,11 +137,11 @@ def check_refused(said: whole_job.Said, path: Path) -> None:
     assert not (path.parent / "out").exists()
 
 
-class TestFiles:
+class TestChangedFiles:
     """Regular files, of another uid than the daemon's and qemu-img's."""
 
     @pytest.mark.parametrize("write", WRITES)
-    def test_a_raw_image_that_is_written_to_is_not_published(
+    def test_raw_source_written_during_the_job_is_not_published(
         self, own_area: Path, write: str
     ) -> None:
         """The result would be old in one place, and new in another."""
@@ -149,7 +149,7 @@ class TestFiles:
         check_refused(converted_while(WRITES[write], source, source, "raw"), source)
 
     @pytest.mark.parametrize("image_format", [name for name in FORMATS if name != "raw"])
-    def test_an_image_of_any_format_that_is_rewritten_is_not_published(
+    def test_source_of_any_format_rewritten_during_the_job_is_not_published(
         self, own_area: Path, image_format: str
     ) -> None:
         """In the last of its data, which had not been read."""
@@ -157,13 +157,13 @@ class TestFiles:
         said = converted_while(WRITES["rewritten"], source, source, image_format)
         check_refused(said, source)
 
-    def test_a_qcow2_that_is_truncated_is_told_as_changed(self, own_area: Path) -> None:
+    def test_qcow2_truncated_during_the_job_is_reported_as_changed(self, own_area: Path) -> None:
         """Not as one whose data is missing: it was all there."""
         source = made(own_area / "in", "qcow2")
         what = "os.truncate(path, size // 2)"
         check_refused(converted_while(what, source, source, "qcow2"), source)
 
-    def test_a_source_that_changes_before_it_is_verified_is_told_as_changed(
+    def test_source_changed_before_its_verification_is_reported_as_changed(
         self, own_area: Path
     ) -> None:
         """The result differs from the source, and this is why."""
@@ -171,20 +171,22 @@ class TestFiles:
         said = converted_while(WRITES["rewritten"], source, source, "raw", verify=True)
         check_refused(said, source)
 
-    def test_a_backing_file_that_is_rewritten_is_not_read_by_halves(self, own_area: Path) -> None:
+    def test_rewritten_backing_file_is_reported_as_changed(self, own_area: Path) -> None:
         """What the source stands on is part of what is converted."""
         base = made(own_area / "base", "raw")
         source = overlay(own_area / "in", base)
         check_refused(converted_while(AGAIN_AND_AGAIN, base, source, "qcow2"), base)
 
     @pytest.mark.parametrize("touch", TOUCHES)
-    def test_what_is_not_written_to_is_published(self, own_area: Path, touch: str) -> None:
+    def test_unchanged_source_is_published_despite_metadata_changes(
+        self, own_area: Path, touch: str
+    ) -> None:
         """Mode, links and reads leave the contents alone."""
         source = made(own_area / "in", "raw")
         assert converted_while(TOUCHES[touch], source, source, "raw").reason == "done"
         assert (own_area / "out").read_bytes() == source.read_bytes()
 
-    def test_a_backing_file_that_is_only_touched_is_no_reason_to_fail(self, own_area: Path) -> None:
+    def test_touched_backing_file_does_not_fail_the_job(self, own_area: Path) -> None:
         """Nova does it to an image in its cache, each time an instance is made of it."""
         base = made(own_area / "base", "raw")
         source = overlay(own_area / "in", base)
@@ -192,7 +194,9 @@ class TestFiles:
         compare = ["qemu-img", "compare", "-f", "qcow2", "-F", "raw"]
         subprocess.run([*compare, str(source), str(own_area / "out")], check=True)
 
-    def test_a_device_that_was_written_has_undefined_content(self, own_area: Path) -> None:
+    def test_device_written_from_a_changed_source_has_undefined_content(
+        self, own_area: Path
+    ) -> None:
         """What was written there is neither the old image nor the new one."""
         with loop_devices.made(own_area) as devices:
             device = devices.add("volume", SIZE)
@@ -224,7 +228,9 @@ class TestTouchedBackingFiles:
                 (area / name).write_bytes(b"before")
             yield [stack.enter_context(opened(area / name)) for name in ("overlay", "base")]
 
-    def test_contents_that_differ_are_a_change(self, area: Path, chain: list[paths.Source]) -> None:
+    def test_touched_backing_file_with_different_content_is_a_change(
+        self, area: Path, chain: list[paths.Source]
+    ) -> None:
         """What is there now is not what was converted."""
 
         def compare() -> None:
@@ -236,7 +242,7 @@ class TestTouchedBackingFiles:
         ):
             (area / "base").write_bytes(b"after!")
 
-    def test_a_change_during_the_comparison_is_a_change(
+    def test_backing_file_changed_during_the_comparison_is_a_change(
         self, area: Path, chain: list[paths.Source]
     ) -> None:
         """Who writes on and on is never compared."""
@@ -250,7 +256,7 @@ class TestTouchedBackingFiles:
         ):
             (area / "base").write_bytes(b"after!")
 
-    def test_another_size_is_a_change_whatever_is_in_it(
+    def test_backing_file_with_another_size_is_a_change_without_comparison(
         self, area: Path, chain: list[paths.Source]
     ) -> None:
         """No comparison is made."""
@@ -260,9 +266,7 @@ class TestTouchedBackingFiles:
         ):
             (area / "base").write_bytes(b"longer.")
 
-    def test_a_touch_of_the_source_itself_is_a_change(
-        self, area: Path, chain: list[paths.Source]
-    ) -> None:
+    def test_touched_source_is_a_change(self, area: Path, chain: list[paths.Source]) -> None:
         """Nobody has a reason to touch it."""
         with (
             pytest.raises(conditions.SourceChanged, match="overlay"),
@@ -271,11 +275,11 @@ class TestTouchedBackingFiles:
             os.utime(area / "overlay")
 
 
-class TestTimes:
+class TestTimestamps:
     """What tells that a file was written to."""
 
     @pytest.mark.parametrize("kind", ["ext4", "ext4 of whole seconds", "xfs", "tmpfs", "ramfs"])
-    def test_a_write_right_after_the_opening_is_seen(self, mounts: Mounts, kind: str) -> None:
+    def test_write_right_after_the_open_is_detected(self, mounts: Mounts, kind: str) -> None:
         """Though the file was written in the same tick of the kernel's clock, or second, before."""
         place = {
             "ext4": lambda: mounts.on_a_loop("ext4", "place"),
@@ -292,7 +296,7 @@ class TestTimes:
                 with pytest.raises(conditions.SourceChanged, match="it was written to"):
                     source_change.check([source])
 
-    def test_an_old_file_is_opened_without_waiting(self, area: Path) -> None:
+    def test_old_source_is_opened_without_waiting(self, area: Path) -> None:
         """And one whose time lies far in the future."""
         for then in (0.5, 10**6, time.time() + 10**6):
             (area / "in").write_bytes(b"old")
@@ -302,7 +306,7 @@ class TestTimes:
                 assert time.monotonic() - began < 1
                 source_change.check([source])
 
-    def test_a_clone_is_of_one_instant_whatever_is_written_afterwards(self, area: Path) -> None:
+    def test_clone_of_the_source_is_not_affected_by_later_writes(self, area: Path) -> None:
         """What was checked when it was taken is not checked again."""
         (area / "in").write_bytes(b"before")
         with opened(area / "in") as source:
@@ -315,7 +319,7 @@ class TestTimes:
             ):
                 pass
 
-    def test_a_clone_of_what_has_changed_is_refused(self, area: Path) -> None:
+    def test_clone_of_a_changed_source_is_refused(self, area: Path) -> None:
         """It is not of what was opened."""
         (area / "in").write_bytes(b"before")
         with opened(area / "in") as source:

@@ -27,7 +27,7 @@ def target_in(directory: Path) -> Iterator[paths.Target]:
         yield target
 
 
-def test_what_fits_is_not_refused(mounts: Mounts) -> None:
+def test_image_that_fits_is_not_refused(mounts: Mounts) -> None:
     """To the last byte."""
     with target_in(mounts.in_memory("tmpfs", "small", "mode=755,size=1m")) as target:
         free = space.free_bytes(target)
@@ -38,7 +38,7 @@ def test_what_fits_is_not_refused(mounts: Mounts) -> None:
         assert failure.reason == "NO_SPACE"
 
 
-def test_what_does_not_fit_is_refused_with_all_the_numbers(mounts: Mounts) -> None:
+def test_image_that_does_not_fit_is_refused_with_sizes_and_mount_point(mounts: Mounts) -> None:
     """And the place where to make room."""
     point = mounts.in_memory("tmpfs", "small", "mode=755,size=1m")
     with target_in(point) as target:
@@ -52,13 +52,13 @@ def test_what_does_not_fit_is_refused_with_all_the_numbers(mounts: Mounts) -> No
         }
 
 
-def test_a_file_system_without_a_size_is_tried(mounts: Mounts) -> None:
+def test_file_system_that_reports_no_size_is_tried(mounts: Mounts) -> None:
     """Ramfs says 0 of everything."""
     with target_in(mounts.in_memory("ramfs", "ramfs")) as target:
         space.check(target, 2**60)
 
 
-def test_an_error_of_a_full_file_system_or_a_spent_quota_has_its_condition(area: Path) -> None:
+def test_errno_of_a_full_file_system_or_quota_becomes_its_condition(area: Path) -> None:
     """Any other is left to who asked."""
     with target_in(area) as target:
         for number, expected in (
@@ -75,7 +75,7 @@ def test_an_error_of_a_full_file_system_or_a_spent_quota_has_its_condition(area:
     "name",
     ["plain", "with blank", "with\ttab", "with\nline", "with\\backslash", "with\\040both", "ünï"],
 )
-def test_a_mount_point_is_named_as_it_is(mounts: Mounts, name: str) -> None:
+def test_mount_point_with_special_characters_is_named_correctly(mounts: Mounts, name: str) -> None:
     """The mount table escapes what would end a field."""
     point = mounts.in_memory("tmpfs", name)
     (point / "below").mkdir()
@@ -84,7 +84,7 @@ def test_a_mount_point_is_named_as_it_is(mounts: Mounts, name: str) -> None:
             assert space.mount_point(target) == str(point)
 
 
-def test_a_mount_point_that_only_begins_like_the_path_is_another_one(
+def test_mount_point_that_is_only_a_text_prefix_of_the_path_is_not_used(
     area: Path, mounts: Mounts
 ) -> None:
     """The longest that contains it counts."""

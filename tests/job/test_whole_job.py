@@ -12,7 +12,7 @@ import whole_job
 MIB = 1024 * 1024
 
 
-def test_a_job_converts_what_it_is_granted(area: Path) -> None:
+def test_granted_job_converts_and_reports_its_result(area: Path) -> None:
     """Plan, progress, result, in that order."""
     (area / "in").write_bytes(os.urandom(MIB))
     rules = grants.Rules(roots=(grants.files(area),))

@@ -41,7 +41,7 @@ def status_of_threads() -> list[dict[str, str]]:
 class TestBroker:
     """narrow_broker()."""
 
-    def test_seven_capabilities_are_left(self) -> None:
+    def test_broker_keeps_seven_capabilities(self) -> None:
         """And no way to more: bounding set, ambient set, no_new_privs."""
 
         def act() -> dict[str, str]:
@@ -60,7 +60,7 @@ class TestBroker:
         assert [int(status[name], 16) for name in ("CapInh", "CapAmb")] == [0, 0]
         assert status["NoNewPrivs"] == "1"
 
-    def test_narrowing_twice_changes_nothing(self) -> None:
+    def test_narrowing_the_broker_twice_changes_nothing(self) -> None:
         """As under a unit that has narrowed already, without CAP_SETPCAP."""
 
         def act() -> bool:
@@ -71,7 +71,7 @@ class TestBroker:
 
         assert in_child(act)
 
-    def test_without_a_capability_that_it_needs_it_does_not_start(self) -> None:
+    def test_broker_without_a_required_capability_does_not_start(self) -> None:
         """All that are missing are named."""
 
         def act() -> str:
@@ -83,7 +83,7 @@ class TestBroker:
 
         assert in_child(act) == "this process lacks CAP_CHOWN, CAP_KILL"
 
-    def test_a_bounding_set_that_can_not_be_narrowed_is_an_error(self) -> None:
+    def test_bounding_set_that_can_not_be_narrowed_is_an_error(self) -> None:
         """Not silently left wide."""
 
         def act() -> str:
@@ -96,7 +96,7 @@ class TestBroker:
 
         assert in_child(act) == "this process lacks CAP_SETPCAP"
 
-    def test_it_can_still_do_its_work(self, tmp_path: Path) -> None:
+    def test_narrowed_broker_can_still_do_its_work(self, tmp_path: Path) -> None:
         """Read what is another's, give away, end another's process."""
         (tmp_path / "file").touch(0o000)
         os.chown(tmp_path / "file", 4321, 4321)
@@ -122,7 +122,7 @@ class TestBroker:
         assert in_child(act) == ([*["done"] * 4, "EPERM", "EPERM"], signal.SIGKILL)
 
 
-class TestFront:
+class TestFrontConfinement:
     """confine_front()."""
 
     @pytest.fixture
@@ -145,7 +145,9 @@ class TestFront:
 
         return enter
 
-    def test_its_own_sockets_and_threads_work(self, confine_here: Callable[[], None]) -> None:
+    def test_confined_front_can_use_its_sockets_and_threads(
+        self, confine_here: Callable[[], None]
+    ) -> None:
         """Bind in its directory, connect, unlink; start threads afterwards; randomness."""
 
         def act() -> bytes:
@@ -164,7 +166,7 @@ class TestFront:
 
         assert in_child(act) == b"hello"
 
-    def test_nothing_else_does(self, confine_here: Callable[[], None]) -> None:
+    def test_confined_front_can_do_nothing_else(self, confine_here: Callable[[], None]) -> None:
         """Files, programs, networks, other processes."""
         parent = os.getpid()
 
@@ -196,7 +198,7 @@ class TestFront:
             "namespace": "EPERM",
         }
 
-    def test_every_thread_that_starts_later_is_confined(
+    def test_threads_started_after_the_confinement_are_confined(
         self, confine_here: Callable[[], None]
     ) -> None:
         """Shown by the kernel, which we ask from outside."""
@@ -241,12 +243,12 @@ def in_the_midst_of_threads(act: Callable[[], object]) -> bool:
     return not prctl.get_no_new_privs()
 
 
-def test_a_front_with_threads_is_not_half_confined() -> None:
+def test_front_with_threads_is_not_confined_but_refused() -> None:
     """The others would stay free."""
     assert in_child(lambda: in_the_midst_of_threads(lambda: confine.confine_front("/", b"")))
 
 
-def test_a_job_with_threads_is_not_half_confined(qemu_img: int) -> None:
+def test_job_with_threads_is_not_confined_but_refused(qemu_img: int) -> None:
     """Neither at its gate, nor by later layers."""
 
     def act() -> str:
@@ -258,7 +260,7 @@ def test_a_job_with_threads_is_not_half_confined(qemu_img: int) -> None:
     assert in_child(act) == "done"
 
 
-def test_a_job_with_threads_is_refused_a_gate_by_any_kernel() -> None:
+def test_job_with_threads_gets_no_preforked_child_on_any_kernel() -> None:
     """Also by one whose Landlock knows of no signals, where the gate binds it to nothing yet."""
 
     def act() -> bool:
@@ -268,7 +270,7 @@ def test_a_job_with_threads_is_refused_a_gate_by_any_kernel() -> None:
     assert in_child(act)
 
 
-def test_a_job_reaches_its_own_places_only(qemu_img: int, tmp_path: Path) -> None:
+def test_job_can_access_only_the_granted_files(qemu_img: int, tmp_path: Path) -> None:
     """Read here, publish there, and signal nobody outside, though it has the broker's rights."""
     for name in ("read", "write", "other"):
         (tmp_path / name).mkdir()

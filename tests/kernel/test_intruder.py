@@ -52,7 +52,7 @@ def public() -> Iterator[Path]:
 
 @ALL_ABIS
 @RIGHTS
-def test_no_file_is_within_reach(
+def test_compromised_qemu_img_can_open_no_file(
     intruder: Intruder, public: Path, abi: int | None, *, read_search: bool
 ) -> None:
     """Neither by name, nor by number, nor its metadata; even one that the uid owns."""
@@ -97,7 +97,7 @@ attempt("memfd", lambda: os.memfd_create("m"))
 
 @ALL_ABIS
 @RIGHTS
-def test_no_metadata_but_what_stat_tells_can_be_read(
+def test_compromised_qemu_img_can_read_no_metadata_but_stat(
     intruder: Intruder, public: Path, abi: int | None, *, read_search: bool
 ) -> None:
     """Of no file by name, descriptor or handle, with CAP_DAC_READ_SEARCH either."""
@@ -135,7 +135,7 @@ attempt("ustat", lambda: call(136, os.makedev(0, 1), out))
 
 
 @ALL_ABIS
-def test_nothing_of_others_can_be_flushed(
+def test_compromised_qemu_img_can_flush_only_its_own_descriptors(
     intruder: Intruder, public: Path, abi: int | None
 ) -> None:
     """Whoever writes a lot would wait with it; its own descriptors are its own to flush."""
@@ -158,7 +158,9 @@ attempt("own data", lambda: os.fdatasync({descriptor}))
     }
 
 
-def test_a_call_that_is_on_no_list_does_not_exist(intruder: Intruder) -> None:
+def test_compromised_qemu_img_can_make_no_system_call_that_is_not_listed(
+    intruder: Intruder,
+) -> None:
     """Whichever it is: those that nobody needs are not there to be thought of one by one."""
     script = """
 attempt("landlock", lambda: call(444, None, 0, 1))
@@ -177,7 +179,9 @@ attempt("younger than all", lambda: call(4000))
 
 
 @ALL_ABIS
-def test_no_memory_of_another_job_is_within_reach(intruder: Intruder, abi: int | None) -> None:
+def test_compromised_qemu_img_can_not_access_memory_of_another_job(
+    intruder: Intruder, abi: int | None
+) -> None:
     """A qemu-img that runs for somebody else, of the same uid and in a sandbox of its own."""
 
     def act() -> dict[str, str]:
@@ -213,7 +217,9 @@ attempt("link", lambda: os.readlink(f"/proc/{{victim}}/exe"))
 
 
 @ALL_ABIS
-def test_no_other_process_is_within_reach(intruder: Intruder, abi: int | None) -> None:
+def test_compromised_qemu_img_can_not_access_other_processes(
+    intruder: Intruder, abi: int | None
+) -> None:
     """Not even one of the same uid, which another job's qemu-img is."""
     victim = os.fork()
     if victim == 0:
@@ -256,7 +262,9 @@ attempt("owner by ioctl", lambda: call(16, 1, 0x8901, limit))
 
 
 @ALL_ABIS
-def test_no_socket_is_within_reach(intruder: Intruder, public: Path, abi: int | None) -> None:
+def test_compromised_qemu_img_can_not_use_sockets(
+    intruder: Intruder, public: Path, abi: int | None
+) -> None:
     """None can be made; Landlock does not govern one that has a path."""
     script = f"""
 def connect(family, address):
@@ -274,7 +282,9 @@ attempt("pair", lambda: socket.socketpair())
 
 
 @ALL_ABIS
-def test_no_other_program_is_within_reach(intruder: Intruder, abi: int | None) -> None:
+def test_compromised_qemu_img_can_not_execute_another_program(
+    intruder: Intruder, abi: int | None
+) -> None:
     """Whatever the way; descriptor 700 is gone and can't come back."""
     script = """
 argv = (ctypes.c_char_p * 2)(b"sh", None)
@@ -321,7 +331,7 @@ attempt("thread", lambda: threading.Thread(target=id, args=(1,)).start())
 
 
 @pytest.mark.parametrize(("abi", "expected"), [(4, "ENOTTY"), (5, "EACCES"), (None, "EACCES")])
-def test_no_ioctl_reaches_another_device(
+def test_compromised_qemu_img_can_make_no_ioctl_on_other_devices(
     intruder: Intruder, abi: int | None, expected: str
 ) -> None:
     """By Landlock from ABI 5; those that reach furthest by seccomp, always."""
@@ -345,7 +355,9 @@ attempt("a disk", lambda: os.open("/dev/loop0", os.O_RDONLY))
     }
 
 
-def test_it_sees_nothing_of_ours(intruder: Intruder) -> None:
+def test_compromised_qemu_img_inherits_no_environment_descriptor_or_handler(
+    intruder: Intruder,
+) -> None:
     """Neither environment, nor descriptors but its own, nor handlers."""
     ours, theirs = os.open("/dev/zero", os.O_RDONLY), os.open("/dev/zero", os.O_RDONLY)
     os.set_inheritable(ours, True)
@@ -376,7 +388,9 @@ print(json.dumps([dict(os.environ), descriptors, os.read(0, 1).decode()]))
 
 @RIGHTS
 @pytest.mark.parametrize("whose", ["worker", "root without a right", "caller"])
-def test_the_kernel_shows_it_confined(intruder: Intruder, whose: str, *, read_search: bool) -> None:
+def test_sandbox_of_a_compromised_qemu_img_is_visible_in_proc(
+    intruder: Intruder, whose: str, *, read_search: bool
+) -> None:
     """/proc/PID/status and limits: uid, capabilities, no_new_privs, seccomp, signals, limits."""
     groups = (1600, 1700)
     whom = {
@@ -428,7 +442,9 @@ def test_the_kernel_shows_it_confined(intruder: Intruder, whose: str, *, read_se
     assert nice == 19
 
 
-def test_a_write_right_is_not_more_than_that(intruder: Intruder, public: Path) -> None:
+def test_write_access_of_qemu_img_does_not_allow_chmod_or_execution(
+    intruder: Intruder, public: Path
+) -> None:
     """The inode can be written and cut through its descriptor, and not renamed or chmod-ed."""
     descriptor = os.open(public / "file", os.O_RDWR)
     script = f"""

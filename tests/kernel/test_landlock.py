@@ -31,7 +31,7 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_all_rights_of_the_running_kernel_are_denied() -> None:
+def test_all_landlock_rights_of_the_running_kernel_are_denied() -> None:
     """A generation that our table lacks would go unnoticed otherwise."""
     newest = landlock.GENERATIONS[-1]
     assert kernel_landlock.abi() >= newest.abi, "run these tests on a newer kernel"
@@ -50,13 +50,13 @@ def test_all_rights_of_the_running_kernel_are_denied() -> None:
     assert known == every
 
 
-def test_every_later_right_has_a_stand_in() -> None:
+def test_each_later_landlock_right_has_a_substitute() -> None:
     """The table of what denies it where Landlock can't."""
     assert set(landlock.STAND_INS) == {generation.abi for generation in landlock.GENERATIONS[1:]}
 
 
 @pytest.mark.parametrize("abi", [1, 2, 3, 4, 5, 6, None])
-def test_only_the_named_inode_can_be_read(place: Path, abi: int | None) -> None:
+def test_landlock_allows_reading_the_named_inode_only(place: Path, abi: int | None) -> None:
     """On every Landlock there has been; also through /proc/self/fd."""
     mine = os.open(place / "mine", os.O_PATH)
 
@@ -80,7 +80,7 @@ def test_only_the_named_inode_can_be_read(place: Path, abi: int | None) -> None:
 
 
 @pytest.mark.parametrize(("abi", "expected"), [(2, "done"), (3, "EACCES")])
-def test_truncate_by_path_is_landlocks_from_abi_3(place: Path, abi: int, expected: str) -> None:
+def test_landlock_denies_truncate_by_path_from_abi_3(place: Path, abi: int, expected: str) -> None:
     """Below that, seccomp stands in."""
 
     def act() -> str:
@@ -91,7 +91,7 @@ def test_truncate_by_path_is_landlocks_from_abi_3(place: Path, abi: int, expecte
 
 
 @pytest.mark.parametrize(("abi", "expected"), [(3, "ECONNREFUSED"), (4, "EACCES")])
-def test_tcp_is_landlocks_from_abi_4(abi: int, expected: str) -> None:
+def test_landlock_denies_tcp_from_abi_4(abi: int, expected: str) -> None:
     """Below that, seccomp stands in."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = server.getsockname()
@@ -105,7 +105,7 @@ def test_tcp_is_landlocks_from_abi_4(abi: int, expected: str) -> None:
 
 
 @pytest.mark.parametrize(("abi", "expected"), [(4, "ENOTTY"), (5, "EACCES")])
-def test_ioctl_of_a_device_is_landlocks_from_abi_5(abi: int, expected: str) -> None:
+def test_landlock_denies_device_ioctl_from_abi_5(abi: int, expected: str) -> None:
     """/dev/null is one that qemu-img may read and write."""
 
     def act() -> str:
@@ -116,7 +116,7 @@ def test_ioctl_of_a_device_is_landlocks_from_abi_5(abi: int, expected: str) -> N
     assert in_child(act) == expected
 
 
-def test_a_device_that_is_named_as_one_takes_ioctl() -> None:
+def test_landlock_allows_ioctl_on_a_named_device() -> None:
     """IOCTL_DEV is in DEVICE."""
 
     def act() -> str:
@@ -139,7 +139,7 @@ def abstract_name() -> Iterator[str]:
 @pytest.mark.parametrize(
     ("abi", "expected"), [(5, ["done", "done"]), (6, ["EPERM", "EPERM"]), (None, ["EPERM"] * 2)]
 )
-def test_signals_and_abstract_sockets_are_landlocks_from_abi_6(
+def test_landlock_denies_signals_and_abstract_sockets_from_abi_6(
     abstract_name: str, abi: int | None, expected: list[str]
 ) -> None:
     """Below that, an own uid and seccomp stand in."""
@@ -156,7 +156,7 @@ def test_signals_and_abstract_sockets_are_landlocks_from_abi_6(
     assert in_child(act) == expected
 
 
-def test_its_own_children_can_be_signalled() -> None:
+def test_landlock_allows_signals_to_own_children() -> None:
     """A job ends its qemu-img, which is in the same domain or one below."""
 
     def act() -> int:
@@ -171,7 +171,7 @@ def test_its_own_children_can_be_signalled() -> None:
     assert in_child(act) == signal.SIGKILL
 
 
-def test_a_result_can_be_published_where_it_may(place: Path) -> None:
+def test_landlock_allows_publishing_in_the_named_directory_only(place: Path) -> None:
     """An unnamed inode, linked, renamed over another, removed; and nothing elsewhere."""
     (place / "dest").mkdir()
     dest = os.open(place / "dest", os.O_RDONLY | os.O_DIRECTORY)
@@ -198,7 +198,7 @@ def test_a_result_can_be_published_where_it_may(place: Path) -> None:
     assert in_child(act) == ["done", *["EACCES"] * 4]
 
 
-def test_no_landlock_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_landlock_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no best effort."""
 
     def absent(name: str, *_: object) -> int:
@@ -210,7 +210,7 @@ def test_no_landlock_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
         landlock.restrict([])
 
 
-def test_a_kernel_that_answers_oddly_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_landlock_version_reply_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only ENOSYS and EOPNOTSUPP say that there is none."""
 
     def odd(name: str, *_: object) -> int:
@@ -221,7 +221,7 @@ def test_a_kernel_that_answers_oddly_is_an_error(monkeypatch: pytest.MonkeyPatch
         landlock.ruleset([])
 
 
-def test_a_path_that_is_absent_is_an_error_unless_it_may_be() -> None:
+def test_missing_path_in_a_landlock_rule_is_an_error_unless_optional() -> None:
     """And one that may be absent is only left out."""
 
     def act() -> str:
@@ -233,7 +233,7 @@ def test_a_path_that_is_absent_is_an_error_unless_it_may_be() -> None:
     assert in_child(act) == "EACCES"
 
 
-def test_what_has_no_path_can_not_be_in_a_rule() -> None:
+def test_descriptor_without_a_path_is_refused_in_a_landlock_rule() -> None:
     """A pipe, which Landlock does not govern either."""
     read_end, write_end = os.pipe()
     with pytest.raises(OSError, match="landlock_add_rule") as refused:
@@ -243,13 +243,13 @@ def test_what_has_no_path_can_not_be_in_a_rule() -> None:
     os.close(write_end)
 
 
-def test_a_ruleset_that_failed_leaves_no_descriptor() -> None:
+def test_failed_landlock_ruleset_leaves_no_descriptor() -> None:
     """It is closed on the way out."""
     with none_left_open(), pytest.raises(FileNotFoundError):
         landlock.ruleset([landlock.Rule(where="/absent", access=landlock.READ)])
 
 
-def test_after_sixteen_layers_the_next_is_an_error() -> None:
+def test_seventeenth_landlock_layer_is_an_error() -> None:
     """The kernel's limit; nothing runs with one layer too few."""
 
     def act() -> list[str]:
@@ -258,7 +258,7 @@ def test_after_sixteen_layers_the_next_is_an_error() -> None:
     assert in_child(act) == [*["done"] * 16, "E2BIG"]
 
 
-def test_enforcing_sets_no_new_privs() -> None:
+def test_enforcing_landlock_sets_no_new_privs() -> None:
     """Without it a set-uid program would leave the sandbox."""
 
     def act() -> bool:
@@ -268,7 +268,7 @@ def test_enforcing_sets_no_new_privs() -> None:
     assert in_child(act)
 
 
-def test_a_right_that_the_kernel_does_not_know_is_an_error() -> None:
+def test_landlock_right_unknown_to_the_kernel_is_an_error() -> None:
     """EINVAL from the kernel, raised as it is."""
     with pytest.raises(OSError, match="landlock_create_ruleset") as refused:
         kernel_landlock.create_ruleset(fs=AccessFs(1 << 62), net=AccessNet(0), scope=Scope(0))

@@ -99,7 +99,7 @@ def start(request: pytest.FixtureRequest) -> Start:
     return make if request.param == "who waited" else start_now
 
 
-def test_without_the_right_to_change_uid(
+def test_program_is_not_started_without_the_right_to_change_uid(
     qemu_img: int, confinement: Confinement, start: Start
 ) -> None:
     """An unprivileged process can't take another identity, and does not go on with its own."""
@@ -112,7 +112,7 @@ def test_without_the_right_to_change_uid(
     assert in_child(act) == ("IDENTITY", "EPERM", [])
 
 
-def test_without_the_capability_that_is_to_be_kept(
+def test_program_is_not_started_without_the_capability_to_keep(
     qemu_img: int, confinement: Confinement, start: Start
 ) -> None:
     """It is not silently left out."""
@@ -135,7 +135,7 @@ def test_without_the_capability_that_is_to_be_kept(
     ],
     ids=["no filter", "a filter that the kernel refuses", "a filter that kills on the way"],
 )
-def test_without_a_filter_that_works(
+def test_program_is_not_started_without_a_working_seccomp_filter(
     qemu_img: int, confinement: Confinement, program: bytes, expected: Failed, start: Start
 ) -> None:
     """Also a child that can't say why it died has not run the program."""
@@ -143,7 +143,7 @@ def test_without_a_filter_that_works(
     assert in_child(lambda: failure(start(qemu_img, changed))) == expected
 
 
-def test_when_the_next_landlock_layer_is_one_too_many(
+def test_program_is_not_started_over_the_landlock_layer_limit(
     qemu_img: int, confinement: Confinement, start: Start
 ) -> None:
     """Sixteen is the kernel's limit."""
@@ -159,7 +159,7 @@ def test_when_the_next_landlock_layer_is_one_too_many(
     assert in_child(act) == ("LANDLOCK", "E2BIG", [])
 
 
-def test_without_landlock(
+def test_program_is_not_started_without_landlock(
     qemu_img: int, confinement: Confinement, monkeypatch: pytest.MonkeyPatch, start: Start
 ) -> None:
     """Its own error, for the operator."""
@@ -176,7 +176,7 @@ def test_without_landlock(
 
 
 @pytest.mark.parametrize("what", ["read", "write", "devices"])
-def test_when_an_inode_can_not_be_governed(
+def test_program_is_not_started_with_an_inode_landlock_can_not_govern(
     qemu_img: int, confinement: Confinement, what: str, start: Start
 ) -> None:
     """A pipe where an image is due."""
@@ -188,7 +188,7 @@ def test_when_an_inode_can_not_be_governed(
     os.close(write_end)
 
 
-def test_when_a_descriptor_to_inherit_is_not_open(
+def test_program_is_not_started_with_a_closed_descriptor_to_inherit(
     qemu_img: int, confinement: Confinement, start: Start
 ) -> None:
     """Its number must not be anybody else's by accident."""
@@ -197,7 +197,7 @@ def test_when_a_descriptor_to_inherit_is_not_open(
 
 
 @pytest.mark.parametrize("number", [-1, 0, 2, 700, 4000])
-def test_descriptors_that_can_not_be_inherited(
+def test_program_is_not_started_with_a_reserved_descriptor_to_inherit(
     qemu_img: int, confinement: Confinement, number: int
 ) -> None:
     """Our own mistake: the standard three, and the program's place."""
@@ -210,7 +210,9 @@ def test_descriptors_that_can_not_be_inherited(
     assert str(number) in in_child(act)
 
 
-def test_from_a_process_with_threads(qemu_img: int, confinement: Confinement) -> None:
+def test_program_is_not_started_from_a_process_with_threads(
+    qemu_img: int, confinement: Confinement
+) -> None:
     """Fork copies one thread, and the locks that others hold."""
 
     def act() -> str:
@@ -223,7 +225,7 @@ def test_from_a_process_with_threads(qemu_img: int, confinement: Confinement) ->
 
 
 @pytest.mark.parametrize("standard", [0, 1, 2])
-def test_when_a_standard_descriptor_is_closed(
+def test_program_is_not_started_with_a_closed_standard_descriptor(
     qemu_img: int, confinement: Confinement, standard: int
 ) -> None:
     """One of ours would get its number, and be overwritten."""
@@ -235,7 +237,7 @@ def test_when_a_standard_descriptor_is_closed(
     assert in_child(act) == ("PREPARE", "EBADF", [])
 
 
-def test_when_the_programs_place_is_out_of_reach(
+def test_program_is_not_started_over_the_descriptor_limit(
     qemu_img: int, confinement: Confinement, start: Start
 ) -> None:
     """A hard limit on descriptors that is too low."""
@@ -247,7 +249,9 @@ def test_when_the_programs_place_is_out_of_reach(
     assert in_child(act) == ("DESCRIPTORS", "EINVAL", [])
 
 
-def test_when_no_descriptor_is_left(qemu_img: int, confinement: Confinement) -> None:
+def test_program_is_not_started_without_free_descriptors(
+    qemu_img: int, confinement: Confinement
+) -> None:
     """Half of the pipes made are closed again."""
 
     def act() -> Failed:
@@ -264,7 +268,7 @@ def test_when_no_descriptor_is_left(qemu_img: int, confinement: Confinement) -> 
     assert in_child(act) == ("PREPARE", "EMFILE", [])
 
 
-def test_when_no_process_can_be_made(qemu_img: int, confinement: Confinement) -> None:
+def test_program_is_not_started_if_fork_fails(qemu_img: int, confinement: Confinement) -> None:
     """fork(2) fails, and the signals are as they were."""
 
     def act() -> tuple[Failed, bool]:
@@ -279,7 +283,7 @@ def test_when_no_process_can_be_made(qemu_img: int, confinement: Confinement) ->
     assert in_child(act) == (("FORK", "EAGAIN", []), True)
 
 
-def test_when_the_parent_has_died_meanwhile(
+def test_program_is_not_started_if_its_parent_has_died(
     qemu_img: int, confinement: Confinement, monkeypatch: pytest.MonkeyPatch, start: Start
 ) -> None:
     """PDEATHSIG was armed too late, so the child kills itself."""
@@ -287,7 +291,7 @@ def test_when_the_parent_has_died_meanwhile(
     assert in_child(lambda: failure(start(qemu_img, confinement))) == ("FORK", "0", [])
 
 
-def test_when_something_unforeseen_happens_on_the_way(
+def test_child_ends_after_an_unexpected_error_before_exec(
     qemu_img: int, confinement: Confinement, monkeypatch: pytest.MonkeyPatch, start: Start
 ) -> None:
     """The copy of the parent ends, and does not go on as a second parent."""
@@ -326,7 +330,7 @@ def data(tmp_path: Path) -> Iterator[Callable[[bytes, int], int]]:
     [b"", b"#!/bin/sh\n", b"\x7fELF\x01\x01" + bytes(90), b"\x7fELF\x02\x01" + bytes(20)],
     ids=["nothing", "a script", "a 32-bit program", "a header that is cut off"],
 )
-def test_what_is_no_program(
+def test_file_that_is_not_a_program_is_refused(
     data: Callable[[bytes, int], int], confinement: Confinement, content: bytes, start: Start
 ) -> None:
     """Found before anything is started."""
@@ -334,14 +338,14 @@ def test_what_is_no_program(
     assert in_child(lambda: failure(start(program, confinement))) == ("PREPARE", "0", [])
 
 
-def test_a_program_that_is_cut_off(data: Callable[[bytes, int], int]) -> None:
+def test_truncated_program_is_refused(data: Callable[[bytes, int], int]) -> None:
     """After its header, before its program headers."""
     whole = Path("/usr/bin/qemu-img").read_bytes()
     with pytest.raises(ValueError, match="cut off"):
         runtime.interpreter(data(whole[:70], 0o755))
 
 
-def test_a_static_program_needs_no_loader(data: Callable[[bytes, int], int]) -> None:
+def test_static_program_needs_no_loader(data: Callable[[bytes, int], int]) -> None:
     """No PT_INTERP, no rule."""
     whole = bytearray(Path("/usr/bin/qemu-img").read_bytes()[:64])
     whole[56:58] = b"\0\0"  # no program headers
@@ -349,7 +353,7 @@ def test_a_static_program_needs_no_loader(data: Callable[[bytes, int], int]) -> 
     assert len(runtime.rules(data(bytes(whole), 0o755))) == 2
 
 
-def test_a_program_that_may_not_be_executed(
+def test_program_without_execute_permission_fails(
     data: Callable[[bytes, int], int], confinement: Confinement, start: Start
 ) -> None:
     """The last step fails, and the child ends."""
@@ -357,7 +361,9 @@ def test_a_program_that_may_not_be_executed(
     assert in_child(lambda: failure(start(program, confinement))) == ("EXEC", "EACCES", [])
 
 
-def test_an_argument_with_a_nul(qemu_img: int, confinement: Confinement, start: Start) -> None:
+def test_argument_with_a_nul_byte_is_refused(
+    qemu_img: int, confinement: Confinement, start: Start
+) -> None:
     """It would be cut there."""
     call = start(qemu_img, confinement, argv=["qemu-img", "a\0b"])
     assert in_child(lambda: failure(call)) == ("EXEC", "0", [])
@@ -368,20 +374,20 @@ def test_an_argument_with_a_nul(qemu_img: int, confinement: Confinement, start: 
     [(0, 5, ()), (5, 0, ()), (5, 5, (0,)), (-1, 5, ())],
     ids=["uid 0", "gid 0", "group 0", "uid -1"],
 )
-def test_root_is_no_identity(uid: int, gid: int, groups: tuple[int, ...]) -> None:
+def test_identity_with_uid_or_gid_0_is_refused(uid: int, gid: int, groups: tuple[int, ...]) -> None:
     """-1 means "leave it" to setresuid(2), which would leave root."""
     with pytest.raises(ValueError, match="not an identity"):
         Identity(uid=uid, gid=gid, groups=groups)
 
 
-def test_the_error_says_what_failed_and_why() -> None:
+def test_sandbox_error_names_the_failed_step_and_the_reason() -> None:
     """One line for the journal."""
     error = errors.NotConfined(Stage.IDENTITY, errno.EPERM, "setresuid")
     assert str(error) == "not confined, so not run: identity: Operation not permitted (setresuid)"
     assert str(errors.NotConfined(Stage.FORK, 0)) == "not confined, so not run: fork: no answer"
 
 
-def test_no_filter_no_broker() -> None:
+def test_broker_does_not_start_without_a_seccomp_filter() -> None:
     """The reason is libseccomp's."""
     assert "can't compile" in str(errors.FilterMissing("no library"))
     assert issubclass(errors.FilterMissing, errors.SandboxError)

@@ -210,7 +210,7 @@ def test_a_child_with_another_filter_is_refused(qemu_img: int, confinement: Conf
     assert in_child(act) == []
 
 
-def test_many_descriptors_keep_their_numbers(intruder: Intruder) -> None:
+def test_inherited_descriptors_keep_their_numbers(intruder: Intruder) -> None:
     """Whichever way they are numbered where they come from."""
     script = "import os; print(*(os.pread(n, 9, 0).decode() for n in (3, 4, 5, 200, 699)))"
 

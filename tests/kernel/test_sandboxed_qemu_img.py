@@ -102,7 +102,7 @@ def confinement(images: Images, compiled: bytes) -> Confinement:
 
 
 @pytest.mark.parametrize("abi", [1, 2, 3, 4, 5, 6, None])
-def test_another_users_private_image_is_converted(
+def test_sandboxed_qemu_img_converts_a_private_image_of_another_user(
     images: Images, qemu_img: int, confinement: Confinement, abi: int | None
 ) -> None:
     """By a uid that is neither owner nor root, with CAP_DAC_READ_SEARCH alone."""
@@ -133,7 +133,7 @@ FORMATS = (
 
 
 @pytest.mark.parametrize("options", FORMATS)
-def test_every_format_of_one_file_is_written(
+def test_sandboxed_qemu_img_writes_every_format(
     images: Images, qemu_img: int, confinement: Confinement, options: str
 ) -> None:
     """Nothing that a conversion needs is refused."""
@@ -142,7 +142,7 @@ def test_every_format_of_one_file_is_written(
     assert images.same(arguments[1])
 
 
-def test_without_the_capability_another_users_image_is_not_read(
+def test_sandboxed_qemu_img_without_the_capability_reads_no_private_image(
     images: Images, qemu_img: int, confinement: Confinement
 ) -> None:
     """The inode's own permission counts, though the descriptor is open."""
@@ -152,7 +152,7 @@ def test_without_the_capability_another_users_image_is_not_read(
     assert "Permission denied" in complaint
 
 
-def test_the_capability_does_not_let_it_read_what_is_not_named(
+def test_sandboxed_qemu_img_with_the_capability_reads_only_named_files(
     images: Images, qemu_img: int, confinement: Confinement
 ) -> None:
     """Landlock holds what the capability would open."""
@@ -162,7 +162,9 @@ def test_the_capability_does_not_let_it_read_what_is_not_named(
     assert "Permission denied" in complaint
 
 
-def test_a_source_is_not_written(images: Images, qemu_img: int, confinement: Confinement) -> None:
+def test_sandboxed_qemu_img_can_not_write_a_source(
+    images: Images, qemu_img: int, confinement: Confinement
+) -> None:
     """A dest that was named for reading only."""
     reading = dataclasses.replace(confinement, read=(images.source, images.dest), write=())
     status, complaint = in_child(lambda: images.convert(qemu_img, reading))
@@ -170,7 +172,7 @@ def test_a_source_is_not_written(images: Images, qemu_img: int, confinement: Con
     assert "Permission denied" in complaint
 
 
-def test_an_unprivileged_user_converts_with_its_own_rights(
+def test_unprivileged_user_converts_with_own_rights_in_the_sandbox(
     images: Images, qemu_img: int, compiled: bytes
 ) -> None:
     """No root, no daemon, no capability."""
@@ -188,7 +190,7 @@ def test_an_unprivileged_user_converts_with_its_own_rights(
     assert images.same()
 
 
-def test_inside_a_job_of_a_narrowed_broker_it_works_too(
+def test_sandboxed_qemu_img_works_inside_a_job_of_a_narrowed_broker(
     images: Images, qemu_img: int, confinement: Confinement
 ) -> None:
     """Layers intersect, and the job may publish afterwards."""
@@ -213,7 +215,9 @@ def test_inside_a_job_of_a_narrowed_broker_it_works_too(
     assert images.same()
 
 
-def test_info_tells_the_format(images: Images, qemu_img: int, compiled: bytes) -> None:
+def test_sandboxed_qemu_img_info_reports_the_format(
+    images: Images, qemu_img: int, compiled: bytes
+) -> None:
     """On stdout, which is a pipe to us."""
     os.fchmod(images.dest, 0o640)
     subprocess.run(
@@ -232,7 +236,7 @@ def test_info_tells_the_format(images: Images, qemu_img: int, compiled: bytes) -
     assert json.loads(in_child(act))["format"] == "vmdk"
 
 
-def test_a_backing_file_that_an_image_names_is_not_opened(
+def test_sandboxed_qemu_img_does_not_open_a_backing_file_without_a_rule(
     images: Images, qemu_img: int, confinement: Confinement
 ) -> None:
     """An image can't name a file that it may not read."""
@@ -272,7 +276,7 @@ def loop_device(tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("direct", [False, True], ids=["writeback", "none"])
-def test_a_block_device_is_written(
+def test_sandboxed_qemu_img_writes_a_block_device(
     images: Images,
     qemu_img: int,
     confinement: Confinement,
@@ -300,7 +304,7 @@ def test_a_block_device_is_written(
     os.close(device)
 
 
-def test_leaving_the_block_kills_and_reaps(
+def test_leaving_the_context_kills_and_reaps_the_program(
     images: Images, qemu_img: int, confinement: Confinement
 ) -> None:
     """And closes what it gave."""
@@ -324,7 +328,7 @@ def test_leaving_the_block_kills_and_reaps(
     assert in_child(act) == (-signal.SIGKILL, [], set())
 
 
-def test_a_child_that_ended_can_be_killed_and_waited_for_again(
+def test_ended_child_can_be_killed_and_waited_for_again(
     qemu_img: int, confinement: Confinement
 ) -> None:
     """Nobody else is hit."""
@@ -341,7 +345,7 @@ def test_a_child_that_ended_can_be_killed_and_waited_for_again(
 
 
 @pytest.mark.parametrize("read_search", [False, True], ids=["no capability", "one capability"])
-def test_it_dies_with_the_process_that_started_it(
+def test_sandboxed_program_dies_with_the_process_that_started_it(
     images: Images, qemu_img: int, confinement: Confinement, *, read_search: bool
 ) -> None:
     """By the kernel's doing, across uids, with the broker's capabilities."""

@@ -30,7 +30,7 @@ def pair() -> Iterator[Pair]:
         yield theirs, ours
 
 
-def test_what_has_none_is_read_as_it_is(pair: Pair) -> None:
+def test_data_without_descriptors_is_read_unchanged(pair: Pair) -> None:
     """Up to its end, without waiting."""
     theirs, ours = pair
     with pytest.raises(BlockingIOError):
@@ -44,7 +44,7 @@ def test_what_has_none_is_read_as_it_is(pair: Pair) -> None:
 
 @pytest.mark.parametrize("flags", [0, socket.MSG_OOB], ids=["in band", "out of band"])
 @pytest.mark.parametrize("before", [b"", b"before"], ids=["first", "after others"])
-def test_what_has_one_is_never_read(pair: Pair, before: bytes, flags: int) -> None:
+def test_data_with_a_descriptor_is_never_read(pair: Pair, before: bytes, flags: int) -> None:
     """Nor anything behind it."""
     theirs, ours = pair
     theirs.sendall(before)
@@ -63,7 +63,7 @@ def test_what_has_one_is_never_read(pair: Pair, before: bytes, flags: int) -> No
     assert not scm_rights.holds_none(ours)
 
 
-def test_what_comes_between_a_look_and_a_read_is_not_read(pair: Pair) -> None:
+def test_data_with_a_descriptor_that_arrives_after_the_peek_is_not_read(pair: Pair) -> None:
     """As much is read as was seen."""
     theirs, ours = pair
     theirs.sendall(b"seen")
@@ -74,7 +74,7 @@ def test_what_comes_between_a_look_and_a_read_is_not_read(pair: Pair) -> None:
         scm_rights.read(ours, 100)
 
 
-def test_without_the_option_a_byte_out_of_band_would_be_dropped_with_it() -> None:
+def test_control_peek_without_the_option_misses_a_descriptor_on_oob_data() -> None:
     """The control: the look does not show it."""
     theirs, ours = socket.socketpair()
     with theirs, ours:
@@ -89,7 +89,7 @@ def test_without_the_option_a_byte_out_of_band_would_be_dropped_with_it() -> Non
 
 
 @pytest.mark.parametrize("data", [b"", b"x", b"x" * 150_000], ids=["nothing", "little", "much"])
-def test_a_socket_in_which_nothing_is_attached_is_known(pair: Pair, data: bytes) -> None:
+def test_socket_without_attached_descriptors_is_recognized(pair: Pair, data: bytes) -> None:
     """However much is unread."""
     theirs, ours = pair
     theirs.sendall(data)
@@ -97,7 +97,7 @@ def test_a_socket_in_which_nothing_is_attached_is_known(pair: Pair, data: bytes)
     assert scm_rights.holds_none(ours)
 
 
-def test_one_behind_all_else_is_seen(pair: Pair) -> None:
+def test_descriptor_behind_all_other_data_is_detected(pair: Pair) -> None:
     """As far back as a peer can put it."""
     theirs, ours = pair
     theirs.sendall(b"x" * 150_000)
@@ -106,7 +106,7 @@ def test_one_behind_all_else_is_seen(pair: Pair) -> None:
     assert not scm_rights.holds_none(ours)
 
 
-def test_after_a_shutdown_nothing_comes_any_more(pair: Pair) -> None:
+def test_shutdown_socket_receives_no_more_data(pair: Pair) -> None:
     """So what was seen then stays so."""
     theirs, ours = pair
     ours.shutdown(socket.SHUT_RDWR)

@@ -51,7 +51,7 @@ def load(program: bytes) -> None:
     seccomp.load(program)
 
 
-def test_both_profiles_compile_to_whole_programs() -> None:
+def test_both_seccomp_profiles_fit_into_the_kernel_limit() -> None:
     """Short enough for the kernel, which takes 4,096 instructions."""
     for which in (seccomp.QEMU_IMG, seccomp.FRONT):
         program = seccomp.compile_profile(which)
@@ -59,7 +59,7 @@ def test_both_profiles_compile_to_whole_programs() -> None:
         assert 100 < len(program) // kernel_seccomp.INSTRUCTION_BYTES < 4096
 
 
-def test_every_refusal_says_why() -> None:
+def test_each_refused_system_call_has_a_reason() -> None:
     """A list without reasons can't be judged."""
     for which in (seccomp.QEMU_IMG, seccomp.FRONT):
         for refusal in which.refusals:
@@ -68,7 +68,7 @@ def test_every_refusal_says_why() -> None:
 
 
 @pytest.mark.parametrize("which", [seccomp.QEMU_IMG, seccomp.FRONT], ids=lambda one: one.name)
-def test_every_unconditional_refusal_answers(which: seccomp.Profile) -> None:
+def test_each_unconditionally_refused_system_call_returns_its_errno(which: seccomp.Profile) -> None:
     """All of the list, one by one, with the answer that it states."""
     library = ctypes.CDLL("libseccomp.so.2")
     expected: dict[str, str] = {}
@@ -89,7 +89,7 @@ def test_every_unconditional_refusal_answers(which: seccomp.Profile) -> None:
     assert in_child(act) == expected
 
 
-def test_high_bits_do_not_go_around_a_refused_int() -> None:
+def test_high_bits_of_an_argument_do_not_bypass_the_filter() -> None:
     """The kernel reads 32 of the 64 (CVE-2019-7303)."""
     tiocsti, high = 0x5412, 1 << 40
 
@@ -106,7 +106,7 @@ def test_high_bits_do_not_go_around_a_refused_int() -> None:
     assert in_child(act) == ["EPERM", "EPERM", "ENOTTY"]
 
 
-def test_a_call_younger_than_the_list_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_system_call_newer_than_the_list_returns_enosys(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shown with a list that ends right before close_range(2)."""
     close_range = 436
     assert call(close_range, 9, 8, 0) == "EINVAL"
@@ -120,7 +120,7 @@ def test_a_call_younger_than_the_list_does_not_exist(monkeypatch: pytest.MonkeyP
     assert in_child(act) == ["ENOSYS", "EINVAL"]  # pidfd_open(0) is below
 
 
-def test_a_call_that_is_not_allowed_does_not_exist() -> None:
+def test_system_call_that_is_not_allowed_returns_enosys() -> None:
     """However it lies among those that are; one that is refused in part goes on to be judged."""
     refusal = seccomp.Refusal(calls="prctl", why="in part", when=(seccomp._is(0, 1),))  # noqa: SLF001
     few = "read write exit exit_group mmap munmap brk futex rt_sigreturn close getpid"
@@ -140,7 +140,7 @@ def test_a_call_that_is_not_allowed_does_not_exist() -> None:
     assert in_child(act) == ["done", "ENOSYS", "ENOSYS", "EPERM", "ENOSYS", "ENOSYS"]
 
 
-def test_no_call_is_both_allowed_and_refused_outright() -> None:
+def test_no_system_call_is_both_allowed_and_refused() -> None:
     """One of the two lists would be wrong."""
     allowed = (seccomp.QEMU_IMG.allowed or "").split()
     assert len(allowed) == len(set(allowed))
@@ -166,13 +166,13 @@ def signal_of(act: Callable[[], object]) -> int:
 
 
 @X86_64
-def test_an_x32_call_kills() -> None:
+def test_x32_system_call_kills_the_process() -> None:
     """Its numbers are others, so no refusal would apply."""
     assert signal_of(lambda: call(X32_BIT | GETPID_X86_64)) == signal.SIGSYS
 
 
 @X86_64
-def test_an_i386_call_kills() -> None:
+def test_i386_system_call_kills_the_process() -> None:
     """Any 64-bit process can make one, by int 0x80."""
     code = b"\xb8" + struct.pack("I", GETPID_I386) + b"\xcd\x80\xc3"  # mov eax; int 0x80; ret
     page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
@@ -183,7 +183,7 @@ def test_an_i386_call_kills() -> None:
     assert signal_of(getpid) == signal.SIGSYS
 
 
-def test_threads_are_possible_and_processes_are_not() -> None:
+def test_seccomp_profile_allows_threads_and_refuses_processes() -> None:
     """Libc falls back from clone3(2) to clone(2)."""
 
     def act() -> tuple[int, str]:
@@ -202,7 +202,7 @@ def test_threads_are_possible_and_processes_are_not() -> None:
     assert in_child(act) == (8, "EPERM")
 
 
-def test_the_front_has_local_sockets_only() -> None:
+def test_front_profile_allows_local_sockets_only() -> None:
     """Others answer as if the kernel lacked them."""
 
     def act() -> list[str]:
@@ -223,7 +223,7 @@ def test_the_front_has_local_sockets_only() -> None:
     assert in_child(act) == [*["EAFNOSUPPORT"] * 4, "EPERM"]
 
 
-def test_a_filter_needs_no_new_privs() -> None:
+def test_seccomp_filter_requires_no_new_privs() -> None:
     """Or CAP_SYS_ADMIN, which the sandbox does not have."""
 
     def act() -> int | None:
@@ -238,13 +238,13 @@ def test_a_filter_needs_no_new_privs() -> None:
 
 
 @pytest.mark.parametrize("program", [b"", b"1234567"], ids=["nothing", "half an instruction"])
-def test_what_is_no_program_is_not_loaded(program: bytes) -> None:
+def test_invalid_bpf_program_is_not_loaded(program: bytes) -> None:
     """A mistake of ours, found before the kernel sees it."""
     with pytest.raises(ValueError, match="not a BPF program"):
         kernel_seccomp.set_mode_filter(program)
 
 
-def test_a_program_that_the_kernel_refuses_is_an_error() -> None:
+def test_bpf_program_that_the_kernel_refuses_is_an_error() -> None:
     """Garbage of the right length."""
 
     def act() -> int | None:
@@ -258,7 +258,7 @@ def test_a_program_that_the_kernel_refuses_is_an_error() -> None:
     assert in_child(act) == errno.EINVAL
 
 
-def test_a_call_that_no_one_knows_is_a_mistake() -> None:
+def test_unknown_system_call_name_in_a_profile_is_an_error() -> None:
     """A typing error in a list must not leave a hole."""
     wrong = seccomp.Profile(
         name="wrong", refusals=(seccomp.Refusal(calls="sokcet", why="a typing error"),)
@@ -267,7 +267,7 @@ def test_a_call_that_no_one_knows_is_a_mistake() -> None:
         seccomp.compile_profile(wrong)
 
 
-def test_a_call_of_other_architectures_is_left_out() -> None:
+def test_system_call_of_another_architecture_is_left_out() -> None:
     """It can't be made here; libseccomp knows its name."""
     program = profile(seccomp.Refusal(calls="s390_pci_mmio_read getpgid", why="only one is here"))
 
@@ -278,7 +278,7 @@ def test_a_call_of_other_architectures_is_left_out() -> None:
     assert in_child(act) == "EPERM"
 
 
-def test_a_call_that_an_old_libseccomp_does_not_know_is_refused() -> None:
+def test_system_call_unknown_to_an_old_libseccomp_is_refused_by_number() -> None:
     """fchmodat2(2) came after Debian 12's library; we know its number."""
     program = profile(seccomp.Refusal(calls="fchmodat2", why="by its number"))
 
@@ -289,7 +289,7 @@ def test_a_call_that_an_old_libseccomp_does_not_know_is_refused() -> None:
     assert in_child(act) == "EPERM"
 
 
-def test_without_the_library_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_libseccomp_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the error says so."""
 
     def missing(name: str, **_: object) -> None:
@@ -301,14 +301,14 @@ def test_without_the_library_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch
         profile(seccomp.Refusal(calls="getpid", why="never compiled before"))
 
 
-def test_a_rule_that_libseccomp_refuses_is_an_error() -> None:
+def test_rule_that_libseccomp_refuses_is_an_error() -> None:
     """There is no seventh argument."""
     seventh = libseccomp.Condition(argument=6, compare=libseccomp.Compare.EQ, value=0)
     with pytest.raises(errors.FilterMissing, match="libseccomp: getpid: Invalid argument"):
         profile(seccomp.Refusal(calls="getpid", why="a bad condition", when=(seventh,)))
 
 
-def test_a_profile_is_compiled_once() -> None:
+def test_seccomp_profile_is_compiled_once() -> None:
     """The broker keeps the bytes for all its jobs."""
     again = dataclasses.replace(seccomp.QEMU_IMG)
     assert seccomp.compile_profile(again) is seccomp.compile_profile(seccomp.QEMU_IMG)

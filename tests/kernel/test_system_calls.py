@@ -65,7 +65,7 @@ class TestOpenat2:
         yield directory
         os.close(directory)
 
-    def test_a_plain_name_gives_a_descriptor_that_exec_closes(self, root: int) -> None:
+    def test_openat2_adds_o_cloexec(self, root: int) -> None:
         """O_CLOEXEC is always added."""
         opened = openat2.openat2(root, "file", flags=os.O_RDONLY, resolve=Resolve.BENEATH)
         assert os.read(opened, 9) == b"x"
@@ -82,7 +82,7 @@ class TestOpenat2:
         ],
         ids=["a link", "a link out", "dots out", "an absolute path", "nothing"],
     )
-    def test_the_kernel_refuses(
+    def test_openat2_error_has_the_errno_and_the_path(
         self, root: int, path: str, resolve: Resolve, expected: int
     ) -> None:
         """The errno is the kernel's, and the path is in the error."""
@@ -90,18 +90,18 @@ class TestOpenat2:
             openat2.openat2(root, path, flags=os.O_RDONLY, resolve=resolve)
         assert refused.value.errno == expected
 
-    def test_another_mount_is_refused(self) -> None:
+    def test_openat2_refuses_another_mount(self) -> None:
         """/proc is one, below /."""
         with pytest.raises(OSError, match="proc") as refused:
             openat2.openat2(-100, "/proc/version", flags=os.O_RDONLY, resolve=Resolve.NO_XDEV)
         assert refused.value.errno == errno.EXDEV
 
-    def test_a_name_is_never_cut_at_a_nul(self, root: int) -> None:
+    def test_path_with_a_nul_byte_is_refused_and_not_truncated(self, root: int) -> None:
         """The kernel would open what is before it."""
         with pytest.raises(ValueError, match="null"):
             openat2.openat2(root, "file\0x", flags=os.O_RDONLY, resolve=Resolve.BENEATH)
 
-    def test_a_rename_elsewhere_is_waited_out(
+    def test_openat2_is_retried_after_eagain(
         self, root: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """EAGAIN is retried; the answer that follows counts."""
@@ -116,9 +116,7 @@ class TestOpenat2:
         monkeypatch.setattr(syscall, "call", busy)
         assert openat2.openat2(root, "file", flags=os.O_RDONLY, resolve=Resolve.BENEATH) > 2
 
-    def test_someone_who_renames_for_ever_does_not_hold_us_for_ever(
-        self, root: int, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_openat2_retries_are_limited(self, root: int, monkeypatch: pytest.MonkeyPatch) -> None:
         """EAGAIN is the answer in the end."""
 
         def busy(*_: object) -> int:
@@ -129,16 +127,16 @@ class TestOpenat2:
             openat2.openat2(root, "file", flags=os.O_RDONLY, resolve=Resolve.BENEATH)
 
 
-class TestNumbers:
+class TestSyscallNumbers:
     """syscall(2)."""
 
-    def test_an_error_names_the_call(self) -> None:
+    def test_system_call_error_names_the_call(self) -> None:
         """And has the kernel's errno."""
         with pytest.raises(OSError, match="close_range") as refused:
             syscall.call("close_range", 9, 8, 0)
         assert refused.value.errno == errno.EINVAL
 
-    def test_another_architecture_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_unsupported_architecture_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A guess would make some other system call."""
         other = os.uname_result(("Linux", "host", "6.1", "1", "s390x"))
         monkeypatch.setattr(os, "uname", lambda: other)
@@ -147,7 +145,7 @@ class TestNumbers:
             syscall.number("setfsuid")
         assert refused.value.errno == errno.ENOSYS
 
-    def test_a_32_bit_python_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_python_of_32_bits_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The kernel calls the machine x86_64 then, too."""
         monkeypatch.setattr(ctypes, "sizeof", lambda _: 4)
         with pytest.raises(OSError, match="seccomp"):
@@ -158,7 +156,7 @@ class TestPeer:
     """SO_PEERCRED and SO_PEERGROUPS."""
 
     @pytest.mark.parametrize("count", [0, 1, 255, 256, 257, 3000])
-    def test_all_groups_are_told_however_many(self, count: int) -> None:
+    def test_peer_groups_are_complete_whatever_their_number(self, count: int) -> None:
         """Python's own getsockopt() ends at 256."""
         groups = tuple(range(10_000, 10_000 + count))
 
@@ -176,12 +174,12 @@ class TestPeer:
         assert (peer.uid, peer.gid, found) == (1234, 1234, frozenset(groups))
         assert peer.pid > 0
 
-    def test_a_socket_that_nobody_connected_is_an_error(self) -> None:
+    def test_unconnected_socket_has_no_peer(self) -> None:
         """The kernel answers uid -1, which is nobody's."""
         with socket.socket(socket.AF_UNIX) as alone, pytest.raises(OSError, match="not connected"):
             peercred.peer_credentials(alone)
 
-    def test_a_socket_of_another_family_is_an_error(self) -> None:
+    def test_socket_of_another_family_has_no_peer(self) -> None:
         """TCP has no credentials."""
         with socket.socket() as alone, pytest.raises(OSError):  # noqa: PT011
             peercred.peer_credentials(alone)
@@ -190,7 +188,7 @@ class TestPeer:
 class TestIdentity:
     """setfsuid(2), setfsgid(2), capabilities, prctl(2)."""
 
-    def test_files_are_made_with_the_fsuid(self, tmp_path: Path) -> None:
+    def test_files_are_created_with_the_fsuid(self, tmp_path: Path) -> None:
         """And its right to open them counts, not root's."""
         tmp_path.chmod(0o777)
         (tmp_path / "roots").touch(0o600)
@@ -215,7 +213,7 @@ class TestIdentity:
         assert in_child(act) == (1234, 1234, "refused", True)
 
     @pytest.mark.parametrize("change", [fsuid.setfsuid, fsuid.setfsgid])
-    def test_an_fsuid_that_was_not_taken_is_an_error(self, change: Callable[[int], None]) -> None:
+    def test_failed_setfsuid_is_an_error(self, change: Callable[[int], None]) -> None:
         """The system call itself reports nothing."""
 
         def act() -> int | None:
@@ -229,7 +227,7 @@ class TestIdentity:
 
         assert in_child(act) == errno.EPERM
 
-    def test_capabilities_can_be_given_up_and_not_taken_back(self) -> None:
+    def test_dropped_capabilities_can_not_be_regained(self) -> None:
         """capset(2) sets exactly what it is given."""
 
         def act() -> tuple[capabilities.Sets, int | None]:
@@ -247,7 +245,7 @@ class TestIdentity:
         expected = capabilities.Sets(effective=few, permitted=few)
         assert in_child(act) == (expected, errno.EPERM)
 
-    def test_what_prctl_sets_the_kernel_shows(self) -> None:
+    def test_prctl_settings_are_visible_in_proc(self) -> None:
         """In /proc/self/status, and to the getters."""
 
         def act() -> dict[str, str]:
@@ -270,7 +268,7 @@ class TestIdentity:
         assert (status["NoNewPrivs"], status["nnp"]) == ("1", "True")
         assert (status["pdeathsig"], status["bound"]) == ("15", "False")
 
-    def test_setfsuid_disarms_the_parents_death_signal(self) -> None:
+    def test_setfsuid_clears_the_parent_death_signal(self) -> None:
         """So it is armed after the last change of identity."""
 
         def act() -> int:
@@ -284,7 +282,7 @@ class TestIdentity:
 class TestDescriptors:
     """close_range(2), execveat(2), F_OFD_GETLK."""
 
-    def test_all_but_some_descriptors_are_closed(self) -> None:
+    def test_close_range_closes_all_descriptors_but_those_to_keep(self) -> None:
         """Also those between them."""
         pipes = [end for _ in range(4) for end in os.pipe()]
 
@@ -295,7 +293,7 @@ class TestDescriptors:
 
         assert in_child(act) == [end in {pipes[2], pipes[5]} for end in pipes]
 
-    def test_a_descriptor_is_executed_with_just_this_environment(self) -> None:
+    def test_execveat_passes_only_the_given_environment(self) -> None:
         """No path is looked up."""
         read_end, write_end = os.pipe()
         pid = os.fork()
@@ -308,19 +306,19 @@ class TestDescriptors:
             assert pipe.read() == "A=1\nB=x=y\n"
         assert os.waitpid(pid, 0)[1] == 0
 
-    def test_an_argument_is_never_cut_at_a_nul(self) -> None:
+    def test_execveat_argument_with_a_nul_byte_is_refused(self) -> None:
         """The program would see another one."""
         with pytest.raises(ValueError, match="null"):
             execveat.execveat(0, ["a\0b"], {})
 
-    def test_what_can_not_be_executed_is_an_error(self, tmp_path: Path) -> None:
+    def test_failed_execveat_is_an_error(self, tmp_path: Path) -> None:
         """And the process goes on as it was."""
         (tmp_path / "data").write_text("x")
         with (tmp_path / "data").open() as data, pytest.raises(PermissionError):
             execveat.execveat(data.fileno(), ["data"], {})
 
     @pytest.mark.parametrize("kind", [fcntl.F_RDLCK, fcntl.F_WRLCK])
-    def test_anothers_lock_in_the_range_is_seen(self, tmp_path: Path, kind: int) -> None:
+    def test_ofd_lock_of_another_open_file_is_detected(self, tmp_path: Path, kind: int) -> None:
         """Locks of open file descriptions, as qemu takes them, even of our own process."""
         path = tmp_path / "image"
         path.touch()
@@ -335,14 +333,14 @@ class TestDescriptors:
                 kind=locks.Kind(kind), start_byte=201, length_bytes=1, pid=-1
             )
 
-    def test_a_lock_can_not_be_asked_of_a_mere_path(self, tmp_path: Path) -> None:
+    def test_ofd_lock_query_on_o_path_is_an_error(self, tmp_path: Path) -> None:
         """An error, not "no"."""
         descriptor = os.open(tmp_path, os.O_PATH)
         with pytest.raises(OSError, match="Bad file descriptor"):
             locks.is_locked(descriptor, 100, 203)
 
 
-class TestMessages:
+class TestReceivedDescriptors:
     """SCM_RIGHTS."""
 
     @pytest.fixture
@@ -352,7 +350,7 @@ class TestMessages:
         with here, there:
             yield here, there
 
-    def test_a_descriptor_that_came_along_ends_with_exec(
+    def test_received_descriptor_is_close_on_exec(
         self, ends: tuple[socket.socket, socket.socket], tmp_path: Path
     ) -> None:
         """Whatever it was where it came from."""
@@ -368,7 +366,7 @@ class TestMessages:
         assert not is_open(came)
 
     @pytest.mark.parametrize(("most_bytes", "most_descriptors"), [(3, 4), (4, 2)])
-    def test_a_message_that_is_too_large_leaves_nothing_open(
+    def test_oversized_message_leaves_no_descriptor_open(
         self,
         ends: tuple[socket.socket, socket.socket],
         most_bytes: int,
@@ -386,7 +384,7 @@ class TestMessages:
 class TestProcesses:
     """unshare(2) as a question, and another process's processor time."""
 
-    def test_a_second_thread_is_noticed(self) -> None:
+    def test_second_thread_is_detected(self) -> None:
         """Also by a process whose threads Python did not start."""
 
         def act() -> tuple[bool, bool]:
@@ -397,7 +395,7 @@ class TestProcesses:
 
         assert in_child(act) == (True, False)
 
-    def test_processor_time_of_another_process(self) -> None:
+    def test_processor_time_of_another_process_is_read(self) -> None:
         """It grows while the other computes, and needs no /proc."""
         pid = os.fork()
         if pid == 0:
@@ -415,7 +413,7 @@ class TestProcesses:
         with pytest.raises(OSError, match="Invalid"):
             clock_getcpuclockid.cpu_time_s(pid)
 
-    def test_no_limit_here_outlives_a_test(self) -> None:
+    def test_process_limits_are_unchanged_after_the_tests(self) -> None:
         """What can't be undone happens in children."""
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[1] > 1000
         assert not prctl.get_no_new_privs()
@@ -425,7 +423,7 @@ class TestFstatfs:
     """fstatfs(2)."""
 
     @pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs", "tmpfs"])
-    def test_a_file_system_tells_what_it_is(self, mounts: Mounts, kind: str) -> None:
+    def test_fstatfs_reports_the_file_system_type(self, mounts: Mounts, kind: str) -> None:
         """Of a descriptor of O_PATH too."""
         memory = kind == "tmpfs"
         point = mounts.in_memory(kind, kind) if memory else mounts.on_a_loop(kind, kind)
@@ -433,7 +431,7 @@ class TestFstatfs:
         assert fstatfs.magic(directory) == fstatfs.Magic[kind.upper()]
         os.close(directory)
 
-    def test_what_is_not_open_is_an_error(self) -> None:
+    def test_closed_descriptor_is_an_error(self) -> None:
         """The kernel's own."""
         with pytest.raises(OSError, match="fstatfs: Bad file descriptor"):
             fstatfs.magic(9999)
@@ -442,7 +440,7 @@ class TestFstatfs:
 class TestStatx:
     """statx(2)."""
 
-    def test_a_file_system_tells_what_direct_io_takes(self, mounts: Mounts) -> None:
+    def test_statx_reports_the_alignment_for_direct_io(self, mounts: Mounts) -> None:
         """XFS does: whole sectors of its disk."""
         file = os.open(mounts.on_a_loop("xfs", "xfs") / "file", os.O_CREAT | os.O_RDWR)
         told = statx.direct_alignment(file)
@@ -451,13 +449,13 @@ class TestStatx:
         assert told.offset in {512, 4096}
         assert 0 < told.memory <= told.offset
 
-    def test_others_do_not(self, mounts: Mounts) -> None:
+    def test_statx_reports_no_alignment_on_other_file_systems(self, mounts: Mounts) -> None:
         """Ramfs has nothing to say."""
         file = os.open(mounts.in_memory("ramfs", "ramfs") / "file", os.O_CREAT | os.O_RDWR)
         assert statx.direct_alignment(file) is None
         os.close(file)
 
-    def test_what_is_not_open_is_an_error(self) -> None:
+    def test_closed_descriptor_is_an_error(self) -> None:
         """The kernel's own."""
         with pytest.raises(OSError, match="statx: Bad file descriptor"):
             statx.direct_alignment(9999)
@@ -472,7 +470,7 @@ class TestStatx:
             ("A", statx.Attribute(0)),
         ],
     )
-    def test_tells_what_chattr_has_set(
+    def test_statx_reports_chattr_attributes(
         self, tmp_path: Path, letter: str, expected: statx.Attribute
     ) -> None:
         """Of a file and of a directory, also where they are open as a mere path."""
@@ -484,7 +482,7 @@ class TestStatx:
             subprocess.run(["chattr", "-ai", str(path)], check=True)
             os.close(fd)
 
-    def test_a_file_system_tells_when_a_directory_was_made(self, mounts: Mounts) -> None:
+    def test_statx_reports_the_birth_time_of_a_directory(self, mounts: Mounts) -> None:
         """XFS does, and a rename changes nothing of it. Ramfs does not."""
         now_ns = time.time_ns()
         made = mounts.on_a_loop("xfs", "births") / "made"
@@ -515,25 +513,25 @@ class TestRenameat2:
         yield fd
         os.close(fd)
 
-    def test_exchanges_two_names(self, tmp_path: Path, directory: int) -> None:
+    def test_renameat2_exchanges_two_names(self, tmp_path: Path, directory: int) -> None:
         """Each has the other's file."""
         renameat2.renameat2(directory, "one", "two", renameat2.Flag.EXCHANGE)
         assert (tmp_path / "one").read_text() == "two"
         assert (tmp_path / "two").read_text() == "one"
 
-    def test_replaces_nothing(self, tmp_path: Path, directory: int) -> None:
+    def test_renameat2_noreplace_replaces_nothing(self, tmp_path: Path, directory: int) -> None:
         """A name that exists is an error, one that does not is taken."""
         with pytest.raises(FileExistsError):
             renameat2.renameat2(directory, "one", "two", renameat2.Flag.NOREPLACE)
         renameat2.renameat2(directory, "one", "three", renameat2.Flag.NOREPLACE)
         assert sorted(os.listdir(tmp_path)) == ["three", "two"]
 
-    def test_needs_both_names_to_exchange_them(self, directory: int) -> None:
+    def test_renameat2_exchange_needs_both_names(self, directory: int) -> None:
         """Else nothing is done."""
         with pytest.raises(FileNotFoundError):
             renameat2.renameat2(directory, "one", "three", renameat2.Flag.EXCHANGE)
 
-    def test_takes_no_name_that_the_kernel_would_cut(self, directory: int) -> None:
+    def test_renameat2_refuses_a_name_with_a_nul_byte(self, directory: int) -> None:
         """At its NUL byte."""
         with pytest.raises(ValueError, match="null byte"):
             renameat2.renameat2(directory, "one\0x", "three", renameat2.Flag.NOREPLACE)
@@ -550,12 +548,12 @@ class TestPosixAcl:
         finally:
             os.close(fd)
 
-    def test_a_directory_without_a_list_has_none(self, tmp_path: Path) -> None:
+    def test_directory_without_an_acl_has_none(self, tmp_path: Path) -> None:
         """Nor has a file system without lists."""
         assert self.writers(tmp_path) is None
         assert self.writers(Path("/proc")) is None
 
-    def test_whoever_may_write_is_told(self, tmp_path: Path) -> None:
+    def test_acl_reports_users_who_may_write(self, tmp_path: Path) -> None:
         """And nobody who may only read."""
         entries = "u:1234:rwx,u:5:rx,g:1300:w,g:6:x,g::rx"
         subprocess.run(["setfacl", "-m", entries, str(tmp_path)], check=True)

@@ -141,7 +141,7 @@ def check_health(agent: Agent) -> None:
 
 
 @pytest.mark.parametrize("wave", [1, 2])
-def test_many_connections_are_held_and_let_go(
+def test_daemon_holds_and_releases_many_connections(
     daemon: Daemon, alice: Agent, library: Path, images_dir: Path, wave: int
 ) -> None:
     """Each is greeted; meanwhile others are served; and afterwards nothing of them is left."""
@@ -167,7 +167,7 @@ def greeting(path: Path) -> socket.socket:
 
 
 @pytest.mark.timeout(600)
-def test_each_user_gets_a_turn_in_each_round_and_what_does_not_queue_is_answered(
+def test_each_queued_user_is_served_once_per_round_and_other_calls_at_once(
     daemon: Daemon, alice: Agent, bob: Agent, library: Path, images_dir: Path
 ) -> None:
     """All wait first, so that the order in which they start is the queue's alone."""
@@ -257,7 +257,7 @@ WAYS: Final = (
 
 
 @pytest.mark.timeout(600)
-def test_an_honest_caller_is_served_while_others_do_their_worst(
+def test_normal_caller_is_served_while_abusive_clients_run(
     make_daemon: Callable[[str], Daemon], library: Path, images_dir: Path
 ) -> None:
     """Each bad client is a user of its own, as many times as it may connect, all at once."""
@@ -313,7 +313,7 @@ CALLS: Final = 60
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("how", ["stopped_reader", "busy"])
-def test_who_calls_without_end_neither_ends_nor_holds_up_others_calls(
+def test_client_that_calls_continuously_does_not_block_other_calls(
     make_daemon: Callable[[str], Daemon], how: str
 ) -> None:
     """GRPC takes calls in the order in which they come, and cancels those of which it has many."""
@@ -332,7 +332,7 @@ PINGS: Final = 3
 
 
 @pytest.mark.timeout(600)
-def test_a_daemon_in_a_crowd_tells_systemd_that_it_lives(
+def test_watchdog_is_answered_under_a_flood_of_connections(
     make_daemon: Callable[[str], Daemon],
 ) -> None:
     """Whoever connects and is gone at once, as fast as it can, keeps its backlog full."""

@@ -110,7 +110,7 @@ def agents(daemon: Daemon) -> tuple[Agent, Agent]:
 
 
 @pytest.mark.timeout(120 + 2 * CONVERSIONS)
-def test_after_many_conversions_the_daemon_is_as_it_was(
+def test_daemon_is_unchanged_after_many_conversions(
     daemon: Daemon,
     agents: tuple[Agent, Agent],
     library: Path,

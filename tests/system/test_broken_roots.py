@@ -113,7 +113,7 @@ def see_others_go_on(daemon: Daemon, roots: Path) -> None:
 
 
 @pytest.mark.parametrize(("breaking", "reason"), BROKEN)
-def test_a_broken_root_is_told_to_who_named_it_and_breaks_nobody_else(
+def test_broken_root_is_reported_to_callers_of_that_root_only(
     daemon: Daemon, roots: Path, breaking: Broken, reason: str
 ) -> None:
     """As a source, to be looked at, and as a destination; the log has no traceback: see stop."""
@@ -133,7 +133,7 @@ def test_a_broken_root_is_told_to_who_named_it_and_breaks_nobody_else(
 
 
 @pytest.mark.parametrize("breaking", [breaking for breaking, _ in BROKEN[:-1]])
-def test_a_broken_root_keeps_no_daemon_from_its_policy(
+def test_broken_root_does_not_keep_the_policy_from_loading(
     daemon: Daemon, roots: Path, breaking: Broken, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It is told by `check`, and is no mistake, nor in the way of a drop-in or of GetAccess."""
@@ -149,7 +149,7 @@ def test_a_broken_root_keeps_no_daemon_from_its_policy(
     assert f"ReadWritePaths=-{roots}/broken" in capsys.readouterr().out
 
 
-def test_a_root_that_its_caller_may_not_enter_breaks_nobody_else(
+def test_root_that_a_caller_may_not_enter_affects_no_other_request(
     daemon: Daemon, roots: Path
 ) -> None:
     """Nor the caller, elsewhere."""
@@ -159,7 +159,7 @@ def test_a_root_that_its_caller_may_not_enter_breaks_nobody_else(
     assert answer.reason == "ACCESS_REFUSED"
 
 
-def test_a_root_whose_file_system_has_died_breaks_nobody_else(
+def test_root_on_a_dead_file_system_affects_no_other_request(
     roots: Path, make_daemon: MakeDaemon
 ) -> None:
     """FUSE whose server is gone: as when a network file system is stale."""
@@ -185,7 +185,7 @@ def test_a_root_whose_file_system_has_died_breaks_nobody_else(
     (roots / "broken").mkdir()
 
 
-def test_a_root_that_does_not_answer_holds_up_neither_reload_nor_others(
+def test_unresponsive_root_does_not_block_a_reload_or_other_callers(
     daemon: Daemon, roots: Path
 ) -> None:
     """Whoever asks it for anything waits in state D: only a child of the daemon's ever does."""
@@ -197,7 +197,7 @@ def test_a_root_that_does_not_answer_holds_up_neither_reload_nor_others(
 
 
 @pytest.mark.parametrize("stated", ["qcow2", "raw", ""])
-def test_for_an_image_that_stands_alone_no_other_root_is_opened(
+def test_image_without_a_backing_file_opens_no_other_root(
     daemon: Daemon, roots: Path, stated: str
 ) -> None:
     """And so it can't matter what has become of that."""
@@ -213,7 +213,7 @@ def test_for_an_image_that_stands_alone_no_other_root_is_opened(
     assert str(roots / "broken") in second
 
 
-def test_a_member_in_a_broken_root_is_refused_with_what_is_wrong(
+def test_backing_file_in_a_broken_root_is_refused_with_the_reason(
     daemon: Daemon, roots: Path
 ) -> None:
     """And is no bug."""

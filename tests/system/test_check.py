@@ -114,13 +114,15 @@ def checked(directory: Path, text: str = POLICY) -> int:
     return check.run(str(path))
 
 
-def test_a_policy_is_told_in_words(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_describes_the_policy_in_words(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Every root, grant and operator, with whose rights."""
     checked(directory)
     assert capsys.readouterr().out == TOLD.replace("{directory}", str(directory))
 
 
-def test_an_empty_policy_lets_nobody_do_anything(
+def test_check_of_an_empty_policy_says_that_nobody_is_granted_anything(
     directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And says so."""
@@ -130,7 +132,7 @@ def test_an_empty_policy_lets_nobody_do_anything(
     assert "nobody: each caller sees and cancels its own jobs only.\n" in told
 
 
-def test_a_policy_that_works_here_passes(
+def test_check_passes_a_policy_with_a_missing_root(
     directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A root that is not there is told: it may yet be mounted or made."""
@@ -150,7 +152,7 @@ def test_a_policy_that_works_here_passes(
         ),
     ],
 )
-def test_a_mistake_is_told_with_file_and_key_in_a(
+def test_check_reports_a_mistake_with_file_and_key_in_a(
     directory: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
 ) -> None:
     """And the exit status is 1."""
@@ -158,7 +160,7 @@ def test_a_mistake_is_told_with_file_and_key_in_a(
     assert capsys.readouterr().err == f"{directory}/policy.toml: {message}\n"
 
 
-def test_a_user_that_does_not_exist_is_marked_in_the_words_too(
+def test_check_marks_an_unknown_user_in_the_description(
     directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Where one reads who may do what."""
@@ -166,7 +168,7 @@ def test_a_user_that_does_not_exist_is_marked_in_the_words_too(
     assert "user no-such-user (which does not exist) may see" in capsys.readouterr().out
 
 
-def test_a_root_that_only_a_missing_owner_could_own_is_told_as_closed(
+def test_check_describes_a_root_with_an_unknown_owner_as_closed(
     directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """No grant reaches it."""
@@ -174,7 +176,7 @@ def test_a_root_that_only_a_missing_owner_could_own_is_told_as_closed(
     assert "read vmdk in volumes\n" in capsys.readouterr().out
 
 
-def test_a_qemu_img_that_is_not_there_is_told(
+def test_check_reports_a_missing_qemu_img(
     directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The daemon would not start."""
@@ -182,7 +184,7 @@ def test_a_qemu_img_that_is_not_there_is_told(
     assert capsys.readouterr().err.startswith("/no/such/program: No such file or directory")
 
 
-def test_a_root_that_is_a_file_or_behind_a_link_is_told(
+def test_check_reports_a_root_that_is_a_file_or_behind_a_symlink(
     directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nothing in it could be opened."""
@@ -205,7 +207,7 @@ def counters_in(directory: Path) -> str:
     return f'[service]\nmetrics = "{directory}/convertd.prom"'
 
 
-def test_a_directory_for_the_counters_that_only_root_can_write_is_fine(
+def test_check_accepts_a_counters_directory_that_only_root_can_write(
     directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And nothing is said of it."""
@@ -221,7 +223,7 @@ def test_a_directory_for_the_counters_that_only_root_can_write_is_fine(
         pytest.param(0o755, 1234, "belongs to uid 1234, not to root", id="its-owner"),
     ],
 )
-def test_a_directory_for_the_counters_is_told_that_can_be_written_by(
+def test_check_reports_a_counters_directory_that_can_be_written_by(
     directory: Path, capsys: pytest.CaptureFixture[str], mode: int, owner: int, problem: str
 ) -> None:
     """Whoever that is could replace the counters."""
@@ -232,7 +234,7 @@ def test_a_directory_for_the_counters_is_told_that_can_be_written_by(
     assert f"service.metrics: {directory}/own {problem}" in told
 
 
-def test_who_could_rename_the_directory_for_the_counters_is_told(
+def test_check_reports_who_can_rename_the_counters_directory(
     directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As Debian has it, where user prometheus owns the one above: no reason to fail."""
@@ -245,7 +247,7 @@ def test_who_could_rename_the_directory_for_the_counters_is_told(
 
 
 @pytest.mark.parametrize("kind", ["missing", "link", "file", "taken"])
-def test_counters_that_can_not_be_written_are_told(
+def test_check_reports_counters_that_can_not_be_written(
     directory: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     """The directory is not there, or is none, or the file's name is a directory's."""

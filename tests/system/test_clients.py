@@ -68,7 +68,7 @@ def grpcurl(*arguments: str) -> Ran:
     return MALLORY.run([GRPCURL, "-plaintext", "-unix", *arguments])
 
 
-def test_anybody_can_ask_what_there_is_to_call(daemon: Daemon) -> None:
+def test_server_reflection_lists_the_service_to_every_user(daemon: Daemon) -> None:
     """By reflection: no .proto file is needed."""
     services = grpcurl(str(daemon.socket), "list").out.split()
     assert services == [
@@ -81,14 +81,16 @@ def test_anybody_can_ask_what_there_is_to_call(daemon: Daemon) -> None:
 
 
 @pytest.mark.parametrize("service", ["", "convertd.v1.ConvertService"])
-def test_anybody_can_ask_whether_it_is_well(daemon: Daemon, service: str) -> None:
+def test_health_check_is_answered_to_every_user(daemon: Daemon, service: str) -> None:
     """grpc.health.v1, for the daemon as a whole and for the service."""
     request = json.dumps({"service": service})
     ran = grpcurl("-d", request, str(daemon.socket), "grpc.health.v1.Health/Check")
     assert ran.json() == {"status": "SERVING"}
 
 
-def test_a_refusal_is_readable_in_grpcurl(daemon: Daemon, library: Path, images_dir: Path) -> None:
+def test_refusal_details_are_readable_in_grpcurl(
+    daemon: Daemon, library: Path, images_dir: Path
+) -> None:
     """The details of a status are of types that it knows."""
     dest = images.small(images_dir / "there.raw")
     request = {
@@ -104,14 +106,16 @@ def test_a_refusal_is_readable_in_grpcurl(daemon: Daemon, library: Path, images_
 # --- convertctl ---------------------------------------------------------------------------------
 
 
-def test_convertctl_shows_an_image(daemon: Daemon, library: Path) -> None:
+def test_convertctl_inspects_an_image_its_user_could_not_open(
+    daemon: Daemon, library: Path
+) -> None:
     """One that its user could not open."""
     ran = ALICE.convertctl(daemon.socket, "info", str(library / "small.qcow2"))
     assert ran.status == 0, ran
     assert "qcow2" in ran.out
 
 
-def test_convertctl_shows_and_cancels_ones_jobs(
+def test_convertctl_lists_and_cancels_jobs_of_its_user(
     daemon: Daemon, library: Path, images_dir: Path
 ) -> None:
     """And tells the one that waits for it."""
@@ -127,7 +131,7 @@ def test_convertctl_shows_and_cancels_ones_jobs(
     assert os.listdir(images_dir) == []
 
 
-def test_convertctl_tells_when_an_operator_cancelled(
+def test_convertctl_says_when_an_operator_cancelled_the_job(
     daemon: Daemon, library: Path, images_dir: Path
 ) -> None:
     """Which is another thing than having done so oneself."""
@@ -140,7 +144,7 @@ def test_convertctl_tells_when_an_operator_cancelled(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_convertctl_leaves_nothing(
+def test_interrupted_convertctl_cancels_the_job_and_leaves_nothing(
     daemon: Daemon, library: Path, images_dir: Path, number: signal.Signals
 ) -> None:
     """Ctrl-C cancels, and says that nothing was left."""
@@ -153,7 +157,9 @@ def test_an_interrupted_convertctl_leaves_nothing(
     assert os.listdir(images_dir) == []
 
 
-def test_convertctl_plans_without_doing(daemon: Daemon, library: Path, images_dir: Path) -> None:
+def test_convertctl_dry_run_shows_the_plan_and_converts_nothing(
+    daemon: Daemon, library: Path, images_dir: Path
+) -> None:
     """--dry-run."""
     paths = (str(library / "small.raw"), str(images_dir / "dest.qcow2"))
     ran = ALICE.convertctl(
@@ -163,7 +169,7 @@ def test_convertctl_plans_without_doing(daemon: Daemon, library: Path, images_di
     assert os.listdir(images_dir) == []
 
 
-def test_convertctl_tells_a_refusal_and_its_reason_to_programs(
+def test_convertctl_json_output_has_the_refusal_and_its_reason(
     daemon: Daemon, library: Path, images_dir: Path
 ) -> None:
     """--json, and exit status 1."""
@@ -186,7 +192,7 @@ asyncio.run(main(*sys.argv[1:]))
 """
 
 
-def test_the_asynchronous_client_converts(daemon: Daemon, library: Path, images_dir: Path) -> None:
+def test_asyncio_client_converts(daemon: Daemon, library: Path, images_dir: Path) -> None:
     """As the other one does."""
     dest = images_dir / "dest.qcow2"
     argv = [PYTHON, "-I", "-c", ASYNC_CLIENT, str(library / "small.raw"), str(dest)]
@@ -195,7 +201,7 @@ def test_the_asynchronous_client_converts(daemon: Daemon, library: Path, images_
     assert owner_of(dest) == (ALICE.uid, ALICE.gid, 0o600)
 
 
-def test_a_python_refusal_has_its_class_reason_and_values(
+def test_python_refusal_has_its_class_reason_and_values(
     daemon: Daemon, library: Path, images_dir: Path
 ) -> None:
     """By which a program can act."""
@@ -214,7 +220,7 @@ with Client(wait_for_ready=100) as client:
 """
 
 
-def test_a_client_waits_for_a_daemon_that_starts(
+def test_client_waits_for_a_starting_daemon(
     make_daemon: MakeDaemon, library: Path, images_dir: Path
 ) -> None:
     """As while one restarts: a call made in between is not lost."""
@@ -235,7 +241,7 @@ def test_a_client_waits_for_a_daemon_that_starts(
 # --- a client that does not read ----------------------------------------------------------------
 
 
-def test_a_caller_that_does_not_read_holds_nothing_up(
+def test_caller_that_does_not_read_events_does_not_block_its_job(
     daemon: Daemon, library: Path, images_dir: Path
 ) -> None:
     """Its conversion is done all the same; progress that nobody read is dropped, the result not."""

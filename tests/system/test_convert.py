@@ -59,7 +59,7 @@ def large(scratch: Path, daemon: Daemon) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_an_image_of_real_files_is_the_same_after_raw_to_qcow2_to_raw_by(
+def test_conversion_raw_to_qcow2_to_raw_preserves_the_image_by(
     client: str, daemon: Daemon, large: Path, images_dir: Path
 ) -> None:
     """Its source is 0600 and another's. What is made is the caller's, and nobody else's."""
@@ -74,7 +74,7 @@ def test_an_image_of_real_files_is_the_same_after_raw_to_qcow2_to_raw_by(
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_an_image_of_real_files_is_the_same_after_vmdk_to_raw_by(
+def test_conversion_vmdk_to_raw_preserves_the_image_by(
     client: str, daemon: Daemon, large: Path, images_dir: Path
 ) -> None:
     """A vmdk is what a stranger's image most often is."""

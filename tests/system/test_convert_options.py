@@ -65,7 +65,7 @@ def info(path: Path) -> dict[str, Any]:
 # --- what is said of a conversion ---------------------------------------------------------------
 
 
-def test_a_conversion_tells_its_plan_its_progress_and_its_result(
+def test_conversion_streams_its_plan_progress_and_result(
     alice: Agent, source: Path, images_dir: Path
 ) -> None:
     """One started, one result, the same job in all, and percentages that never fall."""
@@ -88,7 +88,7 @@ def test_a_conversion_tells_its_plan_its_progress_and_its_result(
     assert not result.warnings
 
 
-def test_the_command_of_a_plan_names_the_callers_paths(
+def test_plan_command_names_the_paths_of_the_caller(
     alice: Agent, source: Path, images_dir: Path
 ) -> None:
     """It is for people: descriptors of a process that is gone say nothing."""
@@ -106,7 +106,7 @@ def test_the_command_of_a_plan_names_the_callers_paths(
 @pytest.mark.parametrize(
     "image_format", ["qcow2", "vmdk", "vdi", "vpc", "vhdx", "qed", "parallels"]
 )
-def test_an_image_is_the_same_after_a_way_through(
+def test_image_is_identical_after_conversion_through(
     alice: Agent, source: Path, images_dir: Path, image_format: str
 ) -> None:
     """Every format of one file, written by the sandboxed qemu-img and read by it."""
@@ -118,7 +118,7 @@ def test_an_image_is_the_same_after_a_way_through(
     assert images.identical(source, back)
 
 
-def test_a_format_that_is_not_stated_is_found_out(alice: Agent, images_dir: Path) -> None:
+def test_unstated_source_format_is_detected(alice: Agent, images_dir: Path) -> None:
     """By qemu-img, in the sandbox."""
     source = images.created(images_dir / "source", "qcow2", 4)
     dest = images_dir / "dest.raw"
@@ -127,7 +127,9 @@ def test_a_format_that_is_not_stated_is_found_out(alice: Agent, images_dir: Path
     assert dest.stat().st_size == 4 * MIB
 
 
-def test_a_source_declared_raw_is_raw_whatever_is_in_it(alice: Agent, images_dir: Path) -> None:
+def test_source_stated_as_raw_is_read_as_raw_whatever_its_content(
+    alice: Agent, images_dir: Path
+) -> None:
     """A guest can write any header into its disk; it is data."""
     source = images.created(images_dir / "source", "qcow2", 4)
     dest = images_dir / "dest.raw"
@@ -137,7 +139,7 @@ def test_a_source_declared_raw_is_raw_whatever_is_in_it(alice: Agent, images_dir
 
 @pytest.mark.parametrize("image_format", ["qcow2", "vmdk", "vdi", "parallels"])
 @pytest.mark.parametrize("stated", [True, False], ids=["stated", "found"])
-def test_a_truncated_image_is_no_image(
+def test_truncated_image_is_refused(
     alice: Agent, images_dir: Path, image_format: str, *, stated: bool
 ) -> None:
     """Half of it must not become a whole disk, though qemu reads the rest as zeroes."""
@@ -154,7 +156,7 @@ def test_a_truncated_image_is_no_image(
     assert not dest.exists()
 
 
-def test_an_empty_source_becomes_an_empty_image(alice: Agent, images_dir: Path) -> None:
+def test_empty_source_becomes_an_empty_image(alice: Agent, images_dir: Path) -> None:
     """Of no virtual size."""
     source = images_dir / "source.raw"
     source.touch()
@@ -163,7 +165,7 @@ def test_an_empty_source_becomes_an_empty_image(alice: Agent, images_dir: Path) 
     assert info(images_dir / "dest.qcow2")["virtual-size"] == 0
 
 
-def test_snapshots_that_are_left_behind_are_told(alice: Agent, images_dir: Path) -> None:
+def test_snapshots_not_copied_are_reported_in_a_warning(alice: Agent, images_dir: Path) -> None:
     """In a warning, for qemu-img says nothing about them."""
     source = images.created(images_dir / "source.qcow2", "qcow2", 4)
     subprocess.run(["qemu-img", "snapshot", "-c", "before", str(source)], check=True)
@@ -184,7 +186,7 @@ def test_snapshots_that_are_left_behind_are_told(alice: Agent, images_dir: Path)
     ],
     ids=["default", "zlib", "zstd"],
 )
-def test_a_result_is_compressed_by(
+def test_result_is_compressed_by(
     alice: Agent, source: Path, images_dir: Path, compression: pb.Compression, kind: str
 ) -> None:
     """And takes less space than the image does."""
@@ -216,7 +218,7 @@ def test_convertctl_compresses_with(
 @pytest.mark.parametrize(
     "preallocation", [pb.PREALLOCATION_FALLOC, pb.PREALLOCATION_FULL], ids=["falloc", "full"]
 )
-def test_space_is_reserved_beforehand_for(
+def test_preallocation_reserves_all_space_for(
     alice: Agent,
     source: Path,
     images_dir: Path,
@@ -234,7 +236,7 @@ def test_space_is_reserved_beforehand_for(
 # --- validate_only, verify, rate limit ----------------------------------------------------------
 
 
-def test_a_validation_says_what_would_be_done_and_leaves_nothing(
+def test_validation_returns_the_plan_and_writes_nothing(
     alice: Agent, source: Path, images_dir: Path
 ) -> None:
     """Every check, the whole plan, and no file."""
@@ -248,7 +250,7 @@ def test_a_validation_says_what_would_be_done_and_leaves_nothing(
     assert os.listdir(images_dir) == []
 
 
-def test_a_validation_is_refused_as_the_conversion_would_be(
+def test_validation_gets_the_refusal_the_conversion_would_get(
     alice: Agent, source: Path, images_dir: Path
 ) -> None:
     """Here because the destination exists."""
@@ -258,7 +260,7 @@ def test_a_validation_is_refused_as_the_conversion_would_be(
 
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
-def test_a_result_that_is_verified_is_compared_with_its_source(
+def test_verified_result_is_compared_with_its_source(
     daemon: Daemon, alice: Agent, library: Path, images_dir: Path, image_format: str
 ) -> None:
     """And the reply says so. So does a progress event, to who is there to hear it."""
@@ -270,7 +272,7 @@ def test_a_result_that_is_verified_is_compared_with_its_source(
     assert "run command=qemu-img compare " in daemon.log
 
 
-def test_a_rate_limit_slows_a_conversion_down(alice: Agent, source: Path, images_dir: Path) -> None:
+def test_rate_limit_slows_a_conversion_down(alice: Agent, source: Path, images_dir: Path) -> None:
     """8 MiB, of which 2 are data, at 1 MiB/s: not in no time."""
     began = time.monotonic()
     request = conversion(source, images_dir / "dest.qcow2", rate_limit_bytes_per_second=MIB)
@@ -282,7 +284,7 @@ def test_a_rate_limit_slows_a_conversion_down(alice: Agent, source: Path, images
 # --- overwriting --------------------------------------------------------------------------------
 
 
-def test_ones_own_file_is_overwritten_in_one_step(
+def test_overwrite_of_an_own_file_replaces_it_atomically(
     alice: Agent, source: Path, images_dir: Path
 ) -> None:
     """By a new inode: whoever has the old one open keeps it whole."""
@@ -298,7 +300,7 @@ def test_ones_own_file_is_overwritten_in_one_step(
     assert os.listdir(images_dir) == ["dest.qcow2"]
 
 
-def test_to_overwrite_what_is_not_there_is_to_make_it(
+def test_overwrite_of_a_missing_file_creates_it(
     alice: Agent, source: Path, images_dir: Path
 ) -> None:
     """And the reply tells the difference."""
@@ -308,7 +310,7 @@ def test_to_overwrite_what_is_not_there_is_to_make_it(
     assert images.identical(source, dest)
 
 
-def test_another_users_file_is_overwritten_only_by_whom_the_policy_lets(
+def test_overwrite_of_another_users_file_needs_leave_of_the_policy(
     daemon: Daemon, alice: Agent, source: Path, images_dir: Path
 ) -> None:
     """`overwrite = "own"` for the one, "any" for the other."""
@@ -323,7 +325,7 @@ def test_another_users_file_is_overwritten_only_by_whom_the_policy_lets(
     assert owner_of(dest) == (BOB.uid, BOB.gid, 0o600)
 
 
-def test_an_image_can_be_replaced_by_itself_under_another_name(
+def test_image_can_be_replaced_through_a_second_hard_link_of_itself(
     daemon: Daemon, source: Path, images_dir: Path
 ) -> None:
     """A hard link of the source as the destination: the new file takes one of the two names."""

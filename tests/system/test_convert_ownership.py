@@ -65,7 +65,7 @@ def source(images_dir: Path) -> Path:
 # --- what is made -------------------------------------------------------------------------------
 
 
-def test_a_result_belongs_to_its_caller_alone(
+def test_result_belongs_to_its_caller_only(
     alice: Agent, daemon: Daemon, source: Path, images_dir: Path
 ) -> None:
     """Each caller's own, as the kernel names it."""
@@ -76,7 +76,7 @@ def test_a_result_belongs_to_its_caller_alone(
 
 
 @pytest.mark.parametrize("mode", [0o000, 0o640, 0o666], ids=oct)
-def test_a_result_has_the_mode_that_was_asked_for(
+def test_result_has_the_requested_mode(
     alice: Agent, source: Path, images_dir: Path, mode: int
 ) -> None:
     """No umask takes from it, and nothing adds to it."""
@@ -85,7 +85,9 @@ def test_a_result_has_the_mode_that_was_asked_for(
     assert owner_of(dest) == (1234, 1234, mode)
 
 
-def test_convertctl_takes_the_mode_in_octal(daemon: Daemon, source: Path, images_dir: Path) -> None:
+def test_convertctl_accepts_the_mode_in_octal(
+    daemon: Daemon, source: Path, images_dir: Path
+) -> None:
     """As chmod does."""
     dest = images_dir / "dest.qcow2"
     arguments = ("convert", str(source), str(dest), "-f", "raw", "-O", "qcow2", "--mode", "0640")
@@ -94,16 +96,14 @@ def test_convertctl_takes_the_mode_in_octal(daemon: Daemon, source: Path, images
     assert owner_of(dest) == (1234, 1234, 0o640)
 
 
-def test_a_result_has_the_group_that_was_asked_for(
-    alice: Agent, source: Path, images_dir: Path
-) -> None:
+def test_result_has_the_requested_group(alice: Agent, source: Path, images_dir: Path) -> None:
     """One of the caller's supplementary groups, which the kernel told at connect."""
     dest = images_dir / "dest.qcow2"
     alice.convert(conversion(source, dest, group="1300", mode=0o640)).result()
     assert owner_of(dest) == (1234, 1300, 0o640)
 
 
-def test_in_a_setgid_directory_the_result_takes_its_group(
+def test_result_in_a_setgid_directory_has_the_directory_group(
     alice: Agent, source: Path, images_dir: Path
 ) -> None:
     """As open(2) would, even a group that the caller is not in; an explicit group goes first."""
@@ -115,7 +115,9 @@ def test_in_a_setgid_directory_the_result_takes_its_group(
     assert owner_of(images_dir / "two.qcow2") == (1234, 1400, 0o600)
 
 
-def test_a_root_can_say_whose_its_files_are(alice: Agent, source: Path, scratch: Path) -> None:
+def test_root_setting_defines_owner_and_mode_of_results(
+    alice: Agent, source: Path, scratch: Path
+) -> None:
     """And which mode they have, if the caller names none."""
     alice.convert(conversion(source, scratch / "house" / "one.qcow2")).result()
     alice.convert(conversion(source, scratch / "house" / "two.qcow2", mode=0o600)).result()
@@ -123,7 +125,7 @@ def test_a_root_can_say_whose_its_files_are(alice: Agent, source: Path, scratch:
     assert owner_of(scratch / "house" / "two.qcow2") == (1500, 1600, 0o600)
 
 
-def test_a_default_access_control_list_is_inherited_within_the_mode(
+def test_default_acl_is_inherited_within_the_requested_mode(
     alice: Agent, source: Path, images_dir: Path
 ) -> None:
     """As open(2) would: the mode that was asked for, or the root's, bounds every entry of it."""
@@ -151,7 +153,7 @@ def test_a_default_access_control_list_is_inherited_within_the_mode(
 # --- access = "daemon" --------------------------------------------------------------------------
 
 
-def test_with_the_daemons_rights_any_file_of_the_root_is_read(
+def test_daemon_access_reads_any_file_in_the_root(
     alice: Agent, source: Path, images_dir: Path
 ) -> None:
     """Whosever it is, and although neither the caller nor qemu-img's user could open it."""
@@ -165,7 +167,7 @@ def test_with_the_daemons_rights_any_file_of_the_root_is_read(
 # --- access = "caller" --------------------------------------------------------------------------
 
 
-def test_with_the_callers_rights_its_own_files_are_read_and_written(
+def test_caller_access_reads_and_writes_files_of_the_caller(
     alice: Agent, own_source: Path, own_dir: Path
 ) -> None:
     """In a directory of its own, which nobody else could even search."""
@@ -175,7 +177,7 @@ def test_with_the_callers_rights_its_own_files_are_read_and_written(
     assert images.identical(own_source, own_dir / "dest.qcow2")
 
 
-def test_with_the_callers_rights_a_file_is_read_that_its_group_may_read(
+def test_caller_access_reads_a_file_readable_by_a_supplementary_group(
     alice: Agent, own_source: Path, own_dir: Path
 ) -> None:
     """Supplementary groups count."""
@@ -194,7 +196,7 @@ def test_with_the_callers_rights_a_file_is_read_that_its_group_may_read(
         pytest.param((BOB.uid, 1300), 0o606, id="one's group's, but closed to the group"),
     ],
 )
-def test_with_the_callers_rights_a_file_is_refused_that_the_caller_could_not_read(
+def test_caller_access_refuses_a_source_the_caller_can_not_read(
     alice: Agent, own_source: Path, own_dir: Path, owner: tuple[int, int], mode: int
 ) -> None:
     """The kernel decides, as it would for the caller's own open(2)."""
@@ -206,7 +208,7 @@ def test_with_the_callers_rights_a_file_is_refused_that_the_caller_could_not_rea
     assert not (own_dir / "dest.qcow2").exists()
 
 
-def test_with_the_callers_rights_nothing_is_made_where_the_caller_could_not(
+def test_caller_access_creates_nothing_where_the_caller_can_not_write(
     alice: Agent, own_source: Path, own_dir: Path
 ) -> None:
     """A directory that is another's."""
@@ -217,7 +219,7 @@ def test_with_the_callers_rights_nothing_is_made_where_the_caller_could_not(
 
 
 @pytest.mark.parametrize("end", ["source", "dest"])
-def test_with_the_callers_rights_names_in_a_closed_directory_stay_unknown(
+def test_caller_access_hides_names_in_a_directory_closed_to_the_caller(
     alice: Agent, own_source: Path, own_dir: Path, end: str
 ) -> None:
     """A directory that the caller may not search gives one answer, whatever is in it."""
@@ -238,7 +240,7 @@ def test_with_the_callers_rights_names_in_a_closed_directory_stay_unknown(
     assert answers[0][1] == "ACCESS_REFUSED"
 
 
-def test_with_the_callers_rights_a_sticky_directory_protects_the_files_of_others(
+def test_caller_access_does_not_replace_others_files_in_a_sticky_directory(
     alice: Agent, own_source: Path, own_dir: Path
 ) -> None:
     """The policy lets any file be overwritten; the kernel does not."""
@@ -253,7 +255,7 @@ def test_with_the_callers_rights_a_sticky_directory_protects_the_files_of_others
     assert sorted(os.listdir(own_dir)) == ["dest.raw", "source.raw"]
 
 
-def test_with_the_callers_rights_another_users_file_is_replaced_where_the_kernel_allows_it(
+def test_caller_access_replaces_others_files_where_the_kernel_allows_it(
     alice: Agent, own_source: Path, own_dir: Path
 ) -> None:
     """In one's own directory one may rename over anything: also over what one can't read."""

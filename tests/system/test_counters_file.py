@@ -49,14 +49,16 @@ def await_written(daemon: Daemon, file: Path) -> None:
     assert owner_of(file) == (0, 0, 0o644)
 
 
-def test_the_file_is_written_for_everybody_to_read(daemon: Daemon, export: Path) -> None:
+def test_counters_file_is_readable_by_everybody(daemon: Daemon, export: Path) -> None:
     """And nothing lies beside it."""
     daemon.start()
     await_written(daemon, export / "convertd.prom")
     assert os.listdir(export) == ["convertd.prom"]
 
 
-def test_a_fifo_at_a_name_that_could_be_guessed_stops_nobody(daemon: Daemon, export: Path) -> None:
+def test_fifo_at_a_predictable_temporary_name_does_not_block_the_counters(
+    daemon: Daemon, export: Path
+) -> None:
     """Whose opening for writing waits until somebody reads: the name of the file and our pid."""
     daemon.start()
     os.mkfifo(export / f"convertd.prom.{daemon.pid}", 0o666)
@@ -64,7 +66,7 @@ def test_a_fifo_at_a_name_that_could_be_guessed_stops_nobody(daemon: Daemon, exp
 
 
 @pytest.mark.parametrize("kind", ["fifo", "link", "file"])
-def test_what_has_the_name_is_replaced_and_not_opened(
+def test_object_at_the_counters_path_is_replaced_and_not_opened(
     daemon: Daemon, export: Path, scratch: Path, kind: str
 ) -> None:
     """Whosever it is, and wherever it leads."""
@@ -84,7 +86,7 @@ def test_what_has_the_name_is_replaced_and_not_opened(
     assert victim.read_text() == "precious"
 
 
-def test_a_directory_at_the_name_stays_and_is_told(daemon: Daemon, export: Path) -> None:
+def test_directory_at_the_counters_path_is_kept_and_reported(daemon: Daemon, export: Path) -> None:
     """Nothing is left of what could not be put there."""
     (export / "convertd.prom").mkdir()
     daemon.start()
@@ -95,7 +97,7 @@ def test_a_directory_at_the_name_stays_and_is_told(daemon: Daemon, export: Path)
 
 
 @pytest.mark.parametrize("level", ["the directory", "the one above"])
-def test_a_link_on_the_way_is_not_followed(
+def test_symlink_in_the_path_is_not_followed(
     daemon: Daemon, export: Path, scratch: Path, level: str
 ) -> None:
     """What is root's alone to write stays empty."""
@@ -113,7 +115,7 @@ def test_a_link_on_the_way_is_not_followed(
     assert os.listdir(closed / "export") == []
 
 
-def test_a_file_system_that_never_answers_stops_nobody(
+def test_unresponsive_counters_file_system_does_not_block_the_daemon(
     daemon: Daemon, export: Path, scratch: Path
 ) -> None:
     """Whoever writes there waits; callers are answered, and the daemon ends."""
@@ -126,9 +128,7 @@ def test_a_file_system_that_never_answers_stops_nobody(
     daemon.stop()
 
 
-def test_what_a_killed_daemon_left_is_removed_and_nothing_else(
-    daemon: Daemon, export: Path
-) -> None:
+def test_stale_counters_temporary_is_removed_and_nothing_else(daemon: Daemon, export: Path) -> None:
     """Old, of exactly that name, and root's."""
     left = export / f".convertd-counters-{'0f' * 8}.tmp"
     new = export / f".convertd-counters-{'1f' * 8}.tmp"

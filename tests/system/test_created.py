@@ -247,7 +247,9 @@ def python(way: str, daemon: Daemon, home: Path, asked: list[Asked]) -> list[obj
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.format} {case.words}")
-def test_convertctl_creates_an_image_with(daemon: Daemon, home: Path, case: Case) -> None:
+def test_convertctl_creates_an_image_with_the_option(
+    daemon: Daemon, home: Path, case: Case
+) -> None:
     """Which is another than without, and holds the same disk."""
     source, dest, plain = home / "in.raw", home / "dest", home / "plain"
     ran = convertctl(daemon, source, dest, case.format, case.words)
@@ -260,7 +262,9 @@ def test_convertctl_creates_an_image_with(daemon: Daemon, home: Path, case: Case
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_python_creates_images_with_all_of_them(daemon: Daemon, home: Path, way: str) -> None:
+def test_python_clients_create_images_with_all_options(
+    daemon: Daemon, home: Path, way: str
+) -> None:
     """By both clients, and without a daemon."""
     done = python(way, daemon, home, [(case.format, case.options) for case in CASES])
     assert done == ["done"] * len(CASES)
@@ -280,7 +284,9 @@ REFUSED: Final[list[tuple[str, dict[str, object], str]]] = [
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_option_is_named_that_is_refused(daemon: Daemon, home: Path, way: str) -> None:
+def test_invalid_format_option_is_named_in_the_refusal(
+    daemon: Daemon, home: Path, way: str
+) -> None:
     """In all ways alike, whoever judges it."""
     asked = [(image_format, options) for image_format, options, _ in REFUSED]
     fields = [field for _, _, field in REFUSED]
@@ -298,7 +304,7 @@ def test_the_option_is_named_that_is_refused(daemon: Daemon, home: Path, way: st
     ],
     ids=["another-format", "no-size", "no-choice", "no-device"],
 )
-def test_convertctl_names_the_option_that_is_refused(
+def test_convertctl_names_the_refused_option(
     daemon: Daemon, home: Path, words: str, status: int, said: str
 ) -> None:
     """As it was typed, or as the contract has it."""
@@ -307,7 +313,7 @@ def test_convertctl_names_the_option_that_is_refused(
     assert said in ran.err
 
 
-def test_a_subformat_of_several_files_is_not_supported(daemon: Daemon, home: Path) -> None:
+def test_subformat_of_several_files_is_not_supported(daemon: Daemon, home: Path) -> None:
     """A result is one file."""
     words = "--subformat twoGbMaxExtentFlat"
     ran = convertctl(daemon, home / "in.raw", home / "dest", "vmdk", words)
@@ -315,7 +321,9 @@ def test_a_subformat_of_several_files_is_not_supported(daemon: Daemon, home: Pat
     assert "UNSUPPORTED" in ran.err
 
 
-def test_what_is_zero_already_is_not_written(daemon: Daemon, volumes: Devices, home: Path) -> None:
+def test_claimed_zero_destination_is_not_written_with_zeroes(
+    daemon: Daemon, volumes: Devices, home: Path
+) -> None:
     """The claim is taken at its word: here it is wrong, and where the image is zero nothing is."""
     for name, claimed in (("told", True), ("untold", False)):
         volume = volumes.add(name, 16 * MIB)
@@ -330,7 +338,9 @@ def test_what_is_zero_already_is_not_written(daemon: Daemon, volumes: Devices, h
 @pytest.mark.parametrize(
     ("dest_format", "offered"), [("vmdk", "streamOptimized"), ("vpc", "fixed")]
 )
-def test_a_subformat_is_completed(dest_format: str, offered: str) -> None:
+def test_shell_completion_lists_the_subformats_of_the_format(
+    dest_format: str, offered: str
+) -> None:
     """With those of the format."""
     words = f"convertctl convert a b -O {dest_format} --subformat "
     environment = {

@@ -73,7 +73,7 @@ def to_volume(
 # --- volumes ------------------------------------------------------------------------------------
 
 
-def test_an_image_goes_to_a_volume_and_back(
+def test_image_is_converted_to_a_volume_and_back(
     alice: Agent, volumes: Devices, volume: Path, source: Path, images_dir: Path
 ) -> None:
     """Of what was on it nothing is left. It keeps its owner and its mode."""
@@ -102,7 +102,7 @@ def refused(alice: Agent, request: pb.ConvertRequest, status: str, reason: str) 
     return refusal
 
 
-def test_a_volume_that_is_too_small_is_told_with_both_sizes(
+def test_volume_that_is_too_small_is_refused_with_both_sizes(
     alice: Agent, volumes: Devices, source: Path
 ) -> None:
     """Before a byte is written."""
@@ -117,7 +117,7 @@ def test_a_volume_that_is_too_small_is_told_with_both_sizes(
     assert volumes.bytes_on(volume) == b"\xaa" * (4 * MIB)
 
 
-def test_a_volume_that_its_group_may_not_write_is_told_with_its_mode(
+def test_volume_its_group_may_not_write_is_refused_with_its_mode(
     alice: Agent, volume: Path, source: Path
 ) -> None:
     """For whoever sets the modes of devices."""
@@ -127,7 +127,7 @@ def test_a_volume_that_its_group_may_not_write_is_told_with_its_mode(
     assert refusal.metadata == {"path": str(volume), "group": str(DISK_GROUP), "mode": "0640"}
 
 
-def test_that_a_volume_is_zero_is_no_callers_to_say(
+def test_zero_claim_for_a_volume_is_refused_unless_the_root_allows_it(
     alice: Agent, volumes: Devices, volume: Path, source: Path
 ) -> None:
     """Unless the root allows the claim: a former tenant's blocks would be left."""
@@ -137,7 +137,7 @@ def test_that_a_volume_is_zero_is_no_callers_to_say(
     assert volumes.bytes_on(volume) == b"\xaa" * (16 * MIB)
 
 
-def test_a_volume_that_is_mounted_is_in_use(
+def test_mounted_volume_is_refused_as_in_use(
     alice: Agent, volumes: Devices, source: Path, scratch: Path, images_dir: Path
 ) -> None:
     """At either end."""
@@ -158,14 +158,16 @@ def test_a_volume_that_is_mounted_is_in_use(
     assert os.listdir(images_dir) == []
 
 
-def test_a_volume_that_is_gone_is_not_made(alice: Agent, volumes: Devices, source: Path) -> None:
+def test_missing_volume_is_not_created_as_a_file(
+    alice: Agent, volumes: Devices, source: Path
+) -> None:
     """A file in its place would fill /dev."""
     gone = volumes.links / "gone"
     refused(alice, to_volume(source, gone), "NOT_FOUND", "SOURCE_NOT_FOUND")
     assert not gone.exists()
 
 
-def test_an_end_in_the_middle_says_that_the_volumes_content_is_undefined(
+def test_interrupted_write_to_a_volume_reports_its_content_as_undefined(
     daemon: Daemon, alice: Agent, volumes: Devices, library: Path
 ) -> None:
     """There is one copy of it, and that was being written."""
@@ -184,7 +186,7 @@ def test_an_end_in_the_middle_says_that_the_volumes_content_is_undefined(
 # --- chains -------------------------------------------------------------------------------------
 
 
-def test_a_chain_over_roots_and_owners_becomes_one_image(
+def test_backing_chain_over_several_roots_and_owners_becomes_one_image(
     alice: Agent, source: Path, scratch: Path, images_dir: Path
 ) -> None:
     """What a live snapshot of Nova's is: an overlay of the guest's on a base of the cache's."""
@@ -226,7 +228,7 @@ def over(path: Path, base: str, written: str) -> None:
 # --- passphrases --------------------------------------------------------------------------------
 
 
-def test_an_encrypted_image_without_its_passphrase_is_told(
+def test_encrypted_image_without_a_passphrase_is_refused_as_such(
     alice: Agent, source: Path, images_dir: Path
 ) -> None:
     """Not "invalid": it is a passphrase that is missing. With it the image is read."""

@@ -97,7 +97,7 @@ def cleared(directory: Path) -> Iterator[None]:
 # --- cache modes --------------------------------------------------------------------------------
 
 
-def test_a_file_system_that_takes_direct_writes_gets_cache_mode_none_on(
+def test_file_system_with_direct_io_gets_cache_mode_none_on(
     alice: Agent, source: Path, on_disk: Path
 ) -> None:
     """Both ways, for source and destination; and the reply says why."""
@@ -113,7 +113,7 @@ def test_a_file_system_that_takes_direct_writes_gets_cache_mode_none_on(
         assert owner_of(back) == (ALICE.uid, ALICE.gid, 0o600)
 
 
-def test_a_file_system_that_refuses_direct_writes_gets_cache_mode_writeback(
+def test_file_system_without_direct_io_gets_cache_mode_writeback(
     alice: Agent, source: Path, ramfs: Path
 ) -> None:
     """Found out by trying; and the reply has the kernel's word for it."""
@@ -131,7 +131,7 @@ def test_a_file_system_that_refuses_direct_writes_gets_cache_mode_writeback(
 
 
 @pytest.mark.parametrize("mode", ["writeback", "writethrough", "directsync", "none"])
-def test_a_cache_mode_that_is_asked_for_is_used(
+def test_requested_cache_mode_is_used(
     alice: Agent, source: Path, images_dir: Path, mode: str
 ) -> None:
     """The reply says that it was asked for."""
@@ -143,7 +143,7 @@ def test_a_cache_mode_that_is_asked_for_is_used(
 
 
 @pytest.mark.parametrize("mode", [pb.CACHE_MODE_NONE, pb.CACHE_MODE_DIRECTSYNC])
-def test_direct_writes_are_refused_where_there_are_none(
+def test_requested_direct_io_is_refused_where_the_file_system_has_none(
     alice: Agent, source: Path, ramfs: Path, mode: pb.CacheMode
 ) -> None:
     """And nothing is done in another way than the one that was asked for."""
@@ -156,7 +156,7 @@ def test_direct_writes_are_refused_where_there_are_none(
 # --- named temporaries --------------------------------------------------------------------------
 
 
-def test_where_there_are_no_unnamed_files_a_result_is_published_all_the_same(
+def test_result_is_published_on_a_file_system_without_o_tmpfile(
     alice: Agent, source: Path, by_fuse: Path
 ) -> None:
     """FUSE has no O_TMPFILE. The temporary's name is gone when the call returns."""
@@ -167,7 +167,7 @@ def test_where_there_are_no_unnamed_files_a_result_is_published_all_the_same(
         assert images.identical(source, by_fuse / "dest.qcow2")
 
 
-def test_where_there_are_no_unnamed_files_one_is_overwritten_in_one_step(
+def test_result_overwrites_atomically_on_a_file_system_without_o_tmpfile(
     alice: Agent, source: Path, by_fuse: Path
 ) -> None:
     """By rename(2) of the temporary."""
@@ -180,7 +180,7 @@ def test_where_there_are_no_unnamed_files_one_is_overwritten_in_one_step(
         assert images.identical(source, dest)
 
 
-def test_where_there_are_no_unnamed_files_a_failure_leaves_none(
+def test_failed_job_leaves_no_temporary_on_a_file_system_without_o_tmpfile(
     alice: Agent, images_dir: Path, by_fuse: Path
 ) -> None:
     """An image that does not decompress, so that qemu-img notices it in the middle."""
@@ -202,7 +202,7 @@ def slow(source: Path, dest: Path) -> pb.ConvertRequest:
     return conversion(source, dest, rate_limit_bytes_per_second=MIB)
 
 
-def test_stale_temporaries_are_swept_and_live_ones_are_kept(
+def test_stale_temporaries_are_removed_and_locked_ones_are_kept(
     daemon: Daemon, alice: Agent, library: Path, source: Path, by_fuse: Path
 ) -> None:
     """Whoever makes one removes those that nobody locks; a job locks its own."""
@@ -222,7 +222,7 @@ def test_stale_temporaries_are_swept_and_live_ones_are_kept(
         assert temporaries(by_fuse) == []
 
 
-def test_where_no_name_can_be_given_without_replacing_nothing_is_published(
+def test_file_system_without_exclusive_link_or_rename_gets_no_result(
     daemon: Daemon, source: Path, by_fuse: Path
 ) -> None:
     """A file system without hard links, and without RENAME_NOREPLACE: exFAT by FUSE is one."""
@@ -236,7 +236,7 @@ def test_where_no_name_can_be_given_without_replacing_nothing_is_published(
     waiting.until(lambda: os.listdir(by_fuse) == [], "no file")
 
 
-def test_a_temporary_that_another_process_locks_is_kept(
+def test_temporary_locked_by_another_process_is_kept(
     alice: Agent, source: Path, by_fuse: Path
 ) -> None:
     """The lock is what tells, not the age."""
@@ -252,7 +252,7 @@ def test_a_temporary_that_another_process_locks_is_kept(
         assert visible(by_fuse) == ["one.qcow2", "two.qcow2"]
 
 
-def test_files_of_others_that_only_look_like_temporaries_are_kept(
+def test_files_with_temporary_like_names_are_kept(
     alice: Agent, source: Path, by_fuse: Path, images_dir: Path
 ) -> None:
     """Whosever they are, but the caller's; and of the caller's what is called otherwise."""
@@ -301,7 +301,7 @@ def end(call: Call, daemon: Daemon) -> None:
 # --- space --------------------------------------------------------------------------------------
 
 
-def test_a_file_system_that_is_too_small_is_told_before_anything_is_written(
+def test_file_system_that_is_too_small_is_refused_before_anything_is_written(
     alice: Agent, library: Path, tight: Path
 ) -> None:
     """With the bytes that are needed, those that are free, and where."""
@@ -319,7 +319,7 @@ def test_a_file_system_that_is_too_small_is_told_before_anything_is_written(
 
 
 @pytest.mark.parametrize("mode", [pb.PREALLOCATION_FALLOC, pb.PREALLOCATION_FULL])
-def test_preallocation_needs_the_whole_virtual_size(
+def test_preallocation_requires_space_for_the_whole_virtual_size(
     alice: Agent, source: Path, tight: Path, mode: pb.Preallocation
 ) -> None:
     """Although only a quarter of the image is data."""
@@ -329,16 +329,14 @@ def test_preallocation_needs_the_whole_virtual_size(
     assert refusal.metadata["needed_bytes"] == str(images.SMALL_MIB * MIB)
 
 
-def test_an_image_with_holes_fits_where_its_data_fits(
-    alice: Agent, source: Path, tight: Path
-) -> None:
+def test_sparse_image_fits_where_its_data_fits(alice: Agent, source: Path, tight: Path) -> None:
     """8 MiB of disk, 2 of data, on 4 MiB."""
     with cleared(tight):
         alice.convert(conversion(source, tight / "dest.raw", dest_format="raw")).result()
         assert images.identical(source, tight / "dest.raw")
 
 
-def test_a_file_system_that_fills_up_in_the_middle_publishes_nothing(
+def test_file_system_that_fills_up_during_a_write_gets_no_result(
     alice: Agent, library: Path, tight: Path
 ) -> None:
     """How much a compressed image takes is not known beforehand. This one can't be compressed."""
@@ -352,7 +350,7 @@ def test_a_file_system_that_fills_up_in_the_middle_publishes_nothing(
     waiting.until(lambda: free_bytes(tight) == TIGHT_MIB * MIB, "the space is free again")
 
 
-def test_an_overwritten_file_survives_a_file_system_that_fills_up(
+def test_overwritten_file_survives_a_file_system_that_fills_up(
     alice: Agent, library: Path, tight: Path
 ) -> None:
     """The old one stays whole until the new one is."""
@@ -368,7 +366,7 @@ def test_an_overwritten_file_survives_a_file_system_that_fills_up(
         assert dest.read_bytes() == b"old"
 
 
-def test_a_loop_device_that_fills_up_in_the_flush_publishes_nothing(
+def test_loop_device_that_fills_up_during_fsync_gets_no_result(
     alice: Agent, library: Path, mounts: Mounts
 ) -> None:
     """Delayed allocation: on ext4 the error may come as late as fsync(2)."""
@@ -392,7 +390,7 @@ def free_bytes(path: Path) -> int:
 # --- read-only ----------------------------------------------------------------------------------
 
 
-def test_a_read_only_file_system_is_told(
+def test_read_only_destination_file_system_is_reported_as_such(
     alice: Agent, source: Path, mounts: Mounts, images_dir: Path
 ) -> None:
     """Which is another thing than a full one."""
@@ -402,7 +400,7 @@ def test_a_read_only_file_system_is_told(
     assert refusal.violations == (("READ_ONLY_FILE_SYSTEM", str(frozen / "dest.qcow2")),)
 
 
-def test_a_source_on_a_read_only_file_system_is_read(
+def test_source_on_a_read_only_file_system_is_converted(
     alice: Agent, mounts: Mounts, images_dir: Path
 ) -> None:
     """Nothing is written to a source, not even a lock."""
@@ -415,7 +413,7 @@ def test_a_source_on_a_read_only_file_system_is_read(
     assert images.identical(source, images_dir / "dest.qcow2")
 
 
-def test_a_directory_with_a_quota_of_inodes_is_full_without_a_byte_written(
+def test_directory_without_free_inodes_is_reported_as_full(
     alice: Agent, source: Path, mounts: Mounts
 ) -> None:
     """ENOSPC, at open(2) already."""
@@ -441,7 +439,7 @@ def ownerless(mounts: Mounts) -> Path:
     return mounts.ntfs("ownerless/ntfs")
 
 
-def test_a_file_system_that_keeps_no_owners_is_refused_before_anything_is_converted(
+def test_file_system_that_ignores_chown_is_refused_before_the_conversion(
     alice: Agent, source: Path, ntfs: Path
 ) -> None:
     """Fchown(2) and fchmod(2) say 0 there; what they did is looked at."""
@@ -458,7 +456,7 @@ def test_a_file_system_that_keeps_no_owners_is_refused_before_anything_is_conver
     assert alice.convert(request).refusal().reason == "OWNER_NOT_KEPT"
 
 
-def test_where_the_policy_allows_it_the_result_says_that_its_owner_was_not_kept(
+def test_result_on_a_file_system_that_ignores_chown_has_a_warning_if_allowed(
     alice: Agent, source: Path, ownerless: Path
 ) -> None:
     """Fresh and overwriting: with a warning, and whole."""

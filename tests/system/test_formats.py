@@ -30,7 +30,7 @@ def started(make_daemon: MakeDaemon, scratch: Path, word: bytes, other: bytes) -
     return daemon
 
 
-def test_all_formats_that_qemu_img_lists_are_told(make_daemon: MakeDaemon) -> None:
+def test_get_access_lists_all_formats_that_qemu_img_has(make_daemon: MakeDaemon) -> None:
     """The system's own."""
     daemon = make_daemon("")
     daemon.start()
@@ -42,7 +42,9 @@ def test_all_formats_that_qemu_img_lists_are_told(make_daemon: MakeDaemon) -> No
     assert told.versions.qemu_img in helped.stdout.splitlines()[0]
 
 
-def test_a_format_that_qemu_img_lacks_is_not_told(make_daemon: MakeDaemon, scratch: Path) -> None:
+def test_get_access_omits_a_format_that_qemu_img_lacks(
+    make_daemon: MakeDaemon, scratch: Path
+) -> None:
     """A distribution may leave some out: here its driver has a name that we don't know."""
     daemon = started(make_daemon, scratch, b"\0parallels\0", b"\0parallelx\0")
     told = daemon.agent(ALICE).access()
@@ -50,7 +52,7 @@ def test_a_format_that_qemu_img_lacks_is_not_told(make_daemon: MakeDaemon, scrat
     assert set(told.dest_formats) == values.WRITABLE_FORMATS - {"parallels"}
 
 
-def test_a_qemu_img_that_lists_no_formats_fails_the_self_test(
+def test_qemu_img_that_lists_no_formats_fails_the_self_test(
     make_daemon: MakeDaemon, scratch: Path
 ) -> None:
     """What it can do would be a guess."""

@@ -49,7 +49,7 @@ def qemu_img(*arguments: object) -> None:
     subprocess.run(["qemu-img", *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
 
 
-def test_a_snapshot_is_told_with_all_there_is_of_it(alice: Agent, images_dir: Path) -> None:
+def test_inspect_reports_all_fields_of_a_snapshot(alice: Agent, images_dir: Path) -> None:
     """Each has an id, a name, and the moment at which it was taken."""
     path = images.created(images_dir / "a.qcow2", "qcow2", 4)
     before_s = int(time.time())
@@ -63,7 +63,7 @@ def test_a_snapshot_is_told_with_all_there_is_of_it(alice: Agent, images_dir: Pa
         assert (item.vm_state_size_bytes, item.vm_clock_seconds) == (0, 0)
 
 
-def test_the_state_of_a_machine_is_told_with_its_snapshot(alice: Agent, images_dir: Path) -> None:
+def test_inspect_reports_the_vm_state_of_a_snapshot(alice: Agent, images_dir: Path) -> None:
     """Its size, and how long it had run: written into the image as a running qemu would have."""
     path = images.created(images_dir / "a.qcow2", "qcow2", 4)
     qemu_img("snapshot", "-c", "mark", path)
@@ -78,7 +78,7 @@ def test_the_state_of_a_machine_is_told_with_its_snapshot(alice: Agent, images_d
     assert (told.vm_state_size_bytes, told.vm_clock_seconds) == (123_456, 90.5)
 
 
-def test_a_bitmap_is_told_with_its_granularity_and_flags(alice: Agent, images_dir: Path) -> None:
+def test_inspect_reports_granularity_and_flags_of_a_bitmap(alice: Agent, images_dir: Path) -> None:
     """One that is recorded, and one that is not."""
     path = images.created(images_dir / "a.qcow2", "qcow2", 4)
     qemu_img("bitmap", "--add", "-g", "128k", path, "on")
@@ -91,7 +91,7 @@ def test_a_bitmap_is_told_with_its_granularity_and_flags(alice: Agent, images_di
 @pytest.mark.parametrize(
     ("subformat", "is_compressed"), [("streamOptimized", True), ("monolithicSparse", False)]
 )
-def test_a_vmdk_says_whether_it_is_compressed(
+def test_inspect_reports_whether_a_vmdk_is_compressed(
     alice: Agent, images_dir: Path, subformat: str, *, is_compressed: bool
 ) -> None:
     """Its header does."""
@@ -117,9 +117,7 @@ def opened_by_a_qemu(path: Path, *options: str) -> Iterator[None]:
             holder.communicate(b"quit\n")
 
 
-def test_an_image_that_is_being_written_is_told_with_a_warning(
-    alice: Agent, images_dir: Path
-) -> None:
+def test_inspect_of_an_image_open_for_writing_has_a_warning(alice: Agent, images_dir: Path) -> None:
     """What it is may change while it is told. One that others only read stays as it is."""
     path = images.created(images_dir / "a.qcow2", "qcow2", 4)
     with opened_by_a_qemu(path):
@@ -130,7 +128,7 @@ def test_an_image_that_is_being_written_is_told_with_a_warning(
 
 
 @pytest.mark.parametrize("backing", ["absent", "/etc/passwd", "/etc/absent"])
-def test_a_chain_that_ends_early_is_told_with_the_reason(
+def test_inspect_of_a_broken_chain_reports_the_reason(
     alice: Agent, images_dir: Path, backing: str
 ) -> None:
     """The one that a conversion fails with; of what may not be read it is always the same."""

@@ -73,7 +73,7 @@ def pages(agent: Agent, size: int) -> list[list[str]]:
         request.page_token = page.next_page_token
 
 
-def test_pages_hold_each_job_once_and_in_order(daemon: Daemon, labels: list[str]) -> None:
+def test_job_list_pages_hold_each_job_once_and_in_order(daemon: Daemon, labels: list[str]) -> None:
     """As many as were asked for, or as fit."""
     alice = daemon.agent(ALICE)
     by_five = pages(alice, 5)
@@ -84,7 +84,7 @@ def test_pages_hold_each_job_once_and_in_order(daemon: Daemon, labels: list[str]
     assert sum(as_fit, []) == labels  # noqa: RUF017
 
 
-def test_clients_list_all_of_them(daemon: Daemon, labels: list[str]) -> None:
+def test_clients_list_jobs_of_all_pages(daemon: Daemon, labels: list[str]) -> None:
     """The command, which uses Python's; and that for asyncio."""
     told = ALICE.convertctl(daemon.socket, "jobs", "--json")
     assert [json.loads(line)["label"] for line in told.out.splitlines()] == labels, told
@@ -101,7 +101,7 @@ def test_clients_list_all_of_them(daemon: Daemon, labels: list[str]) -> None:
         pytest.param(pb.ListJobsRequest(page_token="f" * 17), "page_token", id="a long token"),
     ],
 )
-def test_what_is_no_page_is_refused(
+def test_invalid_page_request_is_refused_with_the_field(
     daemon: Daemon, request_: pb.ListJobsRequest, field: str
 ) -> None:
     """And says which field it is."""
@@ -110,7 +110,7 @@ def test_what_is_no_page_is_refused(
     assert refusal.metadata["field"] == field
 
 
-def test_a_page_goes_on_where_the_last_ended_though_jobs_ended_meanwhile(
+def test_next_page_continues_after_jobs_of_the_last_page_ended(
     daemon: Daemon, labels: list[str]
 ) -> None:
     """Also the one that the token was made of."""

@@ -46,7 +46,7 @@ NAMES: Final = {
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=tuple(NAMES))
 @pytest.mark.parametrize("dest_format", ["raw", "qcow2", "vmdk"])
-def test_an_image_is_converted_from_and_to_a_name_with(
+def test_image_is_converted_from_and_to_a_name_with(
     daemon: Daemon, images_dir: Path, name: str, dest_format: str
 ) -> None:
     """No name is ever an argument of qemu-img's. A vmdk writes its own down, and is read again."""
@@ -64,9 +64,7 @@ def test_an_image_is_converted_from_and_to_a_name_with(
 
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=tuple(NAMES))
-def test_an_image_is_inspected_under_a_name_with(
-    daemon: Daemon, images_dir: Path, name: str
-) -> None:
+def test_image_is_inspected_under_a_name_with(daemon: Daemon, images_dir: Path, name: str) -> None:
     """And is told under that name."""
     path = images.created(images_dir / "a.qcow2", "qcow2", 4).rename(images_dir / name)
     request = pb.InspectRequest(source=pb.Source(path=str(path)))

@@ -55,7 +55,7 @@ def refusal(path: Path | str) -> load.LoadError:
     return refused.value
 
 
-def test_a_policy_is_loaded_with_its_names_looked_up(file: Path) -> None:
+def test_policy_is_loaded_with_user_names_resolved(file: Path) -> None:
     """What does not exist is a warning, and grants nobody."""
     loaded = load.load(str(file))
     assert loaded.policy.rules[0].subjects.uids == loaded.policy.rules[0].subjects.gids == {0}
@@ -65,7 +65,7 @@ def test_a_policy_is_loaded_with_its_names_looked_up(file: Path) -> None:
     ]
 
 
-def test_a_relative_path_is_taken_from_the_working_directory(
+def test_relative_policy_path_is_resolved_from_the_working_directory(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the messages name the whole of it."""
@@ -73,7 +73,7 @@ def test_a_relative_path_is_taken_from_the_working_directory(
     assert load.load(file.name).file == str(file)
 
 
-def test_a_mistake_names_file_key_and_reason(file: Path) -> None:
+def test_policy_mistake_is_reported_as_file_key_and_reason(file: Path) -> None:
     """In this order, parted by colons."""
     file.write_text("[limits]\njobs = 0", encoding="utf-8")
     refused = refusal(file)
@@ -81,7 +81,7 @@ def test_a_mistake_names_file_key_and_reason(file: Path) -> None:
     assert str(refused) == f"{file}: limits.jobs: must be from 1 to 256"
 
 
-def test_a_name_that_stands_for_anybody_is_a_mistake(file: Path) -> None:
+def test_policy_with_the_user_nobody_is_refused(file: Path) -> None:
     """`nobody` is the uid that every unmapped one reads as."""
     assert pwd.getpwnam("nobody").pw_uid == 65534
     file.write_text('[operators]\nusers = ["nobody"]', encoding="utf-8")
@@ -89,14 +89,14 @@ def test_a_name_that_stands_for_anybody_is_a_mistake(file: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o664, 0o646, 0o777])
-def test_a_file_is_refused_that_others_can_write_with_mode(file: Path, mode: int) -> None:
+def test_policy_file_that_others_can_write_is_refused_with_mode(file: Path, mode: int) -> None:
     """They would decide who may do what."""
     file.chmod(mode)
     assert f"{file} can be written by others than root (mode {mode:04o})" in str(refusal(file))
 
 
 @pytest.mark.parametrize("mode", [0o775, 0o757, 0o1777])
-def test_a_directory_above_is_refused_that_others_can_write_with_mode(
+def test_policy_below_a_directory_that_others_can_write_is_refused_with_mode(
     directory: Path, mode: int
 ) -> None:
     """They could put another file in its place. A sticky bit is no excuse."""
@@ -109,28 +109,28 @@ def test_a_directory_above_is_refused_that_others_can_write_with_mode(
     assert f"{above} can be written by others" in str(refusal(file))
 
 
-def test_an_access_control_list_that_lets_another_write_is_refused(file: Path) -> None:
+def test_policy_with_an_acl_that_lets_others_write_is_refused(file: Path) -> None:
     """The mask shows in the group's bits."""
     subprocess.run(["setfacl", "-m", "u:1234:rw", str(file)], check=True)
     assert "can be written by others" in str(refusal(file))
 
 
 @pytest.mark.parametrize("which", ["file", "directory"])
-def test_what_belongs_to_another_is_refused(file: Path, which: str) -> None:
+def test_policy_owned_by_another_user_is_refused(file: Path, which: str) -> None:
     """An owner can give itself the right to write."""
     owned = {"file": file, "directory": file.parent}[which]
     os.chown(owned, 1234, 1234)
     assert f"{owned} belongs to uid 1234, not to root" in str(refusal(file))
 
 
-def test_no_link_is_followed_to_the_file(directory: Path, file: Path) -> None:
+def test_policy_file_that_is_a_symlink_is_refused(directory: Path, file: Path) -> None:
     """Whoever has the link would choose the policy."""
     link = directory / "link.toml"
     link.symlink_to(file)
     assert f"{link} is a symbolic link" in str(refusal(link))
 
 
-def test_no_link_is_followed_on_the_way(directory: Path, file: Path) -> None:
+def test_policy_path_through_a_symlink_is_refused(directory: Path, file: Path) -> None:
     """Nor here."""
     (directory / "real").mkdir()
     (directory / "link").symlink_to(directory / "real")
@@ -140,33 +140,35 @@ def test_no_link_is_followed_on_the_way(directory: Path, file: Path) -> None:
     )
 
 
-def test_a_file_that_is_not_there_is_told(directory: Path) -> None:
+def test_missing_policy_file_is_reported_by_name(directory: Path) -> None:
     """By the name that is missing."""
     missing = directory / "no" / "policy.toml"
     assert str(refusal(missing)) == f"{missing}: {directory}/no: No such file or directory"
 
 
 @pytest.mark.parametrize("kind", ["directory", "fifo"])
-def test_what_is_no_file_is_refused_and_not_waited_for(directory: Path, kind: str) -> None:
+def test_policy_path_that_is_not_a_regular_file_is_refused_without_blocking(
+    directory: Path, kind: str
+) -> None:
     """Opening a FIFO would wait for its writer."""
     path = directory / "policy.toml"
     {"directory": path.mkdir, "fifo": lambda: os.mkfifo(path)}[kind]()
     assert "is not a regular file" in str(refusal(path))
 
 
-def test_a_file_without_end_is_refused(file: Path) -> None:
+def test_policy_file_over_the_size_limit_is_refused(file: Path) -> None:
     """A policy has a page, not a megabyte."""
     file.write_text("#" * (load.MAX_BYTES + 1), encoding="ascii")
     assert "is larger than 1048576 bytes" in str(refusal(file))
 
 
-def test_the_largest_file_is_read(file: Path) -> None:
+def test_policy_file_at_the_size_limit_is_read(file: Path) -> None:
     """To its last byte."""
     file.write_text(POLICY.rjust(load.MAX_BYTES), encoding="ascii")
     assert len(load.load(str(file)).policy.rules) == 1
 
 
-def test_a_name_that_breaks_the_lookup_is_no_answer() -> None:
+def test_failed_name_lookup_fails_the_policy_load() -> None:
     """An answer that is not whole is none: it would grant less, or more, than it should."""
     wanted = bind.NeededNames(users=frozenset({"root", "a\0b"}))
     with pytest.raises(lookup.LookupFailed, match="broke off"):
@@ -194,7 +196,7 @@ HANGING = """
 """
 
 
-def test_a_directory_service_that_hangs_is_not_waited_for() -> None:
+def test_unresponsive_name_service_ends_in_a_timeout() -> None:
     """In a mount namespace of its own, nscd accepts and never answers."""
     script = textwrap.dedent(HANGING)
     inside = f'mount -t tmpfs -o mode=755 none /run && exec "{sys.executable}" -c "$0"'

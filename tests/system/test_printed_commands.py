@@ -56,7 +56,7 @@ def overlay_without_format(directory: Path, base: str) -> Path:
 
 
 @pytest.mark.parametrize("base", ["base.qcow2", "it's a base"])
-def test_the_command_for_an_overlay_without_a_format_keeps_its_base(
+def test_printed_command_for_an_overlay_without_a_format_keeps_its_base(
     daemon: Daemon, images_dir: Path, base: str
 ) -> None:
     """What was printed once took the base away, and with it all that the overlay had not."""
@@ -72,7 +72,7 @@ def test_the_command_for_an_overlay_without_a_format_keeps_its_base(
     assert out.read_bytes() == b"\x07" * 1024 * 1024
 
 
-def test_a_command_that_can_not_be_shown_in_full_is_not_shown(
+def test_command_that_does_not_fit_into_the_message_is_not_printed(
     daemon: Daemon, images_dir: Path
 ) -> None:
     """Half of one may do anything."""
@@ -84,7 +84,7 @@ def test_a_command_that_can_not_be_shown_in_full_is_not_shown(
 
 @pytest.mark.parametrize("group", [True, False], ids=["its group is there", "nothing is there"])
 @pytest.mark.parametrize("user", ["convertd", "convertd-qemu"])
-def test_the_command_for_a_missing_user_makes_it(
+def test_printed_command_for_a_missing_user_creates_it(
     daemon: Daemon, tmp_path: Path, user: str, *, group: bool
 ) -> None:
     """In a copy of /etc: what is run here is what `convertd check` says there."""
@@ -107,7 +107,7 @@ def test_the_command_for_a_missing_user_makes_it(
     assert done.returncode == 0, done.stderr
 
 
-def test_the_command_for_hard_links_protects_them(daemon: Daemon, tmp_path: Path) -> None:
+def test_printed_command_for_hard_links_protects_them(daemon: Daemon, tmp_path: Path) -> None:
     """As /proc says afterwards; it is on here already, and stays."""
     setting = tmp_path / "setting"
     setting.write_text("0\n")
@@ -128,7 +128,9 @@ def hint_of(ran: Ran) -> str:
 
 
 @pytest.mark.parametrize("local", [False, True], ids=["daemon", "local"])
-def test_what_convertctl_hints_at_works(daemon: Daemon, images_dir: Path, *, local: bool) -> None:
+def test_hint_of_convertctl_works_when_followed(
+    daemon: Daemon, images_dir: Path, *, local: bool
+) -> None:
     """A name that is taken, a format that is not the right one."""
     os.chown(images_dir, ALICE.uid, ALICE.gid)
     image, out = images_dir / "in", images_dir / "out"
@@ -146,7 +148,7 @@ def test_what_convertctl_hints_at_works(daemon: Daemon, images_dir: Path, *, loc
 
 
 @pytest.mark.parametrize("local", [False, True], ids=["daemon", "local"])
-def test_the_option_for_a_damaged_image_converts_it(
+def test_printed_option_for_a_damaged_image_converts_it(
     daemon: Daemon, images_dir: Path, *, local: bool
 ) -> None:
     """One that qemu has marked as corrupt, where its root allows that."""
@@ -165,7 +167,7 @@ def test_the_option_for_a_damaged_image_converts_it(
     assert "SOURCE_DAMAGED" in ran.err
 
 
-def test_a_hint_looks_at_whose_rights_were_used(
+def test_hint_matches_the_access_rights_that_were_used(
     daemon: Daemon, images_dir: Path, scratch: Path
 ) -> None:
     """Who converts with its own is not told of a policy, nor sent to the daemon's log."""
@@ -179,7 +181,9 @@ def test_a_hint_looks_at_whose_rights_were_used(
     assert len(local.err.splitlines()) == 1
 
 
-def test_without_a_daemon_one_is_told_what_qemu_img_said(images_dir: Path, daemon: Daemon) -> None:
+def test_local_conversion_failure_shows_the_message_of_qemu_img(
+    images_dir: Path, daemon: Daemon
+) -> None:
     """It was run with one's own rights, and there is no log."""
     os.chown(images_dir, ALICE.uid, ALICE.gid)
     image = images_dir / "in"
@@ -193,7 +197,7 @@ def test_without_a_daemon_one_is_told_what_qemu_img_said(images_dir: Path, daemo
     assert "cluster size" not in said
 
 
-def test_the_command_of_a_plan_makes_the_same_image(daemon: Daemon, images_dir: Path) -> None:
+def test_plan_command_creates_the_same_image(daemon: Daemon, images_dir: Path) -> None:
     """With every option, it can be pasted."""
     image, out, other = (images_dir / name for name in ("in", "out", "other"))
     image.write_bytes(os.urandom(1 << 20))

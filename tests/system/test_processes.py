@@ -106,7 +106,7 @@ def identity(name: str) -> tuple[int, int]:
 # --- the broker ---------------------------------------------------------------------------------
 
 
-def test_the_broker_is_root_with_seven_capabilities_and_no_way_to_more(daemon: Daemon) -> None:
+def test_broker_is_root_with_seven_capabilities_and_can_gain_no_more(daemon: Daemon) -> None:
     """One thread, the same four sets as while it serves and as before it served."""
     (thread,) = processes.threads(daemon.pid)
     assert (thread.uids, thread.gids) == ((0,) * 4, (0,) * 4)
@@ -115,7 +115,7 @@ def test_the_broker_is_root_with_seven_capabilities_and_no_way_to_more(daemon: D
     assert thread.no_new_privs == 1
 
 
-def test_the_broker_never_loads_grpc_or_protobuf(daemon: Daemon, running: Running) -> None:
+def test_broker_never_loads_grpc_or_protobuf(daemon: Daemon, running: Running) -> None:
     """Nor do the jobs that it forks. The front does, so that one would see it."""
     parsers = re.compile("grpc|protobuf|upb|libssl")
     for pid in (daemon.pid, running.job):
@@ -124,15 +124,13 @@ def test_the_broker_never_loads_grpc_or_protobuf(daemon: Daemon, running: Runnin
     assert [path for path in front if "cygrpc" in path]
 
 
-def test_the_front_does_not_load_openssl(daemon: Daemon) -> None:
+def test_front_does_not_load_openssl(daemon: Daemon) -> None:
     """It speaks on local sockets alone: that would be 5 MiB, and a way in, for nothing."""
     front = processes.mapped_files(daemon.await_one(FRONT))
     assert not [path for path in front if "libssl" in path]
 
 
-def test_the_broker_holds_no_end_of_a_running_job_and_no_image(
-    daemon: Daemon, running: Running
-) -> None:
+def test_broker_holds_no_descriptor_of_a_running_job(daemon: Daemon, running: Running) -> None:
     """Nor a directory of anybody's: what a job opens is gone with the job."""
     found = processes.descriptors(daemon.pid)
     files = {path for path in found.values() if path.startswith("/")}
@@ -150,7 +148,7 @@ def sockets(pid: int) -> list[str]:
 # --- the front ----------------------------------------------------------------------------------
 
 
-def test_the_front_has_no_right_in_any_of_its_threads(daemon: Daemon) -> None:
+def test_front_has_no_capability_in_any_thread(daemon: Daemon) -> None:
     """GRPC's threads were started after the lock, or it would not bind them."""
     uid, gid = identity("convertd")
     threads = processes.threads(daemon.await_one(FRONT))
@@ -163,7 +161,7 @@ def test_the_front_has_no_right_in_any_of_its_threads(daemon: Daemon) -> None:
         assert (thread.no_new_privs, thread.seccomp) == (1, FILTERED), thread
 
 
-def test_the_front_has_no_file_open(daemon: Daemon, running: Running) -> None:
+def test_front_has_no_file_open(daemon: Daemon, running: Running) -> None:
     """Sockets, and what event loops are made of."""
     front = daemon.await_one(FRONT)
     kinds = {path.split(":")[0] for path in processes.descriptors(front).values()}
@@ -171,7 +169,7 @@ def test_the_front_has_no_file_open(daemon: Daemon, running: Running) -> None:
     assert running.job != front
 
 
-def test_the_front_is_in_no_directory_of_anybodys(daemon: Daemon) -> None:
+def test_front_has_the_root_directory_as_its_working_directory(daemon: Daemon) -> None:
     """It keeps nothing from being unmounted."""
     assert os.readlink(f"/proc/{daemon.await_one(FRONT)}/cwd") == "/"
 
@@ -179,7 +177,7 @@ def test_the_front_is_in_no_directory_of_anybodys(daemon: Daemon) -> None:
 # --- the job ------------------------------------------------------------------------------------
 
 
-def test_a_job_has_what_its_broker_has_and_no_more(running: Running) -> None:
+def test_job_has_the_capabilities_of_its_broker_and_no_more(running: Running) -> None:
     """One thread; Landlock, which /proc does not show, narrows it to this job's inodes."""
     (thread,) = processes.threads(running.job)
     assert thread.uids == thread.gids == (0,) * 4
@@ -189,7 +187,7 @@ def test_a_job_has_what_its_broker_has_and_no_more(running: Running) -> None:
     assert thread.no_new_privs == 1
 
 
-def test_a_job_has_no_descriptor_of_another(
+def test_job_has_no_descriptor_of_another_job(
     daemon: Daemon, running: Running, open_source: Path, scratch: Path
 ) -> None:
     """A forked process inherits all, close-on-exec or not, unless it closes all."""
@@ -206,14 +204,14 @@ def test_a_job_has_no_descriptor_of_another(
 # --- qemu-img -----------------------------------------------------------------------------------
 
 
-def test_qemu_img_has_one_capability_and_only_for_a_source_that_demands_it(
+def test_qemu_img_has_one_capability_and_only_for_a_source_that_needs_it(
     running: Running,
 ) -> None:
     """To read what is root's alone: CAP_DAC_READ_SEARCH, in each of its threads."""
     check_qemu_img(running.qemu_img, mask(DAC_READ_SEARCH))
 
 
-def test_qemu_img_has_no_capability_for_a_source_that_everybody_may_read(
+def test_qemu_img_has_no_capability_for_a_world_readable_source(
     daemon: Daemon, open_source: Path, scratch: Path
 ) -> None:
     """Nor for one that its own group may."""
@@ -246,7 +244,7 @@ def test_qemu_img_has_only_its_own_descriptors(running: Running) -> None:
     assert max(found) < 256
 
 
-def test_qemu_img_is_told_descriptors_and_no_paths(running: Running) -> None:
+def test_qemu_img_arguments_have_descriptors_and_no_paths(running: Running) -> None:
     """What it opens by name it opens through /proc/self/fd."""
     argv = processes.argv(running.qemu_img)
     assert argv[:2] == ["qemu-img", "convert"]
@@ -262,7 +260,7 @@ def test_qemu_img_has_a_clean_environment(running: Running) -> None:
     assert (environment["LC_ALL"], environment["MALLOC_ARENA_MAX"]) == ("C", "1")
 
 
-def test_qemu_img_is_bounded_and_nice(running: Running) -> None:
+def test_qemu_img_has_resource_limits_and_low_priority(running: Running) -> None:
     """In memory, descriptors and core dumps. A conversion's processor time is not."""
     with open(f"/proc/{running.qemu_img}/limits", encoding="ascii") as limits:
         hard = {line[:25].strip(): line[47:68].strip() for line in limits}
@@ -273,7 +271,7 @@ def test_qemu_img_is_bounded_and_nice(running: Running) -> None:
     assert os.getpriority(os.PRIO_PROCESS, running.qemu_img) == 19
 
 
-def test_nobody_of_its_own_user_can_look_into_the_front(daemon: Daemon) -> None:
+def test_process_of_the_front_user_can_not_trace_the_front(daemon: Daemon) -> None:
     """It passes passphrases on. Whose user it is may have other processes, by some mistake."""
     front = daemon.await_one(FRONT)
     user = pwd.getpwnam("convertd")
@@ -291,7 +289,7 @@ def test_nobody_of_its_own_user_can_look_into_the_front(daemon: Daemon) -> None:
 
 
 @pytest.mark.parametrize(("isolation", "option"), [((), "-P"), (("-I",), "-I")])
-def test_the_front_is_kept_from_what_the_broker_is_kept_from(
+def test_front_runs_with_the_python_isolation_of_the_broker(
     make_daemon: MakeDaemon, scratch: Path, isolation: tuple[str, ...], option: str
 ) -> None:
     """As installed, from all of PYTHON*; always from the working directory."""
@@ -311,7 +309,7 @@ def test_the_front_is_kept_from_what_the_broker_is_kept_from(
 # --- what they leave ----------------------------------------------------------------------------
 
 
-def test_no_process_is_left_of_a_conversion_that_is_done(
+def test_finished_conversion_leaves_no_process_behind(
     daemon: Daemon, running: Running, library: Path, images_dir: Path
 ) -> None:
     """Nor its zombie: the broker reaps."""

@@ -108,7 +108,7 @@ def line(daemon: Daemon, library: Path, images_dir: Path) -> Line:
     return Line(daemon, library, images_dir)
 
 
-def test_users_take_turns(line: Line) -> None:
+def test_queue_is_fair_between_users(line: Line) -> None:
     """Who asks often waits behind nobody but himself, and is told as he moves."""
     line.join(ALICE, "a1")
     line.join(ALICE, "a2")
@@ -128,7 +128,7 @@ def test_users_take_turns(line: Line) -> None:
     line.end_all()
 
 
-def test_those_behind_move_up_when_one_leaves_the_queue(line: Line) -> None:
+def test_queue_positions_move_up_when_a_job_leaves_the_queue(line: Line) -> None:
     """By CancelJob, by ending the call: the others are told their new positions."""
     line.join(ALICE, "a1")
     for name in ("a2", "a3"):
@@ -145,7 +145,7 @@ def test_those_behind_move_up_when_one_leaves_the_queue(line: Line) -> None:
     line.end_all()
 
 
-def test_whoever_goes_away_leaves_the_queue(line: Line) -> None:
+def test_disconnected_caller_leaves_the_queue(line: Line) -> None:
     """Killed, without a word: the connection tells."""
     line.join(BOB, "b1")
     line.join(ALICE, "a1")
@@ -156,7 +156,7 @@ def test_whoever_goes_away_leaves_the_queue(line: Line) -> None:
     line.end_all()
 
 
-def test_a_caller_is_told_its_position_as_it_changes(line: Line) -> None:
+def test_caller_is_told_each_change_of_its_queue_position(line: Line) -> None:
     """0 for the next, as the contract says; then it runs."""
     line.join(BOB, "b1")
     line.join(BOB, "b2")
@@ -171,7 +171,7 @@ def test_a_caller_is_told_its_position_as_it_changes(line: Line) -> None:
     line.end_all()
 
 
-def test_a_queue_is_full_for_one_user_and_for_all(line: Line) -> None:
+def test_full_queue_refuses_one_user_and_all_users_at_their_limits(line: Line) -> None:
     """Who is refused is told how many wait, and how many may."""
     for name in ("a1", "a2", "a3", "a4"):
         line.join(ALICE, name)
@@ -186,7 +186,7 @@ def test_a_queue_is_full_for_one_user_and_for_all(line: Line) -> None:
     line.end_all()
 
 
-def test_nothing_but_conversions_waits_behind_conversions(
+def test_requests_other_than_conversions_do_not_wait_in_the_queue(
     line: Line, library: Path, images_dir: Path
 ) -> None:
     """Inspect, a validation, lists and GetAccess are answered with every place taken."""
@@ -207,7 +207,7 @@ def test_nothing_but_conversions_waits_behind_conversions(
     line.end_all()
 
 
-def test_a_user_has_no_more_places_than_one_user_may_have(
+def test_user_can_not_take_more_job_slots_than_its_limit(
     make_daemon: MakeDaemon, library: Path, images_dir: Path
 ) -> None:
     """A free place is kept for the next user, and given to him at once."""
@@ -222,7 +222,7 @@ def test_a_user_has_no_more_places_than_one_user_may_have(
     line.end_all()
 
 
-def test_a_job_that_is_cancelled_as_it_begins_ends_alone(line: Line) -> None:
+def test_job_cancelled_during_its_fork_ends_without_the_daemon(line: Line) -> None:
     """A forked process has its parent's handlers at first: the daemon must not stop with it."""
     agent = line.daemon.agent(ALICE)
     for number in range(40):
@@ -270,7 +270,7 @@ CAROL: Final = Caller(uid=1236, gid=1236)
 DAVE: Final = Caller(uid=1237, gid=1237)
 
 
-def test_a_user_has_only_so_many_connections(daemon: Daemon) -> None:
+def test_user_over_the_connection_limit_is_refused_until_one_closes(daemon: Daemon) -> None:
     """The others are closed at once; when the first are gone, there is room again."""
     daemon.await_calm()
     quiet = len(processes.descriptors(daemon.pid))
@@ -281,7 +281,7 @@ def test_a_user_has_only_so_many_connections(daemon: Daemon) -> None:
         )
 
 
-def test_a_user_without_a_connection_left_takes_none_of_anybody_elses(daemon: Daemon) -> None:
+def test_user_at_the_connection_limit_takes_no_connections_of_other_users(daemon: Daemon) -> None:
     """The bound on all is shared; the bound on each is what keeps one from taking all."""
     argv = [PYTHON, "-I", "-c", CONNECT, str(daemon.socket), "20", "stay"]
     with CAROL.popen(argv, stdin=-1, stdout=-1) as greedy:
@@ -291,7 +291,7 @@ def test_a_user_without_a_connection_left_takes_none_of_anybody_elses(daemon: Da
         assert daemon.agent(ALICE).access().uid == ALICE.uid
 
 
-def test_all_users_together_have_only_so_many_connections(daemon: Daemon) -> None:
+def test_connections_of_all_users_together_are_limited(daemon: Daemon) -> None:
     """So that descriptors are left for those who are in."""
     argv = [PYTHON, "-I", "-c", CONNECT, str(daemon.socket), "6", "stay"]
     with (
@@ -308,7 +308,7 @@ def test_all_users_together_have_only_so_many_connections(daemon: Daemon) -> Non
 # --- after many calls ---------------------------------------------------------------------------
 
 
-def test_many_calls_leave_no_descriptor_process_or_memory_behind(
+def test_many_calls_leak_no_descriptor_process_or_memory(
     daemon: Daemon, library: Path, images_dir: Path
 ) -> None:
     """200 of all kinds, after some to warm up, with connections that come and go."""

@@ -71,7 +71,7 @@ def one_line(daemon: Daemon) -> Iterator[dict[str, str]]:
     fields.update(FIELD.findall(line))
 
 
-def test_each_request_leaves_one_line(alone: Daemon, library: Path, images_dir: Path) -> None:
+def test_each_request_writes_one_record(alone: Daemon, library: Path, images_dir: Path) -> None:
     """Done, failed, refused: who, what, by which rule, and how it ended."""
     dest = images_dir / "dest.qcow2"
     request = conversion(library / "small.raw", dest, label="nightly")
@@ -116,7 +116,7 @@ def test_each_request_leaves_one_line(alone: Daemon, library: Path, images_dir: 
     ],
     ids=["a newline", "blanks", "a quote", "escape sequences", "marks of direction"],
 )
-def test_a_name_forges_neither_a_line_nor_a_field(
+def test_file_name_can_not_forge_a_record_or_a_field(
     alone: Daemon, images_dir: Path, caller: Caller, name: str
 ) -> None:
     """Whatever could break or disguise the line is escaped."""

@@ -140,7 +140,7 @@ def check(refusal: Refusal, status: str, reason: str, **metadata: str) -> None:
         pytest.param("nbd://localhost/", "is not absolute", id="protocol"),
     ],
 )
-def test_a_path_is_refused_that_is(
+def test_path_is_refused_if_it_is(
     alice: Agent, valid: Request, field: str, path: str, problem: str
 ) -> None:
     """By its text alone, whatever exists."""
@@ -162,7 +162,7 @@ def test_a_path_is_refused_that_is(
         pytest.param("/" + "ä" * 128, "has a name longer than 255 bytes", id="256, of 128 letters"),
     ],
 )
-def test_a_path_is_refused_that_is_too_long(
+def test_path_that_is_too_long_is_refused_and_shortened_in_the_reply(
     alice: Agent, source: Path, path: str, problem: str
 ) -> None:
     """And is not repeated in full: an answer's metadata has little room."""
@@ -261,7 +261,7 @@ def with_options(options: pb.VdiOptions) -> Change:
         ),
     ],
 )
-def test_an_option_is_refused_that_has_no_such_value(
+def test_option_with_an_invalid_value_is_refused_with_its_field(
     alice: Agent, valid: Request, change: Change, reason: str, field: str
 ) -> None:
     """The field is named, for programs and for people."""
@@ -273,7 +273,7 @@ def test_an_option_is_refused_that_has_no_such_value(
     assert all(value in refusal.message for value in refusal.metadata.values())
 
 
-def test_a_destination_is_refused_that_is_the_source(alice: Agent, images_dir: Path) -> None:
+def test_destination_that_is_the_source_is_refused(alice: Agent, images_dir: Path) -> None:
     """It would have to be overwritten while it is read."""
     path = images.small(images_dir / "disk.raw")
     refusal = alice.convert(conversion(path, path, overwrite=True)).refusal()
@@ -281,7 +281,7 @@ def test_a_destination_is_refused_that_is_the_source(alice: Agent, images_dir: P
     assert refusal.metadata == check_fields
 
 
-def test_a_name_is_refused_that_convertd_keeps_for_itself(
+def test_destination_with_a_reserved_temporary_name_is_refused(
     alice: Agent, source: Path, images_dir: Path
 ) -> None:
     """It could be swept away."""
@@ -300,7 +300,7 @@ def test_a_name_is_refused_that_convertd_keeps_for_itself(
         pytest.param(b"\x0a\x04\x0a\x02\xc3\x28", id="a path that is no UTF-8"),
     ],
 )
-def test_bytes_that_are_no_message_are_refused_by(alice: Agent, method: str, data: bytes) -> None:
+def test_invalid_request_bytes_are_refused_by(alice: Agent, method: str, data: bytes) -> None:
     """With a reason, where gRPC would say UNKNOWN. A field that a message lacks is no mistake."""
     has_no_first_field = method in {"ListJobs", "GetAccess", "GetStats"}
     if has_no_first_field and data.startswith(b"\x0a\x04"):
@@ -312,26 +312,26 @@ def test_bytes_that_are_no_message_are_refused_by(alice: Agent, method: str, dat
     assert refusal.fields == ("",)
 
 
-def test_fields_that_nobody_knows_are_ignored(alice: Agent, source: Path, images_dir: Path) -> None:
+def test_unknown_request_fields_are_ignored(alice: Agent, source: Path, images_dir: Path) -> None:
     """A newer client's."""
     request = conversion(source, images_dir / "dest.qcow2", validate_only=True)
     data = request.SerializeToString() + b"\xf2\x3f\x03abc"
     assert alice.call("Convert", data).end().status == "OK"
 
 
-def test_a_request_that_is_too_large_is_refused_by_the_transport(alice: Agent) -> None:
+def test_oversized_request_is_refused_by_the_transport(alice: Agent) -> None:
     """Before anything is parsed: so there is no ErrorInfo."""
     ended = alice.call("Convert", b"\x0a" + b"\x00" * 300_000).end()
     assert (ended.status, ended.details) == ("RESOURCE_EXHAUSTED", ())
 
 
-def test_a_method_that_nobody_knows_is_refused_by_the_transport(alice: Agent) -> None:
+def test_unknown_method_is_refused_by_the_transport(alice: Agent) -> None:
     """As by every gRPC server."""
     ended = alice.call("Destroy", b"").end()
     assert (ended.status, ended.details) == ("UNIMPLEMENTED", ())
 
 
-def test_counters_are_for_operators(daemon: Daemon, alice: Agent) -> None:
+def test_counters_are_refused_to_users_who_are_not_operators(daemon: Daemon, alice: Agent) -> None:
     """They tell what others do."""
     refusal = alice.call("GetStats", pb.GetStatsRequest()).refusal()
     assert (refusal.status, refusal.reason) == ("PERMISSION_DENIED", "PERMISSION_DENIED")
@@ -339,9 +339,7 @@ def test_counters_are_for_operators(daemon: Daemon, alice: Agent) -> None:
     assert stats.connections >= 2
 
 
-def test_a_result_of_several_files_is_not_made(
-    alice: Agent, source: Path, images_dir: Path
-) -> None:
+def test_result_of_several_files_is_refused(alice: Agent, source: Path, images_dir: Path) -> None:
     """qemu-img would name the others by itself."""
     request = conversion(source, images_dir / "dest.qcow2", dest_format="vmdk")
     request.dest.vmdk.subformat = pb.VMDK_SUBFORMAT_MONOLITHIC_FLAT
@@ -352,7 +350,7 @@ def test_a_result_of_several_files_is_not_made(
 # --- who may: UNAUTHENTICATED, PERMISSION_DENIED ------------------------------------------------
 
 
-def test_a_connection_that_the_broker_did_not_accept_is_nobodys(daemon: Daemon) -> None:
+def test_connection_that_bypassed_the_broker_is_refused(daemon: Daemon) -> None:
     """Only root and the front can reach gRPC's own socket, and it doesn't help them."""
     with contextlib.closing(Agent(ROOT, daemon.private / "grpc.sock", daemon.log_path)) as agent:
         for method in ("Convert", "Inspect", "ListJobs", "CancelJob", "GetAccess", "GetStats"):
@@ -360,7 +358,7 @@ def test_a_connection_that_the_broker_did_not_accept_is_nobodys(daemon: Daemon) 
             check(refusal, "UNAUTHENTICATED", "UNKNOWN_CONNECTION")
 
 
-def test_nobody_else_can_reach_the_internal_socket(daemon: Daemon) -> None:
+def test_internal_socket_is_reachable_by_root_and_the_front_only(daemon: Daemon) -> None:
     """Its directory is the front's alone."""
     status = daemon.private.stat()
     assert stat.S_IMODE(status.st_mode) == 0o700
@@ -370,7 +368,7 @@ def test_nobody_else_can_reach_the_internal_socket(daemon: Daemon) -> None:
 
 
 @pytest.mark.parametrize("exists", [True, False], ids=["that exists", "that does not exist"])
-def test_an_unlisted_user_is_refused_a_conversion_of_a_file(
+def test_unlisted_user_is_refused_a_conversion(
     daemon: Daemon, source: Path, images_dir: Path, *, exists: bool
 ) -> None:
     """Which answers say is no more than what was asked."""
@@ -385,7 +383,7 @@ def test_an_unlisted_user_is_refused_a_conversion_of_a_file(
     check(refusal, "PERMISSION_DENIED", "PERMISSION_DENIED", uid="1666", action=action)
 
 
-def test_an_unlisted_user_sees_nothing_but_itself(daemon: Daemon) -> None:
+def test_unlisted_user_sees_no_job_and_no_grant(daemon: Daemon) -> None:
     """No job, no grant, nobody's job to cancel."""
     agent = daemon.agent(MALLORY)
     assert agent.jobs() == []
@@ -396,7 +394,7 @@ def test_an_unlisted_user_sees_nothing_but_itself(daemon: Daemon) -> None:
     check(refusal, "NOT_FOUND", "JOB_NOT_FOUND", job_id="0123456789ab")
 
 
-def test_root_is_no_more_than_the_policy_says(
+def test_root_user_has_only_the_rights_of_the_policy(
     daemon: Daemon, source: Path, images_dir: Path
 ) -> None:
     """An operator sees and cancels; it has no right to convert."""
@@ -404,7 +402,7 @@ def test_root_is_no_more_than_the_policy_says(
     assert (refusal.status, refusal.metadata["uid"]) == ("PERMISSION_DENIED", "0")
 
 
-def test_a_listed_user_is_told_its_grants(daemon: Daemon, scratch: Path) -> None:
+def test_listed_user_is_told_its_grants(daemon: Daemon, scratch: Path) -> None:
     """As the kernel names it, with the groups it connected with."""
     access = daemon.agent(ALICE).access()
     assert (access.uid, access.gid, list(access.groups)) == (1234, 1234, [1300, 1400])
@@ -441,7 +439,7 @@ def denied(alice: Agent, request: Request) -> tuple[str, ...]:
         ),
     ],
 )
-def test_the_answer_is_the_same_whether_a_source_exists(
+def test_refusal_does_not_reveal_whether_a_source_exists(
     alice: Agent, scratch: Path, images_dir: Path, there: str, missing: str
 ) -> None:
     """Where the caller has no right to know."""
@@ -454,7 +452,7 @@ def test_the_answer_is_the_same_whether_a_source_exists(
     assert len(answers) == 1
 
 
-def test_the_answer_is_the_same_whether_a_destination_exists(
+def test_refusal_does_not_reveal_whether_a_destination_exists(
     alice: Agent, source: Path, scratch: Path
 ) -> None:
     """Or its directory."""
@@ -465,7 +463,7 @@ def test_the_answer_is_the_same_whether_a_destination_exists(
     assert len(answers) == 1
 
 
-def test_two_grants_are_never_combined(alice: Agent, source: Path, scratch: Path) -> None:
+def test_rights_of_two_grants_are_never_combined(alice: Agent, source: Path, scratch: Path) -> None:
     """The one reads where the other may not write, in a format that the other may not."""
     own = images.small(scratch / "images" / "own.raw")
     denied(alice, conversion(own, scratch / "outbox" / "dest.raw", dest_format="raw"))
@@ -474,7 +472,7 @@ def test_two_grants_are_never_combined(alice: Agent, source: Path, scratch: Path
     assert alice.convert(conversion(source, dest, dest_format="raw")).result().published
 
 
-def test_a_format_that_was_found_is_held_against_the_policy(
+def test_detected_format_is_checked_against_the_policy(
     alice: Agent, library: Path, images_dir: Path
 ) -> None:
     """The caller left it open, so that it could not be judged before."""
@@ -490,7 +488,7 @@ def test_a_format_that_was_found_is_held_against_the_policy(
 
 
 @pytest.mark.parametrize("name", ["missing.raw", "no/such/directory.raw", "file/below.raw"])
-def test_a_source_that_is_not_there_is_told_where_one_may_know(
+def test_missing_source_is_reported_in_a_readable_root(
     alice: Agent, images_dir: Path, name: str
 ) -> None:
     """In a root that one may read."""
@@ -500,7 +498,7 @@ def test_a_source_that_is_not_there_is_told_where_one_may_know(
 
 
 @pytest.mark.parametrize("name", ["no/dest.qcow2", "file/dest.qcow2"])
-def test_a_destination_without_a_directory_is_told(
+def test_missing_destination_directory_is_reported(
     alice: Agent, source: Path, images_dir: Path, name: str
 ) -> None:
     """Directories are not made."""
@@ -510,7 +508,7 @@ def test_a_destination_without_a_directory_is_told(
     check(call.refusal(), "NOT_FOUND", "DIRECTORY_NOT_FOUND", path=str(dest.parent))
 
 
-def test_a_root_that_is_not_there_is_an_answer_too(
+def test_missing_root_is_reported(
     alice: Agent, source: Path, scratch: Path, images_dir: Path
 ) -> None:
     """Each job resolves its roots anew."""
@@ -525,7 +523,7 @@ def test_a_root_that_is_not_there_is_an_answer_too(
         gone.mkdir()
 
 
-def test_a_root_that_became_a_link_is_not_followed(
+def test_root_replaced_by_a_symlink_is_not_followed(
     alice: Agent, source: Path, scratch: Path, images_dir: Path
 ) -> None:
     """Whoever swaps a root for a link chooses what is read."""
@@ -543,7 +541,9 @@ def test_a_root_that_became_a_link_is_not_followed(
         linked.mkdir()
 
 
-def test_a_destination_that_exists_is_told(alice: Agent, source: Path, images_dir: Path) -> None:
+def test_existing_destination_is_refused_and_unchanged(
+    alice: Agent, source: Path, images_dir: Path
+) -> None:
     """And is as it was."""
     dest = images_dir / "there.qcow2"
     dest.write_bytes(b"as it was")
@@ -572,7 +572,7 @@ def test_a_destination_that_exists_is_told(alice: Agent, source: Path, images_di
     ],
 )
 @pytest.mark.parametrize("end", ["source", "dest"])
-def test_a_link_is_not_followed(
+def test_symlink_is_not_followed(
     alice: Agent, source: Path, images_dir: Path, link: tuple[str, str], end: str
 ) -> None:
     """Neither to a source nor to a destination, wherever it leads."""
@@ -626,7 +626,7 @@ def a_block_device(path: Path) -> None:
     ids=lambda make: make.__name__,
 )
 @pytest.mark.parametrize("end", ["source", "dest"])
-def test_no_image_is(
+def test_object_that_is_not_an_image_is_refused(
     alice: Agent, source: Path, images_dir: Path, make: Callable[[Path], None], end: str
 ) -> None:
     """The answer says what it is; it comes at once, and what was there is left alone."""
@@ -649,7 +649,7 @@ def test_no_image_is(
     assert path.lstat() == before
 
 
-def test_a_mount_inside_a_root_is_not_crossed(
+def test_mount_inside_a_root_is_not_entered(
     alice: Agent, source: Path, images_dir: Path, mounts: Mounts
 ) -> None:
     """What is mounted there may be anybody's; FUSE could hold a job for ever."""
@@ -672,7 +672,7 @@ def test_a_mount_inside_a_root_is_not_crossed(
     assert mounts is not None
 
 
-def test_an_image_of_another_format_than_stated_is_refused(
+def test_image_of_another_format_than_stated_is_refused(
     alice: Agent, source: Path, images_dir: Path
 ) -> None:
     """Nothing is probed that was stated."""
@@ -686,7 +686,7 @@ def test_an_image_of_another_format_than_stated_is_refused(
     )
 
 
-def test_an_image_that_looks_like_two_things_is_refused(alice: Agent, images_dir: Path) -> None:
+def test_image_with_two_possible_formats_is_refused(alice: Agent, images_dir: Path) -> None:
     """With what it looks like, and what to do."""
     source = images_dir / "source"
     source.write_bytes(gzip.compress(bytes(8192)))
@@ -701,7 +701,7 @@ def test_an_image_that_looks_like_two_things_is_refused(alice: Agent, images_dir
     )
 
 
-def test_an_image_of_a_driver_that_is_not_allowed_is_not_opened(
+def test_image_of_a_format_not_allowed_by_the_policy_is_not_opened(
     alice: Agent, images_dir: Path
 ) -> None:
     """That it could not be opened is not told, for nobody tried."""
@@ -718,7 +718,7 @@ def test_an_image_of_a_driver_that_is_not_allowed_is_not_opened(
 
 @pytest.mark.parametrize("image_format", ["qcow2", "vmdk"])
 @pytest.mark.parametrize("content", [b"", b"QFI\xfb\0\0\0\3", b"KDMV" + b"\xff" * 508])
-def test_an_image_that_is_none_is_refused(
+def test_file_that_is_not_an_image_is_refused(
     alice: Agent, images_dir: Path, image_format: str, content: bytes
 ) -> None:
     """Empty, or no more than a few bytes of a header."""
@@ -731,7 +731,9 @@ def test_an_image_that_is_none_is_refused(
     assert refusal.metadata["path"] == str(source)
 
 
-def test_an_image_with_too_large_a_disk_is_refused(alice: Agent, images_dir: Path) -> None:
+def test_image_with_a_virtual_size_over_the_limit_is_refused(
+    alice: Agent, images_dir: Path
+) -> None:
     """The policy says how large; a few bytes of header say any size."""
     source = images.created(images_dir / "source.qcow2", "qcow2", 65)
     request = conversion(source, images_dir / "dest.qcow2", source_format="qcow2")
@@ -745,7 +747,7 @@ def test_an_image_with_too_large_a_disk_is_refused(alice: Agent, images_dir: Pat
     )
 
 
-def test_an_image_that_is_marked_corrupt_is_refused(alice: Agent, images_dir: Path) -> None:
+def test_image_marked_corrupt_is_refused(alice: Agent, images_dir: Path) -> None:
     """By whom it broke under: what it holds is anybody's guess."""
     source = images.created(images_dir / "source.qcow2", "qcow2", 4)
     with source.open("r+b") as file:
@@ -774,7 +776,7 @@ def used_by_qemu(path: Path, image_format: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
-def test_an_image_is_refused_that_a_qemu_writes(
+def test_source_that_qemu_has_open_for_writing_is_refused(
     alice: Agent, images_dir: Path, image_format: str
 ) -> None:
     """What would be read is no state that the disk ever was in."""
@@ -791,7 +793,7 @@ def test_an_image_is_refused_that_a_qemu_writes(
     (images_dir / "dest.qcow2").unlink()
 
 
-def test_the_disk_of_a_running_qemu_is_not_overwritten(
+def test_disk_of_a_running_qemu_is_not_overwritten(
     alice: Agent, source: Path, images_dir: Path
 ) -> None:
     """It would go on writing into a file without a name."""
@@ -814,7 +816,7 @@ def signals_ignored(number: signal.Signals) -> Iterator[None]:
     signal.signal(number, before)
 
 
-def test_a_file_with_a_lease_is_not_waited_for(alice: Agent, images_dir: Path) -> None:
+def test_file_with_a_lease_is_refused_without_waiting(alice: Agent, images_dir: Path) -> None:
     """open(2) would wait 45 seconds for its holder. Source: fcntl(2)."""
     source = images.small(images_dir / "source.raw")
     with source.open("r+b") as held, signals_ignored(signal.SIGIO):
@@ -870,7 +872,7 @@ ddb.adapterType = "ide"
     ],
 )
 @pytest.mark.parametrize("stated", [True, False], ids=["format stated", "format found"])
-def test_the_answer_is_the_same_whether_a_file_exists_that_an_image_names(
+def test_refusal_does_not_reveal_whether_a_file_named_by_an_image_exists(
     alice: Agent,
     images_dir: Path,
     make: Callable[[Path, str], None],
@@ -906,7 +908,7 @@ def test_the_answer_is_the_same_whether_a_file_exists_that_an_image_names(
     ],
     ids=["nbd", "json", "fat", "ssh"],
 )
-def test_a_backing_file_is_refused_that_is_not_the_name_of_a_file(
+def test_backing_file_name_with_a_protocol_is_refused(
     alice: Agent, images_dir: Path, named: str
 ) -> None:
     """Qemu would connect, or list a directory."""
@@ -924,7 +926,7 @@ def test_a_backing_file_is_refused_that_is_not_the_name_of_a_file(
     )
 
 
-def test_a_backing_file_is_refused_that_another_root_holds(
+def test_backing_file_in_a_root_without_a_grant_is_refused(
     alice: Agent, scratch: Path, images_dir: Path
 ) -> None:
     """Whether it exists or not: the longest root decides."""
@@ -943,7 +945,7 @@ def test_a_backing_file_is_refused_that_another_root_holds(
 # --- of two who want the same -------------------------------------------------------------------
 
 
-def test_a_destination_is_refused_that_another_job_of_the_same_caller_writes(
+def test_destination_of_another_job_of_the_same_caller_is_refused(
     daemon: Daemon, alice: Agent, slow: Request, source: Path, images_dir: Path
 ) -> None:
     """Whoever comes second would only lose what it did. Once the first is gone, it is free."""
@@ -957,7 +959,7 @@ def test_a_destination_is_refused_that_another_job_of_the_same_caller_writes(
     dest.unlink()
 
 
-def test_a_job_is_cancelled_by_its_caller_in_another_call(
+def test_job_is_cancelled_by_its_caller_in_another_call(
     daemon: Daemon, alice: Agent, slow: Request, images_dir: Path
 ) -> None:
     """The job list shows it; the answer shows what it was."""
@@ -972,7 +974,7 @@ def test_a_job_is_cancelled_by_its_caller_in_another_call(
     assert alice.jobs() == []
 
 
-def test_a_job_of_another_user_is_neither_seen_nor_cancelled(
+def test_job_of_another_user_is_neither_listed_nor_cancelled(
     daemon: Daemon, alice: Agent, slow: Request
 ) -> None:
     """The answer is that of a job that never was."""
@@ -989,9 +991,7 @@ def test_a_job_of_another_user_is_neither_seen_nor_cancelled(
     assert call.refusal().status == "CANCELLED"
 
 
-def test_an_operator_sees_and_cancels_every_job(
-    daemon: Daemon, alice: Agent, slow: Request
-) -> None:
+def test_operator_lists_and_cancels_every_job(daemon: Daemon, alice: Agent, slow: Request) -> None:
     """Its caller is told by whom: ABORTED, not CANCELLED."""
     call = alice.convert(slow)
     job_id = call.await_started().job_id
@@ -1002,9 +1002,7 @@ def test_an_operator_sees_and_cancels_every_job(
 
 
 @pytest.mark.parametrize("how", ["cancel", "deadline"])
-def test_a_call_that_ends_ends_its_job(
-    daemon: Daemon, alice: Agent, slow: Request, how: str
-) -> None:
+def test_ended_call_cancels_its_job(daemon: Daemon, alice: Agent, slow: Request, how: str) -> None:
     """By cancelling it, or by a deadline that passes."""
     call = alice.convert(slow, timeout_s=10.0 if how == "deadline" else None)
     call.await_started()
@@ -1016,7 +1014,7 @@ def test_a_call_that_ends_ends_its_job(
     assert alice.jobs() == []
 
 
-def test_a_destination_that_appears_meanwhile_is_not_overwritten(
+def test_destination_created_during_the_job_is_not_overwritten(
     daemon: Daemon, alice: Agent, library: Path, images_dir: Path
 ) -> None:
     """linkat(2) refuses a name that exists: nobody asked to overwrite it."""
@@ -1029,7 +1027,7 @@ def test_a_destination_that_appears_meanwhile_is_not_overwritten(
     assert dest.read_bytes() == b"another's"
 
 
-def test_a_destination_that_becomes_anothers_is_not_overwritten(
+def test_destination_replaced_by_another_user_during_the_job_is_not_overwritten(
     daemon: Daemon, alice: Agent, library: Path, images_dir: Path
 ) -> None:
     """What may be replaced is asked again before it is."""
@@ -1046,7 +1044,7 @@ def test_a_destination_that_becomes_anothers_is_not_overwritten(
     assert os.listdir(images_dir) == ["there.qcow2"]
 
 
-def test_a_directory_that_is_removed_meanwhile_takes_the_result_with_it(
+def test_destination_directory_removed_during_the_job_discards_the_result(
     daemon: Daemon, alice: Agent, library: Path, images_dir: Path
 ) -> None:
     """There is no place any more to give the result a name in."""

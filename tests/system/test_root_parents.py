@@ -90,7 +90,7 @@ def sticky_with_a_root_of_anothers(path: Path) -> None:
         (sticky_with_a_root_of_anothers, "1234"),
     ],
 )
-def test_who_can_replace_a_root_must_be_named(
+def test_user_who_can_replace_a_root_must_be_named_in_the_policy(
     loaded: Callable[[str], load.Loaded],
     parent: Path,
     give: Callable[[Path], None],
@@ -109,7 +109,7 @@ def test_who_can_replace_a_root_must_be_named(
         loaded(allowing(POLICY, "4321", '"group:4321"'))
 
 
-def test_all_who_must_be_named_are_told_at_once(
+def test_all_users_missing_from_the_policy_are_reported_at_once(
     loaded: Callable[[str], load.Loaded], parent: Path
 ) -> None:
     """With those that are named already."""
@@ -121,7 +121,7 @@ def test_all_who_must_be_named_are_told_at_once(
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o757])
-def test_a_directory_that_everybody_can_write_can_not_be_allowed(
+def test_parent_directory_that_everybody_can_write_is_refused(
     loaded: Callable[[str], load.Loaded], parent: Path, mode: int
 ) -> None:
     """Nobody can be named for that."""
@@ -131,7 +131,7 @@ def test_a_directory_that_everybody_can_write_can_not_be_allowed(
     assert refused.value.reason.endswith(f"take that from them: chmod o-w {parent}")
 
 
-def test_a_root_of_roots_in_a_sticky_directory_is_fine(
+def test_root_owned_by_root_in_a_sticky_directory_is_accepted(
     loaded: Callable[[str], load.Loaded], parent: Path
 ) -> None:
     """Nobody but root can rename it."""
@@ -139,7 +139,7 @@ def test_a_root_of_roots_in_a_sticky_directory_is_fine(
     loaded(POLICY)
 
 
-def test_a_root_that_anybody_could_make_is_refused(parent: Path) -> None:
+def test_missing_root_that_anybody_could_create_is_refused(parent: Path) -> None:
     """A sticky directory keeps nobody from making what is not there."""
     policy = POLICY.replace("{scratch}", str(parent.parent))
     (parent / "images").rmdir()
@@ -154,7 +154,7 @@ def test_a_root_that_anybody_could_make_is_refused(parent: Path) -> None:
     assert refused.value.reason.endswith("it is not there: make it first")
 
 
-def test_the_root_itself_may_be_anybodys(
+def test_root_directory_may_have_any_owner_and_mode(
     loaded: Callable[[str], load.Loaded], parent: Path
 ) -> None:
     """It is there to be written."""
@@ -163,7 +163,7 @@ def test_the_root_itself_may_be_anybodys(
     loaded(POLICY)
 
 
-def test_with_the_callers_rights_nobody_need_be_named(
+def test_root_with_caller_access_needs_no_named_users(
     loaded: Callable[[str], load.Loaded], parent: Path
 ) -> None:
     """The kernel asks for them wherever the files are; to name somebody would mean nothing."""
@@ -189,7 +189,7 @@ read = ["around"]
 """
 
 
-def test_in_a_root_of_the_daemons_every_nested_one_counts(
+def test_nested_root_inside_a_root_with_daemon_access_is_checked_too(
     loaded: Callable[[str], load.Loaded], parent: Path
 ) -> None:
     """Renamed, its files would be read with the daemon's rights."""
@@ -201,7 +201,7 @@ def test_in_a_root_of_the_daemons_every_nested_one_counts(
     loaded(NESTED.replace('"caller"\n', '"caller"\nparents_writable_by = [1234]\n'))
 
 
-def test_in_a_root_of_devices_the_root_itself_counts(loaded: Callable[[str], load.Loaded]) -> None:
+def test_owner_of_a_root_of_devices_is_checked_too(loaded: Callable[[str], load.Loaded]) -> None:
     """Links are followed there: whoever could make one could choose any device."""
     path = Path("/dev/shm/convertd-test")  # noqa: S108 - below /dev, and not root's alone
     policy = f"""
@@ -224,7 +224,7 @@ read = ["volumes"]
     assert refused.value.key == "roots.volumes.parents_writable_by"
 
 
-def test_a_user_who_does_not_exist_is_a_mistake(
+def test_unknown_user_in_the_list_of_named_users_is_a_mistake(
     loaded: Callable[[str], load.Loaded], parent: Path
 ) -> None:
     """To `check`; and nobody is allowed by it."""
@@ -238,7 +238,7 @@ def test_a_user_who_does_not_exist_is_a_mistake(
         loaded(allowing(POLICY, '"no-such-user"'))
 
 
-def test_check_tells_who_can_replace_a_root(
+def test_check_reports_who_can_replace_a_root(
     make_daemon: MakeDaemon, parent: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And the daemon does not start."""
@@ -253,7 +253,7 @@ def test_check_tells_who_can_replace_a_root(
     assert told in capsys.readouterr().out
 
 
-def test_a_root_whose_parent_was_given_away_since_is_refused(
+def test_root_whose_parent_changed_owner_after_the_load_is_refused(
     make_daemon: MakeDaemon, parent: Path
 ) -> None:
     """Each job looks again; and when it was taken back, goes on."""
@@ -273,7 +273,9 @@ def test_a_root_whose_parent_was_given_away_since_is_refused(
     assert asking.convert(daemon, source, images / "out.raw", "raw").is_ok
 
 
-def test_who_owns_the_parent_and_is_named_converts(make_daemon: MakeDaemon, parent: Path) -> None:
+def test_named_owner_of_the_parent_directory_can_convert(
+    make_daemon: MakeDaemon, parent: Path
+) -> None:
     """As Nova does, whose user owns /var/lib/nova and all in it."""
     images = parent / "images"
     os.chown(parent, ALICE.uid, ALICE.gid)

@@ -29,7 +29,7 @@ write = ["places"]
 
 @pytest.mark.parametrize("sectors", [1, 7, 9, 679])
 @pytest.mark.parametrize("source_format", ["raw", "qcow2"])
-def test_a_raw_result_has_the_size_of_the_disk_to_the_sector(
+def test_raw_result_has_the_exact_size_of_the_disk(
     daemon: Daemon, scratch: Path, source_format: str, sectors: int
 ) -> None:
     """A tmpfs takes direct writes by the page: what is written too much is cut off again."""

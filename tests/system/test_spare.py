@@ -43,7 +43,7 @@ def convert(daemon: Daemon, library: Path, images_dir: Path, caller: Caller = AL
     dest.unlink()
 
 
-def test_a_job_is_done_by_the_process_that_waited_for_it(
+def test_job_runs_in_the_process_that_was_preforked(
     daemon: Daemon, library: Path, images_dir: Path
 ) -> None:
     """And there is another one soon."""
@@ -54,7 +54,7 @@ def test_a_job_is_done_by_the_process_that_waited_for_it(
     assert daemon.await_one(SPARE) != spare
 
 
-def test_it_holds_nothing_but_its_own_channels(daemon: Daemon) -> None:
+def test_preforked_job_holds_only_its_own_channels(daemon: Daemon) -> None:
     """Three, of which no other process has that end, and the way to who waits to be qemu-img.
 
     No connection, no job, no image.
@@ -70,7 +70,7 @@ def test_it_holds_nothing_but_its_own_channels(daemon: Daemon) -> None:
     assert sockets.isdisjoint(processes.descriptors(daemon.pid).values())
 
 
-def test_a_job_that_follows_gets_the_rights_of_its_own_caller_alone(
+def test_consecutive_jobs_get_only_the_rights_of_their_own_caller(
     daemon: Daemon, library: Path, images_dir: Path
 ) -> None:
     """Nothing of one order stays for the next: who is not in the policy is refused as ever."""
@@ -83,7 +83,7 @@ def test_a_job_that_follows_gets_the_rights_of_its_own_caller_alone(
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_one_that_is_killed_is_missed_by_nobody(
+def test_killed_preforked_job_does_not_delay_the_next_job(
     daemon: Daemon, library: Path, images_dir: Path, number: signal.Signals
 ) -> None:
     """The next job has a process forked in its own time."""
@@ -94,7 +94,7 @@ def test_one_that_is_killed_is_missed_by_nobody(
     daemon.await_calm()
 
 
-def test_one_that_is_stopped_is_ended_with_its_job(
+def test_stopped_preforked_job_is_ended_with_its_job(
     daemon: Daemon, library: Path, images_dir: Path
 ) -> None:
     """It takes the order and does nothing; its caller cancels, and the place is free again."""
@@ -109,7 +109,7 @@ def test_one_that_is_stopped_is_ended_with_its_job(
     convert(daemon, library, images_dir)
 
 
-def test_an_order_that_does_not_fit_into_a_message_is_done_all_the_same(
+def test_assignment_too_large_for_a_message_runs_in_a_new_process(
     make_daemon: Callable[[str], Daemon], library: Path, images_dir: Path
 ) -> None:
     """By a process that was forked with it."""
@@ -123,7 +123,7 @@ def test_an_order_that_does_not_fit_into_a_message_is_done_all_the_same(
     daemon.await_calm()
 
 
-def test_there_is_none_while_every_place_is_taken(
+def test_preforked_job_is_absent_while_every_job_slot_is_taken(
     daemon: Daemon, library: Path, images_dir: Path
 ) -> None:
     """No job could begin; when one ends, the next has a spare again."""
@@ -146,7 +146,7 @@ def test_there_is_none_while_every_place_is_taken(
     daemon.await_calm()
 
 
-def test_it_ends_with_a_broker_that_is_killed(make_daemon: Callable[[str], Daemon]) -> None:
+def test_preforked_job_ends_with_a_killed_broker(make_daemon: Callable[[str], Daemon]) -> None:
     """As every process of the daemon does."""
     daemon = make_daemon(POLICY)
     daemon.start()

@@ -43,7 +43,7 @@ def stats(daemon: Daemon) -> pb.GetStatsResponse:
     return daemon.agent(ROOT).ask("GetStats", pb.GetStatsRequest(), pb.GetStatsResponse)
 
 
-def test_what_was_done_and_what_was_refused_is_counted(
+def test_stats_count_conversions_and_refusals(
     make_daemon: MakeDaemon, library: Path, images_dir: Path
 ) -> None:
     """By formats and reason; bytes and times are sums, and the buckets hold those before them."""
@@ -82,7 +82,7 @@ def test_what_was_done_and_what_was_refused_is_counted(
         assert buckets[-1] == (math.inf, item.count)
 
 
-def test_what_runs_and_waits_is_counted(
+def test_stats_count_running_and_queued_jobs(
     make_daemon: MakeDaemon, library: Path, images_dir: Path
 ) -> None:
     """At this moment."""
@@ -104,7 +104,7 @@ def test_what_runs_and_waits_is_counted(
     assert stats(daemon).jobs_queued == 0
 
 
-def test_counters_are_not_for_a_user_whom_nobody_listed(make_daemon: MakeDaemon) -> None:
+def test_stats_are_refused_to_an_unlisted_user(make_daemon: MakeDaemon) -> None:
     """They tell what others do."""
     daemon = make_daemon(POLICY)
     daemon.start()
@@ -113,7 +113,7 @@ def test_counters_are_not_for_a_user_whom_nobody_listed(make_daemon: MakeDaemon)
     assert refusal.metadata["uid"] == "1666"
 
 
-def test_the_dashboard_asks_for_counters_that_there_are(
+def test_dashboard_queries_only_existing_counters(
     make_daemon: MakeDaemon, library: Path, images_dir: Path
 ) -> None:
     """Their names, as the file has them that the daemon writes when it ends."""

@@ -68,7 +68,7 @@ def begin(daemon: Daemon, source: Path, dest: Path, dest_format: str = "qcow2") 
     return call
 
 
-def test_a_job_that_waits_keeps_nobody_from_a_directory_of_their_own(
+def test_queued_job_does_not_block_a_directory_its_caller_may_not_enter(
     daemon: Daemon, library: Path, scratch: Path, source: Path, bobs: Path
 ) -> None:
     """Alice may not even enter it: her job fails as soon as it runs."""
@@ -83,7 +83,7 @@ def test_a_job_that_waits_keeps_nobody_from_a_directory_of_their_own(
     daemon.await_calm()
 
 
-def test_of_two_users_who_write_one_name_the_first_to_be_done_has_it(
+def test_same_destination_of_two_users_goes_to_the_first_job_to_finish(
     daemon: Daemon, library: Path, scratch: Path, source: Path
 ) -> None:
     """The other is told what linkat(2) says, at the end. Meanwhile no answer tells of a job."""
@@ -102,7 +102,7 @@ def test_of_two_users_who_write_one_name_the_first_to_be_done_has_it(
     daemon.await_calm()
 
 
-def test_a_device_is_held_by_whoever_writes_it_and_by_nobody_who_waits(
+def test_device_is_locked_by_the_running_job_and_not_by_queued_ones(
     daemon: Daemon, volumes: Devices, library: Path, scratch: Path, source: Path
 ) -> None:
     """By O_EXCL: a second job gets EBUSY from the kernel, whosever it is."""
@@ -121,7 +121,7 @@ def test_a_device_is_held_by_whoever_writes_it_and_by_nobody_who_waits(
     assert bob.convert(conversion(source, volume, dest_format="raw")).result().published
 
 
-def test_one_users_two_jobs_for_one_destination_are_told_before_they_run(
+def test_second_job_of_one_user_for_the_same_destination_is_refused_at_once(
     daemon: Daemon, library: Path, scratch: Path, source: Path
 ) -> None:
     """Whoever comes second would only lose what it did; and the job list is the caller's own."""

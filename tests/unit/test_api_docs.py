@@ -34,7 +34,7 @@ def rows_after(words: str) -> set[str]:
     return {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
 
 
-def test_the_page_lists_every_refusal_with_its_status_and_values() -> None:
+def test_api_page_lists_each_refusal_with_status_and_values() -> None:
     """Each once, and none that there is not."""
     listed = [
         (status, reason, set(re.findall(r"`(\w+)`", named))) for status, reason, named in REFUSALS
@@ -46,7 +46,7 @@ def test_the_page_lists_every_refusal_with_its_status_and_values() -> None:
     assert sorted(listed, key=str) == sorted(defined, key=str)
 
 
-def test_the_page_lists_every_call() -> None:
+def test_api_page_lists_each_call() -> None:
     """By its name, with the messages that go and come."""
     table = PAGE.partition("## Calls")[2].partition("\n#")[0]
     rows = re.findall(r"^\| `(\w+)` \| `(\w+)`[^|]*\|[^|]*`(\w+)`[^|]*\|", table, re.MULTILINE)
@@ -62,25 +62,25 @@ def test_the_page_lists_every_call() -> None:
         ("A **Destination** has", pb.Destination),
     ],
 )
-def test_the_page_lists_every_field(words: str, message: type[pb.Source]) -> None:
+def test_api_page_lists_each_request_field(words: str, message: type[pb.Source]) -> None:
     """Of a request; and no other."""
     assert rows_after(words) == set(message.DESCRIPTOR.fields_by_name)
 
 
 @pytest.mark.parametrize(("request_text", "call"), EXAMPLES, ids=[call for _, call in EXAMPLES])
-def test_an_example_is_a_request(request_text: str, call: str) -> None:
+def test_api_page_example_is_a_valid_request(request_text: str, call: str) -> None:
     """As far as can be seen without a daemon."""
     kind = message_factory.GetMessageClass(SERVICE.methods_by_name[call].input_type)
     assert json_format.Parse(request_text, kind()).ListFields()
 
 
-def test_every_call_that_asks_for_something_has_its_example() -> None:
+def test_api_page_has_an_example_for_each_call() -> None:
     """Or the pattern above would no longer find them."""
     asking = {call.name for call in SERVICE.methods if call.input_type.fields}
     assert {call for _, call in EXAMPLES} == asking
 
 
-def test_the_page_has_the_servers_limits() -> None:
+def test_api_page_has_the_limits_of_the_server() -> None:
     """In units for people."""
     options = dict(server.OPTIONS)
     limits = values.Limits()

@@ -25,7 +25,7 @@ def ends() -> tuple[socket.socket, socket.socket]:
     return socket.socketpair()
 
 
-def test_a_peer_is_who_the_kernel_says() -> None:
+def test_peer_credentials_come_from_the_kernel() -> None:
     """With all groups; a caller can't say otherwise."""
 
     def act() -> values.Peer:
@@ -43,7 +43,7 @@ def test_a_peer_is_who_the_kernel_says() -> None:
     assert (peer.uid, peer.gid, peer.groups) == (1234, 1235, frozenset({1300, 1400}))
 
 
-def test_a_number_is_never_used_twice() -> None:
+def test_connection_number_is_never_reused() -> None:
     """A front that speaks of a connection that ended speaks of nobody."""
     table = none(values.Limits())
     numbers = []
@@ -69,7 +69,7 @@ def test_a_number_is_never_used_twice() -> None:
         pytest.param(values.Limits(connections_per_user=2), id="of-a-user"),
     ],
 )
-def test_one_connection_too_many_is_closed(
+def test_connection_over_the_limit_is_closed_and_logged(
     limits: values.Limits, caplog: pytest.LogCaptureFixture
 ) -> None:
     """At once, with a word in the journal; when one of the others ends, there is room again."""
@@ -115,7 +115,7 @@ def test_one_whose_peer_has_gone_while_it_waited_is_closed(*, half: bool) -> Non
     assert len(table) == 0
 
 
-def test_a_connection_whose_peer_is_not_known_is_closed() -> None:
+def test_connection_with_unknown_credentials_is_closed() -> None:
     """It is nobody's, and takes nobody's place."""
     table = none(values.Limits())
     with none_left_open(), pytest.raises(OSError, match="not connected"):

@@ -58,13 +58,13 @@ read = ["one"]
 """
 
 
-def test_the_example_is_what_its_policy_needs() -> None:
+def test_drop_in_example_matches_its_policy() -> None:
     """Only what is granted; devices by their class, which is that of logical volumes if empty."""
     needs = dropin.needs_of(made(NOVA))
     assert dropin.text(needs, "/etc/convertd/policy.toml") == EXAMPLE.read_text(encoding="utf-8")
 
 
-def test_a_policy_that_grants_nothing_needs_nothing() -> None:
+def test_drop_in_of_a_policy_without_grants_is_empty() -> None:
     """And the unit as shipped covers it."""
     needs = dropin.needs_of(made(""))
     assert not needs
@@ -82,26 +82,26 @@ def test_a_policy_that_grants_nothing_needs_nothing() -> None:
         pytest.param("/var/tmp/x", "PrivateTmp=no", id="temporary"),  # noqa: S108 - a name
     ],
 )
-def test_what_a_directory_needs(path: str, line: str) -> None:
+def test_drop_in_opens_the_directory(path: str, line: str) -> None:
     """Each in the words of systemd.exec(5), quoted as systemd reads it."""
     assert line in dropin.text(dropin.needs_of(made(grants(path))), "p").splitlines()
 
 
-def test_what_is_only_read_is_not_opened_for_writing() -> None:
+def test_drop_in_opens_a_read_only_root_without_write_access() -> None:
     """ReadOnlyPaths, for a root that no grant writes."""
     lines = dropin.text(dropin.needs_of(made(grants("/srv/a", "read"))), "p").splitlines()
     assert "ReadOnlyPaths=-/srv/a" in lines
     assert not any(line.startswith("ReadWritePaths") for line in lines)
 
 
-def test_the_shipped_unit_covers_nothing_of_it() -> None:
+def test_shipped_unit_without_a_drop_in_reports_each_missing_access() -> None:
     """Each lack is told."""
     told = "\n".join(dropin.uncovered(dropin.needs_of(made(NOVA)), SHIPPED))
     for word in ("/var/lib/nova/instances", "openat2", "PrivateDevices", "device-mapper"):
         assert word in told
 
 
-def test_the_drop_in_covers_it() -> None:
+def test_installed_drop_in_covers_the_policy() -> None:
     """What was printed and installed is enough."""
     unit = SHIPPED | {
         "ReadWritePaths": "/var/lib -/var/lib/nova/instances",

@@ -61,7 +61,7 @@ def add(
 LOOK = RULES.inspect(values.Source(path="/images/a"))
 
 
-def test_a_look_never_waits_behind_a_conversion(
+def test_inspection_does_not_wait_behind_conversions(
     table: jobs.Jobs, connection: connections.Connection
 ) -> None:
     """Inspect, and what is only to be checked."""
@@ -72,7 +72,7 @@ def test_a_look_never_waits_behind_a_conversion(
     assert [table.inspections.next(), table.inspections.next()] == [look, check]
 
 
-def test_one_destination_is_one_jobs_at_a_time(
+def test_destination_belongs_to_one_job_at_a_time(
     table: jobs.Jobs, connection: connections.Connection
 ) -> None:
     """Until it has published, or is gone; a look at the same path does not count."""
@@ -87,7 +87,7 @@ def test_one_destination_is_one_jobs_at_a_time(
     add(table, 4, connection, to("/images/b"))
 
 
-def test_one_that_has_no_room_to_wait_is_in_no_list(
+def test_job_refused_by_a_full_queue_is_not_listed(
     table: jobs.Jobs, connection: connections.Connection
 ) -> None:
     """It is refused, and nothing of it stays."""
@@ -99,7 +99,7 @@ def test_one_that_has_no_room_to_wait_is_in_no_list(
     assert len(table) == 3
 
 
-def test_a_job_is_found_by_whatever_names_it(
+def test_job_is_found_by_id_call_process_or_connection(
     table: jobs.Jobs, connection: connections.Connection
 ) -> None:
     """Its id, its call, its process, its connection."""
@@ -114,14 +114,14 @@ def test_a_job_is_found_by_whatever_names_it(
     assert table.by_connection(connection.number + 1) == []
 
 
-def test_ids_are_not_to_be_guessed(table: jobs.Jobs, connection: connections.Connection) -> None:
+def test_job_ids_are_unguessable(table: jobs.Jobs, connection: connections.Connection) -> None:
     """Whoever knows one could ask to cancel it; that it is refused is another thing."""
     ids = {add(table, number, connection, LOOK).job_id for number in range(3)}
     assert len(ids) == 3
     assert all(len(job_id) == 12 for job_id in ids)
 
 
-def test_a_job_that_is_removed_gives_its_place_back(
+def test_removed_job_releases_its_slot(
     table: jobs.Jobs, connection: connections.Connection
 ) -> None:
     """Whether it waited or ran."""
@@ -134,7 +134,9 @@ def test_a_job_that_is_removed_gives_its_place_back(
     assert (len(table), table.conversions.running, len(table.conversions)) == (0, 0, 0)
 
 
-def test_new_limits_hold_at_once(table: jobs.Jobs, connection: connections.Connection) -> None:
+def test_reloaded_limits_apply_at_once(
+    table: jobs.Jobs, connection: connections.Connection
+) -> None:
     """As the policy was reloaded."""
     for number in (1, 2):
         add(table, number, connection, to(f"/images/{number}"))
@@ -144,7 +146,7 @@ def test_new_limits_hold_at_once(table: jobs.Jobs, connection: connections.Conne
     assert table.conversions.next() is not None
 
 
-def test_a_list_shows_what_was_asked_and_nothing_secret(
+def test_job_list_shows_the_request_without_secrets(
     table: jobs.Jobs, connection: connections.Connection
 ) -> None:
     """Paths and formats in the caller's own words."""
@@ -176,7 +178,7 @@ def test_a_list_shows_what_was_asked_and_nothing_secret(
         ("/images/b", jobs.State.RUNNING, False),
     ],
 )
-def test_a_device_may_be_half_written_once_its_job_runs(
+def test_running_job_marks_its_device_as_possibly_undefined(
     table: jobs.Jobs,
     connection: connections.Connection,
     dest: str,

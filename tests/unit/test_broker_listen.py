@@ -41,10 +41,10 @@ def complaint_of(path: Path) -> str:
     return str(refused.value)
 
 
-class TestOwnSocket:
+class TestOwnListeningSocket:
     """Without systemd."""
 
-    def test_anybody_may_connect(self, path: Path) -> None:
+    def test_own_socket_allows_every_user_to_connect(self, path: Path) -> None:
         """Who may convert is for the policy to say, by name."""
         listener = listen.listen(str(path))
         assert stat.S_IMODE(path.stat().st_mode) == 0o666
@@ -60,7 +60,7 @@ class TestOwnSocket:
         assert in_child(connect) == "connected"
         listener.close()
 
-    def test_its_mode_is_set_before_anybody_can_connect(
+    def test_own_socket_mode_is_set_before_listen(
         self, path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Until listen(2) the kernel refuses whoever comes."""
@@ -81,19 +81,19 @@ class TestOwnSocket:
         listen.listen(str(path)).close()
         assert seen == ["bind", "chmod", "listen"]
 
-    def test_closing_removes_it(self, path: Path) -> None:
+    def test_own_socket_is_removed_when_closed(self, path: Path) -> None:
         """Whoever comes then hears that nothing is there, not that it was refused."""
         listen.listen(str(path)).close()
         assert not path.exists()
 
-    def test_closing_what_is_gone_already_closes_it_all_the_same(self, path: Path) -> None:
+    def test_closing_succeeds_when_the_socket_file_is_already_gone(self, path: Path) -> None:
         """An administrator who tidied /run does not keep the daemon from stopping in order."""
         listener = listen.listen(str(path))
         path.unlink()
         listener.close()
         assert listener.sock.fileno() == -1
 
-    def test_a_dead_one_is_cleared(self, path: Path) -> None:
+    def test_stale_socket_is_removed(self, path: Path) -> None:
         """A daemon that was killed leaves its socket."""
         with listening(path):
             pass
@@ -102,7 +102,7 @@ class TestOwnSocket:
             caller.connect(str(path))
         listener.close()
 
-    def test_a_live_one_is_not_stolen(self, path: Path) -> None:
+    def test_socket_of_a_running_daemon_is_not_replaced(self, path: Path) -> None:
         """Another daemon serves there, and goes on serving."""
         with listening(path) as theirs:
             assert complaint_of(path) == f"{path}: another daemon listens there"
@@ -111,7 +111,9 @@ class TestOwnSocket:
                 caller.connect(str(path))
                 theirs.accept()[0].close()
 
-    def test_a_live_one_whose_backlog_is_full_is_not_stolen(self, path: Path) -> None:
+    def test_socket_of_a_running_daemon_with_a_full_backlog_is_not_replaced(
+        self, path: Path
+    ) -> None:
         """It answers EAGAIN, which is not the answer of the dead."""
         with listening(path), contextlib.ExitStack() as waiting:
             while True:
@@ -122,7 +124,7 @@ class TestOwnSocket:
                     break
             assert complaint_of(path) == f"{path}: another daemon listens there"
 
-    def test_a_live_one_of_another_kind_is_not_stolen(self, path: Path) -> None:
+    def test_socket_of_another_type_in_use_is_not_replaced(self, path: Path) -> None:
         """A datagram socket is somebody's, too."""
         with listening(path, socket.SOCK_DGRAM):
             assert complaint_of(path) == f"{path}: another daemon listens there"
@@ -135,7 +137,7 @@ class TestOwnSocket:
             pytest.param(lambda path: path.symlink_to("/run/elsewhere"), id="a-link"),
         ],
     )
-    def test_what_is_no_socket_is_not_removed(
+    def test_file_that_is_not_a_socket_is_not_removed(
         self, path: Path, make: Callable[[Path], None]
     ) -> None:
         """Somebody put it there for a reason."""
@@ -146,7 +148,7 @@ class TestOwnSocket:
     @pytest.mark.parametrize(
         ("mode", "owner"), [(0o777, 0), (0o775, 0), (0o755, 1234)], ids=["all", "group", "another"]
     )
-    def test_a_directory_in_which_others_could_replace_it_is_refused(
+    def test_socket_directory_writable_by_others_is_refused(
         self, path: Path, mode: int, owner: int
     ) -> None:
         """They would be asked in our place."""
@@ -154,14 +156,16 @@ class TestOwnSocket:
         os.chown(path.parent, owner, 0)
         assert "others than root may put a socket there" in complaint_of(path)
 
-    def test_nor_is_one_taken_whose_parent_another_can_rename(self, path: Path) -> None:
+    def test_socket_directory_whose_parent_is_writable_by_others_is_refused(
+        self, path: Path
+    ) -> None:
         """Root would make and remove things wherever they put another in its place."""
         inner = path.parent / "inner"
         inner.mkdir()
         os.chown(path.parent, 1234, 0)
         assert f"{path.parent} belongs to uid 1234" in complaint_of(inner / path.name)
 
-    def test_a_link_of_roots_is_resolved_once(self, path: Path) -> None:
+    def test_symlink_of_root_in_the_socket_path_is_resolved_once(self, path: Path) -> None:
         """As /var/run leads to /run; what comes beside the socket is put there too."""
         inner, link = path.parent / "inner", path.parent / "link"
         inner.mkdir()
@@ -170,17 +174,17 @@ class TestOwnSocket:
         assert listener.own_path == str(inner / path.name)
         listener.close()
 
-    def test_a_sticky_directory_of_roots_will_do(self, path: Path) -> None:
+    def test_sticky_socket_directory_of_root_is_accepted(self, path: Path) -> None:
         """Nobody can remove there what is root's."""
         path.parent.chmod(0o1777)
         listen.listen(str(path)).close()
 
-    def test_a_path_that_is_too_long_is_a_clear_error(self, path: Path) -> None:
+    def test_socket_path_that_is_too_long_is_reported(self, path: Path) -> None:
         """sun_path has 108 bytes."""
         complaint = complaint_of(path.parent / ("x" * 120))
         assert "can't listen at" in complaint
 
-    def test_a_directory_that_is_missing_is_a_clear_error(self, path: Path) -> None:
+    def test_socket_directory_that_is_missing_is_reported(self, path: Path) -> None:
         """Not a traceback."""
         missing = path.parent / "missing" / "convertd.sock"
         with pytest.raises((StartError, FileNotFoundError), match="missing"):
@@ -217,15 +221,15 @@ def passed(*sockets: socket.socket, **changes: str) -> tuple[str, str]:
     return in_child(act)
 
 
-class TestPassedSocket:
+class TestSystemdSocket:
     """Socket activation. Source: sd_listen_fds(3)."""
 
-    def test_is_taken(self, path: Path) -> None:
+    def test_systemd_socket_is_used(self, path: Path) -> None:
         """It does not block, and neither it nor the news of it reaches a child."""
         with listening(path) as theirs:
             assert passed(theirs) == (f"listens at {path}", "")
 
-    def test_stays_when_the_daemon_stops(self, path: Path) -> None:
+    def test_systemd_socket_is_kept_when_the_daemon_stops(self, path: Path) -> None:
         """Systemd made it, and starts the daemon anew for who comes."""
         with listening(path) as theirs:
             passed(theirs)
@@ -242,19 +246,21 @@ class TestPassedSocket:
             pytest.param({"LISTEN_FDS": "x"}, id="what-is-no-number"),
         ],
     )
-    def test_is_not_taken_if_meant_for(self, path: Path, changes: dict[str, str]) -> None:
+    def test_systemd_socket_is_not_used_if_meant_for(
+        self, path: Path, changes: dict[str, str]
+    ) -> None:
         """Then the daemon makes its own."""
         with listening(path) as theirs:
             outcome, left = passed(theirs, **changes)
         assert "never-made" in outcome
         assert left == ""
 
-    def test_is_one(self, path: Path) -> None:
+    def test_systemd_socket_must_be_the_only_one(self, path: Path) -> None:
         """Nothing says which of two would be ours."""
         with listening(path) as one, listening(path.with_suffix(".2")) as two:
             assert passed(one, two)[0] == "systemd passed 2 sockets, not one"
 
-    def test_is_a_listening_local_stream(self, path: Path) -> None:
+    def test_systemd_socket_must_be_a_listening_unix_stream(self, path: Path) -> None:
         """Credentials come by no other."""
         with listening(path, socket.SOCK_DGRAM) as datagram:
             assert "not a listening AF_UNIX stream" in passed(datagram)[0]
@@ -265,7 +271,7 @@ class TestPassedSocket:
             internet.listen()
             assert "not a listening AF_UNIX stream" in passed(internet)[0]
 
-    def test_is_a_socket(self, path: Path) -> None:
+    def test_systemd_descriptor_must_be_a_socket(self, path: Path) -> None:
         """What is none is named as such, in one line."""
 
         def act() -> str:

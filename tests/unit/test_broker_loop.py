@@ -35,7 +35,7 @@ def pipe() -> Iterator[Pipe]:
 class TestDescriptors:
     """epoll(7)."""
 
-    def test_a_handler_is_called_when_there_is_something(
+    def test_event_handler_is_called_when_a_descriptor_is_ready(
         self, a_loop: loop.Loop, pipe: Pipe
     ) -> None:
         """With what there is."""
@@ -51,14 +51,16 @@ class TestDescriptors:
         a_loop.run()
         assert seen == [(loop.READ, b"x")]
 
-    def test_what_is_waited_for_can_be_changed(self, a_loop: loop.Loop, pipe: Pipe) -> None:
+    def test_changed_event_mask_and_handler_take_effect(
+        self, a_loop: loop.Loop, pipe: Pipe
+    ) -> None:
         """The last handler and the last events count."""
         _, writer = pipe
         a_loop.watch(writer, 0, lambda _: pytest.fail("the old handler was called"))
         a_loop.watch(writer, loop.WRITE, lambda _: a_loop.stop())
         a_loop.run()
 
-    def test_what_is_forgotten_is_not_told_of_any_more(self, a_loop: loop.Loop, pipe: Pipe) -> None:
+    def test_unregistered_descriptor_gets_no_event(self, a_loop: loop.Loop, pipe: Pipe) -> None:
         """Also twice, and of what was never watched."""
         reader, writer = pipe
         os.write(writer, b"x")
@@ -69,7 +71,7 @@ class TestDescriptors:
         a_loop.after(0.0, a_loop.stop)
         a_loop.run()
 
-    def test_what_a_handler_forgets_is_not_told_of_in_the_same_round(
+    def test_descriptor_unregistered_by_a_handler_gets_no_event_in_the_same_round(
         self, a_loop: loop.Loop, pipe: Pipe
     ) -> None:
         """Both were ready; the first of them closes the other."""
@@ -89,7 +91,7 @@ class TestDescriptors:
         os.close(second)
         assert len(called) == 1
 
-    def test_a_handler_that_raises_ends_the_loop(self, a_loop: loop.Loop, pipe: Pipe) -> None:
+    def test_event_handler_that_raises_ends_the_loop(self, a_loop: loop.Loop, pipe: Pipe) -> None:
         """A bug is not served around."""
         _, writer = pipe
 
@@ -104,7 +106,7 @@ class TestDescriptors:
 class TestTimers:
     """What is due is done, in order, and not before."""
 
-    def test_in_the_order_in_which_they_are_due(self, a_loop: loop.Loop) -> None:
+    def test_timers_fire_in_order_of_their_due_time(self, a_loop: loop.Loop) -> None:
         """Not in that in which they were set."""
         called: list[str] = []
         a_loop.after(0.02, a_loop.stop)
@@ -113,14 +115,14 @@ class TestTimers:
         a_loop.run()
         assert called == ["first", "second"]
 
-    def test_not_before_they_are_due(self, a_loop: loop.Loop) -> None:
+    def test_timers_do_not_fire_early(self, a_loop: loop.Loop) -> None:
         """By the monotonic clock."""
         began = time.monotonic()
         a_loop.after(0.05, a_loop.stop)
         a_loop.run()
         assert time.monotonic() - began >= 0.05
 
-    def test_not_when_they_are_cancelled(self, a_loop: loop.Loop) -> None:
+    def test_cancelled_timers_do_not_fire(self, a_loop: loop.Loop) -> None:
         """And what they would have needed is let go of."""
         timer = a_loop.after(0.0, lambda: pytest.fail("a cancelled timer was called"))
         timer.cancel()
@@ -128,7 +130,7 @@ class TestTimers:
         a_loop.run()
         assert timer.action is None
 
-    def test_thousands_that_were_cancelled_take_no_room(self, a_loop: loop.Loop) -> None:
+    def test_thousands_of_cancelled_timers_use_no_memory(self, a_loop: loop.Loop) -> None:
         """Each job has one, due in a day; those that live are kept."""
         called: list[int] = []
         for number in range(20):
@@ -144,7 +146,7 @@ class TestTimers:
 class TestSignals:
     """From the loop, never in between. In a child: handlers are the whole process's."""
 
-    def test_each_that_came_is_told_of_once(self) -> None:
+    def test_each_pending_signal_is_handled_once(self) -> None:
         """However often it came before the loop looked."""
 
         def act() -> list[str]:
@@ -166,7 +168,7 @@ class TestSignals:
 
         assert in_child(act) == ["one", "two"]
 
-    def test_a_storm_of_them_breaks_nothing(self) -> None:
+    def test_signal_flood_fills_the_wakeup_socket_without_loss(self) -> None:
         """The wakeup socket is full then; that something came is known all the same."""
 
         def act() -> int:

@@ -27,7 +27,7 @@ def manager(
         yield sock
 
 
-def test_each_change_is_one_message(manager: socket.socket) -> None:
+def test_each_state_change_sends_one_notify_message(manager: socket.socket) -> None:
     """As systemd 252 wants them: Type=notify, RELOADING with the time."""
     before = time.monotonic_ns() // 1000
     notify.ready()
@@ -42,7 +42,7 @@ def test_each_change_is_one_message(manager: socket.socket) -> None:
     assert manager.recv(4096) == b"STATUS=2 conversions running"
 
 
-def test_a_manager_that_does_not_read_does_not_keep_the_daemon_from_serving(
+def test_full_notify_socket_does_not_block_the_daemon(
     manager: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its queue takes a few messages; what is only for people is dropped then."""
@@ -56,13 +56,13 @@ def test_a_manager_that_does_not_read_does_not_keep_the_daemon_from_serving(
 
 
 @pytest.mark.parametrize("address", ["", "relative", "unix:/x"])
-def test_nobody_is_told_where_nobody_asked(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_notify_socket_is_no_error(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And that is no error."""
     monkeypatch.setenv("NOTIFY_SOCKET", address)
     notify.ready()
 
 
-def test_a_manager_that_is_gone_is_no_reason_to_stop(
+def test_dead_notify_socket_is_logged_and_ignored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is a line in the log."""

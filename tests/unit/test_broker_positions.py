@@ -71,14 +71,14 @@ def waiting() -> Iterator[Waiting]:
         yield Waiting(connection)
 
 
-def test_who_comes_is_told_at_once(waiting: Waiting) -> None:
+def test_new_queued_job_is_told_its_position_at_once(waiting: Waiting) -> None:
     """Also when somebody was told just before."""
     for number in (1, 2, 3):
         waiting.join(number)
     assert waiting.told_position == [(1, 1), (2, 2), (3, 3)]
 
 
-def test_who_moves_up_is_told_a_little_later_and_only_the_last(waiting: Waiting) -> None:
+def test_position_changes_are_combined_into_the_last_one(waiting: Waiting) -> None:
     """One message for two steps."""
     for number in (1, 2, 3):
         waiting.join(number)
@@ -89,14 +89,14 @@ def test_who_moves_up_is_told_a_little_later_and_only_the_last(waiting: Waiting)
     assert waiting.told_position == [(3, 1)]
 
 
-def test_those_who_only_look_are_counted_by_themselves(waiting: Waiting) -> None:
+def test_queue_positions_of_inspections_are_counted_separately(waiting: Waiting) -> None:
     """From one, in each of the two queues."""
     waiting.join(1)
     waiting.join(2, validate_only=True)
     assert waiting.told_position == [(1, 1), (2, 1)]
 
 
-def test_who_moves_up_when_it_has_been_quiet_is_told_at_once(
+def test_position_change_after_a_quiet_time_is_sent_at_once(
     waiting: Waiting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a short queue nobody notices that positions are held back."""
@@ -108,7 +108,7 @@ def test_who_moves_up_when_it_has_been_quiet_is_told_at_once(
     assert waiting.told_position == [(2, 1)]
 
 
-def test_whom_nobody_can_tell_is_told_when_that_is_over(waiting: Waiting) -> None:
+def test_position_is_sent_when_a_busy_front_has_caught_up(waiting: Waiting) -> None:
     """The front is behind: it will be told when it has caught up."""
     waiting.deaf = True
     waiting.join(1)
@@ -119,7 +119,7 @@ def test_whom_nobody_can_tell_is_told_when_that_is_over(waiting: Waiting) -> Non
     assert waiting.told_position == [(1, 1), (2, 2)]
 
 
-def test_who_has_left_is_not_told(waiting: Waiting) -> None:
+def test_job_that_left_the_queue_is_told_no_position(waiting: Waiting) -> None:
     """Those behind move up."""
     for number in (1, 2, 3):
         waiting.join(number)

@@ -137,13 +137,13 @@ class Lane(RuleBasedStateMachine):
         assert Counter(self.queue.in_order()) == Counter(self.waiting)
 
 
-def test_nobody_waits_for_more_than_one_job_of_each_other_user() -> None:
+def test_queued_user_waits_for_at_most_one_job_of_each_other_user() -> None:
     """Whatever happens, a user's turn comes once a round, and no place is free for no reason."""
     run_state_machine_as_test(Lane, settings=settings(max_examples=50, stateful_step_count=40))
 
 
 @given(st.lists(uids, max_size=20))
-def test_positions_are_told_in_the_order_of_service(asked: list[int]) -> None:
+def test_queue_positions_match_the_order_of_service(asked: list[int]) -> None:
     """What `in_order` says is what happens when places become free one after the other."""
     a_lane = lane()
     joined(a_lane, *asked)
@@ -152,7 +152,7 @@ def test_positions_are_told_in_the_order_of_service(asked: list[int]) -> None:
     assert a_lane.next() is None
 
 
-def test_who_asks_often_makes_nobody_wait_but_himself() -> None:
+def test_user_with_many_requests_delays_only_itself() -> None:
     """One request behind a hundred of somebody else's is the second to be served."""
     a_lane = lane()
     first, *_ = joined(a_lane, *[1] * 100)
@@ -160,7 +160,7 @@ def test_who_asks_often_makes_nobody_wait_but_himself() -> None:
     assert [a_lane.next(), a_lane.next()] == [first, other]
 
 
-def test_a_user_who_has_his_places_is_passed_over_and_keeps_his_turn() -> None:
+def test_user_at_its_slot_limit_is_skipped_and_keeps_its_turn() -> None:
     """The next free place is for somebody else; the one after it for him again."""
     a_lane = lane(slots=2, per_user=1)
     one, two, other, third = joined(a_lane, 1, 1, 2, 3)
@@ -170,7 +170,7 @@ def test_a_user_who_has_his_places_is_passed_over_and_keeps_his_turn() -> None:
     assert [a_lane.next(), a_lane.next()] == [third, two]
 
 
-def test_bounds_of_a_new_policy_hold_for_who_waits_already() -> None:
+def test_reloaded_limits_apply_to_queued_jobs() -> None:
     """Nobody is thrown out; nobody more gets in."""
     a_lane = lane(slots=1)
     joined(a_lane, 1, 1, 2)
@@ -184,7 +184,7 @@ def test_bounds_of_a_new_policy_hold_for_who_waits_already() -> None:
     assert len(a_lane) == 0
 
 
-def test_a_user_with_too_many_is_told_of_his_own_bound() -> None:
+def test_user_over_its_queue_limit_is_told_its_own_limit() -> None:
     """Not of how many others wait."""
     a_lane: queue.JobQueue[Item] = queue.JobQueue(slots=1, slots_per_user=1, waiting=9, per_user=2)
     joined(a_lane, 1, 2, 2)
@@ -192,7 +192,7 @@ def test_a_user_with_too_many_is_told_of_his_own_bound() -> None:
         a_lane.join(Item(2))
 
 
-def test_who_never_joined_does_not_leave() -> None:
+def test_removing_a_job_that_is_not_queued_changes_nothing() -> None:
     """False, and nothing changes."""
     a_lane = lane()
     joined(a_lane, 1)

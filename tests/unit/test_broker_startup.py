@@ -40,33 +40,33 @@ def complaint_of(act: Callable[[], object]) -> str:
     return str(refused.value)
 
 
-class TestUsers:
+class TestSystemUsers:
     """The two that the daemon's processes run as."""
 
-    def test_one_that_exists_is_found(self) -> None:
+    def test_existing_system_user_is_found(self) -> None:
         """With its own group, and no others."""
         entry = pwd.getpwnam("nobody")
         assert preflight.user("nobody") == Identity(uid=entry.pw_uid, gid=entry.pw_gid)
 
-    def test_one_that_is_missing_can_be_made_as_the_line_says(self) -> None:
+    def test_missing_system_user_can_be_created_with_the_printed_command(self) -> None:
         """It has the command."""
         complaint = complaint_of(lambda: preflight.user("convertd-nobody"))
         assert "there is no user convertd-nobody" in complaint
         assert complaint.endswith("/usr/sbin/nologin convertd-nobody")
 
-    def test_root_is_none_of_them(self) -> None:
+    def test_system_user_with_uid_0_is_rejected(self) -> None:
         """An entry of uid 0 would run qemu-img as root."""
         assert "must not be root" in complaint_of(lambda: preflight.user("root"))
 
 
-class TestKernel:
+class TestKernelRequirements:
     """What it must have, and must have on."""
 
-    def test_this_one_will_do(self) -> None:
+    def test_running_kernel_passes_the_preflight(self) -> None:
         """And its Landlock is told."""
         assert preflight.check_kernel() == landlock.abi()
 
-    def test_a_daemon_that_is_not_root_says_so(self) -> None:
+    def test_preflight_refuses_a_daemon_without_root(self) -> None:
         """Before anything else goes wrong."""
 
         def act() -> str:
@@ -75,7 +75,7 @@ class TestKernel:
 
         assert "must be started as root" in in_child(act)
 
-    def test_hard_links_to_others_files_must_be_refused_by_the_kernel(
+    def test_preflight_requires_protected_hardlinks(
         self, directory: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """With the command that makes it so."""
@@ -84,20 +84,20 @@ class TestKernel:
         monkeypatch.setattr(preflight, "PROTECTED_HARDLINKS", str(setting))
         assert "sysctl -w fs.protected_hardlinks=1" in complaint_of(preflight.check_kernel)
 
-    def test_without_landlock_nothing_starts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_preflight_requires_landlock(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Not with less protection either."""
         monkeypatch.setattr(landlock, "abi", lambda: 0)
         assert "no Landlock" in complaint_of(preflight.check_kernel)
 
 
-class TestProgram:
+class TestQemuImgProgram:
     """qemu-img."""
 
-    def test_the_one_that_debian_installs_will_do(self) -> None:
+    def test_qemu_img_of_debian_passes_the_preflight(self) -> None:
         """Root's, and writable by nobody else."""
         preflight.check_program("/usr/bin/qemu-img")
 
-    def test_one_that_is_missing_is_named_with_its_package(self) -> None:
+    def test_missing_qemu_img_is_named_with_its_package_by_the_preflight(self) -> None:
         """And why it can't be had."""
         complaint = complaint_of(lambda: preflight.check_program("/usr/bin/no-qemu-img"))
         assert complaint == "/usr/bin/no-qemu-img: No such file or directory (package qemu-utils)"
@@ -111,7 +111,7 @@ class TestProgram:
             pytest.param(lambda path: (path.unlink(), path.mkdir()), id="it-is-a-directory"),
         ],
     )
-    def test_one_that_others_could_replace_is_refused_if(
+    def test_qemu_img_is_refused_by_the_preflight_if(
         self, directory: Path, spoil: Callable[[Path], object]
     ) -> None:
         """It would be started with what the daemon may."""
@@ -180,7 +180,7 @@ def _exchanging(directory: Path, one: bytes, other: bytes) -> Iterator[None]:
 class TestPrivateDirectory:
     """Where gRPC listens, and only the front gets in."""
 
-    def test_is_the_fronts_alone(self, directory: Path) -> None:
+    def test_private_directory_is_accessible_to_the_front_only(self, directory: Path) -> None:
         """Beside the public socket."""
         path = preflight.private_directory(str(directory / "sock"), FRONT)
         assert path == str(directory / "sock.private")
@@ -188,7 +188,9 @@ class TestPrivateDirectory:
         assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (1500, 1501, 0o700)
 
     @pytest.mark.parametrize("owner", [0, FRONT.uid])
-    def test_what_the_last_daemon_left_is_cleared(self, directory: Path, owner: int) -> None:
+    def test_private_directory_of_the_last_daemon_is_cleared(
+        self, directory: Path, owner: int
+    ) -> None:
         """Also if its mode was changed."""
         left = directory / "sock.private"
         left.mkdir(0o777)
@@ -198,7 +200,7 @@ class TestPrivateDirectory:
         assert os.listdir(left) == []
         assert left.stat().st_mode & 0o7777 == 0o700
 
-    def test_somebody_elses_is_left_alone(self, directory: Path) -> None:
+    def test_private_directory_of_another_user_is_left_unchanged(self, directory: Path) -> None:
         """The daemon does not start instead."""
         theirs = directory / "sock.private"
         theirs.mkdir()
@@ -210,7 +212,7 @@ class TestPrivateDirectory:
         assert complaint == f"{theirs}: belongs to another user"
         assert (theirs / "file").exists()
 
-    def test_a_link_in_its_place_is_not_followed(self, directory: Path) -> None:
+    def test_private_directory_that_is_a_symlink_is_not_followed(self, directory: Path) -> None:
         """What it leads to stays as it is."""
         elsewhere = directory / "elsewhere"
         elsewhere.mkdir(0o755)
@@ -219,9 +221,7 @@ class TestPrivateDirectory:
             preflight.private_directory(str(directory / "sock"), FRONT)
         assert elsewhere.stat().st_mode & 0o7777 == 0o755
 
-    def test_what_a_link_leads_to_stays_however_quickly_it_is_put_there(
-        self, directory: Path
-    ) -> None:
+    def test_private_directory_swapped_for_a_symlink_is_not_followed(self, directory: Path) -> None:
         """By a front of before that still lives and has been taken over: the directory is its."""
         victim = directory / "victim"
         victim.mkdir(0o755)
@@ -237,14 +237,14 @@ class TestPrivateDirectory:
             assert (victim / "file").exists()
             preflight.remove_directory(str(left))
 
-    def test_where_it_can_not_be_made_is_said(self, directory: Path) -> None:
+    def test_private_directory_that_can_not_be_created_is_reported(self, directory: Path) -> None:
         """In one line."""
         complaint = complaint_of(
             lambda: preflight.private_directory(str(directory / "missing" / "sock"), FRONT)
         )
         assert complaint.startswith("can't make ")
 
-    def test_goes_with_the_daemon(self, directory: Path) -> None:
+    def test_private_directory_is_removed_when_the_daemon_stops(self, directory: Path) -> None:
         """With what is in it; and if it is gone already, all the better."""
         path = preflight.private_directory(str(directory / "sock"), FRONT)
         Path(path, "grpc.sock").touch()
@@ -253,16 +253,16 @@ class TestPrivateDirectory:
         preflight.remove_directory(path)
 
 
-class TestNamesDirectory:
+class TestAliasDirectory:
     """Where jobs make links, for formats that keep a file's name."""
 
-    def test_can_be_passed_through_and_not_looked_into(self, directory: Path) -> None:
+    def test_alias_directory_can_be_traversed_and_not_listed(self, directory: Path) -> None:
         """By qemu-img, which is another user."""
         path = preflight.names_directory(str(directory / "sock"))
         status = os.stat(path)
         assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (0, 0, 0o711)
 
-    def test_links_of_killed_jobs_are_cleared(self, directory: Path) -> None:
+    def test_aliases_of_killed_jobs_are_removed(self, directory: Path) -> None:
         """Each lies in a directory of its own; what they lead to stays."""
         left = directory / "sock.names" / "1a2b"
         left.mkdir(parents=True)
@@ -275,11 +275,11 @@ class TestNamesDirectory:
 class TestDescriptors:
     """The policy's connections need some each."""
 
-    def test_few_connections_fit(self) -> None:
+    def test_connection_limit_within_the_descriptor_limit_is_accepted(self) -> None:
         """Into whatever this machine has."""
         preflight.check_descriptors(values.Limits(connections=1))
 
-    def test_more_than_the_hard_limit_has_are_refused(self) -> None:
+    def test_connection_limit_over_the_hard_descriptor_limit_is_refused(self) -> None:
         """With both numbers, and both ways out."""
 
         def act() -> str:
@@ -291,7 +291,9 @@ class TestDescriptors:
         assert complaint.startswith("1024 connections take ")
         assert "the hard limit is 512" in complaint
 
-    def test_a_machine_without_a_limit_has_enough(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_unlimited_descriptors_are_enough_for_any_connection_limit(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Infinity is -1 to Python, and not compared as a number."""
         endless = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
         monkeypatch.setattr(resource, "getrlimit", lambda _: endless)

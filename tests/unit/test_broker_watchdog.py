@@ -47,7 +47,7 @@ def crowd(listener: socket.socket) -> Iterator[None]:
         yield
 
 
-def test_a_probe_that_finds_no_room_takes_the_first_there_is(
+def test_watchdog_probe_connects_when_the_full_backlog_gets_room(
     listener: socket.socket, asked: None
 ) -> None:
     """Whoever keeps the backlog full does not keep us from saying that we live."""
@@ -70,7 +70,7 @@ def test_a_probe_that_finds_no_room_takes_the_first_there_is(
         assert len(sent) == 1
 
 
-def test_a_probe_that_is_slow_counts_while_systemd_waits(
+def test_slow_watchdog_probe_counts_within_the_systemd_timeout(
     listener: socket.socket, asked: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A crowd may have been before it in the backlog."""
@@ -92,7 +92,7 @@ def test_a_probe_that_is_slow_counts_while_systemd_waits(
             manager.recv(4096)
 
 
-def test_without_a_descriptor_there_is_no_probe_this_time(
+def test_watchdog_probe_is_skipped_without_a_free_descriptor(
     listener: socket.socket, asked: None
 ) -> None:
     """The loop that called goes on: callers who leave give some back."""

@@ -37,7 +37,7 @@ class Asked:
 
 
 @pytest.mark.parametrize("jobs", range(4))
-def test_it_is_forked_once(jobs: int) -> None:
+def test_preforked_job_is_forked_once_at_the_set_time(jobs: int) -> None:
     """By how many jobs there are."""
     asked = Asked()
     asked.spare.schedule_fork(jobs)
@@ -46,7 +46,7 @@ def test_it_is_forked_once(jobs: int) -> None:
 
 
 @pytest.mark.parametrize("jobs", [(1, 0), (0, 1), (1, 2), (2, 1), (1, 1), (2, 2, 2)])
-def test_asked_for_twice_it_is_forked_at_the_earlier_time(jobs: tuple[int, ...]) -> None:
+def test_preforked_job_is_forked_at_the_earlier_of_two_times(jobs: tuple[int, ...]) -> None:
     """The time set for a job that has ended would lie in the midst of the next one."""
     asked = Asked()
     for count in jobs:
@@ -58,7 +58,7 @@ def test_asked_for_twice_it_is_forked_at_the_earlier_time(jobs: tuple[int, ...])
     assert seen_by_then == [1]
 
 
-def test_job_after_job_does_not_put_it_off() -> None:
+def test_preforked_job_is_not_postponed_by_consecutive_jobs() -> None:
     """A busy daemon would never have one."""
     asked = Asked()
     asked.spare.schedule_fork(1)
@@ -67,7 +67,7 @@ def test_job_after_job_does_not_put_it_off() -> None:
     assert len(asked.run()) == 1
 
 
-def test_it_can_be_asked_for_again() -> None:
+def test_preforked_job_can_be_requested_again() -> None:
     """Forked, or not allowed to be: later it is wanted again."""
     asked = Asked()
     asked.spare.schedule_fork(0)

@@ -26,7 +26,7 @@ def pair() -> Iterator[Pair]:
         yield here, there
 
 
-def test_a_message_arrives_as_it_was_sent(pair: Pair) -> None:
+def test_messages_arrive_unchanged_one_at_a_time(pair: Pair) -> None:
     """And one at a time, however many were sent."""
     here, there = pair
     for number in (1, 2):
@@ -36,12 +36,12 @@ def test_a_message_arrives_as_it_was_sent(pair: Pair) -> None:
         assert (message, descriptors) == (messages.Connected(connection=number, uid=1234), [])
 
 
-def test_the_ends_do_not_survive_an_exec(pair: Pair) -> None:
+def test_channel_ends_are_closed_on_exec(pair: Pair) -> None:
     """A qemu-img that had one could end its job, or speak for it."""
     assert not any(os.get_inheritable(end.fileno()) for end in pair)
 
 
-def test_descriptors_come_along_as_copies_that_do_not_survive_an_exec(pair: Pair) -> None:
+def test_received_descriptors_are_copies_closed_on_exec(pair: Pair) -> None:
     """The sender's own may be closed at once."""
     here, there = pair
     reader, writer = os.pipe()
@@ -55,13 +55,13 @@ def test_descriptors_come_along_as_copies_that_do_not_survive_an_exec(pair: Pair
     scm_rights.close_all([reader, writer])
 
 
-def test_nothing_to_receive_is_said_at_once_to_who_does_not_wait(pair: Pair) -> None:
+def test_nonblocking_receive_raises_when_no_message_is_there(pair: Pair) -> None:
     """BlockingIOError, as the socket itself says it."""
     with pytest.raises(BlockingIOError):
         pair[0].receive(messages.CallAbandoned, wait=False)
 
 
-def test_a_full_channel_is_said_at_once_to_who_does_not_wait(pair: Pair) -> None:
+def test_nonblocking_send_returns_false_when_the_channel_is_full(pair: Pair) -> None:
     """False, nothing is sent, and there is room again when the other end has read."""
     here, there = pair
     sent = 0
@@ -75,7 +75,7 @@ def test_a_full_channel_is_said_at_once_to_who_does_not_wait(pair: Pair) -> None
     assert here.send(messages.CallAbandoned(call=0), wait=False)
 
 
-def test_the_other_ends_death_is_told_to_who_sends(pair: Pair) -> None:
+def test_send_to_a_dead_peer_raises(pair: Pair) -> None:
     """By an exception, not by a signal."""
     here, there = pair
     there.close()
@@ -83,7 +83,7 @@ def test_the_other_ends_death_is_told_to_who_sends(pair: Pair) -> None:
         here.send(messages.CallAbandoned(call=1))
 
 
-def test_the_other_ends_death_is_told_to_who_receives_after_its_last_message(pair: Pair) -> None:
+def test_death_of_the_peer_is_reported_after_its_last_message(pair: Pair) -> None:
     """What was sent before it died is not lost."""
     here, there = pair
     here.send(messages.CallAbandoned(call=1))
@@ -93,7 +93,7 @@ def test_the_other_ends_death_is_told_to_who_receives_after_its_last_message(pai
         there.receive(messages.CallAbandoned)
 
 
-def test_an_end_that_dies_with_unread_messages_is_gone_too(pair: Pair) -> None:
+def test_peer_that_dies_with_unread_messages_is_reported_as_closed(pair: Pair) -> None:
     """The kernel says ECONNRESET then."""
     here, there = pair
     here.send(messages.CallAbandoned(call=1))
@@ -102,7 +102,7 @@ def test_an_end_that_dies_with_unread_messages_is_gone_too(pair: Pair) -> None:
         here.receive(messages.CallAbandoned)
 
 
-def test_what_is_no_message_is_refused_and_its_descriptors_closed(pair: Pair) -> None:
+def test_invalid_message_is_refused_and_its_descriptors_closed(pair: Pair) -> None:
     """Whoever sends one can't fill our table of descriptors."""
     here, there = pair
     here.send_bytes(b"not a message", here.fileno(), here.fileno())
@@ -110,7 +110,7 @@ def test_what_is_no_message_is_refused_and_its_descriptors_closed(pair: Pair) ->
         there.receive(*messages.FROM_FRONT, most_descriptors=2)
 
 
-def test_a_message_that_is_too_long_is_refused_and_its_descriptors_closed(pair: Pair) -> None:
+def test_oversized_message_is_refused_and_its_descriptors_closed(pair: Pair) -> None:
     """It is not taken for its first part."""
     here, there = pair
     here.send_bytes(b" " * (channel.MAX_MESSAGE_BYTES + 1), here.fileno())
@@ -118,7 +118,7 @@ def test_a_message_that_is_too_long_is_refused_and_its_descriptors_closed(pair: 
         there.receive(*messages.FROM_FRONT, most_descriptors=2)
 
 
-def test_where_no_descriptor_is_expected_one_is_never_taken(pair: Pair) -> None:
+def test_unexpected_descriptor_is_never_received(pair: Pair) -> None:
     """Nor the message, nor what comes after it: to close what is attached could take for ever."""
     here, there = pair
     here.send(messages.Ready())
@@ -130,7 +130,7 @@ def test_where_no_descriptor_is_expected_one_is_never_taken(pair: Pair) -> None:
             there.receive(*messages.FROM_FRONT, wait=wait)
 
 
-def test_a_pair_takes_no_descriptor() -> None:
+def test_channel_pair_refuses_descriptors() -> None:
     """The kernel refuses it to who sends, both ways."""
     here, there = channel.Channel.pair()
     with here, there:
@@ -140,7 +140,7 @@ def test_a_pair_takes_no_descriptor() -> None:
 
 
 @pytest.mark.parametrize("secret", [b"", b"one", b"x" * 4097])
-def test_a_passphrase_arrives_as_it_is(pair: Pair, secret: bytes) -> None:
+def test_passphrase_message_arrives_unchanged(pair: Pair, secret: bytes) -> None:
     """An empty one is not the end."""
     here, there = pair
     here.send_bytes(channel.PASSPHRASE + secret)
@@ -148,7 +148,7 @@ def test_a_passphrase_arrives_as_it_is(pair: Pair, secret: bytes) -> None:
 
 
 @pytest.mark.parametrize("data", [channel.PASSPHRASE + b"x" * 4098, b"x", b'["Ready",{}]'])
-def test_what_is_no_passphrase_is_refused_and_not_repeated(pair: Pair, data: bytes) -> None:
+def test_invalid_passphrase_message_is_refused_and_not_repeated(pair: Pair, data: bytes) -> None:
     """Whatever it is."""
     here, there = pair
     here.send_bytes(data)
@@ -157,7 +157,7 @@ def test_what_is_no_passphrase_is_refused_and_not_repeated(pair: Pair, data: byt
     assert data.decode() not in str(refused.value)
 
 
-def test_more_descriptors_than_any_message_has_are_refused_and_closed(pair: Pair) -> None:
+def test_message_with_too_many_descriptors_is_refused_and_they_are_closed(pair: Pair) -> None:
     """One is the most that comes along."""
     here, there = pair
     here.send(messages.Ready(), *[here.fileno()] * 20)
@@ -165,7 +165,7 @@ def test_more_descriptors_than_any_message_has_are_refused_and_closed(pair: Pair
         there.receive(*messages.FROM_FRONT, most_descriptors=1)
 
 
-def test_what_comes_along_and_is_no_descriptor_is_ignored(pair: Pair) -> None:
+def test_ancillary_data_other_than_descriptors_is_ignored(pair: Pair) -> None:
     """Credentials, which a socket that asks for them gets with each message."""
     here, there = pair
     there.sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
@@ -173,7 +173,7 @@ def test_what_comes_along_and_is_no_descriptor_is_ignored(pair: Pair) -> None:
     assert there.receive(messages.Ready, most_descriptors=4) == (messages.Ready(), [])
 
 
-def test_closing_what_is_closed_already_is_no_error() -> None:
+def test_closing_a_closed_channel_is_no_error() -> None:
     """Whoever cleans up does not stop half-way."""
     reader, writer = os.pipe()
     os.close(reader)
@@ -182,7 +182,7 @@ def test_closing_what_is_closed_already_is_no_error() -> None:
         os.fstat(writer)
 
 
-def test_an_empty_message_is_the_other_ends_end(pair: Pair) -> None:
+def test_empty_message_counts_as_a_closed_peer(pair: Pair) -> None:
     """A seqpacket socket does not tell one from the other; nobody of ours sends one."""
     pair[0].sock.sendmsg(
         [b""], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [pair[0].fileno()]))]
@@ -191,7 +191,7 @@ def test_an_empty_message_is_the_other_ends_end(pair: Pair) -> None:
         pair[1].receive(messages.CallAbandoned, most_descriptors=1)
 
 
-def test_the_longest_request_fits_whatever_is_in_it(pair: Pair) -> None:
+def test_longest_request_fits_into_a_message(pair: Pair) -> None:
     """Two paths of 4 KiB, every byte of them one that JSON escapes to six."""
     here, there = pair
     path = "/" + "\x01" * 4094
@@ -203,7 +203,7 @@ def test_the_longest_request_fits_whatever_is_in_it(pair: Pair) -> None:
     assert there.receive(*messages.FROM_FRONT)[0] == asked
 
 
-def test_a_failure_with_the_longest_path_fits(pair: Pair) -> None:
+def test_failure_with_the_longest_path_fits_into_a_message(pair: Pair) -> None:
     """In message and values."""
     here, there = pair
     failure = conditions.SourceNotFound(path="/" + "\x01" * 4094).failure()

@@ -45,7 +45,7 @@ def run_until_reaped(
     a_loop.run()
 
 
-def test_one_that_brought_nothing_is_closed_at_once() -> None:
+def test_socket_without_descriptors_is_closed_by_the_broker() -> None:
     """By the broker itself, whatever is unread."""
     theirs, ours = socket.socketpair()
     with theirs:
@@ -56,7 +56,7 @@ def test_one_that_brought_nothing_is_closed_at_once() -> None:
         assert not closing.processes
 
 
-def test_one_that_brought_something_is_closed_by_a_process_that_ends_at_once(
+def test_socket_with_descriptors_is_closed_by_a_child_process(
     hostile: socket.socket,
 ) -> None:
     """Which is the last to have it, and does not linger, for it exits."""
@@ -70,7 +70,7 @@ def test_one_that_brought_something_is_closed_by_a_process_that_ends_at_once(
     assert time.monotonic() - began < lingering.SOON_S
 
 
-def test_a_copy_that_is_closed_while_another_is_left_takes_no_time(
+def test_closing_one_of_two_copies_of_a_socket_does_not_block(
     hostile: socket.socket,
 ) -> None:
     """So the front is not held up as long as the broker has its own."""
@@ -82,7 +82,7 @@ def test_a_copy_that_is_closed_while_another_is_left_takes_no_time(
     assert time.monotonic() - began < lingering.SOON_S
 
 
-def test_while_too_many_processes_hang_the_rest_waits(
+def test_sockets_to_close_are_queued_while_too_many_children_hang(
     hostile: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And what waits is bounded; when one of them has ended the rest is closed."""
@@ -105,7 +105,7 @@ def test_while_too_many_processes_hang_the_rest_waits(
     assert not closing.ended(min(hanging))
 
 
-def test_many_at_once_do_not_wait_for_their_turn(
+def test_many_sockets_are_closed_in_parallel(
     hostile: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever sends many would else keep others from being accepted."""
@@ -117,7 +117,7 @@ def test_many_at_once_do_not_wait_for_their_turn(
     run_until_reaped(a_loop, closing)
 
 
-def test_a_child_is_never_the_last_to_have_what_its_parent_closes() -> None:
+def test_child_closes_its_copies_before_its_parent_does() -> None:
     """It has closed its copies before the parent goes on."""
     with none_left_open():
         reader, writer = os.pipe()
@@ -137,7 +137,7 @@ def test_a_child_is_never_the_last_to_have_what_its_parent_closes() -> None:
         os.waitpid(pid, 0)
 
 
-def test_a_child_that_dies_first_is_not_waited_for() -> None:
+def test_child_that_died_is_not_waited_for() -> None:
     """It holds nothing any more, either."""
     with none_left_open():
         child_is_empty = forking.Emptied()
@@ -148,7 +148,7 @@ def test_a_child_that_dies_first_is_not_waited_for() -> None:
         os.waitpid(pid, 0)
 
 
-def test_without_a_child_nothing_is_left() -> None:
+def test_cancelled_fork_preparation_leaves_no_descriptor() -> None:
     """As when there is no process to be had."""
     with none_left_open():
         forking.Emptied().give_up()

@@ -83,7 +83,7 @@ def altered(**fields: object) -> bytes:
 
 
 @given(some_messages)
-def test_what_is_decoded_is_what_was_encoded(message: object) -> None:
+def test_decoded_message_equals_the_encoded_one(message: object) -> None:
     """For every message, whatever is in it."""
     assert codec.decode(codec.encode(message), *MESSAGES) == message
 
@@ -95,13 +95,13 @@ def test_one_of_several_dataclasses_stays_what_it_is(kind: type[Inner | Other]) 
     assert codec.decode(codec.encode(example), Example) == example
 
 
-def test_a_text_that_is_not_unicode_can_not_be_sent() -> None:
+def test_text_with_a_lone_surrogate_can_not_be_encoded() -> None:
     """A lone surrogate, as Python makes of bytes that are not UTF-8."""
     with pytest.raises(codec.CodecError, match="surrogates"):
         codec.encode(Example(text="\udcff"))
 
 
-def test_an_integer_is_a_fine_float() -> None:
+def test_integer_is_accepted_for_a_float_field() -> None:
     """JSON does not tell 1 from 1.0."""
     assert codec.decode(altered(ratio=1), Example).ratio == 1.0
 
@@ -161,13 +161,13 @@ def test_an_integer_is_a_fine_float() -> None:
         pytest.param(altered(pair=["a", 1]), id="a-pair-of-two-kinds"),
     ],
 )
-def test_what_does_not_fit_exactly_is_refused(data: bytes) -> None:
+def test_message_with_a_wrong_field_is_refused(data: bytes) -> None:
     """With a CodecError, and nothing else."""
     with pytest.raises(codec.CodecError):
         codec.decode(data, Example)
 
 
-def test_a_message_that_is_not_expected_here_is_refused() -> None:
+def test_message_of_an_unexpected_type_is_refused() -> None:
     """Though it is one elsewhere: a job can't say what only the broker may."""
     data = codec.encode(messages.Connected(connection=1, uid=1234))
     assert codec.decode(data, *messages.FROM_BROKER) == messages.Connected(connection=1, uid=1234)
@@ -177,7 +177,7 @@ def test_a_message_that_is_not_expected_here_is_refused() -> None:
 
 @settings(max_examples=200)
 @given(st.binary(max_size=200))
-def test_any_bytes_are_a_message_or_refused(data: bytes) -> None:
+def test_random_bytes_decode_to_a_message_or_are_refused(data: bytes) -> None:
     """Whatever they are, nothing but CodecError is raised."""
     assert is_expected_or_refused(data)
 
@@ -191,16 +191,14 @@ anything = st.recursive(
 
 @settings(max_examples=50)
 @given(st.sampled_from(MESSAGES), anything)
-def test_any_json_under_a_messages_name_is_a_message_or_refused(
-    kind: type[Any], fields: object
-) -> None:
+def test_random_json_decodes_to_a_message_or_is_refused(kind: type[Any], fields: object) -> None:
     """Names are known to whoever took the front over; values are up to it."""
     assert is_expected_or_refused(json.dumps([kind.__name__, fields]).encode())
 
 
 @settings(max_examples=50)
 @given(some_messages, st.data())
-def test_a_message_with_a_value_exchanged_is_a_message_or_refused(
+def test_message_with_a_replaced_value_decodes_to_valid_types_or_is_refused(
     message: object, data: st.DataObject
 ) -> None:
     """What is built has, in every field at every depth, a value of the field's type."""
@@ -211,7 +209,7 @@ def test_a_message_with_a_value_exchanged_is_a_message_or_refused(
 
 
 @given(some_messages, st.integers(0, 10_000), st.integers(0, 7))
-def test_a_message_with_a_bit_flipped_is_a_message_or_refused(
+def test_message_with_a_flipped_bit_decodes_to_a_message_or_is_refused(
     message: object, where: int, bit: int
 ) -> None:
     """And never something between the two."""
@@ -251,7 +249,7 @@ def all_typed(value: object) -> bool:
     return type(value) in {str, int, float, bool, type(None), *BUILT}
 
 
-def test_a_type_that_no_message_may_have_is_our_mistake() -> None:
+def test_field_type_unknown_to_the_codec_is_a_bug() -> None:
     """It is noticed by the first test that sends one, not by a caller."""
     with pytest.raises(TypeError):
         codec.decoder_of(dict[str, int])

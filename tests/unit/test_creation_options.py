@@ -81,20 +81,20 @@ def each(
     return [(kind, name, value) for kind, name, choices in table for value in choices]
 
 
-def test_the_values_below_are_of_every_option_there_is() -> None:
+def test_option_test_values_cover_every_option() -> None:
     """Whoever adds an option says here what it may be."""
     known = {(kind, name) for kind, names in creation_options.OPTIONS.items() for name in names}
     assert {(kind, name) for kind, name, _ in ACCEPTED} == known
 
 
 @pytest.mark.parametrize(("kind", "name", "value"), each(ACCEPTED))
-def test_a_value_is_accepted(kind: str, name: str, value: str) -> None:
+def test_option_value_is_accepted(kind: str, name: str, value: str) -> None:
     """Also with whichever compression the caller may ask for."""
     assert refusal_of(dest(kind, (name, value))) is None
 
 
 @pytest.mark.parametrize(("kind", "name", "value"), each(REFUSED))
-def test_a_value_is_refused(kind: str, name: str, value: str) -> None:
+def test_option_value_is_refused(kind: str, name: str, value: str) -> None:
     """With the name of the field."""
     refused = refusal_of(dest(kind, (name, value)))
     assert refused is not None
@@ -120,7 +120,7 @@ def test_a_value_is_refused(kind: str, name: str, value: str) -> None:
         pytest.param("qcow2", "x" * 100_000, id="a-very-long-name"),
     ],
 )
-def test_an_option_is_not_passed_on(kind: str, name: str) -> None:
+def test_unknown_option_is_refused(kind: str, name: str) -> None:
     """Whoever took the front over can't name a file by an option; and the refusal can be sent."""
     refused = refusal_of(dest(kind, (name, "/etc/shadow")))
     assert refused is not None
@@ -129,16 +129,14 @@ def test_an_option_is_not_passed_on(kind: str, name: str) -> None:
 
 
 @given(st.sampled_from(sorted(values.FORMATS)), st.text(max_size=20), st.text(max_size=20))
-def test_whatever_the_option_it_is_in_the_tables_or_refused(
-    kind: str, name: str, value: str
-) -> None:
+def test_random_option_is_in_the_tables_or_refused(kind: str, name: str, value: str) -> None:
     """And what is accepted can't be taken for two options by qemu."""
     if refusal_of(dest(kind, (name, value))) is None:
         assert name in creation_options.OPTIONS[kind]
         assert re.fullmatch(r"[A-Za-z0-9.]+", value)
 
 
-def test_an_option_given_twice_is_refused() -> None:
+def test_duplicate_option_is_refused() -> None:
     """Of the two, qemu would take the last one, whichever that is."""
     refused = refusal_of(dest("qcow2", ("compat", "1.1"), ("compat", "0.10")))
     assert refused is not None
@@ -146,7 +144,7 @@ def test_an_option_given_twice_is_refused() -> None:
 
 
 @pytest.mark.parametrize("layout", creation_options.OPTIONS["vmdk"]["subformat"].refused)
-def test_a_layout_of_several_files_is_unsupported(layout: str) -> None:
+def test_vmdk_subformat_of_several_files_is_unsupported(layout: str) -> None:
     """A result is one file. Not a mistake of the caller's, so not INVALID_ARGUMENT."""
     refused = refusal_of(dest("vmdk", ("subformat", layout)))
     assert refused is not None
@@ -172,9 +170,7 @@ ZSTD = {"compression": values.Compression.ZSTD}
         ),
     ],
 )
-def test_options_of_qcow2_that_do_not_go_together_are_refused(
-    asked: values.Destination, field: str
-) -> None:
+def test_incompatible_qcow2_options_are_refused(asked: values.Destination, field: str) -> None:
     """With the field that can't be had."""
     refused = refusal_of(asked)
     assert refused is not None
@@ -196,7 +192,7 @@ def test_options_of_qcow2_that_do_not_go_together_are_refused(
         ),
     ],
 )
-def test_options_of_qcow2_go_together(asked: values.Destination) -> None:
+def test_compatible_qcow2_options_are_accepted(asked: values.Destination) -> None:
     """What qemu-img can make is not refused."""
     assert refusal_of(asked) is None
 
@@ -217,14 +213,14 @@ class TestEncryption:
             for value in sorted(choices)
         ],
     )
-    def test_a_cipher_of_the_table_is_accepted(self, name: str, value: str) -> None:
+    def test_cipher_in_the_table_is_accepted(self, name: str, value: str) -> None:
         """By its name in the contract."""
         asked = cipher(name, value)
         assert refusal_of(dest("luks", encryption=asked)) is None
 
     @pytest.mark.parametrize("name", sorted(creation_options.CIPHERS))
     @pytest.mark.parametrize("value", ["", "rot13", "xts,key-secret=source", "\udc80", "x" * 9999])
-    def test_any_other_is_refused(self, name: str, value: str) -> None:
+    def test_cipher_not_in_the_table_is_refused(self, name: str, value: str) -> None:
         """With the field, and in a form that can be sent."""
         asked = cipher(name, value)
         refused = refusal_of(dest("qcow2", encryption=asked))
@@ -235,7 +231,7 @@ class TestEncryption:
     @pytest.mark.parametrize(
         ("iter_time_ms", "expected"), [(0, False), (1, True), (60_000, True), (60_001, False)]
     )
-    def test_deriving_the_key_takes_from_one_millisecond_to_a_minute(
+    def test_key_derivation_time_is_limited_to_1_ms_to_1_minute(
         self,
         iter_time_ms: int,
         expected: bool,  # noqa: FBT001
@@ -244,7 +240,7 @@ class TestEncryption:
         asked = values.DestinationEncryption(iter_time_milliseconds=iter_time_ms)
         assert (refusal_of(dest("luks", encryption=asked)) is None) is expected
 
-    def test_the_defaults_are_novas(self) -> None:
+    def test_encryption_defaults_are_those_of_nova_and_accepted(self) -> None:
         """And pass."""
         assert refusal_of(dest("luks", encryption=values.DestinationEncryption())) is None
         assert dataclasses.astuple(values.DestinationEncryption()) == (
@@ -255,7 +251,7 @@ class TestEncryption:
 
 
 @pytest.mark.parametrize("kind", sorted(creation_options.OPTIONS))
-def test_qemu_img_has_every_option_of_a_format(kind: str) -> None:
+def test_option_table_matches_the_options_of_qemu_img(kind: str) -> None:
     """By the same name: it is asked itself."""
     argv = ["qemu-img", "create", "-f", kind, "-o", "help"]
     said = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
@@ -264,7 +260,7 @@ def test_qemu_img_has_every_option_of_a_format(kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(creation_options.CIPHERS))
-def test_qemu_img_has_every_option_of_encryption(name: str) -> None:
+def test_encryption_table_matches_the_options_of_qemu_img(name: str) -> None:
     """By the same name, with dashes."""
     argv = ["qemu-img", "create", "-f", "luks", "-o", "help"]
     said = subprocess.run(argv, check=True, capture_output=True, text=True).stdout

@@ -78,18 +78,18 @@ def sample(kind: type[conditions.ConvertError], text: str = "x") -> conditions.C
     return kind(**dict.fromkeys(names, text))
 
 
-def test_each_reason_has_the_status_that_outsiders_rely_on() -> None:
+def test_each_reason_has_its_documented_status() -> None:
     """And there is no reason that is not in the table above."""
     found = {reason: kind.status.value for reason, kind in conditions.BY_REASON.items()}
     assert found == STATUSES
 
 
-def test_every_status_is_some_conditions() -> None:
+def test_each_status_is_used_by_a_condition() -> None:
     """A status that nothing has is a promise that nothing keeps."""
     assert {kind.status for kind in CONDITIONS} == set(conditions.Status)
 
 
-def test_an_unknown_reason_counts_as_a_bug() -> None:
+def test_unknown_reason_is_a_bug() -> None:
     """A front that meets a newer job says INTERNAL, never OK."""
     assert (
         conditions.Failure(reason="NOT_KNOWN_YET", message="").status is conditions.Status.INTERNAL
@@ -100,22 +100,28 @@ def test_an_unknown_reason_counts_as_a_bug() -> None:
 class TestEachCondition:
     """What holds for every one of them."""
 
-    def test_is_one_sentence_in_lower_case(self, kind: type[conditions.ConvertError]) -> None:
+    def test_condition_message_is_one_lower_case_sentence(
+        self, kind: type[conditions.ConvertError]
+    ) -> None:
         """It begins with a value or a small letter, and has no full stop."""
         assert re.match(r"[a-z{]|qemu-img", kind.sentence)
         assert not kind.sentence.endswith(".")
 
-    def test_has_all_its_values_in_its_sentence(self, kind: type[conditions.ConvertError]) -> None:
+    def test_condition_message_has_all_its_values(
+        self, kind: type[conditions.ConvertError]
+    ) -> None:
         """And its sentence has no value that it has not: both by name."""
         names = set(re.findall(r"\{(\w+)(?:!r)?\}", kind.sentence))
         assert names == set(sample(kind).values())
 
-    def test_is_documented(self, kind: type[conditions.ConvertError]) -> None:
+    def test_condition_is_documented(self, kind: type[conditions.ConvertError]) -> None:
         """In words of its own, not of a dataclass."""
         assert kind.__doc__
         assert not kind.__doc__.startswith(f"{kind.__name__}(")
 
-    def test_passes_between_processes(self, kind: type[conditions.ConvertError]) -> None:
+    def test_condition_survives_encoding_and_decoding(
+        self, kind: type[conditions.ConvertError]
+    ) -> None:
         """With its status, its message and its values."""
         condition = sample(kind)
         failure = codec.decode(codec.encode(condition.failure()), conditions.Failure)
@@ -123,13 +129,15 @@ class TestEachCondition:
         assert failure.message == str(condition)
         assert dict(failure.values) == condition.values()
 
-    def test_takes_no_value_by_position(self, kind: type[conditions.ConvertError]) -> None:
+    def test_condition_takes_keyword_arguments_only(
+        self, kind: type[conditions.ConvertError]
+    ) -> None:
         """Two of its texts could be confused."""
         with pytest.raises(TypeError):
             kind("x")
 
 
-def test_the_tree_in_the_docstring_names_every_status_and_class() -> None:
+def test_condition_tree_in_the_docstring_is_complete() -> None:
     """Each branch is a class, and each class that it shows exists."""
     drawn = conditions.__doc__ or ""
     branches = re.findall(r"[├└]── (\w+) +(.*)", drawn)
@@ -141,14 +149,14 @@ def test_the_tree_in_the_docstring_names_every_status_and_class() -> None:
     }
 
 
-def test_values_are_put_into_the_sentence_once() -> None:
+def test_condition_value_with_braces_is_not_formatted_again() -> None:
     """A brace in a path is a brace, not a place for another value."""
     refused = conditions.DeviceTooSmall(path="/{size_bytes}/{0}", size_bytes=1, needed_bytes=2)
     assert str(refused) == "/{size_bytes}/{0}: has 1 bytes, the image needs 2"
 
 
 @given(st.text(), st.text())
-def test_a_text_of_a_caller_that_is_quoted_is_on_one_line(path: str, problem: str) -> None:
+def test_quoted_text_of_a_caller_is_on_one_line(path: str, problem: str) -> None:
     """Nothing that a caller writes begins a line of its own in the journal."""
     refused = conditions.BadPath(field="source.path", path=path, problem="is not absolute")
     assert str(refused).splitlines() == [str(refused)]
@@ -157,16 +165,16 @@ def test_a_text_of_a_caller_that_is_quoted_is_on_one_line(path: str, problem: st
 
 
 @pytest.mark.parametrize("kind", CONDITIONS, ids=lambda kind: kind.__name__)
-def test_a_text_that_is_not_unicode_can_be_told_of(kind: type[conditions.ConvertError]) -> None:
+def test_condition_with_invalid_unicode_can_be_sent(kind: type[conditions.ConvertError]) -> None:
     """A front that was taken over gets its answer; it does not stop the broker."""
     failure = sample(kind, text="\ud800").failure()
     assert codec.decode(codec.encode(failure), conditions.Failure) == failure
 
 
-class TestUndefinedContent:
+class TestUndefinedDeviceContent:
     """A conversion that had begun to write to a device."""
 
-    def test_is_said_in_message_and_values(self) -> None:
+    def test_undefined_content_is_in_the_message_and_the_values(self) -> None:
         """For people and for programs; the reason stays what it is."""
         stalled = conditions.Stalled(stall_s=600.0)
         stalled.undefined_device = "/dev/vg/lv"
@@ -182,6 +190,6 @@ class TestUndefinedContent:
             "device_content": "undefined",
         }
 
-    def test_is_not_said_of_what_wrote_nothing(self) -> None:
+    def test_undefined_content_is_not_reported_if_nothing_was_written(self) -> None:
         """The default: a file just never appears."""
         assert conditions.Stalled(stall_s=1.0).failure().values == (("stall_s", "1.0"),)

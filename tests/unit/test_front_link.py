@@ -131,7 +131,7 @@ async def turns(count: int = 3) -> None:
         await asyncio.sleep(0)
 
 
-def test_an_answer_reaches_the_call_that_asked() -> None:
+def test_broker_reply_reaches_the_call_that_asked() -> None:
     """Two calls at once, answered in the other order."""
 
     async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
@@ -183,7 +183,7 @@ def test_what_one_user_asks_does_not_keep_another_from_asking() -> None:
     assert sent[5:] == [b"5"]
 
 
-def test_what_a_broker_that_stops_has_still_said_is_heard() -> None:
+def test_last_messages_of_a_stopping_broker_are_received() -> None:
     """All of it, though what there is to send can't be sent any more."""
 
     async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
@@ -200,7 +200,7 @@ def test_what_a_broker_that_stops_has_still_said_is_heard() -> None:
     run(test)
 
 
-def test_a_call_that_is_left_is_abandoned() -> None:
+def test_ended_call_is_reported_to_the_broker() -> None:
     """However it is left, the broker is told, unless the call had ended anyway."""
 
     async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
@@ -217,7 +217,7 @@ def test_a_call_that_is_left_is_abandoned() -> None:
     run(test)
 
 
-def test_what_comes_for_a_call_that_is_over_is_dropped() -> None:
+def test_message_for_an_ended_call_is_dropped() -> None:
     """And a job that starts for it ends: its channel is closed."""
 
     async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
@@ -233,7 +233,7 @@ def test_what_comes_for_a_call_that_is_over_is_dropped() -> None:
     run(test)
 
 
-def test_a_question_that_is_too_long_is_not_asked() -> None:
+def test_request_that_is_too_long_is_refused_by_the_front() -> None:
     """The caller is told, and the next question gets through."""
 
     async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
@@ -246,10 +246,10 @@ def test_a_question_that_is_too_long_is_not_asked() -> None:
     run(test)
 
 
-class TestJobs:
+class TestJobChannels:
     """What a job says comes by its own channel."""
 
-    def test_reaches_its_call_in_order(self) -> None:
+    def test_job_events_reach_their_call_in_order(self) -> None:
         """After what the broker said of the queue."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
@@ -266,7 +266,7 @@ class TestJobs:
 
         run(test)
 
-    def test_progress_that_nobody_read_is_replaced_by_newer(self) -> None:
+    def test_unread_progress_is_replaced_by_newer_progress(self) -> None:
         """A slow reader costs one message; what must arrive does."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
@@ -284,7 +284,7 @@ class TestJobs:
 
         run(test)
 
-    def test_what_it_said_last_comes_before_the_news_of_its_end(self) -> None:
+    def test_job_result_is_delivered_before_the_news_of_its_end(self) -> None:
         """Whichever channel is looked at first: it did succeed, and nobody hears otherwise."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
@@ -299,7 +299,7 @@ class TestJobs:
 
         run(test)
 
-    def test_its_silent_end_is_the_brokers_to_tell(self) -> None:
+    def test_job_end_without_a_result_is_reported_by_the_broker(self) -> None:
         """A channel that closes says nothing of why."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
@@ -311,7 +311,7 @@ class TestJobs:
 
         run(test)
 
-    def test_nonsense_from_it_ends_it(self) -> None:
+    def test_invalid_message_from_a_job_ends_the_job(self) -> None:
         """It was ours once."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
@@ -321,7 +321,7 @@ class TestJobs:
 
         run(test)
 
-    def test_it_is_sent_its_passphrases_when_it_starts(self) -> None:
+    def test_job_is_sent_its_passphrases_when_it_starts(self) -> None:
         """In their order, and nothing else is, nor to the broker."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
@@ -341,7 +341,7 @@ class TestJobs:
 
         run(test)
 
-    def test_one_that_is_gone_already_gets_no_passphrase(self) -> None:
+    def test_ended_job_is_sent_no_passphrase(self) -> None:
         """How it ended is for the broker to tell."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
@@ -353,7 +353,7 @@ class TestJobs:
 
         run(test)
 
-    def test_leaving_its_call_ends_it(self) -> None:
+    def test_ended_call_ends_its_job(self) -> None:
         """Its channel is its life."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
@@ -366,7 +366,7 @@ class TestJobs:
 
         run(test)
 
-    def test_that_it_said_how_it_ended_is_passed_on(self) -> None:
+    def test_job_outcome_is_forwarded_to_the_broker(self) -> None:
         """So that its destination is free before its process is gone."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
@@ -389,7 +389,7 @@ def lowest_free() -> int:
 class TestBroker:
     """It is alone, it may be busy, and it may end."""
 
-    def test_its_end_is_told_to_all_calls(self) -> None:
+    def test_broker_end_fails_all_calls_after_its_last_message(self) -> None:
         """What it had said before is heard first."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
@@ -407,7 +407,7 @@ class TestBroker:
 
         run(test)
 
-    def test_its_end_is_noticed_by_who_asks(self) -> None:
+    def test_broker_end_is_detected_by_the_next_request(self) -> None:
         """Before anybody looked whether there is something to read."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
@@ -417,7 +417,7 @@ class TestBroker:
 
         run(test)
 
-    def test_what_it_has_no_time_for_waits_and_arrives_in_order(self) -> None:
+    def test_requests_to_a_busy_broker_are_queued_in_order(self) -> None:
         """Thousands of questions, more than the channel holds."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
@@ -434,7 +434,7 @@ class TestBroker:
 
         run(test)
 
-    def test_what_it_says_that_is_nothing_we_know_is_lost_alone(
+    def test_unknown_broker_message_is_dropped_and_the_next_is_read(
         self, caplog: pytest.LogCaptureFixture
     ) -> None:
         """The next message is heard."""
@@ -448,7 +448,7 @@ class TestBroker:
         run(test)
         assert "a message from the broker was lost" in caplog.text
 
-    def test_a_connection_to_probe_is_handed_to_the_prober(self) -> None:
+    def test_watchdog_probe_connection_is_passed_to_the_prober(self) -> None:
         """And what it finds is told, under the broker's number."""
 
         async def test(_: broker_link.BrokerLink, broker: Broker) -> None:
@@ -461,7 +461,7 @@ class TestBroker:
 
         run(test)
 
-    def test_who_connected_is_handed_to_the_relay(self) -> None:
+    def test_accepted_connection_is_passed_to_the_relay_with_its_number(self) -> None:
         """With the broker's number."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
@@ -487,7 +487,7 @@ class TestBroker:
     ],
     ids=["refused", "failed", "ended", "done", "progress"],
 )
-def test_a_call_ends_with_a_failure_of(
+def test_call_ends_with_the_failure_of(
     message: object, expected: conditions.Failure | None
 ) -> None:
     """Broker or job; nothing else is one."""
@@ -505,7 +505,7 @@ def descriptors() -> Iterator[Callable[[], int]]:
 class TestPassphrases:
     """On pipes, until there is a job."""
 
-    def test_each_is_on_a_pipe_of_its_own_that_ends_after_it(
+    def test_each_passphrase_of_a_call_is_on_its_own_pipe(
         self, descriptors: Callable[[], int]
     ) -> None:
         """And nowhere else: the list is empty at once."""
@@ -520,7 +520,7 @@ class TestPassphrases:
     @pytest.mark.parametrize(
         "wrong", [b"", b"x" * (secret_pipes.MAX_BYTES + 1)], ids=["empty", "long"]
     )
-    def test_one_that_is_none_is_refused_and_leaves_nothing(
+    def test_invalid_passphrase_of_a_call_is_refused_and_leaves_no_pipe(
         self, descriptors: Callable[[], int], wrong: bytes
     ) -> None:
         """Not even the pipe of the one before it; and it is not repeated in the refusal."""
@@ -529,13 +529,13 @@ class TestPassphrases:
         assert refused.message == "encryption.passphrase: must have 1 to 4096 bytes"
         assert descriptors() == 0
 
-    def test_none_takes_none(self, descriptors: Callable[[], int]) -> None:
+    def test_call_without_passphrases_has_no_pipe(self, descriptors: Callable[[], int]) -> None:
         """Most requests."""
         with secret_pipes.holding([]) as held:
             assert (held, descriptors()) == ((), 0)
 
 
-def test_a_relay_that_carries_for_a_link_finds_its_server() -> None:
+def test_relay_with_a_link_connects_peers_to_the_server() -> None:
     """Both together: who connected talks to who listens."""
     with tempfile.TemporaryDirectory(dir="/run") as directory:
         path = str(Path(directory) / "grpc.sock")

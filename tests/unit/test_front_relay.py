@@ -117,7 +117,7 @@ async def receive_all(sock: socket.socket, count: int) -> bytes:
     return bytes(data)
 
 
-def test_bytes_are_carried_both_ways_as_they_are(path: Path) -> None:
+def test_relay_copies_bytes_both_ways_unchanged(path: Path) -> None:
     """However many, and at once."""
     data = os.urandom(3 * MIB)
 
@@ -136,7 +136,7 @@ def test_bytes_are_carried_both_ways_as_they_are(path: Path) -> None:
     run(test)
 
 
-def test_what_the_server_says_first_arrives(path: Path) -> None:
+def test_relay_delivers_what_the_server_sends_first(path: Path) -> None:
     """An HTTP/2 server does not wait to be asked."""
 
     async def test() -> None:
@@ -147,7 +147,7 @@ def test_what_the_server_says_first_arrives(path: Path) -> None:
     run(test)
 
 
-def test_the_name_that_grpc_sees_leads_to_the_brokers_number(path: Path) -> None:
+def test_relay_socket_name_maps_to_the_connection_number_of_the_broker(path: Path) -> None:
     """For as long as the connection is there, and no longer; another name leads to nobody."""
 
     async def test() -> None:
@@ -162,7 +162,7 @@ def test_the_name_that_grpc_sees_leads_to_the_brokers_number(path: Path) -> None
     run(test)
 
 
-def test_two_connections_never_have_one_name(path: Path) -> None:
+def test_relay_socket_names_are_never_reused(path: Path) -> None:
     """Even of one peer, one after the other."""
 
     async def test() -> None:
@@ -183,7 +183,7 @@ def test_two_connections_never_have_one_name(path: Path) -> None:
     run(test)
 
 
-def test_a_peer_that_goes_ends_the_connection(path: Path) -> None:
+def test_closing_peer_ends_its_connection_after_its_last_bytes(path: Path) -> None:
     """What it had said still arrives."""
 
     async def test() -> None:
@@ -195,7 +195,7 @@ def test_a_peer_that_goes_ends_the_connection(path: Path) -> None:
     run(test)
 
 
-def test_a_server_that_ends_a_connection_ends_it_for_the_peer(path: Path) -> None:
+def test_connection_closed_by_the_server_is_closed_for_the_peer(path: Path) -> None:
     """Though the broker still holds a descriptor of it: close() alone would leave it open."""
 
     async def test() -> None:
@@ -208,7 +208,7 @@ def test_a_server_that_ends_a_connection_ends_it_for_the_peer(path: Path) -> Non
     run(test)
 
 
-def test_a_peer_that_says_it_is_done_has_its_connection_ended(path: Path) -> None:
+def test_half_closed_connection_is_closed(path: Path) -> None:
     """There is no half-open connection in gRPC, and one would be a descriptor for nothing."""
 
     async def test() -> None:
@@ -221,7 +221,7 @@ def test_a_peer_that_says_it_is_done_has_its_connection_ended(path: Path) -> Non
     run(test)
 
 
-def test_a_piece_with_a_descriptor_ends_its_connection_and_no_other(path: Path) -> None:
+def test_data_with_a_descriptor_ends_its_own_connection_only(path: Path) -> None:
     """It is never read, so that nobody waits for its close; then the broker hears of the end."""
 
     async def test() -> None:
@@ -241,7 +241,7 @@ def test_a_piece_with_a_descriptor_ends_its_connection_and_no_other(path: Path) 
     run(test)
 
 
-def test_a_full_backlog_is_waited_for(path: Path) -> None:
+def test_relay_waits_for_a_full_server_backlog_without_blocking_others(path: Path) -> None:
     """AF_UNIX answers EAGAIN; the peer's bytes wait meanwhile, and nobody else does."""
 
     async def test() -> None:
@@ -268,7 +268,7 @@ def test_a_full_backlog_is_waited_for(path: Path) -> None:
     run(test)
 
 
-def test_a_peer_that_is_gone_before_it_is_carried_reaches_no_server(path: Path) -> None:
+def test_connection_of_a_departed_peer_does_not_reach_the_server(path: Path) -> None:
     """Nor one that leaves while it waits for room: neither costs more than a look."""
 
     async def test() -> None:
@@ -295,7 +295,7 @@ def test_a_peer_that_is_gone_before_it_is_carried_reaches_no_server(path: Path) 
 
 
 @pytest.mark.parametrize("writer", ["server", "peer"])
-def test_who_does_not_read_holds_up_nobody_but_who_writes_to_it(path: Path, writer: str) -> None:
+def test_peer_that_does_not_read_blocks_only_its_own_connection(path: Path, writer: str) -> None:
     """What waits is bounded: memory can't be filled by asking much and reading nothing."""
 
     async def test() -> None:
@@ -322,7 +322,7 @@ def test_who_does_not_read_holds_up_nobody_but_who_writes_to_it(path: Path, writ
     run(test)
 
 
-def test_who_does_not_read_its_answers_is_not_heard(path: Path) -> None:
+def test_peer_that_does_not_read_its_replies_is_not_read(path: Path) -> None:
     """Until it reads: else what gRPC has to tell it would pile up there."""
 
     async def test() -> None:
@@ -343,7 +343,7 @@ def letter_by_letter(data: bytes) -> Iterable[header_filter.Piece]:
     return (header_filter.Piece(bytes([byte]), begins_call=False) for byte in data)
 
 
-def test_each_piece_waits_for_a_turn(path: Path) -> None:
+def test_relay_reads_peers_by_fair_turns(path: Path) -> None:
     """Of its user: who says little is not behind all that another says."""
 
     async def test() -> None:
@@ -372,7 +372,7 @@ def test_each_piece_waits_for_a_turn(path: Path) -> None:
     run(test)
 
 
-def test_what_comes_is_looked_through_in_a_turn_of_its_user(path: Path) -> None:
+def test_relay_inspects_received_data_by_fair_turns(path: Path) -> None:
     """Many connections of one user's that all have much to look through are not all in a row."""
     looked: list[int] = []
 
@@ -422,7 +422,7 @@ async def fill(sink: socket.socket) -> int:
     return sent
 
 
-def test_without_a_server_the_connection_ends(path: Path) -> None:
+def test_connection_without_a_server_is_closed(path: Path) -> None:
     """It is not kept for one that may come."""
 
     async def test() -> None:
@@ -436,7 +436,7 @@ def test_without_a_server_the_connection_ends(path: Path) -> None:
     run(test)
 
 
-def test_out_of_descriptors_a_connection_ends_and_leaves_no_name(path: Path) -> None:
+def test_connection_is_closed_when_no_descriptor_is_free(path: Path) -> None:
     """And the next one, when there are some again, is carried."""
 
     async def scene() -> None:
@@ -467,7 +467,7 @@ def test_out_of_descriptors_a_connection_ends_and_leaves_no_name(path: Path) -> 
     assert in_child(act) == "[]"
 
 
-def test_draining_ends_by_itself(path: Path) -> None:
+def test_relay_shutdown_ends_within_its_time_limit(path: Path) -> None:
     """What does not end in its time is left."""
 
     async def test() -> None:

@@ -41,14 +41,14 @@ def coded(text: bytes) -> bytes:
 
 
 @given(some.lists(some.integers(0, 10_000)))
-def test_calls_pass_as_they_are_however_they_are_cut(cuts: list[int]) -> None:
+def test_grpc_calls_pass_the_header_filter_however_they_are_split(cuts: list[int]) -> None:
     """Byte by byte, too."""
     data = http2.opening(http2.call(1, b"a" * 300), http2.frame(Kind.PING, bytes(8)), http2.call(3))
     assert passed(data, *cuts) == data
 
 
 @given(some.binary(max_size=400), some.lists(some.integers(0, 500)))
-def test_nothing_is_made_up(noise: bytes, cuts: list[int]) -> None:
+def test_header_filter_output_is_a_prefix_of_its_input(noise: bytes, cuts: list[int]) -> None:
     """Whatever comes, what passes is a beginning of it, or the connection ends."""
     data = http2.opening(noise)
     with contextlib.suppress(header_filter.Refused):
@@ -56,13 +56,13 @@ def test_nothing_is_made_up(noise: bytes, cuts: list[int]) -> None:
 
 
 @given(some.binary(max_size=60))
-def test_a_block_is_refused_or_plain_and_nothing_else(block: bytes) -> None:
+def test_random_header_block_is_plain_text_or_refused(block: bytes) -> None:
     """Noise raises nothing that the relay does not expect."""
     with contextlib.suppress(header_filter.Refused):
         header_filter.check(block)
 
 
-def test_a_block_in_several_frames_passes_when_it_is_whole() -> None:
+def test_header_block_in_several_frames_passes_when_it_is_complete() -> None:
     """Nothing of it before: its last letter might be the one that is not plain."""
     block = http2.block()
     first = http2.opening(http2.frame(Kind.HEADERS, block[:9], stream=1))
@@ -74,7 +74,7 @@ def test_a_block_in_several_frames_passes_when_it_is_whole() -> None:
     assert list(one.pieces(last)) == [(first[len(http2.opening()) :] + more + last, True)]
 
 
-def test_each_piece_has_one_header_block_at_most() -> None:
+def test_header_filter_passes_one_header_block_at_a_time() -> None:
     """And what belongs to its call: the next is not even looked through before it was taken."""
     calls = [http2.call(1), http2.call(3, b"a" * 300), http2.frame(Kind.PING, bytes(8))]
     bad = http2.frame(Kind.HEADERS, b"\xff", flags=http2.END_HEADERS, stream=5)
@@ -86,7 +86,7 @@ def test_each_piece_has_one_header_block_at_most() -> None:
         next(pieces)
 
 
-def test_a_priority_is_no_part_of_the_block() -> None:
+def test_priority_fields_are_not_part_of_the_header_block() -> None:
     """Some clients still send one."""
     data = headers(b"\xff\xff\xff\xff\xff" + http2.block(), flags=http2.END_HEADERS | 0x20)
     assert passed(data) == data
@@ -107,7 +107,7 @@ def test_a_priority_is_no_part_of_the_block() -> None:
         pytest.param(coded(bytes.fromhex("fffe1f")), id="a-coded-backslash"),
     ],
 )
-def test_plain_text_passes(block: bytes) -> None:
+def test_plain_text_header_passes(block: bytes) -> None:
     """In each of the ways in which it can be said."""
     assert passed(headers(block)) == headers(block)
 
@@ -131,7 +131,7 @@ def test_plain_text_passes(block: bytes) -> None:
         pytest.param(b"\xff", id="an-index-without-end"),
     ],
 )
-def test_what_is_not_plain_is_refused(block: bytes) -> None:
+def test_header_that_is_not_plain_text_is_refused(block: bytes) -> None:
     """The connection is over before gRPC sees it."""
     with pytest.raises(header_filter.Refused):
         passed(headers(block))
@@ -159,7 +159,7 @@ def test_what_is_not_plain_is_refused(block: bytes) -> None:
         ),
     ],
 )
-def test_frames_that_no_client_sends_are_refused(frames: bytes) -> None:
+def test_http2_frames_that_clients_do_not_send_are_refused(frames: bytes) -> None:
     """Those about which gRPC might think differently than we do."""
     with pytest.raises(header_filter.Refused):
         passed(http2.opening(frames))

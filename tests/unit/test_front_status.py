@@ -48,7 +48,7 @@ def wire_bytes(failure: conditions.Failure) -> int:
 class TestEachCondition:
     """What holds for every one of them."""
 
-    def test_has_exactly_one_error_info_with_every_value(
+    def test_condition_has_one_error_info_with_all_values(
         self, kind: type[conditions.ConvertError]
     ) -> None:
         """Domain, reason, and what the sentence names."""
@@ -59,13 +59,15 @@ class TestEachCondition:
         assert (info.domain, info.reason) == ("convertd", kind.reason)
         assert dict(info.metadata) == dict(failure.values)
 
-    def test_has_its_status_and_its_sentence(self, kind: type[conditions.ConvertError]) -> None:
+    def test_condition_has_its_status_and_message(
+        self, kind: type[conditions.ConvertError]
+    ) -> None:
         """The same in the details as outside of them."""
         found = error_status.details_of(failure_of(kind))
         assert found.code == grpc.StatusCode[kind.status.value].value[0]
         assert found.message == failure_of(kind).message
 
-    def test_has_beside_it_what_standard_tools_understand(
+    def test_condition_has_the_standard_error_details(
         self, kind: type[conditions.ConvertError]
     ) -> None:
         """The field that is wrong, or what stands in the way; of others, nothing."""
@@ -75,7 +77,7 @@ class TestEachCondition:
         assert bool(invalid) is (kind.status is conditions.Status.INVALID_ARGUMENT)
         assert bool(blocked) is (kind.status is conditions.Status.FAILED_PRECONDITION)
 
-    def test_ends_the_call(self, kind: type[conditions.ConvertError]) -> None:
+    def test_condition_ends_the_call(self, kind: type[conditions.ConvertError]) -> None:
         """With status, sentence and details."""
 
         class Context:
@@ -100,14 +102,14 @@ class TestEachCondition:
         [LONGEST_PATH, "/" + "ü" * 2047, "/" + "\N{SNOWMAN}" * 1364, "/" + "\U0001f4be" * 1023],
         ids=["of-one-byte-characters", "of-two", "of-three", "of-four"],
     )
-    def test_fits_into_what_clients_take_with_the_longest_path(
+    def test_condition_with_the_longest_path_fits_into_the_metadata(
         self, kind: type[conditions.ConvertError], text: str
     ) -> None:
         """In whatever script: else the client would see no reason at all."""
         assert wire_bytes(failure_of(kind, text)) < METADATA_BYTES
 
 
-def test_a_field_that_is_wrong_is_named() -> None:
+def test_wrong_field_is_named_in_a_bad_request_detail() -> None:
     """In a BadRequest, with the whole sentence."""
     refused = conditions.BadOption(field="dest.mode", problem="has bits outside of 0666")
     (detail,) = details_in(refused.failure(), error_details_pb2.BadRequest)
@@ -118,7 +120,7 @@ def test_a_field_that_is_wrong_is_named() -> None:
     assert violation.description == "dest.mode: has bits outside of 0666"
 
 
-def test_what_stands_in_the_way_is_named() -> None:
+def test_failed_precondition_is_named_in_a_precondition_failure_detail() -> None:
     """In a PreconditionFailure: what kind of thing, and which."""
     refused = conditions.ImageInUse(path="/images/a").failure()
     (detail,) = details_in(refused, error_details_pb2.PreconditionFailure)
@@ -128,7 +130,7 @@ def test_what_stands_in_the_way_is_named() -> None:
     assert (violation.type, violation.subject) == ("IMAGE_IN_USE", "/images/a")
 
 
-def test_a_reason_that_is_not_known_here_is_internal() -> None:
+def test_reason_unknown_to_the_front_is_internal() -> None:
     """And keeps its reason and its values."""
     failure = conditions.Failure(reason="NEW", message="new", values=(("a", "b"),))
     assert error_status.details_of(failure).code == grpc.StatusCode.INTERNAL.value[0]
@@ -137,7 +139,7 @@ def test_a_reason_that_is_not_known_here_is_internal() -> None:
 
 @settings(max_examples=200)
 @given(st.text(max_size=600), st.integers(1, 4))
-def test_a_text_is_cut_in_its_middle_or_left_alone(text: str, times: int) -> None:
+def test_long_text_is_shortened_in_its_middle(text: str, times: int) -> None:
     """Its beginning and its end are what tells it from others."""
     cut = error_status.cut(text, times)
     if cut != text:

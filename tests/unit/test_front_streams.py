@@ -36,7 +36,7 @@ def begun(*numbers: int) -> streams.Streams:
 
 
 @given(st.lists(st.integers(0, len(ANSWER)), max_size=8))
-def test_an_answer_ends_its_call_wherever_it_is_cut(cuts: list[int]) -> None:
+def test_call_ends_with_the_last_frame_of_its_reply_however_it_is_split(cuts: list[int]) -> None:
     """By its last frame, whichever that is, and not before."""
     calls = begun(1, 3, 5, 7)
     for a, b in itertools.pairwise(sorted({0, *cuts, len(ANSWER)})):
@@ -44,7 +44,7 @@ def test_an_answer_ends_its_call_wherever_it_is_cut(cuts: list[int]) -> None:
     assert (len(calls), calls.ended) == (1, 3)
 
 
-def test_a_call_goes_on_while_its_answer_does() -> None:
+def test_call_continues_while_its_reply_does() -> None:
     """Headers and data are not its end."""
     calls = begun(1)
     calls.answered(http2.frame(Kind.HEADERS, b"begun", flags=4, stream=1))
@@ -54,7 +54,7 @@ def test_a_call_goes_on_while_its_answer_does() -> None:
     assert (len(calls), calls.ended) == (1, 0)
 
 
-def test_what_a_peer_begins_and_takes_back_is_seen() -> None:
+def test_calls_begun_and_reset_by_a_peer_are_counted() -> None:
     """By the screen that its bytes pass."""
     calls = streams.Streams()
     asked = http2.opening(http2.call(1), http2.call(3))
@@ -72,7 +72,7 @@ def carried() -> relay.Carried:
     return relay.Carried(number=1, uid=2, downstream=socket.socket(), streams=begun(1, 3))
 
 
-def test_a_connection_is_idle_when_nothing_was_taken_for_long(carried: relay.Carried) -> None:
+def test_connection_is_idle_when_its_peer_took_no_reply_for_long(carried: relay.Carried) -> None:
     """However much is read; one call that ends is enough to go on."""
     with carried.downstream:
         assert not carried.is_idle(0.0, 20.0)
@@ -83,7 +83,7 @@ def test_a_connection_is_idle_when_nothing_was_taken_for_long(carried: relay.Car
         assert carried.is_idle(40.3, 20.0)
 
 
-def test_a_connection_is_not_idle_while_replies_are_made(carried: relay.Carried) -> None:
+def test_connection_is_not_idle_while_replies_are_prepared(carried: relay.Carried) -> None:
     """A conversion lasts as long as it lasts."""
     with carried.downstream:
         carried.streams.running = 2

@@ -39,14 +39,14 @@ def numbers_of(kind: EnumDescriptor) -> list[int]:
 class TestRequests:
     """What is asked."""
 
-    def test_what_is_left_out_has_the_default_that_the_contract_states(self) -> None:
+    def test_missing_request_field_has_the_documented_default(self) -> None:
         """Every field of it."""
         assert translate.convert_request(request()) == values.ConvertRequest(
             source=values.Source(path="/in/a"),
             dest=values.Destination(path="/out/b", format="qcow2"),
         )
 
-    def test_what_is_there_is_taken_over(self) -> None:
+    def test_request_fields_are_all_converted(self) -> None:
         """Every field of it."""
         message = pb.ConvertRequest(
             source=pb.Source(path="/in/a", format="vmdk", encryption=pb.SourceEncryption()),
@@ -103,12 +103,12 @@ class TestRequests:
             label="nightly",
         )
 
-    def test_encryption_without_its_values_is_novas(self) -> None:
+    def test_encryption_without_values_has_the_defaults_of_nova(self) -> None:
         """The model's defaults."""
         message = request(encryption=pb.DestinationEncryption())
         assert translate.convert_request(message).dest.encryption == values.DestinationEncryption()
 
-    def test_a_look_is_at_one_source(self) -> None:
+    def test_inspection_request_has_one_source(self) -> None:
         """With or without a format."""
         message = pb.InspectRequest(source=pb.Source(path="/in/a", format="vdi"))
         assert translate.inspect_request(message) == values.InspectRequest(
@@ -116,7 +116,7 @@ class TestRequests:
         )
 
     @pytest.mark.parametrize("number", numbers_of(ENUMS["CacheMode"]))
-    def test_every_cache_mode_is_known(self, number: int) -> None:
+    def test_each_cache_mode_is_converted(self, number: int) -> None:
         """By its own name; left out, it is for the daemon to choose."""
         message = request()
         message.cache_mode = number  # type: ignore[assignment]
@@ -124,13 +124,13 @@ class TestRequests:
         assert named(ENUMS["CacheMode"], number, unspecified="auto") == known.value
 
     @pytest.mark.parametrize("number", numbers_of(ENUMS["Compression"]))
-    def test_every_compression_is_known(self, number: int) -> None:
+    def test_each_compression_is_converted(self, number: int) -> None:
         """By its own name; left out, there is none."""
         known = translate.convert_request(request(compression=number)).dest.compression
         assert named(ENUMS["Compression"], number, unspecified="none") == known.value
 
     @pytest.mark.parametrize("number", numbers_of(ENUMS["Preallocation"]))
-    def test_every_preallocation_is_known(self, number: int) -> None:
+    def test_each_preallocation_is_converted(self, number: int) -> None:
         """By its own name; left out, it is off."""
         known = translate.convert_request(request(preallocation=number)).dest.preallocation
         assert named(ENUMS["Preallocation"], number, unspecified="off") == known.value
@@ -158,7 +158,7 @@ class TestRequests:
             ),
         ],
     )
-    def test_a_value_of_a_newer_contract_is_refused(
+    def test_enum_value_of_a_newer_contract_is_refused(
         self, message: pb.ConvertRequest, field: str
     ) -> None:
         """Not taken for the default: it was meant."""
@@ -194,7 +194,7 @@ def fields_of(kind: FieldDescriptor) -> list[FieldDescriptor]:
     return list(kind.message_type.fields)
 
 
-class TestOptions:
+class TestFormatOptions:
     """Those of each format."""
 
     @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ class TestOptions:
             for value in values_of(field)
         ],
     )
-    def test_every_one_is_qemus_by_name_and_value(
+    def test_each_format_option_has_the_name_and_value_of_qemu(
         self, kind: str, field: str, value: object
     ) -> None:
         """Whatever the contract has, the tables of options know."""
@@ -223,14 +223,14 @@ class TestOptions:
             assert option.accepts(text) or text in option.refused
 
     @pytest.mark.parametrize("kind", [field.name for field in OPTIONS])
-    def test_what_is_left_out_is_left_to_qemu(self, kind: str) -> None:
+    def test_missing_format_option_is_left_to_qemu(self, kind: str) -> None:
         """A message of options with nothing in it asks for nothing."""
         dest = pb.Destination(format=kind)
         getattr(dest, kind).SetInParent()
         assert options_of(dest) == {}
 
     @pytest.mark.parametrize("kind", [field.name for field in OPTIONS])
-    def test_of_another_format_they_are_refused(self, kind: str) -> None:
+    def test_options_of_another_format_are_refused(self, kind: str) -> None:
         """Whoever set them meant something else."""
         dest = pb.Destination(format="raw")
         getattr(dest, kind).SetInParent()
@@ -239,7 +239,7 @@ class TestOptions:
         assert failure.message == f"dest.{kind}: are options of another format than 'raw'"
 
 
-class TestSecrets:
+class TestRequestPassphrases:
     """Passphrases, which no other value ever holds."""
 
     @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ class TestSecrets:
             (b"", b"d", [b"", b"d"]),
         ],
     )
-    def test_are_taken_out_of_the_message(
+    def test_passphrases_are_removed_from_the_message(
         self, source: bytes | None, dest: bytes | None, expected: list[bytes]
     ) -> None:
         """The source's first; afterwards the message has none, though it says that there are."""
@@ -268,7 +268,7 @@ class TestSecrets:
         assert (asked.dest.encryption is not None) is (dest is not None)
 
     @given(st.binary(min_size=8, max_size=64))
-    def test_are_in_no_value_that_is_passed_on(self, passphrase: bytes) -> None:
+    def test_passphrases_are_in_no_converted_value(self, passphrase: bytes) -> None:
         """Also if they are not taken out."""
         message = request(encryption=pb.DestinationEncryption(passphrase=passphrase))
         message.source.encryption.passphrase = passphrase
@@ -322,7 +322,7 @@ def test_a_reply_that_becomes_a_message_is_read_as_the_same(
 class TestReplies:
     """What is answered."""
 
-    def test_a_result_says_what_was_done(self) -> None:
+    def test_result_reply_has_durations_and_rate(self) -> None:
         """How long in all, how long in the queue, and how fast without the queue."""
         event = translate.result("job-1", RESULT, queued_s=3.0).result
         assert (event.job_id, event.published, event.verified) == ("job-1", True, True)
@@ -334,7 +334,7 @@ class TestReplies:
         assert event.bytes_per_second == 500.0
 
     @pytest.mark.parametrize("state", list(results.JobState)[1:])
-    def test_a_job_is_listed_in_whatever_state(self, state: results.JobState) -> None:
+    def test_job_reply_has_its_state_and_times(self, state: results.JobState) -> None:
         """With its times, the start only if it has started."""
         entry = messages.JobEntry(
             job_id="job-1",
@@ -366,7 +366,7 @@ class TestReplies:
         moved_up = translate.job(dataclasses.replace(entry, position=3), queued)
         assert moved_up.progress.queue_position == 2
 
-    def test_access_tells_who_one_is_and_what_one_may_do(self) -> None:
+    def test_access_reply_has_the_caller_its_grants_and_the_limits(self) -> None:
         """By rule; and what this daemon could do, whatever the policy."""
         devices = values.Root(
             name="volumes",
@@ -420,7 +420,7 @@ class TestReplies:
         assert list(response.compressions) == [pb.COMPRESSION_ZLIB]
 
 
-def test_every_field_of_a_request_is_read() -> None:
+def test_each_request_field_is_read() -> None:
     """A field that nobody reads is a promise that nobody keeps: each changes what is asked."""
     changed: dict[str, dict[str, object]] = {
         "path": {"path": "/c"},

@@ -21,7 +21,7 @@ def run(test: Callable[[fair_queue.FairQueue], Awaitable[None]]) -> None:
     asyncio.run(bounded())
 
 
-def test_users_take_turns_however_many_of_one_wait() -> None:
+def test_fair_queue_alternates_between_users() -> None:
     """Within a user's, first come, first served."""
     took: list[tuple[int, int]] = []
 
@@ -39,7 +39,7 @@ def test_users_take_turns_however_many_of_one_wait() -> None:
     assert took == [(1, 0), (1, 1), (2, 0), (3, 0), (1, 2), (3, 1), (1, 3), (1, 4)]
 
 
-def test_a_round_has_one_turn() -> None:
+def test_fair_queue_gives_one_turn_per_loop_round() -> None:
     """So that whatever follows from it is done before the next."""
     rounds: list[int] = []
     now = 0
@@ -85,7 +85,9 @@ async def rounds(count: int) -> None:
         await asyncio.sleep(0)
 
 
-def test_calls_go_on_no_faster_than_they_are_taken_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_are_passed_to_grpc_only_as_fast_as_they_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Else they would wait in gRPC, where the order is that of their coming alone."""
     monkeypatch.setattr(fair_queue, "LOST_S", 3600.0)
 
@@ -104,7 +106,7 @@ def test_calls_go_on_no_faster_than_they_are_taken_up(monkeypatch: pytest.Monkey
     run(test)
 
 
-def test_calls_that_are_never_taken_up_hold_up_nobody_for_long() -> None:
+def test_calls_that_never_start_block_the_fair_queue_only_briefly() -> None:
     """They may have been refused, or taken back."""
 
     async def test(one: fair_queue.FairQueue) -> None:
@@ -118,7 +120,7 @@ def test_calls_that_are_never_taken_up_hold_up_nobody_for_long() -> None:
     run(test)
 
 
-def test_who_is_gone_has_no_turn() -> None:
+def test_disconnected_user_is_removed_from_the_fair_queue() -> None:
     """Nor does anybody wait for it."""
     took: list[int] = []
 
@@ -138,7 +140,7 @@ def test_who_is_gone_has_no_turn() -> None:
     assert took == [1, 2, 4]
 
 
-def test_nobody_waits_for_a_turn_that_nobody_has() -> None:
+def test_single_user_does_not_wait_in_the_fair_queue() -> None:
     """The usual case: one caller."""
 
     async def test(one: fair_queue.FairQueue) -> None:

@@ -9,7 +9,7 @@ from convertd_daemon import channel
 from convertd_daemon.job import outcome
 
 
-def test_a_job_whose_broker_is_gone_still_tells_its_caller() -> None:
+def test_job_reports_to_its_caller_after_the_broker_died() -> None:
     """There is nobody to keep a record, which is not the caller's affair."""
     ours, theirs = channel.Channel.pair()
     read_end, write_end = os.pipe()

@@ -99,7 +99,7 @@ FILE_7 = '"driver":"file","filename":"/proc/self/fd/7"'
 class TestCommand:
     """The arguments of qemu-img convert."""
 
-    def test_a_plain_conversion(self) -> None:
+    def test_command_of_a_plain_conversion_is_complete(self) -> None:
         """All of it: descriptors only, one complete graph, every cache mode stated."""
         assert made().argv == (
             *("qemu-img", "convert", "-p", "-t", "none", "-T", "none", "-W"),
@@ -108,7 +108,7 @@ class TestCommand:
             "/proc/self/fd/8",
         )
 
-    def test_for_people_it_has_the_paths_of_the_caller(self) -> None:
+    def test_displayed_command_has_the_paths_of_the_caller_and_no_secrets(self) -> None:
         """And neither descriptors nor secrets."""
         encrypted = to("qcow2", encryption=values.DestinationEncryption())
         command = made(encrypted).command
@@ -125,7 +125,7 @@ class TestCommand:
         options = "driver=vpc,force_size_calc=current_size,file.filename=/images/a,,b"
         assert command[-3:] == ("--image-opts", options, "/images/out")
 
-    def test_for_people_it_has_every_option_with_which_the_result_is_made(self) -> None:
+    def test_displayed_command_has_every_option_of_the_result(self) -> None:
         """As it is run."""
         option = values.CreationOption(name="cluster_size", value="4096")
         asked = to("qcow2", options=(option,), preallocation=values.Preallocation.METADATA)
@@ -134,19 +134,19 @@ class TestCommand:
         assert set(plan.argv[:-2]) <= set(plan.command)
 
     @pytest.mark.parametrize("kind", sorted(values.WRITABLE_FORMATS))
-    def test_out_of_order_is_for_raw_alone_among_what_is_not_compressed(self, kind: str) -> None:
+    def test_out_of_order_writes_are_used_for_uncompressed_raw_only(self, kind: str) -> None:
         """It fragments other formats' files."""
         encryption = values.DestinationEncryption() if kind == "luks" else None
         argv = made(to(kind, encryption=encryption)).argv
         assert ("-W" in argv) is (kind == "raw")
 
-    def test_what_is_compressed_is_compressed_out_of_order(self) -> None:
+    def test_compressed_results_are_written_out_of_order(self) -> None:
         """Half the time for the same file."""
         for compression in (values.Compression.ZLIB, values.Compression.ZSTD):
             argv = made(to("qcow2", compression=compression)).argv
             assert {"-c", "-W", "-m"} < set(argv)
 
-    def test_zstd_is_an_option_of_the_image(self) -> None:
+    def test_zstd_compression_is_an_image_option(self) -> None:
         """The other is qemu's own default, which old readers know too."""
         zstd = made(to("qcow2", compression=values.Compression.ZSTD))
         zlib = made(to("qcow2", compression=values.Compression.ZLIB))
@@ -154,12 +154,12 @@ class TestCommand:
         assert "-o" not in zlib.argv
         assert zstd.compression is values.Compression.ZSTD
 
-    def test_a_rate_limit_is_passed_on(self) -> None:
+    def test_rate_limit_is_passed_to_qemu_img(self) -> None:
         """In bytes per second."""
         assert after(made(asked(rate_limit_bytes_per_second=MIB)).argv, "-r") == str(MIB)
         assert "-r" not in made().argv
 
-    def test_options_of_the_image_are_passed_on_in_one_list(self) -> None:
+    def test_image_options_are_passed_in_one_list(self) -> None:
         """As they were checked, and preallocation with them."""
         options = (
             values.CreationOption(name="cluster_size", value="65536"),
@@ -170,21 +170,21 @@ class TestCommand:
         expected = "cluster_size=65536,compat=1.1,preallocation=metadata"
         assert after(made(a_grant).argv, "-o") == expected
 
-    def test_the_size_of_a_vhd_is_exact(self) -> None:
+    def test_vhd_size_is_forced_to_be_exact(self) -> None:
         """By itself qemu rounds it to what a disk of 1990 could have had."""
         assert after(made(to("vpc")).argv, "-o") == "force_size=on"
 
-    def test_a_destination_with_an_alias_goes_by_it(self) -> None:
+    def test_vmdk_destination_is_passed_by_its_alias(self) -> None:
         """For a VMDK, which writes its own name down."""
         node = plan.Node(format="vmdk", fd=8, alias="/run/x/out.vmdk")
         facts = dataclasses.replace(FACTS, dest=node)
         assert made(to("vmdk"), facts).argv[-1] == "/run/x/out.vmdk"
 
 
-class TestDevice:
+class TestDeviceDestination:
     """A destination that is there already."""
 
-    def test_is_opened_and_not_made(self) -> None:
+    def test_destination_device_is_opened_with_explicit_options(self) -> None:
         """By one complete set of options: a name would be probed."""
         argv = made(RULES.convert(ONTO_DEVICE), ON_DEVICE).argv
         assert argv[-4:-2] == ("-n", "--target-image-opts")
@@ -192,12 +192,12 @@ class TestDevice:
         assert "-O" not in argv
         assert "--target-is-zero" not in argv
 
-    def test_that_is_zero_is_not_zeroed_again(self) -> None:
+    def test_claimed_zero_device_is_not_zeroed(self) -> None:
         """If that was claimed, and allowed."""
         blank = RULES.convert(grants.to(ONTO_DEVICE, is_zero=True))
         assert "--target-is-zero" in made(blank, ON_DEVICE).argv
 
-    def test_needs_no_room(self) -> None:
+    def test_destination_device_needs_no_free_space(self) -> None:
         """It has the size that it has."""
         planned = made(RULES.convert(ONTO_DEVICE), ON_DEVICE)
         assert (planned.needed_bytes, planned.available_bytes) == (0, 5 * GIB)
@@ -209,7 +209,7 @@ STAND_ALONE = {"raw", "luks"}
 class TestGraph:
     """What qemu may open, all of it, down to an explicit null."""
 
-    def test_a_chain_ends_where_it_was_seen_to_end(self) -> None:
+    def test_chain_in_the_graph_ends_explicitly(self) -> None:
         """A header that is rewritten after the probe can't add a parent."""
         chain = (
             plan.Node(format="qcow2", fd=3),
@@ -240,7 +240,7 @@ class TestGraph:
             min_size=1,
         )
     )
-    def test_it_names_descriptors_and_nothing_else(self, nodes: list[plan.Node]) -> None:
+    def test_graph_names_only_descriptors(self, nodes: list[plan.Node]) -> None:
         """Every driver that could have a parent is told its parent, or that it has none."""
         graph: dict[str, Any] | None = graph_of(*nodes)
         for node in nodes:
@@ -255,14 +255,14 @@ class TestGraph:
             graph = graph["backing"]
         assert graph is None
 
-    def test_luks_has_its_key_by_name(self) -> None:
+    def test_luks_node_has_its_key_by_secret_id(self) -> None:
         """Itself, or inside a qcow2; the passphrase is never here."""
         luks = graph_of(plan.Node(format="luks", fd=3), encrypted=True)
         assert luks["key-secret"] == "source"
         qcow2 = graph_of(plan.Node(format="qcow2", fd=3), encrypted=True)
         assert qcow2["encrypt"] == {"format": "luks", "key-secret": "source"}
 
-    def test_secrets_are_objects_that_come_before_what_uses_them(self) -> None:
+    def test_secret_objects_precede_their_use(self) -> None:
         """Each by a pipe."""
         argv = plan.with_secrets(("qemu-img", "convert", "-p", "x"), {"source": 5, "dest": 6})
         assert argv == (
@@ -281,18 +281,18 @@ class TestEncryption:
         "ivgen-alg=plain64,ivgen-hash-alg=sha256,iter-time=2000"
     )
 
-    def test_of_luks_is_the_image(self) -> None:
+    def test_luks_destination_has_all_encryption_options(self) -> None:
         """Every value is stated, so that no other version of qemu chooses another."""
         argv = made(to("luks", encryption=values.DestinationEncryption())).argv
         assert after(argv, "-o") == self.NAMED
 
-    def test_of_qcow2_is_inside_of_it(self) -> None:
+    def test_qcow2_destination_has_all_encryption_options(self) -> None:
         """The same values, by longer names."""
         argv = made(to("qcow2", encryption=values.DestinationEncryption())).argv
         inside = ",".join(f"encrypt.{item}" for item in self.NAMED.split(","))
         assert after(argv, "-o") == f"encrypt.format=luks,{inside}"
 
-    def test_of_the_source_is_in_its_graph(self) -> None:
+    def test_source_encryption_is_in_the_graph(self) -> None:
         """Whether or not the destination has any."""
         facts = dataclasses.replace(FACTS, chain=(plan.Node(format="luks", fd=7),))
         info = dataclasses.replace(INFO, format="luks", encrypted=True)
@@ -300,10 +300,10 @@ class TestEncryption:
         assert parsed(argv[-2])["key-secret"] == "source"
 
 
-class TestCache:
+class TestCacheMode:
     """Which modes, and why."""
 
-    def test_what_takes_direct_transfers_gets_them(self) -> None:
+    def test_direct_io_is_used_where_both_ends_support_it(self) -> None:
         """Both ends past the page cache."""
         planned = made()
         assert planned.dest_cache == results.CacheChoice(
@@ -313,7 +313,7 @@ class TestCache:
             mode=values.CacheMode.NONE, reason="the source can be read past the page cache"
         )
 
-    def test_what_takes_none_goes_through_the_page_cache_and_says_why(self) -> None:
+    def test_writeback_is_used_without_direct_io_and_the_reason_reported(self) -> None:
         """In the kernel's words."""
         facts = dataclasses.replace(FACTS, source_direct="Not here", dest_direct="Nor here")
         planned = made(facts=facts)
@@ -328,7 +328,7 @@ class TestCache:
 
     @pytest.mark.parametrize("mode", MODES[1:])
     @pytest.mark.parametrize("refusal", [None, "Invalid argument"])
-    def test_a_mode_that_is_asked_for_is_had_or_refused(
+    def test_requested_cache_mode_is_used_or_refused(
         self, mode: values.CacheMode, refusal: str | None
     ) -> None:
         """Never another one in its place."""
@@ -353,7 +353,7 @@ class TestCache:
             ("No", False, "writeback", "the source can't be read past the page cache: No"),
         ],
     )
-    def test_a_source_is_read_where_it_is(
+    def test_source_cache_mode_depends_on_its_page_cache_state(
         self, refusal: str | None, *, in_memory: bool, mode: str, reason: str
     ) -> None:
         """From memory, or else from the disk and past the memory, if it can be."""
@@ -367,7 +367,7 @@ class TestCache:
         st.none() | st.just("x"),
         st.none() | st.just("x"),
     )
-    def test_no_plan_leaves_anything_to_qemus_default(
+    def test_plan_never_leaves_the_cache_mode_to_qemu(
         self,
         mode: values.CacheMode,
         source: str | None,
@@ -384,10 +384,10 @@ class TestCache:
         assert after(argv, "-T") in safe
 
 
-class TestSize:
+class TestSizeLimits:
     """What may be, and what it takes."""
 
-    def test_a_virtual_size_over_the_limit_is_refused(self) -> None:
+    def test_virtual_size_over_the_limit_is_refused(self) -> None:
         """With both numbers."""
         large = dataclasses.replace(INFO, virtual_size_bytes=2 * GIB + 1)
         failure = refusals.refusal_of(lambda: made(chain=(member(large),)))
@@ -397,7 +397,7 @@ class TestSize:
         just = dataclasses.replace(INFO, virtual_size_bytes=2 * GIB)
         assert made(chain=(member(just),)).source.virtual_size_bytes == 2 * GIB
 
-    def test_as_much_is_needed_as_the_whole_chain_takes(self) -> None:
+    def test_required_space_is_that_of_the_chain_up_to_the_virtual_size(self) -> None:
         """But never more than the disk has."""
         small = member(dataclasses.replace(INFO, actual_size_bytes=10 * MIB), "/images/base")
         assert made(chain=(member(), small)).needed_bytes == 110 * MIB
@@ -413,18 +413,18 @@ class TestSize:
             (values.Preallocation.FULL, GIB),
         ],
     )
-    def test_what_is_allocated_beforehand_needs_all_of_it(
+    def test_preallocated_result_needs_the_full_virtual_size(
         self, mode: values.Preallocation, expected: int
     ) -> None:
         """Holes and all."""
         assert made(to("qcow2", preallocation=mode)).needed_bytes == expected
 
-    def test_what_compressing_leaves_can_not_be_known(self) -> None:
+    def test_compressed_result_has_no_known_required_space(self) -> None:
         """So nothing is demanded."""
         assert made(to("qcow2", compression=values.Compression.ZLIB)).needed_bytes == 0
 
     @pytest.mark.parametrize(("size", "virtual"), [(0, 0), (1, 512), (512, 512), (1025, 1536)])
-    def test_a_raw_image_has_whole_sectors(self, size: int, virtual: int) -> None:
+    def test_raw_size_is_rounded_up_to_sectors(self, size: int, virtual: int) -> None:
         """As qemu rounds; nothing else is known of it, for it is not looked at."""
         info = plan.raw_info(size, 4096)
         expected = stages.ProbedImage(
@@ -433,10 +433,10 @@ class TestSize:
         assert info == expected
 
 
-class TestWarnings:
+class TestPlanWarnings:
     """What a conversion leaves behind without a word from qemu-img."""
 
-    def test_snapshots_and_bitmaps_that_are_dropped_are_counted(self) -> None:
+    def test_lost_snapshots_and_bitmaps_are_reported_in_warnings(self) -> None:
         """And an image that was not closed is named as such."""
         info = dataclasses.replace(INFO, snapshots=("a", "b"), bitmaps=("c",), dirty=True)
         assert made(chain=(member(info),)).warnings == (
@@ -453,7 +453,7 @@ class TestWarnings:
             ),
         )
 
-    def test_of_an_image_with_nothing_of_the_kind_there_are_none(self) -> None:
+    def test_image_without_snapshots_or_bitmaps_has_no_warning(self) -> None:
         """Nor of what lies under the source, which is only read."""
         below = member(dataclasses.replace(INFO, snapshots=("a",)), "/images/base")
         assert made(chain=(member(), below)).warnings == ()
@@ -462,14 +462,14 @@ class TestWarnings:
 class TestOtherCommands:
     """qemu-img info and compare."""
 
-    def test_info_asks_for_one_format_alone(self) -> None:
+    def test_info_command_uses_one_format_and_one_descriptor(self) -> None:
         """In the sandbox, and of one descriptor."""
         assert plan.info_argv(7, "vmdk", shared=True) == (
             *("qemu-img", "info", "--output=json", "--force-share", "-f", "vmdk"),
             "/proc/self/fd/7",
         )
 
-    def test_the_size_of_a_vhd_is_its_current_one_wherever_it_is_opened(self) -> None:
+    def test_vhd_is_always_opened_with_its_current_size(self) -> None:
         """Not what its geometry comes to."""
         assert plan.info_argv(7, "vpc") == (
             *("qemu-img", "info", "--output=json", "--image-opts"),
@@ -479,13 +479,13 @@ class TestOtherCommands:
         for argv in (plan.map_argv(node), plan.check_argv(node)):
             assert parsed(argv[-1])["force_size_calc"] == "current_size"
 
-    def test_a_map_may_be_of_a_stretch(self) -> None:
+    def test_map_command_accepts_a_range(self) -> None:
         """Where it begins, and how long it is, in bytes."""
         stretch = plan.Stretch(start_bytes=512, length_bytes=1024)
         argv = plan.map_argv(plan.Node(format="parallels", fd=7), stretch=stretch)
         assert argv[3:5] == ("--start-offset=512", "--max-length=1024")
 
-    def test_compare_reads_the_source_as_it_was_converted(self) -> None:
+    def test_compare_command_uses_the_graph_of_the_conversion(self) -> None:
         """The same graph, and the result alone with its own key."""
         a_grant = RULES.convert(
             dataclasses.replace(
@@ -502,7 +502,7 @@ class TestOtherCommands:
         assert written["backing"] is None
         assert "size" not in written
 
-    def test_compare_ends_where_the_image_ends_on_a_larger_device(self) -> None:
+    def test_compare_command_on_a_larger_device_ends_with_the_image(self) -> None:
         """What lies beyond it is not the image's."""
         a_grant = RULES.convert(ONTO_DEVICE)
         argv = plan.compare_argv(a_grant, made(a_grant, ON_DEVICE), FACTS.chain, ON_DEVICE.dest)
@@ -530,7 +530,7 @@ options_of = {
 
 
 @given(st.data())
-def test_what_was_checked_stays_one_argument_with_no_option_more(data: st.DataObject) -> None:
+def test_validated_option_value_can_not_add_another_option(data: st.DataObject) -> None:
     """A comma or a blank in a value would begin another option."""
     kind = data.draw(st.sampled_from(sorted(options_of)))
     options = tuple(data.draw(options_of[kind]))

@@ -27,7 +27,7 @@ def member(virtual_mib: int, image_format: str = "qcow2") -> stages.ChainMember:
     return stages.ChainMember(path="/images/in.qcow2", info=info)
 
 
-def test_a_key_is_for_the_first_of_a_chain() -> None:
+def test_passphrase_is_used_for_the_first_chain_member_only() -> None:
     """Whatever the others are."""
     top = json.loads(plan.graph(CHAIN, encrypted=True).removeprefix("json:"))
     assert top["encrypt"] == {"format": "luks", "key-secret": plan.SOURCE_SECRET}
@@ -35,14 +35,16 @@ def test_a_key_is_for_the_first_of_a_chain() -> None:
     assert "key-secret" not in top["backing"]
 
 
-def test_what_is_not_said_to_be_encrypted_gets_no_key() -> None:
+def test_source_not_encrypted_gets_no_passphrase() -> None:
     """It would not be opened with one."""
     assert plan.graph(CHAIN) == plan.graph(CHAIN, encrypted=False)
     assert "key-secret" not in plan.graph(CHAIN)
 
 
 @pytest.mark.parametrize("virtual_mib", [(64, 16), (16, 64)])
-def test_what_is_reserved_is_the_size_of_the_first_of_a_chain(virtual_mib: tuple[int, int]) -> None:
+def test_preallocated_space_is_the_size_of_the_first_chain_member(
+    virtual_mib: tuple[int, int],
+) -> None:
     """An overlay may be larger or smaller than what it stands on."""
     chain = tuple(member(size) for size in virtual_mib)
     asked = grants.to(REQUEST, format="raw", preallocation=values.Preallocation.FALLOC)
@@ -57,7 +59,7 @@ def test_what_is_reserved_is_the_size_of_the_first_of_a_chain(virtual_mib: tuple
 
 
 @pytest.mark.parametrize("method", values.Compression)
-def test_every_method_of_compression_compresses(method: values.Compression) -> None:
+def test_each_compression_method_compresses(method: values.Compression) -> None:
     """Also the one that is left to the format."""
     dest = values.Destination(path="/images/out", format="qcow2", compression=method)
     assert plan.compresses(dest) == (method is not values.Compression.NONE)

@@ -78,10 +78,10 @@ def refused(stated: str = "", stderr: str = "", status: int = 1) -> conditions.F
     return failure
 
 
-class TestAnswers:
+class TestInfoOutput:
     """JSON, as `qemu-img info` prints it."""
 
-    def test_what_it_says_is_typed(self) -> None:
+    def test_info_output_is_parsed(self) -> None:
         """All that we use of it."""
         info = described(
             {
@@ -126,13 +126,13 @@ class TestAnswers:
             ),
         )
 
-    def test_what_it_leaves_out_has_a_value_too(self) -> None:
+    def test_missing_info_fields_have_defaults(self) -> None:
         """The allocated size is ours to know."""
         assert described({}) == stages.ProbedImage(
             format="qcow2", virtual_size_bytes=1024, actual_size_bytes=4096
         )
 
-    def test_its_own_text_has_the_callers_path(self) -> None:
+    def test_info_output_for_the_caller_has_the_path_of_the_caller(self) -> None:
         """Not the descriptor under which qemu-img saw the image."""
         said = {"format": "qcow2", "virtual-size": 1, "filename": f"/proc/self/fd/{FD}"}
         _, text = image_info.describe(
@@ -140,7 +140,7 @@ class TestAnswers:
         )
         assert json.loads(text) == {**said, "filename": PATH}
 
-    def test_what_more_it_holds_is_typed(self) -> None:
+    def test_format_specific_info_is_parsed(self) -> None:
         """A date may have more nanoseconds than a second has, and a VMDK says what it is."""
         said = {
             "snapshots": [SNAPSHOT],
@@ -165,7 +165,7 @@ class TestAnswers:
             compressed=True,
         )
 
-    def test_an_image_may_hold_nothing_more(self) -> None:
+    def test_missing_format_specific_info_is_accepted(self) -> None:
         """Raw has nothing to be specific about."""
         assert image_info.contents(PATH, "{}") == stages.Contents()
 
@@ -185,7 +185,7 @@ class TestAnswers:
             ("extents", [5]),
         ],
     )
-    def test_contents_that_are_none_are_a_refusal(self, kind: str, changes: object) -> None:
+    def test_invalid_format_specific_info_is_refused(self, kind: str, changes: object) -> None:
         """A number below zero or above what can be sent, a text that is none."""
         honest = {"snapshots": SNAPSHOT, "bitmaps": BITMAP}
         listed = [{**honest[kind], **changes}] if isinstance(changes, dict) else changes
@@ -193,7 +193,7 @@ class TestAnswers:
         text = json.dumps({"snapshots": listed} if kind == "snapshots" else specific)
         assert refusals.reason_of(lambda: image_info.contents(PATH, text)) == "IMAGE_REFUSED"
 
-    def test_names_of_files_are_no_details(self) -> None:
+    def test_file_names_in_format_specific_info_are_dropped(self) -> None:
         """They are the host's."""
         extent = {"filename": f"/proc/self/fd/{FD}", "format": "SPARSE"}
         info = described({"format-specific": {"data": {"extents": [extent]}}})
@@ -211,19 +211,19 @@ class TestAnswers:
             pytest.param({"extents": [{"filename": f"/proc/self/fd/{FD}0"}]}, id="another-number"),
         ],
     )
-    def test_data_in_another_file_is_refused(self, specific: dict[str, object]) -> None:
+    def test_image_with_external_data_is_refused(self, specific: dict[str, object]) -> None:
         """Though the sandbox would not let it be read."""
         reason = refusals.refusal_of(lambda: described({"format-specific": {"data": specific}}))
         assert reason is not None
         assert reason.message == f"{PATH}: the image is refused: its data is in another file"
 
-    def test_a_corrupt_image_is_told_as_such(self) -> None:
+    def test_corrupt_mark_of_an_image_is_reported(self) -> None:
         """By its own mark. Whether it may be read all the same is judged elsewhere: see damage."""
         corrupt: dict[str, object] = {"format-specific": {"data": {"corrupt": True}}}
         assert described(corrupt).corrupt
         assert not described({}).corrupt
 
-    def test_any_encryption_but_luks_is_unsupported(self) -> None:
+    def test_encryption_other_than_luks_is_unsupported(self) -> None:
         """The old one of qcow2 is broken."""
         aes: dict[str, object] = {
             "encrypted": True,
@@ -231,7 +231,7 @@ class TestAnswers:
         }
         assert refusals.reason_of(lambda: described(aes)) == "UNSUPPORTED"
 
-    def test_another_format_than_was_stated_is_refused(self) -> None:
+    def test_format_other_than_stated_is_refused(self) -> None:
         """Whatever qemu-img made of it."""
         assert refusals.reason_of(lambda: described({}, "vmdk")) == "FORMAT_MISMATCH"
 
@@ -259,7 +259,7 @@ class TestAnswers:
             {"format": "raw", "virtual-size": 1, "format-specific": {"data": {"extents": [{}]}}},
         ],
     )
-    def test_an_answer_that_is_none_is_a_refusal(self, answer: object) -> None:
+    def test_invalid_info_output_is_a_refusal_of_the_image(self, answer: object) -> None:
         """Of the image, not a bug: it may have taken qemu-img over."""
         runner = cast("execution.Runner", Runner(answer))
         reason = refusals.reason_of(lambda: image_info.describe(SOURCE, "", values.FORMATS, runner))
@@ -280,14 +280,14 @@ class TestAnswers:
             ),
         )
     )
-    def test_whatever_the_answer_it_is_an_image_or_a_refusal(self, answer: object) -> None:
+    def test_random_info_output_is_an_image_or_a_refusal(self, answer: object) -> None:
         """Nothing else is raised, by any JSON."""
         runner = cast("execution.Runner", Runner(answer))
         refusals.refusal_of(lambda: image_info.describe(SOURCE, "", values.FORMATS, runner))
         image_info.result_info(FD, "raw", runner)
 
 
-class TestComplaints:
+class TestInfoErrors:
     """What qemu-img says when it can't open an image goes to the journal alone."""
 
     @pytest.mark.parametrize(
@@ -305,18 +305,18 @@ class TestComplaints:
             ("", "IMAGE_REFUSED"),
         ],
     )
-    def test_they_are_told_from_each_other(self, stderr: str, expected: str) -> None:
+    def test_info_errors_are_distinguished(self, stderr: str, expected: str) -> None:
         """A format that was stated, and something else that is wrong."""
         failure = refused("qcow2", stderr)
         assert failure.reason == expected
         assert "shadow" not in failure.message
 
-    def test_without_a_stated_format_there_is_no_mismatch(self) -> None:
+    def test_info_error_without_a_stated_format_is_no_mismatch(self) -> None:
         """Nothing was said that could be wrong."""
         failure = refused("", f"{OPENING}Image is not in qcow2 format")
         assert failure.message.endswith("qemu-img can't open it as qcow2 by itself")
 
-    def test_whether_a_file_that_the_image_names_exists_makes_no_difference(self) -> None:
+    def test_info_error_does_not_reveal_whether_a_named_file_exists(self) -> None:
         """One answer, whatever the errno."""
         words = (
             "No such file or directory",
@@ -327,23 +327,23 @@ class TestComplaints:
         answers = {refused("vmdk", f"{OPENING}Could not open '/etc/x': {word}") for word in words}
         assert len(answers) == 1
 
-    def test_one_that_qemu_img_did_not_survive_is_refused(self) -> None:
+    def test_qemu_img_info_ended_by_a_signal_is_a_refusal(self) -> None:
         """Ended by a signal: its limits, or an image that broke it."""
         failure = refused("", "", status=-9)
         assert failure.message.endswith("qemu-img did not survive reading it")
 
 
-class TestIdentifying:
+class TestFormatDetection:
     """What a source is, and whether it may be read."""
 
-    def test_a_declared_raw_image_is_not_looked_at(self) -> None:
+    def test_source_stated_as_raw_is_not_probed(self) -> None:
         """A guest may have written anything into it."""
         runner = Runner()
         info = image_info.identify(SOURCE, "raw", values.FORMATS, cast("execution.Runner", runner))
         assert info == plan.raw_info(1000, 4096)
         assert runner.argv == ()
 
-    def test_a_format_that_the_policy_does_not_allow_is_refused(self) -> None:
+    def test_source_of_a_format_not_allowed_is_refused(self) -> None:
         """Found out, or declared; and no driver of it is run."""
         for stated in ("", "vmdk", "raw", "bochs"):
             runner = Runner({"format": stated, "virtual-size": 1})
@@ -356,7 +356,7 @@ class TestIdentifying:
                 assert reason == "FORMAT_NOT_ALLOWED"
             assert runner.argv == ()
 
-    def test_an_image_in_use_may_be_looked_at(self) -> None:
+    def test_image_in_use_may_be_inspected_but_not_converted(self) -> None:
         """Inspect says so to qemu-img; a conversion does not."""
         for shared in (True, False):
             runner = Runner({"format": "qcow2", "virtual-size": 1})
@@ -365,7 +365,7 @@ class TestIdentifying:
             assert ("--force-share" in runner.argv) is shared
 
 
-def test_a_result_that_can_not_be_read_is_nothing() -> None:
+def test_unreadable_result_has_no_format_and_size() -> None:
     """No format, no size; nobody takes that for the source's."""
     broken = cast("execution.Runner", Runner(status=1))
     assert image_info.result_info(FD, "qcow2", broken) == ("", 0)

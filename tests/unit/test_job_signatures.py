@@ -73,7 +73,7 @@ def agrees(ours: str, theirs: str | None) -> bool:
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_a_signature_picks_the_driver_that_qemu_would(tmp_path: Path, head: bytes) -> None:
+def test_image_signature_selects_the_same_driver_as_qemu(tmp_path: Path, head: bytes) -> None:
     """Padded to any length."""
     ours = HEADS[head]
     assert signatures.driver_of(head) == ours
@@ -84,7 +84,9 @@ def test_a_signature_picks_the_driver_that_qemu_would(tmp_path: Path, head: byte
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_so_it_does_for_spoilt_signatures(tmp_path: Path, seed: int) -> None:
+def test_corrupted_image_signature_selects_the_same_driver_as_qemu(
+    tmp_path: Path, seed: int
+) -> None:
     """Bytes changed, taken away and put in."""
     chance = random.Random(seed)  # noqa: S311 - the same in each run
     for _ in range(40):
@@ -103,7 +105,7 @@ def test_so_it_does_for_spoilt_signatures(tmp_path: Path, seed: int) -> None:
 
 
 @given(st.binary(max_size=600), st.binary(max_size=600), st.binary(max_size=16), st.data())
-def test_whatever_the_bytes_there_is_an_answer(
+def test_random_bytes_have_a_known_signature_or_none(
     head: bytes, tail: bytes, volume: bytes, data: st.DataObject
 ) -> None:
     """Nothing is raised, and what is found is one of a few."""
@@ -121,14 +123,14 @@ def test_whatever_the_bytes_there_is_an_answer(
 
 
 @given(st.binary(min_size=512, max_size=512))
-def test_a_random_sector_is_no_archive(head: bytes) -> None:
+def test_random_sector_is_not_recognized_as_an_archive(head: bytes) -> None:
     """Only what was made to be one."""
     sample = signatures.Sample(head=b"\xfa" + head, tail=head, trailer=head)
     assert signatures.container_of(sample) is None
 
 
 @given(st.binary(max_size=511))
-def test_a_footer_that_is_cut_off_is_none(rest: bytes) -> None:
+def test_truncated_vhd_footer_is_not_recognized(rest: bytes) -> None:
     """But for the last byte, which old ones have not."""
     sector = (b"conectix" + rest)[:511]
     assert (signatures.vhd_footer(sector) is None) is (len(sector) < 511)

@@ -149,7 +149,7 @@ def allows(a_rule: decide.Rule, peer: values.Peer, asked: values.ConvertRequest)
 
 
 @given(some_policies, some_peers, some_requests)
-def test_a_grant_is_given_exactly_where_one_rule_allows_user_roots_and_formats(
+def test_grant_needs_one_rule_that_allows_user_roots_and_formats(
     a_policy: decide.Policy, peer: values.Peer, asked: values.ConvertRequest
 ) -> None:
     """No request yields a grant outside of its users, roots or formats; none inside is refused."""
@@ -159,7 +159,7 @@ def test_a_grant_is_given_exactly_where_one_rule_allows_user_roots_and_formats(
 
 
 @given(some_policies, some_peers, some_requests)
-def test_two_grants_never_combine(
+def test_rights_of_two_rules_never_combine(
     a_policy: decide.Policy, peer: values.Peer, asked: values.ConvertRequest
 ) -> None:
     """All rules together allow what one of them alone allows, and nothing else."""
@@ -171,7 +171,7 @@ def test_two_grants_never_combine(
 
 
 @given(some_policies, some_peers, some_requests)
-def test_a_grant_holds_what_its_rule_says_and_what_was_asked(
+def test_grant_has_only_values_of_its_rule_and_request(
     a_policy: decide.Policy, peer: values.Peer, asked: values.ConvertRequest
 ) -> None:
     """A grant carries nothing of another rule, caller or request."""
@@ -190,7 +190,7 @@ def test_a_grant_holds_what_its_rule_says_and_what_was_asked(
 
 
 @given(some_policies, some_peers, some_inspections)
-def test_an_image_may_be_inspected_exactly_where_one_rule_allows_reading_it(
+def test_inspection_needs_one_rule_that_allows_reading(
     a_policy: decide.Policy, peer: values.Peer, asked: values.InspectRequest
 ) -> None:
     """To inspect is to read."""
@@ -215,7 +215,7 @@ def test_an_image_may_be_inspected_exactly_where_one_rule_allows_reading_it(
 
 
 @given(some_peers, some_requests)
-def test_without_rules_everything_is_refused(
+def test_policy_without_rules_refuses_everything(
     peer: values.Peer, asked: values.ConvertRequest
 ) -> None:
     """Deny is what the policy starts from."""
@@ -225,7 +225,7 @@ def test_without_rules_everything_is_refused(
         decide.decide_inspect(policy_of(), peer, values.InspectRequest(source=asked.source))
 
 
-def test_what_a_rule_allows_is_granted() -> None:
+def test_control_the_test_rule_allows_the_test_request() -> None:
     """The control: the rule that the tests below narrow allows the request that they make."""
     grant = decide.decide(policy_of(rule()), PEER, request())
     assert (grant.source.below, grant.dest.below) == ("x", "x")
@@ -243,7 +243,7 @@ def test_what_a_rule_allows_is_granted() -> None:
         pytest.param({"write_formats": frozenset({"raw"})}, id="writing-another-format"),
     ],
 )
-def test_a_rule_does_not_allow(narrowed: dict[str, object]) -> None:
+def test_rule_does_not_allow(narrowed: dict[str, object]) -> None:
     """Each part of a rule is needed."""
     with pytest.raises(conditions.PermissionDenied):
         decide.decide(policy_of(rule(**narrowed)), PEER, request())
@@ -258,13 +258,13 @@ def test_a_rule_does_not_allow(narrowed: dict[str, object]) -> None:
         ),
     ],
 )
-def test_a_rule_for_a_group_holds_for_its_members_by(peer: values.Peer) -> None:
+def test_rule_for_a_group_applies_to_its_members_by(peer: values.Peer) -> None:
     """The kernel says of which groups a caller is."""
     grouped = rule(subjects=decide.Subjects(gids=frozenset({10})))
     assert decide.decide(policy_of(grouped), peer, request()).rule == "grants[0]"
 
 
-def test_a_uid_that_is_not_mapped_is_nobody_even_if_a_rule_named_it() -> None:
+def test_overflow_uid_is_granted_nothing_even_if_a_rule_names_it() -> None:
     """65534 is what the kernel says for any uid of another user namespace."""
     anybody = decide.Subjects(uids=frozenset({65534}), gids=frozenset({10, 65534}))
     unmapped = values.Peer(uid=65534, gid=65534, groups=frozenset({10, 65534}), pid=1)
@@ -273,7 +273,7 @@ def test_a_uid_that_is_not_mapped_is_nobody_even_if_a_rule_named_it() -> None:
     assert not decide.is_operator(open_to_it, unmapped)
 
 
-def test_a_group_that_is_not_mapped_makes_nobody_a_member() -> None:
+def test_overflow_gid_is_a_member_of_no_granted_group() -> None:
     """65534 is what the kernel says for any gid of another user namespace, too."""
     grouped = rule(subjects=decide.Subjects(gids=frozenset({65534})))
     for gid, groups in ((65534, frozenset[int]()), (9, frozenset({65534}))):
@@ -281,13 +281,13 @@ def test_a_group_that_is_not_mapped_makes_nobody_a_member() -> None:
         assert decision(policy_of(grouped), peer, request()) is None
 
 
-def test_a_nested_root_that_a_rule_does_not_name_is_closed_to_it() -> None:
+def test_nested_root_not_named_by_the_rule_is_closed() -> None:
     """The longest root is the only one asked: /a allows nothing in /a/b."""
     assert decision(policy_of(rule()), PEER, request(source="/a/b/x")) is None
     assert decision(policy_of(rule()), PEER, request(dest="/a/b/x", source="/d/x")) is None
 
 
-def test_a_grant_comes_with_all_other_roots() -> None:
+def test_grant_has_all_other_roots() -> None:
     """So that the way to its files can be held against them."""
     whole = policy_of(rule())
     grant = decide.decide(whole, PEER, request())
@@ -296,7 +296,7 @@ def test_a_grant_comes_with_all_other_roots() -> None:
         assert place.root not in place.others
 
 
-def test_a_directory_is_the_same_by_the_time_it_was_made_or_else_by_its_device() -> None:
+def test_directory_identity_uses_birth_time_or_device() -> None:
     """A remount changes a device's number, an inode's is used again, overlayfs makes one anew."""
     one = values.DirectoryIdentity(device=1, inode=2, born_ns=3, keeps_birth=True)
     assert one.is_same(one)
@@ -313,13 +313,13 @@ def test_a_directory_is_the_same_by_the_time_it_was_made_or_else_by_its_device()
     assert not unknown.is_same(dataclasses.replace(unknown, device=9))
 
 
-def test_a_path_that_only_begins_like_a_root_is_not_in_it() -> None:
+def test_path_with_a_root_as_text_prefix_is_not_in_the_root() -> None:
     """/ab is not below /a."""
     assert decision(policy_of(rule()), PEER, request(source="/ab/x")) is None
 
 
 @pytest.mark.parametrize("path", ["/a", "/d"])
-def test_a_root_itself_is_no_image(path: str) -> None:
+def test_path_of_a_root_itself_is_refused(path: str) -> None:
     """And the answer doesn't tell that it is a root."""
     with pytest.raises(conditions.PermissionDenied):
         decide.decide(policy_of(rule()), PEER, request(source=path, dest="/d/x"))
@@ -327,7 +327,7 @@ def test_a_root_itself_is_no_image(path: str) -> None:
         decide.decide(policy_of(rule()), PEER, request(source="/a/x", dest=path))
 
 
-def test_an_open_source_format_is_left_to_the_first_rule_that_allows_the_paths() -> None:
+def test_unstated_source_format_uses_the_first_rule_that_allows_the_paths() -> None:
     """Probing later is held against that rule, and no second one is tried."""
     first = rule(name="grants[0]", read_formats=frozenset({"raw"}))
     second = rule(name="grants[1]", read_formats=frozenset({"vmdk"}))
@@ -337,7 +337,7 @@ def test_an_open_source_format_is_left_to_the_first_rule_that_allows_the_paths()
     assert (stated.rule, stated.read_formats) == ("grants[1]", frozenset({"vmdk"}))
 
 
-def test_the_default_compression_is_the_policys() -> None:
+def test_default_compression_comes_from_the_policy() -> None:
     """Whoever holds a grant need not ask what "default" means."""
     asked = request()
     dest = dataclasses.replace(asked.dest, compression=values.Compression.DEFAULT)
@@ -366,25 +366,25 @@ def decided_to(path: str, **changes: object) -> str:
     return refusals.reason_of(lambda: decide.decide(wide, PEER, asked))
 
 
-def test_that_a_device_is_zero_may_be_claimed_where_its_root_allows_it() -> None:
+def test_zero_claim_for_a_device_needs_leave_of_its_root() -> None:
     """And nowhere else: a wrong claim would show a former tenant's blocks."""
     assert decided_to("/dev/v/lv", is_zero=True) == "done"
     assert decided_to("/dev/w/lv", is_zero=True) == "CLAIM_NOT_ALLOWED"
     assert decided_to("/dev/w/lv") == "done"
 
 
-def test_that_a_file_is_zero_is_no_claim_that_has_a_meaning() -> None:
+def test_zero_claim_for_a_file_is_refused() -> None:
     """A file is made anew."""
     assert decided_to("/d/x", is_zero=True) == "BAD_OPTION"
 
 
-def test_a_device_keeps_its_mode() -> None:
+def test_mode_for_a_device_is_refused() -> None:
     """It is the system's."""
     assert decided_to("/dev/v/lv", mode=0o600) == "BAD_OPTION"
     assert decided_to("/d/x", mode=0o600) == "done"
 
 
-def test_whoever_may_not_write_there_learns_nothing_about_claims() -> None:
+def test_zero_claim_without_write_permission_gets_the_general_refusal() -> None:
     """The rule comes first."""
     asked = dataclasses.replace(
         request(), dest=values.Destination(path="/e/x", format="raw", is_zero=True)
@@ -393,7 +393,7 @@ def test_whoever_may_not_write_there_learns_nothing_about_claims() -> None:
     assert refused == "PERMISSION_DENIED"
 
 
-def test_a_refusal_holds_only_what_the_caller_wrote() -> None:
+def test_refusal_contains_only_values_of_the_request() -> None:
     """No root, no rule, nothing about what exists."""
     with pytest.raises(conditions.PermissionDenied) as refusal:
         decide.decide(policy_of(), PEER, request(source="/a/x\ny", source_format=""))
@@ -409,7 +409,7 @@ def test_a_refusal_holds_only_what_the_caller_wrote() -> None:
         )
 
 
-def test_a_refusal_of_the_longest_paths_fits_into_a_reply() -> None:
+def test_refusal_with_the_longest_paths_fits_into_a_reply() -> None:
     """A reply's metadata ends at 8 KiB."""
     path = "/a" + "/very-long" * 400
     with pytest.raises(conditions.PermissionDenied) as refusal:
@@ -425,18 +425,18 @@ def test_a_refusal_of_the_longest_paths_fits_into_a_reply() -> None:
         pytest.param(PEER, False, id="not-somebody-else"),
     ],
 )
-def test_an_operator_is_known(peer: values.Peer, expected: bool) -> None:  # noqa: FBT001
+def test_operator_is_recognized(peer: values.Peer, expected: bool) -> None:  # noqa: FBT001
     """Operators see and cancel every job."""
     assert decide.is_operator(policy_of(rule()), peer) is expected
 
 
-def test_to_be_an_operator_is_no_right_to_convert() -> None:
+def test_operator_without_a_rule_can_not_convert() -> None:
     """Only rules give that."""
     operator = values.Peer(uid=7, gid=7, groups=frozenset(), pid=1)
     assert decision(policy_of(rule()), operator, request()) is None
 
 
-def test_a_caller_learns_its_own_rules_and_no_others() -> None:
+def test_access_lists_only_the_rules_of_the_caller() -> None:
     """What GetAccess tells."""
     own = rule(read=(ROOTS["/a"],), write=(ROOTS["/d"], ROOTS["/a"]))
     others = rule(name="grants[1]", subjects=decide.Subjects(uids=frozenset({2})))

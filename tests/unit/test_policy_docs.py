@@ -18,7 +18,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("name", document.BOUNDS)
-def test_the_page_gives_default_and_bounds_of_the_limit(name: str) -> None:
+def test_policy_page_has_default_and_bounds_of_the_limit(name: str) -> None:
     """As they are in the code."""
     _, default, bounds = ROWS[name]
     least, most = document.BOUNDS[name]
@@ -37,7 +37,7 @@ def test_the_page_gives_default_and_bounds_of_the_limit(name: str) -> None:
         document.ServiceTable,
     ],
 )
-def test_the_page_has_every_key_of(table: type[document.LimitsTable]) -> None:
+def test_policy_page_has_each_key_of(table: type[document.LimitsTable]) -> None:
     """And so an operator need not read the code."""
     assert set(table.__struct_fields__) <= ROWS.keys()
 
@@ -52,12 +52,12 @@ def test_the_page_has_every_key_of(table: type[document.LimitsTable]) -> None:
         *value_types.TIME_UNITS,
     ],
 )
-def test_the_page_names(name: str) -> None:
+def test_policy_page_names_each(name: str) -> None:
     """Each directory that can't be a root, each format, each unit."""
     assert f"`{name}`" in TEXT
 
 
-def test_the_example_is_a_policy_that_does_what_the_page_says() -> None:
+def test_policy_page_example_is_valid_and_does_what_the_page_says() -> None:
     """For whoever copies it."""
     (example,) = re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL)
     ids = bind.Ids(users={"root": 0, "nova": 107}, groups={"images": 50})

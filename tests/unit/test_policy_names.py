@@ -31,7 +31,7 @@ ALL = bind.Ids(users={"root": 0, "nova": 107}, groups={"wheel": 10, "kvm": 108})
 NONE = bind.Ids(users={}, groups={})
 
 
-def test_only_names_are_asked_for() -> None:
+def test_name_lookup_is_not_done_for_numbers() -> None:
     """Numbers are ids already."""
     assert bind.names_in(DOCUMENT) == bind.NeededNames(
         users=frozenset({"root", "nova"}), groups=frozenset({"wheel", "kvm"})
@@ -49,7 +49,7 @@ def test_names_and_numbers_become_ids() -> None:
     assert bound.roots[1].owner == values.Owner(uid=107, gid=108)
 
 
-def test_every_name_that_does_not_exist_is_told_with_its_key() -> None:
+def test_each_unknown_name_is_reported_with_its_key() -> None:
     """For `convertd check`, and for the daemon's warning."""
     assert [str(missing) for missing in bind.missing_names(DOCUMENT, NONE)] == [
         "operators.users[0]: there is no user root",
@@ -61,7 +61,7 @@ def test_every_name_that_does_not_exist_is_told_with_its_key() -> None:
     ]
 
 
-def test_a_user_that_does_not_exist_is_granted_nothing() -> None:
+def test_unknown_user_in_a_rule_is_granted_nothing() -> None:
     """And the others of the rule keep what they have."""
     bound = bind.bind(DOCUMENT, NONE)
     assert bound.operators == decide.Subjects()
@@ -75,7 +75,7 @@ def test_a_user_that_does_not_exist_is_granted_nothing() -> None:
         pytest.param(bind.Ids(users={"nova": 107}, groups={}), id="group"),
     ],
 )
-def test_a_root_is_closed_when_there_is_no_such_owning(ids: bind.Ids) -> None:
+def test_root_is_closed_when_there_is_no_such_owning(ids: bind.Ids) -> None:
     """And does not fall to the root around it."""
     bound = bind.bind(DOCUMENT, ids)
     peer = values.Peer(uid=1234, gid=1, groups=frozenset(), pid=1)
@@ -95,7 +95,7 @@ def test_a_root_is_closed_when_there_is_no_such_owning(ids: bind.Ids) -> None:
         pytest.param(bind.Ids(users={}, groups={"wheel": 65534}), "operators.groups[0]", id="gid"),
     ],
 )
-def test_a_name_for_the_overflow_id_is_refused_by(ids: bind.Ids, key: str) -> None:
+def test_name_of_the_overflow_id_is_refused_by(ids: bind.Ids, key: str) -> None:
     """As it is when written as a number: every unmapped id reads as that."""
     with pytest.raises(document.PolicyError, match="65534") as mistake:
         bind.bind(DOCUMENT, ids)

@@ -92,7 +92,7 @@ formats = ["vhdx"]
 IDS = bind.Ids(users={"root": 0, "nova": 107}, groups={"wheel": 10, "kvm": 108})
 
 
-def test_every_key_has_its_effect() -> None:
+def test_each_policy_key_takes_effect() -> None:
     """The whole schema, from the text to the policy."""
     bound = bind.bind(document.parse(WHOLE), IDS)
     images, own, devices = bound.roots
@@ -155,7 +155,7 @@ def test_every_key_has_its_effect() -> None:
     assert second.read_formats == second.write_formats == frozenset({"vhdx"})
 
 
-def test_what_is_left_out_has_its_default() -> None:
+def test_missing_policy_key_has_its_default() -> None:
     """An empty policy is one: it grants nobody anything."""
     empty = bind.bind(document.parse(""), IDS)
     assert (empty.limits, empty.rules, empty.roots) == (values.Limits(), (), ())
@@ -199,7 +199,7 @@ def mistake_in(text: str | bytes) -> document.PolicyError:
         (ROOT + GRANT + GRANT + "writ = []", "grants[1].writ", "is not a key of the policy"),
     ],
 )
-def test_a_mistake_is_told_with_its_key_and_a_reason(text: str, key: str, reason: str) -> None:
+def test_policy_mistake_is_reported_with_key_and_reason(text: str, key: str, reason: str) -> None:
     """So that an operator finds the line."""
     mistake = mistake_in(text)
     assert mistake.key == key
@@ -215,7 +215,7 @@ def test_a_mistake_is_told_with_its_key_and_a_reason(text: str, key: str, reason
         pytest.param("a = " + "[" * 5000, "is nested too deeply", id="nested-without-end"),
     ],
 )
-def test_a_text_is_no_toml(text: str | bytes, reason: str) -> None:
+def test_invalid_toml_is_reported(text: str | bytes, reason: str) -> None:
     """There is no key then, but often a line."""
     mistake = mistake_in(text)
     assert mistake.key == ""
@@ -232,14 +232,14 @@ def test_a_text_is_no_toml(text: str | bytes, reason: str) -> None:
         ("watchdog = true", "is not a key of the policy"),
     ],
 )
-def test_of_the_service_it_may_not_be_said(line: str, reason: str) -> None:
+def test_service_setting_is_refused(line: str, reason: str) -> None:
     """What would end it at once, or lie nowhere."""
     mistake = mistake_in(f"[service]\n{line}")
     assert mistake.key == f"service.{line.split(maxsplit=1)[0]}"
     assert reason in mistake.reason
 
 
-def test_the_service_may_be_told_to_end_when_idle_and_to_count() -> None:
+def test_service_settings_for_idle_exit_and_counters_are_accepted() -> None:
     """Neither is done by default."""
     said = document.parse('[service]\nidle_exit = "1 s"\nmetrics = "/run/convertd.prom"')
     assert (said.service.idle_exit, said.service.metrics) == (1.0, "/run/convertd.prom")
@@ -265,7 +265,7 @@ def test_the_service_may_be_told_to_end_when_idle_and_to_count() -> None:
         ('memory = "1 KiB"', "must be from 64 MiB to 1 TiB"),
     ],
 )
-def test_a_limit_is_refused(line: str, reason: str) -> None:
+def test_limit_value_is_refused(line: str, reason: str) -> None:
     """When it has no unit, or makes no sense."""
     mistake = mistake_in(f"[limits]\n{line}")
     assert mistake.key == f"limits.{line.split(maxsplit=1)[0]}"
@@ -291,9 +291,7 @@ def test_a_limit_is_refused(line: str, reason: str) -> None:
         ("stop_grace", ['"0 s"', '"1 d"'], ['"86400.001 s"']),
     ],
 )
-def test_a_limit_may_be_at_its_bounds_and_not_beyond(
-    name: str, allowed: list[str], refused: list[str]
-) -> None:
+def test_limit_bounds_are_inclusive(name: str, allowed: list[str], refused: list[str]) -> None:
     """Both ends are in."""
     for value in allowed:
         document.parse(f"[limits]\n{name} = {value}")
@@ -324,7 +322,7 @@ def test_a_limit_may_be_at_its_bounds_and_not_beyond(
         ('size = "x"', "is not a key of the policy"),
     ],
 )
-def test_a_root_of_files_may_not_say(line: str, reason: str) -> None:
+def test_root_of_files_is_refused_with(line: str, reason: str) -> None:
     """Nor what can't be, nor what has no effect."""
     mistake = mistake_in(ROOT + line)
     assert mistake.key.startswith(f"roots.images.{line.split(maxsplit=1)[0]}")
@@ -334,14 +332,14 @@ def test_a_root_of_files_may_not_say(line: str, reason: str) -> None:
 @pytest.mark.parametrize(
     "line", ['owner = "caller"', 'mode = "0600"', "mounts = false", "allow_ownerless = false"]
 )
-def test_a_root_of_devices_may_not_say(line: str) -> None:
+def test_root_of_devices_is_refused_with(line: str) -> None:
     """For nothing is created there."""
     mistake = mistake_in(DEVICES + line)
     assert mistake.key == f"roots.devices.{line.split(maxsplit=1)[0]}"
     assert "has no meaning for a root of kind block" in mistake.reason
 
 
-def test_whose_rights_count_in_a_root_is_the_daemons_or_the_callers() -> None:
+def test_root_access_is_daemon_or_caller() -> None:
     """And what a caller creates with its own rights is nobody else's."""
     root = '[roots.a]\npath = "/a"\naccess = "{}"\n'
     assert mistake_in(root.format("own")).key == "roots.a.access"
@@ -365,7 +363,7 @@ def test_whose_rights_count_in_a_root_is_the_daemons_or_the_callers() -> None:
         ('overwrite = "all"', "overwrite", "'all' is not one of the values"),
     ],
 )
-def test_a_grant_may_not_say(line: str, key: str, reason: str) -> None:
+def test_grant_is_refused_with(line: str, key: str, reason: str) -> None:
     """Nor what can't be, nor what could be read in two ways."""
     mistake = mistake_in(ROOT + GRANT + line)
     assert mistake.key == f"grants[0].{key}"
@@ -386,7 +384,7 @@ def test_a_grant_may_not_say(line: str, key: str, reason: str) -> None:
         ("groups = [65534]", "groups[0]", "the id 65534 is not allowed"),
     ],
 )
-def test_nobody_can_be_an_operator_by(line: str, key: str, reason: str) -> None:
+def test_overflow_id_can_not_be_an_operator_by(line: str, key: str, reason: str) -> None:
     """The same holds for the users and groups of a grant."""
     mistake = mistake_in(f"[operators]\n{line}")
     assert mistake.key == f"operators.{key}"
@@ -404,7 +402,7 @@ def test_nobody_can_be_an_operator_by(line: str, key: str, reason: str) -> None:
     ],
 )
 @pytest.mark.parametrize("access", ["daemon", "caller"])
-def test_a_directory_is_refused_as_a_root_of_files(path: str, access: str) -> None:
+def test_directory_is_refused_as_a_root_of_files(path: str, access: str) -> None:
     """Whoever may write there owns the machine; or it can't be told what is meant."""
     with pytest.raises(document.PolicyError) as mistake:
         document.parse(f'[roots.a]\npath = "{path}"\naccess = "{access}"')
@@ -412,7 +410,7 @@ def test_a_directory_is_refused_as_a_root_of_files(path: str, access: str) -> No
 
 
 @pytest.mark.parametrize("path", ["/", "/run", "/dev"])
-def test_a_directory_is_too_wide_for_a_root(path: str) -> None:
+def test_directory_that_is_too_wide_for_a_root_is_refused(path: str) -> None:
     """It is a path like others; what is wrong is what it means."""
     mistake = mistake_in(f'[roots.a]\npath = "{path}"\naccess = "daemon"')
     assert mistake.reason == f"{path} is too wide for a root; choose a directory in it"
@@ -422,14 +420,14 @@ def test_a_directory_is_too_wide_for_a_root(path: str) -> None:
     "path",
     ["/srv", "/var/lib/nova/instances", "/run/images", "/etcetera", "/usr2", "/devices", "/ä b"],
 )
-def test_a_directory_is_accepted_as_a_root_of_files(path: str) -> None:
+def test_directory_is_accepted_as_a_root_of_files(path: str) -> None:
     """Also where its name begins like that of a forbidden one."""
     parsed = document.parse(f'[roots.a]\npath = "{path}"\naccess = "daemon"')
     assert parsed.roots["a"].path == path
 
 
 @pytest.mark.parametrize("path", ["/dev", "/srv/images", "/", "/devices"])
-def test_a_directory_is_refused_as_a_root_of_devices(path: str) -> None:
+def test_directory_is_refused_as_a_root_of_devices(path: str) -> None:
     """Devices are below /dev; all of /dev is every disk of the machine."""
     with pytest.raises(document.PolicyError) as mistake:
         document.parse(f'[roots.a]\npath = "{path}"\nkind = "block"\naccess = "daemon"')
@@ -456,7 +454,7 @@ LINES = (
         st.lists(st.sampled_from(LINES), max_size=12).map("\n".join),
     )
 )
-def test_no_text_yields_anything_but_a_document_or_a_policy_error(text: str | bytes) -> None:
+def test_random_text_is_a_policy_or_a_policy_error(text: str | bytes) -> None:
     """The daemon reads it as root."""
     with contextlib.suppress(document.PolicyError):
         parsed = document.parse(text)
@@ -464,7 +462,7 @@ def test_no_text_yields_anything_but_a_document_or_a_policy_error(text: str | by
 
 
 @given(st.integers(0, 1024), st.sampled_from(["B", "KiB", "MiB", "GiB", "TiB", "PiB"]))
-def test_a_size_is_its_number_times_its_unit(number: int, unit: str) -> None:
+def test_size_with_a_unit_is_parsed(number: int, unit: str) -> None:
     """To the byte, with or without a space."""
     expected = number * 1024 ** ["B", "KiB", "MiB", "GiB", "TiB", "PiB"].index(unit)
     assert (
@@ -475,7 +473,7 @@ def test_a_size_is_its_number_times_its_unit(number: int, unit: str) -> None:
 
 
 @given(st.integers(0, 1024), st.sampled_from([("s", 1), ("min", 60), ("h", 3600), ("d", 86400)]))
-def test_a_time_is_its_number_times_its_unit(number: int, unit: tuple[str, int]) -> None:
+def test_time_with_a_unit_is_parsed(number: int, unit: tuple[str, int]) -> None:
     """In seconds; halves too."""
     name, seconds = unit
     assert value_types.Duration.of(f"{number} {name}") == float(number * seconds)

@@ -64,7 +64,7 @@ def of(name: str, *, encrypted: bool = False) -> values.ConvertRequest:
         pytest.param("/ä" * 80_000, "is longer than 4095 bytes", id="of-240000-bytes"),
     ],
 )
-def test_a_path_is_refused(path: str, problem: str) -> None:
+def test_invalid_path_is_refused(path: str, problem: str) -> None:
     """In each place where a path can stand; and the refusal itself can be sent."""
     asked = {
         "source.path": request(source=path),
@@ -91,14 +91,14 @@ def test_a_path_is_refused(path: str, problem: str) -> None:
         pytest.param("/in/json:{}", id="a-protocol-of-qemus"),
     ],
 )
-def test_a_path_may_hold(path: str) -> None:
+def test_path_may_contain(path: str) -> None:
     """A file may have any such name."""
     assert validation.checked_convert(request(source=path)).source.path == path
     assert validation.checked_convert(request(dest=path)).dest.path == path
 
 
 @given(st.text(st.characters(exclude_categories=())))
-def test_whatever_the_path_it_is_absolute_and_normal_or_refused(path: str) -> None:
+def test_random_path_is_absolute_and_normal_or_refused(path: str) -> None:
     """Nothing else is raised, and the refusal can be sent."""
     problem = refusal_of(path)
     names = path.split("/")[1:]
@@ -116,13 +116,13 @@ def refusal_of(path: str) -> str:
     return ""
 
 
-def test_the_source_is_no_destination() -> None:
+def test_source_as_its_own_destination_is_refused() -> None:
     """Not by the same name; by another name of the same file the job finds it out."""
     with pytest.raises(conditions.BadPath, match="is the source"):
         validation.checked_convert(request(source="/in/a", dest="/in/a"))
 
 
-def test_a_name_like_convertds_own_temporaries_is_refused_for_a_result() -> None:
+def test_destination_named_like_a_temporary_is_refused() -> None:
     """It could be taken for one that was left behind, and be removed."""
     with pytest.raises(conditions.BadPath, match="keeps for itself"):
         validation.checked_convert(request(dest="/out/.convertd-1.tmp"))
@@ -140,7 +140,7 @@ def test_a_name_like_convertds_own_temporaries_is_refused_for_a_result() -> None
         pytest.param(to(format="nbd\udc00" * 99), "dest.format", id="not-even-text"),
     ],
 )
-def test_a_format_is_refused(asked: values.ConvertRequest, field: str) -> None:
+def test_unknown_format_is_refused(asked: values.ConvertRequest, field: str) -> None:
     """Only qemu's names for single files are known."""
     with pytest.raises(conditions.BadFormat) as refusal:
         validation.checked_convert(asked)
@@ -149,7 +149,7 @@ def test_a_format_is_refused(asked: values.ConvertRequest, field: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(values.WRITABLE_FORMATS - {"luks"}))
-def test_a_format_is_accepted(name: str) -> None:
+def test_known_format_is_accepted(name: str) -> None:
     """To read and to write."""
     asked = dataclasses.replace(to(format=name), source=values.Source(path="/in/a", format=name))
     assert validation.checked_convert(asked) == asked
@@ -160,7 +160,7 @@ QCOW2_AND_LUKS = {"qcow2", "luks"}
 
 
 @pytest.mark.parametrize("name", sorted(values.FORMATS))
-def test_a_passphrase_goes_with_two_formats_and_one_needs_it(name: str) -> None:
+def test_passphrase_is_accepted_for_luks_and_qcow2_only_and_required_for_luks(name: str) -> None:
     """LUKS itself, and LUKS in a qcow2; at each end."""
     plain, encrypted = of(name), of(name, encrypted=True)
     assert (refused_field(plain) == "source.encryption") is (name == "luks")
@@ -171,25 +171,25 @@ def test_a_passphrase_goes_with_two_formats_and_one_needs_it(name: str) -> None:
         assert (refused_field(encrypted) == "dest.encryption") is (name not in QCOW2_AND_LUKS)
 
 
-def test_a_passphrase_for_a_source_of_unknown_format_waits_for_the_probe() -> None:
+def test_passphrase_for_an_unstated_source_format_is_checked_after_the_probe() -> None:
     """The job holds the two together when it knows."""
     assert refused_field(of("", encrypted=True)) == ""
 
 
-def test_to_look_at_an_encrypted_image_takes_no_passphrase() -> None:
+def test_inspection_of_an_encrypted_image_needs_no_passphrase() -> None:
     """Its header can be read."""
     asked = values.InspectRequest(source=of("luks").source)
     assert validation.checked_inspect(asked) == asked
 
 
 @pytest.mark.parametrize("name", ["nbd", "json:{}", "RAW"])
-def test_to_look_at_an_image_of_an_unknown_format_is_refused(name: str) -> None:
+def test_inspection_with_an_unknown_format_is_refused(name: str) -> None:
     """As to convert it."""
     with pytest.raises(conditions.BadFormat):
         validation.checked_inspect(values.InspectRequest(source=of(name).source))
 
 
-def test_what_is_wrong_with_an_option_of_the_format_or_the_cipher_is_found() -> None:
+def test_invalid_format_or_cipher_option_in_a_request_is_refused() -> None:
     """What the tables of options say holds for whole requests."""
     option = values.CreationOption(name="backing_file", value="/etc/shadow")
     assert refused_field(to(options=(option,))) == "dest.qcow2.backing_file"
@@ -197,7 +197,7 @@ def test_what_is_wrong_with_an_option_of_the_format_or_the_cipher_is_found() -> 
     assert refused_field(to(encryption=weak)) == "dest.encryption.cipher_alg"
 
 
-def test_compression_does_not_go_with_encryption() -> None:
+def test_compression_with_encryption_is_refused() -> None:
     """Neither in qemu-img, which says so only once it runs."""
     asked = to(encryption=ENCRYPTION, compression=C.ZLIB)
     assert refused_field(asked) == "dest.compression"
@@ -212,7 +212,7 @@ def test_compression_does_not_go_with_encryption() -> None:
         (C.ZLIB, "monolithicSparse", "dest.compression"),
     ],
 )
-def test_of_vmdk_one_layout_is_compressed_and_with_zlib(
+def test_vmdk_compression_needs_stream_optimized_and_zlib(
     compression: values.Compression, layout: str, expected: str
 ) -> None:
     """streamOptimized, with or without being asked."""
@@ -240,7 +240,7 @@ POSSIBLE = {
     ("name", "compression", "preallocation"),
     list(itertools.product(sorted(values.WRITABLE_FORMATS - {"luks"}), C, P)),
 )
-def test_compression_and_preallocation_go_with_few_formats(
+def test_compression_and_preallocation_are_refused_where_qemu_img_has_none(
     name: str, compression: values.Compression, preallocation: values.Preallocation
 ) -> None:
     """All combinations, against the list of those that qemu-img can do."""
@@ -261,7 +261,9 @@ def test_compression_and_preallocation_go_with_few_formats(
         (C.ZSTD, C.ZSTD),
     ],
 )
-def test_default_compression_is_zlib(asked: values.Compression, named: values.Compression) -> None:
+def test_default_compression_of_a_request_becomes_zlib(
+    asked: values.Compression, named: values.Compression
+) -> None:
     """And every other is what was asked."""
     assert validation.checked_convert(to(compression=asked)).dest.compression is named
 
@@ -298,7 +300,7 @@ def test_default_compression_is_zlib(asked: values.Compression, named: values.Co
         pytest.param(request(label="\udc00"), "label", id="a-label-that-is-no-text"),
     ],
 )
-def test_an_option_is_refused(asked: values.ConvertRequest, field: str) -> None:
+def test_request_option_is_refused(asked: values.ConvertRequest, field: str) -> None:
     """With the field's name, and in a form that can be sent."""
     with pytest.raises(conditions.BadOption) as refusal:
         validation.checked_convert(asked)
@@ -321,13 +323,13 @@ def test_an_option_is_refused(asked: values.ConvertRequest, field: str) -> None:
         pytest.param(request(label="über Nacht"), id="a-label-beyond-ascii"),
     ],
 )
-def test_an_option_is_accepted(asked: values.ConvertRequest) -> None:
+def test_request_option_is_accepted(asked: values.ConvertRequest) -> None:
     """And nothing in the request changes."""
     assert validation.checked_convert(asked) == asked
 
 
 @given(st.text(st.characters(exclude_categories=())))
-def test_a_text_that_is_shown_can_be_sent_and_is_short(text: str) -> None:
+def test_displayed_text_is_short_and_valid_unicode(text: str) -> None:
     """Whatever a caller wrote."""
     shown = validation.shown(text)
     assert len(shown) <= 257

@@ -35,7 +35,7 @@ VALUES: Final = [
 
 
 @pytest.mark.parametrize("kind", VALUES)
-def test_a_value_is_frozen_slotted_and_made_by_keyword(kind: type[Any]) -> None:
+def test_value_class_is_frozen_slotted_and_keyword_only(kind: type[Any]) -> None:
     """So that what was decided once stays so."""
     assert kind.__dataclass_params__.frozen
     assert "__slots__" in vars(kind)

@@ -37,7 +37,7 @@ def records(machine: booted.Machine, *matches: str) -> list[dict[str, Any]]:
     return found
 
 
-def test_a_conversion_leaves_one_record_with_every_field(images: booted.Machine) -> None:
+def test_conversion_writes_one_journal_record_with_all_fields(images: booted.Machine) -> None:
     """Who, what, by which rule, how, and how it ended."""
     source, dest = f"{IMAGES}/a.raw", f"{IMAGES}/a.qcow2"
     images.run("qemu-img", "create", "-q", "-f", "raw", source, "8M")
@@ -76,7 +76,7 @@ def test_a_conversion_leaves_one_record_with_every_field(images: booted.Machine)
     assert {key: record.get(key) for key in expected} == expected
 
 
-def test_a_refusal_leaves_one_record(images: booted.Machine) -> None:
+def test_refusal_writes_one_journal_record(images: booted.Machine) -> None:
     """Refused requests are those that somebody will ask about."""
     images.run("convertctl", "info", "/etc/shadow", uid=ALICE, check=False)
     (record,) = records(images, "CONVERTD_SOURCE=/etc/shadow")
@@ -86,7 +86,7 @@ def test_a_refusal_leaves_one_record(images: booted.Machine) -> None:
     assert "CONVERTD_RULE" not in record
 
 
-def test_a_failure_leaves_one_record_with_its_reason(images: booted.Machine) -> None:
+def test_failure_writes_one_journal_record_with_its_reason(images: booted.Machine) -> None:
     """Allowed, and not done."""
     images.run("convertctl", "info", f"{IMAGES}/absent", uid=ALICE, check=False)
     # The caller may know before the job's process is gone, and so before the record is written.
@@ -98,7 +98,9 @@ def test_a_failure_leaves_one_record_with_its_reason(images: booted.Machine) -> 
     assert record["CONVERTD_RULE"] == "grants[0]"
 
 
-def test_names_with_newlines_forge_neither_fields_nor_records(images: booted.Machine) -> None:
+def test_file_name_with_newlines_can_not_forge_journal_fields_or_records(
+    images: booted.Machine,
+) -> None:
     """A value is sent with its length; the message's line has it escaped."""
     forged = "/x\nCONVERTD_UID=0\nMESSAGE=all is well\n\nCONVERTD_FORGED=1\x1b[2J\u202egpj"
     images.run("convertctl", "info", forged, uid=ALICE, check=False)
@@ -109,7 +111,7 @@ def test_names_with_newlines_forge_neither_fields_nor_records(images: booted.Mac
     assert records(images, "MESSAGE=all is well") == []
 
 
-def test_the_catalog_explains_a_record(images: booted.Machine) -> None:
+def test_journal_catalog_explains_a_record(images: booted.Machine) -> None:
     """`journalctl -x` tells a newcomer what a record means."""
     images.run("convertctl", "info", "/etc/gshadow", uid=ALICE, check=False)
     images.run("journalctl", "--sync")

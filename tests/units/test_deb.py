@@ -57,7 +57,7 @@ def put(machine: booted.Machine, package: Path) -> str:
     return f"/var/tmp/{package.name}"  # noqa: S108 - the machine's
 
 
-def test_a_package_is_installed_upgraded_removed_and_purged(
+def test_debian_package_is_installed_upgraded_removed_and_purged(
     machine: booted.Machine, package: Path, newer: Path
 ) -> None:
     """In the order of a package's life; each step needs the one before."""

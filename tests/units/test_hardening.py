@@ -19,7 +19,7 @@ DROPINS = {
 
 
 @pytest.mark.parametrize(("dropin", "limit"), DROPINS.values(), ids=DROPINS)
-def test_the_service_is_exposed_at_most(tmp_path: Path, dropin: str, limit: int) -> None:
+def test_service_exposure_score_is_at_most(tmp_path: Path, dropin: str, limit: int) -> None:
     """`systemd-analyze security`, in tenths: 15 as shipped, 19 with roots of block devices."""
     unit = tmp_path / "convertd.service"
     shipped = UNITS.joinpath("convertd.service").read_text(encoding="utf-8")
@@ -36,7 +36,7 @@ def test_the_service_is_exposed_at_most(tmp_path: Path, dropin: str, limit: int)
     assert measured.returncode == 0, measured.stdout
 
 
-def test_each_capability_has_its_reason() -> None:
+def test_each_capability_of_the_unit_has_a_comment() -> None:
     """A line of comment before each entry of the bounding set."""
     text = UNITS.joinpath("convertd.service").read_text(encoding="utf-8")
     entries = re.findall(r"(.*)\nCapabilityBoundingSet=(CAP_.*)", text)

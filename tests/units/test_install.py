@@ -25,7 +25,7 @@ THE_SYSTEMS = (
 """Files that the system itself keeps: users stay, catalogs and journals are its own."""
 
 
-def test_the_first_call_starts_the_service(machine: booted.Machine) -> None:
+def test_first_call_starts_the_service_by_socket_activation(machine: booted.Machine) -> None:
     """The socket listens; the daemon is there when somebody needs it."""
     machine.run("systemctl", "stop", "convertd.service")
     assert machine.show("convertd.service", "ActiveState") == {"ActiveState": "inactive"}
@@ -37,7 +37,7 @@ def test_the_first_call_starts_the_service(machine: booted.Machine) -> None:
     }
 
 
-def test_the_policy_that_is_installed_grants_nothing(machine: booted.Machine) -> None:
+def test_installed_policy_grants_nothing(machine: booted.Machine) -> None:
     """An install alone opens nothing to anybody."""
     machine.revoke()
     refused = machine.run("convertctl", "info", "/etc/hostname", uid=ALICE, check=False)
@@ -47,7 +47,7 @@ def test_the_policy_that_is_installed_grants_nothing(machine: booted.Machine) ->
 
 
 @pytest.mark.parametrize("page", ["convertd.8", "convertctl.1", "convertd-policy.5"])
-def test_the_manual_pages_can_be_read(machine: booted.Machine, page: str) -> None:
+def test_manual_pages_render_without_warnings(machine: booted.Machine, page: str) -> None:
     """Without a complaint of groff's."""
     section = page.rsplit(".", 1)[1]
     path = f"/usr/local/share/man/man{section}/{page}"
@@ -55,7 +55,7 @@ def test_the_manual_pages_can_be_read(machine: booted.Machine, page: str) -> Non
     assert shown.stdout == ""
 
 
-def test_the_manual_page_and_the_completion_have_every_option(machine: booted.Machine) -> None:
+def test_manual_page_and_completion_have_each_option(machine: booted.Machine) -> None:
     """Of convertd; convertctl's are made by itself."""
     told = machine.say("convertd", "--help")
     options = set(re.findall(r"--[a-z]+", told))
@@ -67,7 +67,7 @@ def test_the_manual_page_and_the_completion_have_every_option(machine: booted.Ma
     assert "unit-dropin" in completion.read_text()
 
 
-def test_the_counters_are_written_for_node_exporter(machine: booted.Machine) -> None:
+def test_counters_file_is_written_for_node_exporter(machine: booted.Machine) -> None:
     """Where the policy says, readable by its user, and the drop-in lets the service write there."""
     machine.run("mkdir", "-p", "/var/lib/exporter")
     machine.grant("/srv/images", ALICE, '[service]\nmetrics = "/var/lib/exporter/convertd.prom"')
@@ -83,7 +83,7 @@ def test_the_counters_are_written_for_node_exporter(machine: booted.Machine) -> 
     assert 'convertd_refusals_total{reason="PERMISSION_DENIED"} 1.0' in text
 
 
-def test_uninstall_leaves_the_policy_and_nothing_else(
+def test_uninstall_leaves_only_the_policy(
     built: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """What an install made is gone, used or not."""

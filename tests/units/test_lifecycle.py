@@ -67,7 +67,7 @@ def left(machine: booted.Machine) -> set[str]:
     return set(machine.say("ls", "-A", IMAGES).split())
 
 
-def test_a_good_policy_is_taken_by_reload(service: booted.Machine) -> None:
+def test_systemctl_reload_applies_a_valid_policy(service: booted.Machine) -> None:
     """Without a restart: the broker stays."""
     before = main_pid(service)
     service.write("/etc/convertd/policy.toml", "[limits]\njobs = 3\n")
@@ -80,7 +80,9 @@ def test_a_good_policy_is_taken_by_reload(service: booted.Machine) -> None:
     assert service.show(SERVICE, "ActiveState")["ActiveState"] == "active"
 
 
-def test_a_bad_policy_is_not_taken_by_reload(service: booted.Machine) -> None:
+def test_systemctl_reload_keeps_the_old_policy_if_the_new_one_is_invalid(
+    service: booted.Machine,
+) -> None:
     """The old one stays in force, and status and journal say which key is wrong."""
     service.write("/etc/convertd/policy.toml", "[limits]\njobs = 0\n")
     service.run("systemctl", "reload", SERVICE)
@@ -91,7 +93,7 @@ def test_a_bad_policy_is_not_taken_by_reload(service: booted.Machine) -> None:
     assert any("limits.jobs" in entry["MESSAGE"] for entry in service.journal("-p", "err", "-n10"))
 
 
-def test_the_status_tells_what_goes_on(service: booted.Machine) -> None:
+def test_service_status_shows_running_and_queued_jobs(service: booted.Machine) -> None:
     """How many run and wait, and whom the daemon refused last."""
     service.run("convertctl", "info", "/etc/passwd", uid=ALICE, check=False)
     booted.wait_for(lambda: "last refusal PERMISSION_DENIED for uid 1234" in status(service), "it")
@@ -114,7 +116,7 @@ def watched(service: booted.Machine) -> Iterator[booted.Machine]:
 
 
 @pytest.mark.parametrize("frozen", ["front", "broker"])
-def test_the_watchdog_replaces_a_daemon_whose_process_is_frozen(
+def test_watchdog_restarts_a_daemon_with_a_frozen_process(
     watched: booted.Machine, frozen: str
 ) -> None:
     """A ping takes a health check through the public socket, so either process's silence counts."""
@@ -151,7 +153,7 @@ print([os.waitpid(pid, 0)[1] for pid in callers].count(0))
 """Processes, for connections of one process to one place are one connection to gRPC."""
 
 
-def test_a_restart_loses_none_of_fifty_waiting_callers(service: booted.Machine) -> None:
+def test_service_restart_loses_no_waiting_caller(service: booted.Machine) -> None:
     """They wait in the socket's queue, which is systemd's, until there is a daemon again."""
     service.run("systemctl", "stop", SERVICE)
     # A start that is held back: all of them are in the queue before there is a daemon.
@@ -180,7 +182,7 @@ def waiting(machine: booted.Machine) -> int:
     return max(int(line.split()[2]) for line in lines)
 
 
-def test_a_stop_ends_what_runs_and_leaves_nothing(service: booted.Machine) -> None:
+def test_service_stop_cancels_running_jobs_after_the_grace_period(service: booted.Machine) -> None:
     """The grace over, the conversion is cancelled: no file, no process, and a record of it."""
     service.grant(IMAGES, ALICE, '[limits]\nstop_grace = "1 s"')
     with begin(service, "stopped.raw") as running:
@@ -194,7 +196,7 @@ def test_a_stop_ends_what_runs_and_leaves_nothing(service: booted.Machine) -> No
     assert record["CONVERTD_OUTCOME"] == "failed"
 
 
-def test_a_kill_of_everything_leaves_nothing_and_the_next_call_is_served(
+def test_service_kill_leaves_nothing_and_the_next_call_is_served(
     service: booted.Machine,
 ) -> None:
     """`systemctl kill -s KILL`: the kernel takes the unnamed result away."""
@@ -207,7 +209,7 @@ def test_a_kill_of_everything_leaves_nothing_and_the_next_call_is_served(
     assert "qemu-img" not in processes(service)
 
 
-def test_an_idle_daemon_ends_if_the_policy_says_so_and_the_next_call_starts_it(
+def test_idle_exit_stops_the_service_and_the_next_call_starts_it(
     service: booted.Machine,
 ) -> None:
     """The socket stays."""
@@ -219,7 +221,7 @@ def test_an_idle_daemon_ends_if_the_policy_says_so_and_the_next_call_starts_it(
     assert "you are alice" in service.access(ALICE)
 
 
-def test_the_unit_confines_what_the_policy_opens(service: booted.Machine) -> None:
+def test_unit_sandbox_limits_a_policy_without_its_drop_in(service: booted.Machine) -> None:
     """A policy that was edited alone reaches no further: the kernel says no."""
     service.run("mkdir", "-p", "/srv/other")
     policy = service.say("cat", "/etc/convertd/policy.toml").replace(IMAGES, "/srv/other")
@@ -236,7 +238,7 @@ def test_the_unit_confines_what_the_policy_opens(service: booted.Machine) -> Non
     assert "/srv/other can't be written: it is in no ReadWritePaths=" in told.stderr
 
 
-def test_every_directive_of_the_shipped_unit_is_understood(service: booted.Machine) -> None:
+def test_shipped_unit_passes_systemd_analyze_verify(service: booted.Machine) -> None:
     """`systemd-analyze verify` says nothing."""
     files = [f"/usr/local/lib/systemd/system/convertd.{kind}" for kind in ("service", "socket")]
     verified = service.run("systemd-analyze", "verify", "--man=no", *files)

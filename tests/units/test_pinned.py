@@ -81,7 +81,7 @@ def digests(package: Path, place: Path) -> dict[str, str]:
     }
 
 
-def test_the_same_commit_gives_the_same_package_twice(
+def test_package_build_is_reproducible_from_one_commit(
     package: Path, again: Path, tmp_path: Path
 ) -> None:
     """Byte for byte, and the list of what is in it too."""
@@ -94,7 +94,7 @@ def test_the_same_commit_gives_the_same_package_twice(
     assert again.with_suffix(suffix).read_bytes() == package.with_suffix(suffix).read_bytes()
 
 
-def test_a_package_is_of_its_commits_date(package: Path) -> None:
+def test_package_date_is_that_of_its_commit(package: Path) -> None:
     """Neither of the day on which it was made, nor of any file's."""
     told = ["git", "log", "-1", "--format=%cd", "--date=format-local:%Y-%m-%d %H:%M"]
     utc = {**os.environ, "TZ": "UTC"}
@@ -103,7 +103,7 @@ def test_a_package_is_of_its_commits_date(package: Path) -> None:
     assert {" ".join(line.split()[3:5]) for line in listed.splitlines()} == {date}
 
 
-def test_the_package_lists_what_is_in_it(package: Path, tmp_path: Path) -> None:
+def test_package_lists_its_bundled_dependencies(package: Path, tmp_path: Path) -> None:
     """By name and version: all that is installed, and all of it is pinned."""
     subprocess.run(["dpkg-deb", "--extract", package, tmp_path], check=True, timeout=60)
     beside = package.with_suffix(".cdx.json").read_text()
@@ -126,9 +126,7 @@ def test_the_package_lists_what_is_in_it(package: Path, tmp_path: Path) -> None:
     assert str(booted.REPOSITORY) not in beside
 
 
-def test_a_wheel_that_was_tampered_with_is_not_installed(
-    clone: Path, again: Path, tmp_path: Path
-) -> None:
+def test_tampered_wheel_is_not_installed(clone: Path, again: Path, tmp_path: Path) -> None:
     """Whoever could write where it lay meanwhile: nothing is put in place."""
     assert again.exists()
     (wheel,) = (clone / "build" / "wheels").glob("mdurl-*.whl")
@@ -143,7 +141,7 @@ def test_a_wheel_that_was_tampered_with_is_not_installed(
     assert not (tmp_path / "usr" / "bin").exists()
 
 
-def test_a_download_of_another_hash_than_the_lock_is_not_taken(clone: Path, again: Path) -> None:
+def test_download_with_a_wrong_hash_is_not_installed(clone: Path, again: Path) -> None:
     """It does not come as far as to be installed."""
     assert again.exists()
     lock = clone / "packaging" / "locked" / "daemon.txt"
