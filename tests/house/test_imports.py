@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import graphlib
 import importlib.util
 import json
 import os
@@ -95,6 +96,13 @@ def test_job_sandbox_and_kernel_import_only_the_standard_library_and_own_code() 
         for target in graph.find_modules_directly_imported_by(module)
     }
     assert imported - sys.stdlib_module_names == {"convertd_core", "convertd_daemon"}
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Not for types alone either: whoever reads one must not have to read the other."""
+    graph = grimp.build_graph("convertd_core", *PACKAGES, cache_dir=None)
+    imported = {name: graph.find_modules_directly_imported_by(name) for name in graph.modules}
+    graphlib.TopologicalSorter(imported).prepare()
 
 
 @pytest.mark.parametrize("module", ["convertd_daemon.job.main", "convertd_daemon.serve"])

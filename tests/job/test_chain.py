@@ -20,7 +20,7 @@ from children import in_child
 from convertd_core import conditions, messages, results, values
 from convertd_daemon import channel
 from convertd_daemon.job import context, local_grant, stages
-from convertd_daemon.job.files import paths
+from convertd_daemon.job.files import opened_source, paths
 from convertd_daemon.job.qemu import backing_chain, execution
 from convertd_daemon.sandbox.prefork_slot import PreforkSlot
 
@@ -450,7 +450,7 @@ class TestPassphrases:
             format="qcow2", virtual_size_bytes=1, actual_size_bytes=1, encrypted=is_encrypted
         )
         place = grants.Rules(roots=(grants.files("/images"),)).place("/images/a")
-        source = paths.Source(place=place, fd=-1, size_bytes=1, allocated_bytes=1)
+        source = opened_source.Source(place=place, fd=-1, size_bytes=1, allocated_bytes=1)
         encryption = values.SourceEncryption() if has_one else None
         asked = values.Source(path="/images/a", encryption=encryption)
         link = backing_chain.ChainLink(source=source, info=info)

@@ -20,7 +20,7 @@ from harness.mounts import Mounts
 
 from convertd_core import conditions, messages, values
 from convertd_daemon import channel
-from convertd_daemon.job.files import paths, source_change
+from convertd_daemon.job.files import opened_source, paths, source_change
 
 MIB: Final = 1024 * 1024
 SIZE: Final = 4 * MIB
@@ -210,7 +210,7 @@ class TestChangedFiles:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[paths.Source]:
+def opened(path: Path) -> Iterator[opened_source.Source]:
     """A file, opened as a source is."""
     place = grants.Rules(roots=(grants.files(path.parent),)).place(str(path))
     with paths.open_source(place, grants.CALLER) as source:
@@ -221,7 +221,7 @@ class TestTouchedBackingFiles:
     """Whose time has moved, and perhaps nothing else."""
 
     @pytest.fixture
-    def chain(self, area: Path) -> Iterator[list[paths.Source]]:
+    def chain(self, area: Path) -> Iterator[list[opened_source.Source]]:
         """An overlay and a base."""
         with contextlib.ExitStack() as stack:
             for name in ("overlay", "base"):
@@ -229,7 +229,7 @@ class TestTouchedBackingFiles:
             yield [stack.enter_context(opened(area / name)) for name in ("overlay", "base")]
 
     def test_touched_backing_file_with_different_content_is_a_change(
-        self, area: Path, chain: list[paths.Source]
+        self, area: Path, chain: list[opened_source.Source]
     ) -> None:
         """What is there now is not what was converted."""
 
@@ -243,7 +243,7 @@ class TestTouchedBackingFiles:
             (area / "base").write_bytes(b"after!")
 
     def test_backing_file_changed_during_the_comparison_is_a_change(
-        self, area: Path, chain: list[paths.Source]
+        self, area: Path, chain: list[opened_source.Source]
     ) -> None:
         """Who writes on and on is never compared."""
 
@@ -257,7 +257,7 @@ class TestTouchedBackingFiles:
             (area / "base").write_bytes(b"after!")
 
     def test_backing_file_with_another_size_is_a_change_without_comparison(
-        self, area: Path, chain: list[paths.Source]
+        self, area: Path, chain: list[opened_source.Source]
     ) -> None:
         """No comparison is made."""
         with (
@@ -266,7 +266,9 @@ class TestTouchedBackingFiles:
         ):
             (area / "base").write_bytes(b"longer.")
 
-    def test_touched_source_is_a_change(self, area: Path, chain: list[paths.Source]) -> None:
+    def test_touched_source_is_a_change(
+        self, area: Path, chain: list[opened_source.Source]
+    ) -> None:
         """Nobody has a reason to touch it."""
         with (
             pytest.raises(conditions.SourceChanged, match="overlay"),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from convertd_core import conditions, results, values
 from convertd_daemon.job import stages
-from convertd_daemon.job.files import paths
+from convertd_daemon.job.files import opened_source
 from convertd_daemon.job.qemu import execution, image_info, plan
 
 FD = os.memfd_create("image")
@@ -23,7 +23,7 @@ FD = os.memfd_create("image")
 os.pwrite(FD, b"QFI\xfb\0\0\0\3", 0)
 
 PATH = "/images/a"
-SOURCE = paths.Source(
+SOURCE = opened_source.Source(
     place=grants.Rules(roots=(grants.files("/images"),)).place(PATH),
     fd=FD,
     size_bytes=1000,

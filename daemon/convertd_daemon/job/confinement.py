@@ -13,7 +13,7 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from convertd_core import values
-from convertd_daemon.job.files import paths
+from convertd_daemon.job.files import opened_source, paths
 from convertd_daemon.sandbox import confine, landlock
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def to_roots(
     grant: values.ConvertGrant | values.InspectGrant,
-    source: paths.Source,
+    source: opened_source.Source,
     dest: Destination | None,
     worker: Program,
 ) -> None:
@@ -67,7 +67,7 @@ none. Source: qemu docs/interop/qcow2.rst."""
 
 
 def _may_have_members(
-    grant: values.ConvertGrant | values.InspectGrant, source: paths.Source
+    grant: values.ConvertGrant | values.InspectGrant, source: opened_source.Source
 ) -> bool:
     """Whether other images than the source may have to be opened.
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Final
 from convertd_core import conditions, results, values
 
 if TYPE_CHECKING:
-    from convertd_daemon.job.files.paths import Source
-    from convertd_daemon.job.qemu.backing_chain import ChainLink
+    from convertd_daemon.job.files.opened_source import Source
+    from convertd_daemon.job.stages import ProbedImage
 
 MARKED: Final = "it is marked as corrupt"
 COUNTS: Final = "its reference counts are wrong, as qemu-img check tells"
@@ -70,14 +70,14 @@ class Complaints:
             self._harmless &= _HARMLESS.fullmatch(text) is not None
 
 
-def check_mark(asked: values.Source, link: ChainLink) -> None:
+def check_mark(asked: values.Source, source: Source, info: ProbedImage) -> None:
     """Judge an image that says of itself that it is corrupt.
 
     Raises:
         conditions.ImageDamaged, conditions.DamageNotAllowed: as `accept` says.
     """
-    if link.info.corrupt:
-        accept(asked, link.source, MARKED)
+    if info.corrupt:
+        accept(asked, source, MARKED)
 
 
 def accept(asked: values.Source, source: Source, problem: str) -> None:

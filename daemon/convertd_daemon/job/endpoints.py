@@ -13,8 +13,8 @@ from convertd_daemon.job.files import (
     device_dest,
     direct_io,
     file_dest,
+    opened_source,
     page_cache,
-    paths,
 )
 from convertd_daemon.job.qemu import execution, plan
 from convertd_daemon.sandbox import landlock
@@ -36,12 +36,12 @@ class Endpoints:
     dest: Destination
 
     @property
-    def source(self) -> paths.Source:
+    def source(self) -> opened_source.Source:
         """The source itself."""
         return self.chain[0].source
 
     @property
-    def sources(self) -> tuple[paths.Source, ...]:
+    def sources(self) -> tuple[opened_source.Source, ...]:
         """The files of the chain, the source itself first."""
         return tuple(link.source for link in self.chain)
 

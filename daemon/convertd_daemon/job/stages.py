@@ -1,4 +1,4 @@
-"""What passes between the stages of a job: what it found out about the images, and its plan.
+"""What passes between the stages of a job: what is known of the images, and its plan.
 
 Nothing here does anything. Sizes are in bytes.
 """

@@ -19,10 +19,11 @@ from convertd_core import conditions, values
 from convertd_daemon.job.files import (
     attributes,
     credentials,
+    opened_source,
     roots,
     source_change,
 )
-from convertd_daemon.linux import locks, statx
+from convertd_daemon.linux import locks
 from convertd_daemon.linux.openat2 import Resolve, openat2
 
 if TYPE_CHECKING:
@@ -35,20 +36,6 @@ QEMU_LOCKS: Final = (100, 203)
 
 QEMU_WRITES: Final = 101
 """The byte that a writing qemu locks: 100, and the bit of BLK_PERM_WRITE."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """An image, open for reading. `open_source` closes the descriptor.
-
-    `opened` is what a file was when it was opened, before any of it was read: see source_change.
-    """
-
-    place: values.Place
-    fd: int
-    size_bytes: int
-    allocated_bytes: int
-    opened: statx.Content | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +55,7 @@ class Target:
 
 
 @contextlib.contextmanager
-def open_source(place: values.Place, peer: values.Peer) -> Iterator[Source]:
+def open_source(place: values.Place, peer: values.Peer) -> Iterator[opened_source.Source]:
     """Open the image that a place names.
 
     Raises:
@@ -95,7 +82,7 @@ def open_source(place: values.Place, peer: values.Peer) -> Iterator[Source]:
             allocated = size if on_device else os.fstat(image).st_blocks * 512
         except OSError as error:
             raise_for(error, place, peer, conditions.SourceNotFound(path=place.path))
-        yield Source(
+        yield opened_source.Source(
             place=place,
             fd=image,
             size_bytes=size,

@@ -27,7 +27,7 @@ from convertd_daemon.linux import statx
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from convertd_daemon.job.files.paths import Source
+    from convertd_daemon.job.files.opened_source import Source
 
 TICK_NS: Final = 10_000_000
 """The longest tick: CONFIG_HZ=100."""

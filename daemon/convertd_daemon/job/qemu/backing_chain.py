@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from convertd_core import conditions, results, validation, values
 from convertd_daemon.job import damage, stages
-from convertd_daemon.job.files import paths
+from convertd_daemon.job.files import opened_source, paths
 from convertd_daemon.job.qemu import image_info
 from convertd_daemon.policy import places
 
@@ -40,7 +40,7 @@ BEING_WRITTEN: Final = results.Warning(
 class ChainLink:
     """One member of a chain: the open inode, and what it is."""
 
-    source: paths.Source
+    source: opened_source.Source
     info: stages.ProbedImage
 
     @property
@@ -53,7 +53,7 @@ JobGrant = values.ConvertGrant | values.InspectGrant
 
 
 def follow(
-    grant: JobGrant, top: paths.Source, runner: Runner, stack: contextlib.ExitStack
+    grant: JobGrant, top: opened_source.Source, runner: Runner, stack: contextlib.ExitStack
 ) -> tuple[ChainLink, ...]:
     """Find out what the source is, and follow its backing chain down to the base.
 
@@ -71,15 +71,18 @@ def follow(
     links = [
         ChainLink(source=top, info=image_info.identify(top, stated, grant.read_formats, runner))
     ]
-    damage.check_mark(grant.request.source, links[-1])
+    damage.check_mark(grant.request.source, links[-1].source, links[-1].info)
     while links[-1].info.backing_name:
         links.append(open_parent(grant, links, runner, stack))
-        damage.check_mark(grant.request.source, links[-1])
+        damage.check_mark(grant.request.source, links[-1].source, links[-1].info)
     return tuple(links)
 
 
 def describe(
-    grant: values.InspectGrant, top: paths.Source, runner: Runner, stack: contextlib.ExitStack
+    grant: values.InspectGrant,
+    top: opened_source.Source,
+    runner: Runner,
+    stack: contextlib.ExitStack,
 ) -> results.ImageInfo:
     """What the image is, in qemu-img's own JSON too, and its backing chain as far as allowed.
 
@@ -211,5 +214,5 @@ def _place(grant: JobGrant, overlay: ChainLink, refused: _Refusal) -> values.Pla
     return place
 
 
-def _is_same(one: paths.Source, other: paths.Source) -> bool:
+def _is_same(one: opened_source.Source, other: opened_source.Source) -> bool:
     return os.path.samestat(os.fstat(one.fd), os.fstat(other.fd))

@@ -45,7 +45,7 @@ processor time it used, which on a busy machine, a virtual one above all, may no
 is begun anew, which makes the file anew too. Source: qemu crypto/pbkdf.c."""
 
 ATTEMPTS: Final = 5
-"""Each fails by chance, on a busy machine about one in ten, and writes nothing of a guest's."""
+"""Each may fail by chance on a busy virtual machine, and writes nothing of a guest's."""
 
 IN_USE: Final = ('failed to get "', 'failed to get shared "')
 WRONG_SECRET: Final = ("invalid password", "cannot unlock")

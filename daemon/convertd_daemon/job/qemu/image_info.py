@@ -27,7 +27,7 @@ from convertd_daemon.sandbox import limits
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from convertd_daemon.job.files.paths import Source
+    from convertd_daemon.job.files.opened_source import Source
     from convertd_daemon.job.qemu.execution import Outcome
 
 log = logging.getLogger(__name__)

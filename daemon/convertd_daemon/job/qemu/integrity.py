@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from convertd_daemon.job.endpoints import Endpoints
-    from convertd_daemon.job.files.paths import Source
+    from convertd_daemon.job.files.opened_source import Source
 
 log = logging.getLogger(__name__)
 

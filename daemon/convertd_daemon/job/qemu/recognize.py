@@ -15,7 +15,7 @@ from convertd_core import conditions, results, validation
 from convertd_daemon.job.qemu import signatures
 
 if TYPE_CHECKING:
-    from convertd_daemon.job.files.paths import Source
+    from convertd_daemon.job.files.opened_source import Source
 
 SECTOR_BYTES: Final = signatures.SECTOR_BYTES
 TRAILER_BYTES: Final = signatures.TRAILER_BYTES
