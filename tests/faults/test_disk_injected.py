@@ -286,7 +286,7 @@ def test_destination_open_error_of_qemu_img_is_reported(
 ) -> None:
     """Of all that is said of opening, only the kernel's words go any further."""
     alice.convert(conversion(source, images_dir / "first.qcow2")).result()
-    opened = re.findall(r"'(/proc/self/fd/\d+)'\)$", daemon.log, re.MULTILINE)[-1]
+    opened = re.findall(r" (/proc/self/fd/\d+)$", daemon.log, re.MULTILINE)[-1]
     fault = Fault(calls="openat", error="EIO", ends=WRITE_FAILED, about=Path(opened))
     dest = images_dir / "dest.qcow2"
     check_told(refused(daemon, fault, conversion(source, dest)), dest, "EIO")

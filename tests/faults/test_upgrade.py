@@ -184,22 +184,22 @@ def test_enum_value_unknown_to_the_daemon_is_refused(
 READ: Final = """
 import json, sys
 from convertd.v1 import convert_pb2 as pb
-from convertd_client import answers
-for kind, reader, data in json.load(sys.stdin):
+from convertd_client import results
+from convertd_core import proto_mapping
+for kind, value, data in json.load(sys.stdin):
     message = getattr(pb, kind).FromString(bytes.fromhex(data))
-    more = (None,) if reader == "result" else ()
-    print(repr(getattr(answers, reader)(message, *more)))
+    print(repr(proto_mapping.from_message(getattr(results, value), message)))
 """
 
 ANSWERS: Final = {
-    "ConvertProgress": "progress",
-    "Plan": "plan",
-    "ConvertResult": "result",
-    "InspectResponse": "image",
-    "Job": "job",
-    "GetAccessResponse": "access",
+    "ConvertProgress": "Progress",
+    "Plan": "Plan",
+    "ConvertResult": "ConvertResult",
+    "InspectResponse": "ImageInfo",
+    "Job": "Job",
+    "GetAccessResponse": "Access",
 }
-"""The messages that this client makes values of, and what makes them."""
+"""The messages that this client makes values of, and which values."""
 
 
 def test_reply_with_fields_unknown_to_the_client_is_read(newer: Version) -> None:

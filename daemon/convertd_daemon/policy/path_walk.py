@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from convertd_daemon.linux import fstatfs, posix_acl, statx
-from convertd_daemon.linux.openat2 import Resolve, openat2
+from convertd_daemon.linux.openat2 import Resolve
 
 if TYPE_CHECKING:
     import contextlib
@@ -127,11 +127,15 @@ def _next(here: Step, name: str, flags: int, stack: contextlib.ExitStack) -> Ste
 def open_step(directory: int, path: str, flags: int) -> int:
     """Open the last name of a path below its directory, and follow no link.
 
+    Of one name O_NOFOLLOW is enough. The daemon walks to its socket and its policy by this before
+    a drop-in lets its service call openat2(2), which systemd's RestrictSUIDSGID= refuses.
+
     Raises:
         OSError: the kernel's own answer; its file name is the whole path.
     """
+    name = os.path.basename(path)
     try:
-        return openat2(directory, os.path.basename(path), flags=flags, resolve=STRICTLY)
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
     except OSError as error:
         error.filename = path
         raise
