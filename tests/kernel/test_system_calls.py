@@ -425,8 +425,8 @@ class TestFstatfs:
     @pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs", "tmpfs"])
     def test_fstatfs_reports_the_file_system_type(self, mounts: Mounts, kind: str) -> None:
         """Of a descriptor of O_PATH too."""
-        memory = kind == "tmpfs"
-        point = mounts.in_memory(kind, kind) if memory else mounts.on_a_loop(kind, kind)
+        memory, name = kind == "tmpfs", f"magic-of-{kind}"
+        point = mounts.in_memory(kind, name) if memory else mounts.on_a_loop(kind, name)
         directory = os.open(point, os.O_PATH)
         assert fstatfs.magic(directory) == fstatfs.Magic[kind.upper()]
         os.close(directory)
@@ -442,7 +442,7 @@ class TestStatx:
 
     def test_statx_reports_the_alignment_for_direct_io(self, mounts: Mounts) -> None:
         """XFS does: whole sectors of its disk."""
-        file = os.open(mounts.on_a_loop("xfs", "xfs") / "file", os.O_CREAT | os.O_RDWR)
+        file = os.open(mounts.on_a_loop("xfs", "alignment") / "file", os.O_CREAT | os.O_RDWR)
         told = statx.direct_alignment(file)
         os.close(file)
         assert told is not None

@@ -138,7 +138,18 @@ def open_step(directory: int, path: str, flags: int) -> int:
         return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
     except OSError as error:
         error.filename = path
+        if error.errno == errno.ENOTDIR and _is_link(directory, name):
+            # With O_DIRECTORY a link gives ENOTDIR. Source: open(2).
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path) from error
         raise
+
+
+def _is_link(directory: int, name: str) -> bool:
+    """Whether a name that could not be opened is a link: it decides about the error alone."""
+    try:
+        return stat.S_ISLNK(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
+    except OSError:
+        return False
 
 
 def reason(error: OSError) -> str:
