@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from harness import images
+from harness import images, waiting
 from harness.agent import conversion
 from harness.callers import ALICE, BOB
 from harness.daemon import Daemon
@@ -174,6 +174,8 @@ def test_root_on_a_dead_file_system_affects_no_other_request(
             ["pgrep", "-f", f"^bindfs .*{point}$"], capture_output=True, text=True, check=True
         ).stdout.split()
         os.kill(int(server), 9)
+        # For a second the kernel still knows the directory's attributes.
+        waiting.until(lambda: not os.path.exists(point), "the kernel asks a server that is gone")
         see_others_go_on(daemon, roots)
         answer = asking.inspect(daemon, point / "disk.raw")
         assert (answer.status, answer.reason) == ("FAILED_PRECONDITION", "ROOT_UNUSABLE")

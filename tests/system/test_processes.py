@@ -83,7 +83,8 @@ def converting(daemon: Daemon, source: Path, dest: Path) -> Iterator[Running]:
 @pytest.fixture
 def running(daemon: Daemon, library: Path, scratch: Path) -> Iterator[Running]:
     """A conversion of an image that root alone may read."""
-    dest = scratch / "images" / "dest.qcow2"
+    # A name of its own: a slow machine may be done with one before its test is.
+    dest = scratch / "images" / f"dest-{os.urandom(4).hex()}.qcow2"
     with converting(daemon, library / "bulky.raw", dest) as found:
         yield found
 

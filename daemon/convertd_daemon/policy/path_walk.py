@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from convertd_daemon.linux import fstatfs, posix_acl, statx
-from convertd_daemon.linux.openat2 import Resolve
+from convertd_daemon.linux.openat2 import Resolve, openat2
 
 if TYPE_CHECKING:
     import contextlib
@@ -127,29 +127,25 @@ def _next(here: Step, name: str, flags: int, stack: contextlib.ExitStack) -> Ste
 def open_step(directory: int, path: str, flags: int) -> int:
     """Open the last name of a path below its directory, and follow no link.
 
-    Of one name O_NOFOLLOW is enough. The daemon walks to its socket and its policy by this before
-    a drop-in lets its service call openat2(2), which systemd's RestrictSUIDSGID= refuses.
-
     Raises:
         OSError: the kernel's own answer; its file name is the whole path.
     """
     name = os.path.basename(path)
     try:
+        try:
+            return openat2(directory, name, flags=flags, resolve=STRICTLY)
+        except OSError as error:
+            if error.errno not in _REFUSED:
+                raise
         return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
     except OSError as error:
         error.filename = path
-        if error.errno == errno.ENOTDIR and _is_link(directory, name):
-            # With O_DIRECTORY a link gives ENOTDIR. Source: open(2).
-            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path) from error
         raise
 
 
-def _is_link(directory: int, name: str) -> bool:
-    """Whether a name that could not be opened is a link: it decides about the error alone."""
-    try:
-        return stat.S_ISLNK(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
-    except OSError:
-        return False
+_REFUSED: Final = frozenset({errno.ENOSYS, errno.EPERM})
+"""What openat2(2) answers where systemd's RestrictSUIDSGID= refuses it: a service that has no
+drop-in yet walks to its socket and its policy all the same. Of one name O_NOFOLLOW is enough."""
 
 
 def reason(error: OSError) -> str:
