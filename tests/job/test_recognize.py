@@ -504,7 +504,7 @@ class TestAmbiguousImages:
             pytest.param("qcow2", 6, "cluster_size=512", id="qcow2"),
         ],
     )
-    def test_a_partitioned_disk_in_an_image_is_none_beside_it(
+    def test_gpt_disk_inside_an_image_is_not_a_second_format(
         self, area: Path, image_format: str, mib: int, options: str
     ) -> None:
         """Where its table comes to lie at the place that it has on a disk of larger sectors."""
