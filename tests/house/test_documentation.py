@@ -36,7 +36,19 @@ def build(source: Path, site: Path) -> subprocess.CompletedProcess[str]:
     """Build the site, as `make docs` does."""
     sphinx = Path(sys.executable).with_name("sphinx-build")
     return subprocess.run(
-        [sphinx, *("--fail-on-warning", "--keep-going", "--quiet", "-c", "docs", ".", site)],
+        [
+            sphinx,
+            *(
+                "--fail-on-warning",
+                "--keep-going",
+                "--quiet",
+                "--no-color",
+                "-c",
+                "docs",
+                ".",
+                site,
+            ),
+        ],
         cwd=source,
         capture_output=True,
         text=True,
