@@ -36,7 +36,8 @@ PYTEST_FLAGS :=
 # daemon, its directories and its devices by names of their own.
 WORKERS := 3
 
-# Passed on: make bench BENCH_FLAGS='--large-rounds 5 --directory /srv'
+# Passed on: make bench BENCH_FLAGS='--disks own xfs --rows files --large-rounds 5 --directory /srv';
+# `$(ENV)/bin/python -m benchmarks measure --help` lists them.
 BENCH_FLAGS :=
 
 # Where the site is built.
@@ -83,13 +84,13 @@ coverage: $(ENV)/.installed packages users peers
 	$(ENV)/bin/coverage combine --quiet
 	$(ENV)/bin/coverage report
 
-# How quick it is, beside others: a quarter of an hour on a machine that does nothing else, then
-# docs/benchmarks.md is made anew.
+# How fast it is, compared with others: half an hour on a machine that does nothing else, then
+# docs/benchmarks.md is written.
 bench: $(ENV)/.installed packages users peers
 	PYTHONPATH=tests/plugins $(ENV)/bin/python -m benchmarks measure $(BENCH_FLAGS)
 	PYTHONPATH=tests/plugins $(ENV)/bin/python -m benchmarks render
 
-# The same with tiny images, to see that all of it runs; its page is build/bench/smoke.md.
+# The same with tiny images, which shows only that all of it runs; its page is build/bench/smoke.md.
 bench-smoke: $(ENV)/.installed packages users peers
 	PYTHONPATH=tests/plugins $(ENV)/bin/python -m benchmarks measure --smoke \
 	  --results build/bench/smoke.json

@@ -2,11 +2,12 @@
 
 | module | |
 |---|---|
-| `contestants` | command lines that convert; a function each. Add yours there |
-| `peers` | those that are more than a command line: convertd, and Nova through oslo.privsep |
-| `images`, `cases` | what is converted, and into what |
-| `race` | all contestants on each case, in turn, and the comparison of their results |
-| `answers`, `timeline`, `footprint`, `disk` | what else is measured |
-| `measured` | all of that as values, and as JSON |
-| `goals`, `page`, `plots` | what is made of it |
+| `command_lines` | command lines that convert; a function each. Add yours there |
+| `contestants` | those, and convertd, Nova through oslo.privsep, and fio |
+| `images`, `cases`, `disks` | what is converted, into what, and where |
+| `rounds` | all contestants convert in turn, and their results are compared |
+| `latency`, `throughput`, `timeline`, `memory` | what else is measured |
+| `measure` | a whole run |
+| `results` | all of that as values, and as JSON |
+| `goals`, `page`, `tables`, `comparisons`, `plots` | what is made of it |
 """

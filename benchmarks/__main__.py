@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import logging
 import os
 import sys
 from pathlib import Path
 from typing import Final
 
-from benchmarks import goals, measure, measured, page, peers, settings
+from benchmarks import callers, cases, goals, measure, page, results, settings
 from benchmarks.settings import Settings
 
-RESULTS: Final = peers.ROOT / "build/bench/results.json"
-PAGE: Final = peers.ROOT / "docs/benchmarks.md"
+RESULTS: Final = callers.ROOT / "build/bench/results.json"
+PAGE: Final = callers.ROOT / "docs/benchmarks.md"
 DIRECTORY: Final = Path("/var/tmp")  # noqa: S108 - a directory of ours is made in it
+
+DISKS: Final = {name.split()[0].lower(): name for name in cases.ROWS}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,13 +27,24 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.pop("PYTHONPATH", None)
     asked = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    if asked.command == "measure":
-        measured.write(measure.everything(_settings(asked), asked.directory), asked.results)
-    else:
-        results = measured.read(asked.results)
-        page.write(results, asked.page)
-        sys.stdout.write(page.goals_table(goals.verdicts(results)) + "\n")
+    return _measure(asked) if asked.command == "measure" else _render(asked)
+
+
+def _measure(asked: argparse.Namespace) -> int:
+    save = functools.partial(results.write, path=asked.results)
+    measure.Measurement(_settings(asked), _choice(asked), save).run(asked.directory)
     return 0
+
+
+def _render(asked: argparse.Namespace) -> int:
+    """Write the page. The status is 1 if something could not be measured."""
+    found = results.read(asked.results)
+    page.write(found, asked.page)
+    sys.stdout.write(page.goals_table(goals.verdicts(found)) + "\n")
+    failures = page.failures(found)
+    for failure in failures:
+        sys.stderr.write(f"failed: {failure}\n")
+    return 1 if failures else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,6 +54,13 @@ def _parser() -> argparse.ArgumentParser:
     measuring.add_argument("--smoke", action="store_true", help="see only that all of it runs")
     measuring.add_argument(
         "--directory", type=Path, default=DIRECTORY, help="on the disk that is to be measured"
+    )
+    measuring.add_argument("--disks", nargs="+", choices=tuple(DISKS), default=tuple(DISKS))
+    measuring.add_argument(
+        "--parts", nargs="+", choices=measure.PARTS, default=measure.PARTS, help="what to measure"
+    )
+    measuring.add_argument(
+        "--rows", nargs="+", default=(), metavar="TEXT", help="rows whose names have such a text"
     )
     for field in dataclasses.fields(Settings):
         if field.type == "int":
@@ -51,13 +72,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _choice(asked: argparse.Namespace) -> measure.Choice:
+    return measure.Choice(
+        disks=tuple(DISKS[name] for name in asked.disks),
+        parts=tuple(asked.parts),
+        rows=tuple(asked.rows),
+    )
+
+
 def _settings(asked: argparse.Namespace) -> Settings:
     chosen = settings.SMOKE if asked.smoke else settings.FULL
     names = {field.name for field in dataclasses.fields(Settings)} & vars(asked).keys()
     changed = {name: getattr(asked, name) for name in names if getattr(asked, name) is not None}
     if changed:
-        told = ", ".join(f"{name} = {value}" for name, value in sorted(changed.items()))
-        changed["name"] = f"{chosen.name}, {told}"
+        listed = ", ".join(f"{name} = {value}" for name, value in sorted(changed.items()))
+        changed["name"] = f"{chosen.name}, {listed}"
     return dataclasses.replace(chosen, **changed)
 
 

@@ -1,89 +1,157 @@
-"""Command lines that convert an image. To add one, write a function and name it in COMMANDS.
-
-A function gives the commands to be run one after the other, or None if it has no part in a case:
-there are no empty rounds. Its docstring goes into the page.
-"""
+"""Who converts: command lines, Nova through oslo.privsep, and convertd."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
+from harness.daemon import Daemon
+
+from benchmarks import callers, command_lines, usage
+from benchmarks.callers import CallerProcess
 from benchmarks.cases import Case
+from benchmarks.command_lines import Took
 
-Commands = list[list[str]]
-Contestant = Callable[[Case, Path], Commands | None]
+CONVERTD: Final = "convertd"
+NOVA_ARGV: Final = "nova argv"
+SAME_ARGV: Final = "same argv"
+FIO: Final = "fio"
+
+NOT_PEERS: Final = frozenset({CONVERTD, SAME_ARGV, FIO})
+"""Whom convertd is not compared with, when it is compared with the best of all others."""
+
+RAN: Final = re.compile(r"run command=(qemu-img convert .*)$", re.MULTILINE)
+"""The daemon's debug message about a qemu-img that it runs."""
 
 
-def nova_argv(case: Case, dest: Path) -> Commands | None:
-    """qemu-img with the arguments that Nova 34 gives it. Source: nova/privsep/qemu.py.
+class Contestant(Protocol):
+    """Somebody who converts."""
 
-    Nova knows no zstd: there its `-c` runs, which is zlib.
+    @property
+    def name(self) -> str:
+        """A name for tables."""
+
+    @property
+    def description(self) -> str:
+        """Its description, in a sentence."""
+
+    @property
+    def copies(self) -> bool:
+        """Whether its result is to be compared with the source."""
+
+    def takes_part(self, case: Case) -> bool:
+        """Whether it takes part in a case."""
+
+    def convert(self, case: Case, dest: Path) -> Took:
+        """Convert. `dest` does not exist.
+
+        Raises:
+            Failed: the conversion failed.
+        """
+
+
+class CommandLine:
+    """Commands that this process runs one after the other."""
+
+    copies = True
+
+    def __init__(self, name: str, commands: command_lines.CommandLine) -> None:
+        self.name = name
+        self.description = " ".join((commands.__doc__ or "").split())
+        self._commands = commands
+
+    def takes_part(self, case: Case) -> bool:
+        """See Contestant."""
+        return self._commands(case, Path("/dest")) is not None
+
+    def convert(self, case: Case, dest: Path) -> Took:
+        """See Contestant."""
+        return command_lines.run(self._commands(case, dest) or [])
+
+
+class SameArgv:
+    """qemu-img alone, with convertd's arguments: the difference is convertd's own cost."""
+
+    name = SAME_ARGV
+    description = (
+        "qemu-img alone, with the arguments that convertd gives it, as it logs them at debug."
+    )
+    copies = True
+
+    def __init__(self, argv: Mapping[str, list[str]]) -> None:
+        self._argv = argv
+
+    def takes_part(self, case: Case) -> bool:
+        """See Contestant."""
+        return bool(self._argv.get(case.name))
+
+    def convert(self, case: Case, dest: Path) -> Took:
+        """See Contestant."""
+        return command_lines.run([[*self._argv[case.name][:-1], str(dest)]])
+
+
+class Convertd:
+    """The daemon, called over one connection by an unprivileged user."""
+
+    name = CONVERTD
+    description = "The daemon, called through `convertd_client.Client` by a user without rights."
+    copies = True
+
+    def __init__(self, daemon: Daemon, caller: CallerProcess) -> None:
+        self._daemon = daemon
+        self._caller = caller
+
+    def takes_part(self, case: Case) -> bool:
+        """See Contestant."""
+        del case
+        return True
+
+    def convert(self, case: Case, dest: Path) -> Took:
+        """See Contestant."""
+        before = usage.cpu_s(self._daemon.pid)
+        seconds = self._caller.call("convert", callers.convert_call(case, dest))
+        self._daemon.await_none("qemu-img")
+        return Took(seconds=seconds, cpu_s=usage.cpu_s(self._daemon.pid) - before)
+
+
+class Nova:
+    """Nova's own function, run by oslo.privsep's helper."""
+
+    name = "nova"
+    description = (
+        "Nova 34's own `nova.privsep.qemu.convert_image`, called by a user without rights and run "
+        "by oslo.privsep's helper, which is root. It runs `nova argv`, so only small conversions, "
+        "in which the call itself counts, are measured."
+    )
+    copies = True
+
+    def __init__(self, caller: CallerProcess) -> None:
+        self.caller = caller
+
+    def takes_part(self, case: Case) -> bool:
+        """See Contestant."""
+        return case.row.small
+
+    def convert(self, case: Case, dest: Path) -> Took:
+        """See Contestant."""
+        before = usage.cpu_s(self.caller.process.pid)
+        seconds = self.caller.call("convert", callers.nova_call(case, dest))
+        return Took(seconds=seconds, cpu_s=usage.cpu_s(self.caller.process.pid) - before)
+
+
+def what_it_runs(verbose: Daemon, caller: CallerProcess, case: Case, dest: Path) -> list[str]:
+    """Convert once, and return qemu-img's arguments, with paths instead of descriptors.
+
+    Empty if the daemon ran no `qemu-img convert`.
     """
-    argv = ["qemu-img", "convert", "-t", "none", "-O", case.dest_format]
-    argv += _stated(case)
-    argv += ["-c"] if case.compression else []
-    return [[*argv, str(case.source.path), str(dest)]]
-
-
-def vdsm(case: Case, dest: Path) -> Commands | None:
-    """qemu-img with the arguments that oVirt's vdsm gives it.
-
-    Compressing, it differs from Nova in nothing that counts, and sits out.
-    Source: vdsm, lib/vdsm/storage/qemuimg.py, convert().
-    """
-    if case.compression:
-        return None
-    argv = ["qemu-img", "convert", "-p", "-t", "none", "-T", "none", *_stated(case)]
-    argv += ["-O", case.dest_format]
-    argv += ["-o", "compat=1.1"] if case.dest_format == "qcow2" else []
-    return [[*argv, str(case.source.path), str(dest)]]
-
-
-def cdi(case: Case, dest: Path) -> Commands | None:
-    """qemu-img with the arguments that KubeVirt's CDI gives it, which converts to raw alone.
-
-    Source: containerized-data-importer, pkg/image/qemu.go, convertToRaw() and getCacheMode().
-    """
-    if case.dest_format != "raw":
-        return None
-    argv = ["qemu-img", "convert", "-t", "writeback", "-p", "-O", "raw"]
-    return [[*argv, str(case.source.path), str(dest)]]
-
-
-def cp(case: Case, dest: Path) -> Commands | None:
-    """`cp --reflink=auto --sparse=always`, then `sync`: a copy, so the format must be the same."""
-    if case.dest_format != case.source.format or case.compression:
-        return None
-    copy = ["cp", "--reflink=auto", "--sparse=always", str(case.source.path), str(dest)]
-    return [copy, ["sync", str(dest)]]
-
-
-def nbdcopy(case: Case, dest: Path) -> Commands | None:
-    """nbdcopy, of libnbd, between two qemu-nbd, past the page cache, flushed at the end."""
-    if case.compression or case.undeclared:
-        return None
-    serve = ["qemu-nbd", "--cache=none", "--aio=native", "--discard=unmap"]
-    create = ["qemu-img", "create", "-q", "-f", case.dest_format, str(dest)]
-    return [
-        [*create, str(case.source.virtual_bytes)],
-        [
-            *("nbdcopy", "--flush", "--destination-is-zero", "--"),
-            *("[", *serve, "--read-only", "-f", case.source.format, str(case.source.path), "]"),
-            *("[", *serve, "-f", case.dest_format, str(dest), "]"),
-        ],
-    ]
-
-
-COMMANDS: Final[Mapping[str, Contestant]] = {
-    "nova argv": nova_argv,
-    "vdsm argv": vdsm,
-    "cdi argv": cdi,
-    "cp": cp,
-    "nbdcopy": nbdcopy,
-}
-
-
-def _stated(case: Case) -> list[str]:
-    return [] if case.undeclared else ["-f", case.source.format]
+    before = len(verbose.log)
+    caller.call("convert", callers.convert_call(case, dest))
+    found = RAN.findall(verbose.log[before:])
+    if not found:
+        return []
+    *argv, graph, _ = shlex.split(found[-1])
+    source = re.sub(r"/proc/self/fd/\d+", lambda _: str(case.source.path), graph)
+    return [*argv, source, "DEST"]

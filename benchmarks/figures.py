@@ -1,13 +1,14 @@
-"""Summarize measurements: medians and their quartiles."""
+"""Summarize measurements: medians and their quartiles, and ratios of contestants."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from benchmarks.measured import Entry, Results
+from benchmarks import contestants
+from benchmarks.results import Entry, Results, Run
 
 HUNDRED: Final = 100
 
@@ -46,16 +47,40 @@ def number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= HUNDRED else f"{value:#.3g}".rstrip(".")
 
 
-def find(results: Results, case: str, contestant: str) -> Entry | None:
-    """A contestant's runs of a case, or None if it has none."""
-    return next(
-        (
-            entry
-            for entry in results.entries
-            if (entry.case, entry.contestant) == (case, contestant)
-        ),
-        None,
-    )
+def entry(results: Results, case: str, contestant: str) -> Entry:
+    """A contestant's runs of a case.
+
+    Raises:
+        LookupError: it took no part, or failed.
+    """
+    for one in results.entries:
+        if (one.case, one.contestant) == (case, contestant):
+            if one.failure:
+                raise LookupError(f"{contestant} failed in {case}")
+            return one
+    raise LookupError(f"{contestant} took no part in {case}")
+
+
+def peers(results: Results, case: str) -> list[Entry]:
+    """Those whom convertd is to be compared with in a case, the quickest first."""
+    found = [
+        one
+        for one in results.entries
+        if one.case == case and one.runs and one.contestant not in contestants.NOT_PEERS
+    ]
+    return sorted(found, key=lambda one: seconds(one).median)
+
+
+def best_peer(results: Results, case: str) -> Entry:
+    """The quickest of those whom convertd is to be compared with.
+
+    Raises:
+        LookupError: there is none.
+    """
+    found = peers(results, case)
+    if not found:
+        raise LookupError(f"nobody else converted {case}")
+    return found[0]
 
 
 def seconds(entry: Entry) -> Spread:
@@ -72,3 +97,14 @@ def ratios(entry: Entry, base: Entry) -> list[float]:
     """The same for each round: in one, both saw the same machine."""
     pairs = zip(entry.runs, base.runs, strict=True)
     return [run.seconds / other.seconds for run, other in pairs]
+
+
+def percent_of_data(results: Results, case: str, figure: Callable[[Run], int]) -> float:
+    """The median of a figure of convertd's runs, in bytes, of the data that were converted.
+
+    Raises:
+        LookupError: there are no such runs.
+    """
+    ours = entry(results, case, contestants.CONVERTD)
+    (data_bytes,) = [one.data_bytes for one in results.cases if one.name == case]
+    return statistics.median(figure(run) for run in ours.runs) / data_bytes * HUNDRED

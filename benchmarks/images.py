@@ -7,7 +7,7 @@ import os
 import random
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,67 +19,121 @@ FILES: Final = ("/usr/bin", "/usr/lib", "/usr/share")
 
 CLUSTER: Final = 64 * 1024
 
+MORE: Final = 10
+"""How much more data the image with the larger extents has."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Image:
-    """An image, the size of the disk in it, and how much of that is data."""
+    """An image, the size of the disk in it, and how much of that is data.
+
+    `backing` are the other files of its chain.
+    """
 
     name: str
     path: Path
     format: str
-    what: str
+    description: str
     virtual_bytes: int
     data_bytes: int
+    backing: tuple[Path, ...] = ()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files that are read when it is converted."""
+        return (self.path, *self.backing)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Images:
-    """All of them. `xfs_empty` lies on a file system that shares blocks."""
+    """Images in one directory, each made when it is first asked for.
 
-    tiny: Image
-    tiny_qcow2: Image
-    files: Image
-    files_qcow2: Image
-    fragmented: Image
-    packed: Image
-    packed_qcow2: Image
-    zlib: Image
-    noise: Image
-    empty: Image
-    empty_qcow2: Image
-    xfs_empty: Image
+    What takes long to make is copied from `originals`, if there are some.
+    """
+
+    def __init__(
+        self, directory: Path, settings: Settings, originals: Images | None = None
+    ) -> None:
+        self.directory = directory
+        self._settings = settings
+        self._originals = originals
+        self._made: dict[str, Image] = {}
+        self._makers: dict[str, Callable[[Path], Image]] = {
+            "tiny.raw": self._tiny,
+            "tiny.qcow2": lambda path: _converted(self.make("tiny.raw"), path),
+            "files.raw": self._files,
+            "files.qcow2": lambda path: _converted(self.make("files.raw"), path),
+            "fragmented.qcow2": lambda path: _fragmented(self.make("files.raw"), path),
+            "packed.raw": self._packed,
+            "packed.qcow2": lambda path: _converted(self.make("packed.raw"), path),
+            "zlib.qcow2": lambda path: _compressed(self.make("packed.raw"), path),
+            "random.raw": self._random,
+            "empty.raw": self._empty,
+            "empty.qcow2": lambda path: _converted(self.make("empty.raw"), path),
+            "chain.qcow2": lambda path: _chain(self.make("files.qcow2"), path),
+            "small extents.raw": lambda path: self._extents(path, 1),
+            "small extents.qcow2": lambda path: _converted(self.make("small extents.raw"), path),
+            "large extents.raw": lambda path: self._extents(path, MORE),
+            "large extents.qcow2": lambda path: _converted(self.make("large extents.raw"), path),
+        }
+
+    def make(self, name: str) -> Image:
+        """The image of that name, a key of `_makers`, made unless it is there."""
+        if name not in self._made:
+            path = self.directory / name.replace(" ", "-")
+            original = self._originals and name in COPIED and self._originals.make(name)
+            self._made[name] = _copied(original, path) if original else self._makers[name](path)
+        return self._made[name]
+
+    def flush(self) -> None:
+        """Write all that was made to the disk."""
+        _run("sync", "--file-system", str(self.directory))
+
+    def _tiny(self, path: Path) -> Image:
+        """1 MiB of a program's code."""
+        with open("/usr/bin/qemu-img", "rb") as program:
+            path.write_bytes(program.read(MIB))
+        return _image(path, "raw", "1 MiB")
+
+    def _files(self, path: Path) -> Image:
+        return _file_system(path, self._settings.files_disk_mib, self._settings.files_mib)
+
+    def _packed(self, path: Path) -> Image:
+        return _file_system(path, self._settings.packed_disk_mib, self._settings.packed_mib)
+
+    def _random(self, path: Path) -> Image:
+        """Random bytes, which nothing can compress."""
+        mib = self._settings.random_mib
+        with path.open("wb") as image:
+            for _ in range(mib):
+                image.write(os.urandom(MIB))
+        return _image(path, "raw", f"{_size(mib)} of random bytes")
+
+    def _empty(self, path: Path) -> Image:
+        """A large ext4 with nothing on it."""
+        disk_mib = self._settings.empty_disk_mib
+        with path.open("wb") as image:
+            image.truncate(disk_mib * MIB)
+        _run("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=1,lazy_journal_init=1", str(path))
+        return _image(path, "raw", f"{_size(disk_mib)}, almost empty")
+
+    def _extents(self, path: Path, times: int) -> Image:
+        """As many extents of data, evenly spread, whatever their size."""
+        number, size = self._settings.extents, self._settings.extent_mib * times * MIB
+        disk_mib = self._settings.files_disk_mib
+        some = os.urandom(MIB)
+        with path.open("wb") as image:
+            image.truncate(disk_mib * MIB)
+            for start in (one * (disk_mib // number) * MIB for one in range(number)):
+                os.posix_fallocate(image.fileno(), start, size)
+                image.seek(start)
+                for _ in range(size // MIB):
+                    image.write(some)
+        description = f"{number * size // MIB} MiB in {number} extents"
+        return _image(path, "raw", f"{_size(disk_mib)} with {description}")
 
 
-def make(directory: Path, xfs: Path, settings: Settings) -> Images:
-    """Make all images, and flush them to disk."""
-    tiny = _tiny(directory / "tiny.raw")
-    files = _file_system(directory / "files.raw", settings.files_disk_mib, settings.files_mib)
-    packed = _file_system(directory / "packed.raw", settings.packed_disk_mib, settings.packed_mib)
-    empty = _almost_empty(directory / "empty.raw", settings.empty_disk_mib)
-    made = Images(
-        tiny=tiny,
-        tiny_qcow2=_converted(tiny, "tiny.qcow2", tiny.what),
-        files=files,
-        files_qcow2=_converted(files, "files.qcow2", files.what),
-        fragmented=_fragmented(files, directory / "fragmented.qcow2"),
-        packed=packed,
-        packed_qcow2=_converted(packed, "packed.qcow2", packed.what),
-        zlib=_converted(packed, "zlib.qcow2", f"{packed.what}, compressed by zlib", "-c"),
-        noise=_noise(directory / "noise.raw", settings.noise_mib),
-        empty=empty,
-        empty_qcow2=_converted(empty, "empty.qcow2", empty.what),
-        xfs_empty=_almost_empty(xfs / "empty.raw", settings.empty_disk_mib, where=" on XFS"),
-    )
-    for directory_ in (directory, xfs):
-        _run("sync", "--file-system", str(directory_))
-    return made
-
-
-def _tiny(path: Path) -> Image:
-    """1 MiB of a program's code."""
-    with open("/usr/bin/qemu-img", "rb") as program:
-        path.write_bytes(program.read(MIB))
-    return _image(path, "raw", "1 MiB")
+COPIED: Final = frozenset({"files.raw", "fragmented.qcow2", "packed.raw", "random.raw"})
+"""What takes long to make."""
 
 
 def _file_system(path: Path, disk_mib: int, files_mib: int) -> Image:
@@ -113,22 +167,6 @@ def _real_files() -> Iterator[str]:
                     yield file
 
 
-def _noise(path: Path, mib: int) -> Image:
-    """Random bytes, which nothing can compress."""
-    with path.open("wb") as image:
-        for _ in range(mib):
-            image.write(os.urandom(MIB))
-    return _image(path, "raw", f"{_size(mib)} of random bytes")
-
-
-def _almost_empty(path: Path, disk_mib: int, where: str = "") -> Image:
-    """A large ext4 with nothing on it."""
-    with path.open("wb") as image:
-        image.truncate(disk_mib * MIB)
-    _run("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=1,lazy_journal_init=1", str(path))
-    return _image(path, "raw", f"{_size(disk_mib)}, almost empty{where}")
-
-
 def _fragmented(files: Image, path: Path) -> Image:
     """The same disk, its clusters written in random order: neighbours are far apart."""
     size = os.path.getsize(files.path)
@@ -136,11 +174,9 @@ def _fragmented(files: Image, path: Path) -> Image:
     starts = _clusters(files.path, size)
     random.Random(0).shuffle(starts)  # noqa: S311 - the same order each time
     # qemu-io allocates the clusters; the conversion then overwrites them with the image's data.
-    commands = "".join(f"write -P 1 {start} {CLUSTER}\n" for start in starts)
-    argv = ["qemu-io", "-f", "qcow2", str(path)]
-    subprocess.run(argv, input=commands, text=True, check=True, stdout=subprocess.DEVNULL)
+    _qemu_io(path, "".join(f"write -P 1 {start} {CLUSTER}\n" for start in starts))
     _run("qemu-img", "convert", "-n", "-f", "raw", "-O", "qcow2", str(files.path), str(path))
-    return _image(path, "qcow2", f"{files.what}, fragmented")
+    return _image(path, "qcow2", f"{files.description}, fragmented")
 
 
 def _clusters(path: Path, size: int) -> list[int]:
@@ -158,29 +194,72 @@ def _clusters(path: Path, size: int) -> list[int]:
     return found
 
 
-def _converted(source: Image, name: str, what: str, *options: str) -> Image:
-    path = source.path.with_name(name)
-    quickly = ("-m", "16", "-W", *options) if options else ()
-    argv = ("qemu-img", "convert", *quickly, "-f", source.format, "-O", "qcow2")
-    _run(*argv, str(source.path), str(path))
-    return _image(path, "qcow2", what)
-
-
-def _image(path: Path, image_format: str, what: str) -> Image:
-    argv = ["qemu-img", "info", "-f", image_format, "--output=json", str(path)]
-    said = json.loads(subprocess.run(argv, check=True, stdout=subprocess.PIPE).stdout)
+def _chain(base: Image, path: Path) -> Image:
+    """Two overlays over an image: each rewrites 1 MiB in 100 of the disk, and zeroes a cluster."""
+    overlays = [path.with_name("middle.qcow2"), path]
+    below = base.path
+    for number, overlay in enumerate(overlays):
+        backing = ("-b", below.name, "-F", "qcow2")
+        _run("qemu-img", "create", "-q", "-f", "qcow2", *backing, str(overlay))
+        first = (10 + 40 * number) * MIB
+        starts = range(first, base.virtual_bytes - MIB, 100 * MIB)
+        commands = "".join(
+            f"write -P {number + 1} {at} {MIB}\nwrite -z {at + MIB} {CLUSTER}\n" for at in starts
+        )
+        _qemu_io(overlay, commands)
+        below = overlay
+    made = _image(path, "qcow2", f"{base.description}, below two overlays")
     return Image(
-        name=path.stem,
+        name=made.name,
+        path=path,
+        format="qcow2",
+        description=made.description,
+        virtual_bytes=made.virtual_bytes,
+        data_bytes=base.data_bytes + sum(_data_bytes(overlay) for overlay in overlays),
+        backing=(overlays[0], base.path),
+    )
+
+
+def _copied(original: Image, path: Path) -> Image:
+    _run("cp", "--sparse=always", "--reflink=never", str(original.path), str(path))
+    return _image(path, original.format, original.description)
+
+
+def _converted(source: Image, path: Path, *options: str) -> Image:
+    argv = ("qemu-img", "convert", *options, "-f", source.format, "-O", "qcow2")
+    _run(*argv, str(source.path), str(path))
+    return _image(path, "qcow2", source.description)
+
+
+def _compressed(source: Image, path: Path) -> Image:
+    made = _converted(source, path, "-m", "16", "-W", "-c")
+    return _image(path, "qcow2", f"{made.description}, compressed by zlib")
+
+
+def _image(path: Path, image_format: str, description: str) -> Image:
+    argv = ["qemu-img", "info", "-f", image_format, "--output=json", str(path)]
+    printed = subprocess.run(argv, check=True, stdout=subprocess.PIPE).stdout
+    return Image(
+        name=path.name,
         path=path,
         format=image_format,
-        what=what,
-        virtual_bytes=said["virtual-size"],
-        data_bytes=os.stat(path).st_blocks * 512,
+        description=description,
+        virtual_bytes=json.loads(printed)["virtual-size"],
+        data_bytes=_data_bytes(path),
     )
+
+
+def _data_bytes(path: Path) -> int:
+    return os.stat(path).st_blocks * 512
 
 
 def _size(mib: int) -> str:
     return f"{mib * MIB / GIB:g} GiB" if mib * MIB >= GIB else f"{mib} MiB"
+
+
+def _qemu_io(path: Path, commands: str) -> None:
+    argv = ["qemu-io", "-f", "qcow2", str(path)]
+    subprocess.run(argv, input=commands, text=True, check=True, stdout=subprocess.DEVNULL)
 
 
 def _run(*argv: str) -> None:

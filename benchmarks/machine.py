@@ -8,31 +8,27 @@ import os
 import platform
 import re
 import subprocess
-from pathlib import Path
 
-from benchmarks import measured, peers
+from benchmarks import callers, results
 
 
-def look(directory: Path) -> measured.Machine:
-    """Describe this machine, and the file system that a directory is on."""
-    return measured.Machine(
+def describe() -> results.Machine:
+    """Describe this machine."""
+    return results.Machine(
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         cpu=_field("/proc/cpuinfo", "model name"),
         cores=os.cpu_count() or 0,
         memory_mib=int(_field("/proc/meminfo", "MemTotal").split()[0]) // 1024,
         kernel=platform.release(),
         system=platform.freedesktop_os_release()["PRETTY_NAME"],
-        file_system=" ".join(
-            _said("findmnt", "-no", "FSTYPE,OPTIONS", "--target", str(directory)).split()
-        ),
         load=os.getloadavg()[0],
         versions={
             "convertd": importlib.metadata.version("convertd"),
-            "qemu-img": _number(_said("qemu-img", "--version")),
-            "Nova": _said(str(peers.NOVA), "-c", _VERSION.format("nova")),
-            "oslo.privsep": _said(str(peers.NOVA), "-c", _VERSION.format("oslo.privsep")),
-            "nbdcopy": _number(_said("nbdcopy", "--version")),
-            "fio": _number(_said("fio", "--version")),
+            "qemu-img": _number(_output("qemu-img", "--version")),
+            "Nova": _output(str(callers.NOVA), "-c", _VERSION.format("nova")),
+            "oslo.privsep": _output(str(callers.NOVA), "-c", _VERSION.format("oslo.privsep")),
+            "nbdcopy": _number(_output("nbdcopy", "--version")),
+            "fio": _number(_output("fio", "--version")),
             "Python": platform.python_version(),
             "grpcio": importlib.metadata.version("grpcio"),
         },
@@ -42,13 +38,13 @@ def look(directory: Path) -> measured.Machine:
 _VERSION = "import importlib.metadata as m; print(m.version('{}'))"
 
 
-def _said(*argv: str) -> str:
+def _output(*argv: str) -> str:
     return subprocess.run(argv, check=True, text=True, stdout=subprocess.PIPE).stdout.strip()
 
 
-def _number(said: str) -> str:
-    found = re.search(r"\d+(\.\d+)+", said)
-    return found[0] if found else said
+def _number(text: str) -> str:
+    found = re.search(r"\d+(\.\d+)+", text)
+    return found[0] if found else text
 
 
 def _field(path: str, name: str) -> str:

@@ -1,4 +1,4 @@
-"""Measure everything, on one set of images, with one daemon."""
+"""Measure everything: disk after disk, each with a daemon of its own, then the service itself."""
 
 from __future__ import annotations
 
@@ -7,149 +7,256 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from harness.daemon import Daemon
-from harness.mounts import Mounts
 
 from benchmarks import (
-    answers,
+    callers,
     cases,
+    command_lines,
     contestants,
-    disk,
-    footprint,
-    images,
+    disks,
+    fio,
+    latency,
     machine,
-    measured,
-    peers,
-    race,
+    memory,
+    results,
+    rounds,
+    throughput,
     timeline,
     usage,
 )
-from benchmarks.cases import Case
-from benchmarks.peers import Line, Racer
+from benchmarks.callers import CallerProcess
+from benchmarks.cases import Case, Row
+from benchmarks.contestants import Contestant
+from benchmarks.images import Images
+from benchmarks.results import Results
 from benchmarks.settings import Settings
 
-XFS_LOG_MIB = 512
+CONVERSIONS: Final = "conversions"
+MEMORY: Final = "memory"
+LATENCY: Final = "latency"
+THROUGHPUT: Final = "throughput"
+STEPS: Final = "steps"
+PARTS: Final = (CONVERSIONS, MEMORY, LATENCY, THROUGHPUT, STEPS)
+"""What is measured: conversions on each disk, the others on the machine's own."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Course:
-    """The setup: two directories, the cases, and convertd's qemu-img arguments for each."""
+class Choice:
+    """What is to be measured: on which disks, which parts, and rows whose names have these texts.
 
-    images: Path
-    xfs: Path
-    cases: tuple[Case, ...]
-    argv: Mapping[str, list[str]]
-    settings: Settings
+    No texts are all rows.
+    """
 
-    def case(self, name: str) -> Case:
-        """The case of that name."""
-        (found,) = [case for case in self.cases if case.name == name]
-        return found
+    disks: tuple[str, ...] = tuple(cases.ROWS)
+    parts: tuple[str, ...] = PARTS
+    rows: tuple[str, ...] = ()
+
+    def disks_of_interest(self) -> tuple[str, ...]:
+        """The chosen disks on which anything is to be measured."""
+        service = {cases.OWN} if set(self.parts) - {CONVERSIONS} else set()
+        return tuple(disk for disk in self.disks if disk in service or self.rows_of(disk))
+
+    def rows_of(self, disk: str) -> tuple[Row, ...]:
+        """The chosen rows of a disk."""
+        if CONVERSIONS not in self.parts:
+            return ()
+        return tuple(
+            row
+            for row in cases.ROWS[disk]
+            if not self.rows or any(text in row.name for text in self.rows)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Crew:
-    """The processes that run during all measurements."""
+class Setup:
+    """What runs during all measurements of a disk."""
 
+    settings: Settings
+    disk: disks.Disk
+    images: Images
     daemon: Daemon
-    line: Line
-    nova: Line
+    caller: CallerProcess
+    nova: CallerProcess
     fresh_kib: dict[str, int]
 
 
-def everything(settings: Settings, directory: Path) -> measured.Results:
-    """Run all measurements.
+class Measurement:
+    """A run. What can't be measured is noted in the results, and the run goes on."""
 
-    Raises:
-        peers.Failed: a contestant failed, or results differ.
-    """
-    began, stolen_s = time.monotonic(), usage.stolen_s()
-    told = machine.look(directory)
-    with _course(settings, directory) as course, _crew(course) as crew:
-        racers: tuple[Racer, ...] = (
-            *(peers.CommandLine(*pair) for pair in contestants.COMMANDS.items()),
-            peers.Nova(crew.nova),
-            peers.SameArgv(course.argv),
-            peers.Convertd(crew.daemon, crew.line),
-            disk.Fio(),
+    def __init__(self, settings: Settings, choice: Choice, save: Callable[[Results], None]) -> None:
+        """`save` gets the results whenever there are more of them."""
+        self._settings = settings
+        self._choice = choice
+        self._save = save
+        self._found = Results(settings=settings.name, machine=machine.describe())
+
+    def run(self, directory: Path) -> Results:
+        """Run, with all files in a directory that is made in this one."""
+        began, stolen_s = time.monotonic(), usage.stolen_s()
+        with _home(directory) as home, callers.nova_caller() as nova:
+            originals = Images(disks.own_directory(home), self._settings)
+            for name in self._choice.disks_of_interest():
+                with (
+                    self._noted(name),
+                    disks.mounted(name, home, self._settings) as disk,
+                    self._set_up(disk, originals, nova) as setup,
+                ):
+                    self._measure(setup)
+        lasted_s = time.monotonic() - began
+        self._found.minutes = lasted_s / 60
+        self._found.stolen = (usage.stolen_s() - stolen_s) / lasted_s / self._found.machine.cores
+        self._save(self._found)
+        return self._found
+
+    @contextlib.contextmanager
+    def _noted(self, what: str) -> Iterator[None]:
+        """Note the failure of a part, and save what there is."""
+        try:
+            yield
+        except Exception as error:
+            log.exception("%s could not be measured", what)
+            self._found.failures.append(f"{what}: {type(error).__name__}: {error}")
+        self._save(self._found)
+
+    @contextlib.contextmanager
+    def _set_up(self, disk: disks.Disk, originals: Images, nova: CallerProcess) -> Iterator[Setup]:
+        own = disk.name == cases.OWN
+        images = originals if own else Images(disk.directory, self._settings, originals)
+        log.info("making images on %s", disk.name)
+        for row in self._choice.rows_of(disk.name):
+            images.make(row.image)
+        images.flush()
+        with (
+            callers.daemon(disk.directory) as daemon,
+            callers.caller(daemon.socket) as caller,
+        ):
+            caller.call("access", 1)
+            yield Setup(
+                settings=self._settings,
+                disk=disk,
+                images=images,
+                daemon=daemon,
+                caller=caller,
+                nova=nova,
+                fresh_kib=memory.idle_kib(daemon),
+            )
+
+    def _measure(self, setup: Setup) -> None:
+        disk = setup.disk
+        self._found.disks.append(disk.info(self._settings.random_mib))
+        self._convert(setup, _cases(setup, self._choice.rows_of(disk.name)))
+        if disk.name == cases.OWN:
+            self._measure_service(setup)
+
+    def _convert(self, setup: Setup, all_cases: Sequence[Case]) -> None:
+        argv = self._learn(setup, all_cases)
+        everybody: tuple[Contestant, ...] = (
+            *(contestants.CommandLine(*pair) for pair in command_lines.COMMANDS.items()),
+            contestants.Nova(setup.nova),
+            contestants.SameArgv(argv),
+            contestants.Convertd(setup.daemon, setup.caller),
+            fio.Fio(),
         )
-        race.warm_up(course.case(cases.TINY), racers)
-        entries = [
-            entry for case in course.cases for entry in race.race(case, racers, settings.patience)
+        self._found.contestants = [
+            results.ContestantInfo(name=one.name, description=one.description) for one in everybody
         ]
-        log.info("memory, answers, crowds, steps, disk")
-        tiny, packed = course.case(cases.TINY), course.case(cases.ZSTD)
-        load = (tiny, course.case(cases.FILES_TO_RAW), packed)
-        return measured.Results(
-            settings=settings.name,
-            machine=told,
-            contestants=[
-                measured.ContestantTold(name=racer.name, what=racer.what) for racer in racers
-            ],
-            cases=[_told(case, course.argv[case.name]) for case in course.cases],
-            entries=entries,
-            footprints=footprint.measure(crew.daemon, crew.line, crew.fresh_kib, load),
-            answers=[
-                answers.cold_start(course.images, course.xfs, settings),
-                *answers.access(crew.daemon, crew.line, course.case(cases.ZLIB), settings),
-            ],
-            crowds=answers.crowds(crew.daemon, crew.nova, tiny, course.argv[tiny.name], settings),
-            traces=timeline.trace(course.images, course.xfs, tiny, settings),
-            disk=disk.rates(course.images, settings.noise_mib),
-            minutes=(time.monotonic() - began) / 60,
-            stolen=(usage.stolen_s() - stolen_s) / (time.monotonic() - began) / told.cores,
+        for case in all_cases[:1]:
+            rounds.warm_up(case, everybody)
+        for case in all_cases:
+            with self._noted(case.name):
+                self._found.cases.append(_case_info(case, argv.get(case.name, [])))
+                self._found.entries += rounds.convert(case, everybody, self._settings.idle_timeout)
+
+    def _learn(self, setup: Setup, all_cases: Sequence[Case]) -> dict[str, list[str]]:
+        """Learn from a verbose daemon what qemu-img convertd runs for each case.
+
+        Of the cases in which qemu-img alone takes part with the same arguments.
+        """
+        log.info("asking convertd what it runs on %s", setup.disk.name)
+        found: dict[str, list[str]] = {}
+        learnt = setup.disk.directory / "learnt"
+        with (
+            callers.daemon(setup.disk.directory, "--verbose") as verbose,
+            callers.caller(verbose.socket) as caller,
+        ):
+            for case in all_cases:
+                if not case.row.contestants or contestants.SAME_ARGV in case.row.contestants:
+                    with self._noted(f"arguments of {case.name}"):
+                        rounds.prepare(case)
+                        found[case.name] = contestants.what_it_runs(verbose, caller, case, learnt)
+                    learnt.unlink(missing_ok=True)
+        return found
+
+    def _measure_service(self, setup: Setup) -> None:
+        parts = {
+            MEMORY: self._measure_memory,
+            LATENCY: self._measure_latency,
+            THROUGHPUT: self._measure_throughput,
+            STEPS: self._measure_steps,
+        }
+        for name, measure in parts.items():
+            if name in self._choice.parts:
+                log.info("measuring %s", name)
+                with self._noted(name):
+                    measure(setup)
+
+    def _measure_memory(self, setup: Setup) -> None:
+        load = _own_cases(setup, cases.TINY, cases.FILES_TO_RAW, cases.ZSTD)
+        self._found.memory = memory.measure(setup.daemon, setup.caller, setup.fresh_kib, load)
+
+    def _measure_latency(self, setup: Setup) -> None:
+        (load,) = _own_cases(setup, cases.ZLIB)
+        self._found.latencies = [
+            latency.cold_start(setup.disk.directory, setup.settings),
+            *latency.access(setup.daemon, setup.caller, load, setup.settings),
+        ]
+
+    def _measure_throughput(self, setup: Setup) -> None:
+        (tiny,) = _own_cases(setup, cases.TINY)
+        argv = self._learn(setup, [tiny])[tiny.name]
+        self._found.throughputs = throughput.measure(
+            setup.daemon, setup.nova, tiny, argv, setup.settings
         )
 
+    def _measure_steps(self, setup: Setup) -> None:
+        (tiny,) = _own_cases(setup, cases.TINY)
+        self._found.traces = timeline.trace(setup.disk.directory, tiny, setup.settings)
+
 
 @contextlib.contextmanager
-def _course(settings: Settings, directory: Path) -> Iterator[Course]:
-    """Make images, and learn convertd's qemu-img arguments for each case from a verbose daemon."""
+def _home(directory: Path) -> Iterator[Path]:
+    """A directory that all users may enter, in that one."""
     home = Path(tempfile.mkdtemp(prefix="convertd-bench-", dir=directory))
-    home.chmod(0o755)
-    with contextlib.ExitStack() as stack:
-        stack.callback(shutil.rmtree, home)
-        plain = home / "images"
-        plain.mkdir()
-        mounts = stack.enter_context(Mounts(home))
-        xfs = mounts.on_a_loop("xfs", "xfs", settings.empty_disk_mib + XFS_LOG_MIB)
-        log.info("making images")
-        all_cases = cases.make(images.make(plain, xfs, settings), settings)
-        log.info("asking convertd what it runs")
-        with peers.daemon(plain, xfs, "--verbose") as verbose, peers.caller(verbose.socket) as line:
-            argv = {case.name: _learn(verbose, line, case) for case in all_cases}
-        yield Course(images=plain, xfs=xfs, cases=all_cases, argv=argv, settings=settings)
+    try:
+        home.chmod(0o755)
+        yield home
+    finally:
+        shutil.rmtree(home)
 
 
-def _learn(verbose: Daemon, line: Line, case: Case) -> list[str]:
-    dest = case.source.path.with_name("learnt")
-    race.prepare(case)
-    argv = peers.what_it_runs(verbose, line, case, dest)
-    dest.unlink()
-    return argv
+def _cases(setup: Setup, rows: Sequence[Row]) -> tuple[Case, ...]:
+    return cases.make(setup.disk.name, rows, setup.images, setup.settings)
 
 
-@contextlib.contextmanager
-def _crew(course: Course) -> Iterator[Crew]:
-    with (
-        peers.daemon(course.images, course.xfs) as daemon,
-        peers.caller(daemon.socket) as line,
-        peers.nova_caller() as nova,
-    ):
-        line.order("ask", 1)
-        fresh_kib = footprint.idle_kib(daemon)
-        yield Crew(daemon=daemon, line=line, nova=nova, fresh_kib=fresh_kib)
+def _own_cases(setup: Setup, *names: str) -> tuple[Case, ...]:
+    rows = {row.name: row for row in cases.ROWS[cases.OWN]}
+    return _cases(setup, [rows[name] for name in names])
 
 
-def _told(case: Case, argv: list[str]) -> measured.CaseTold:
-    return measured.CaseTold(
+def _case_info(case: Case, argv: Sequence[str]) -> results.CaseInfo:
+    return results.CaseInfo(
         name=case.name,
-        source=case.source.what,
+        row=case.row.name,
+        disk=case.disk,
+        source=case.source.description,
         data_bytes=case.source.data_bytes,
         argv=[argument.replace(str(case.source.path), "SOURCE") for argument in argv],
     )

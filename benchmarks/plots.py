@@ -12,22 +12,12 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.figures import Spread, number
+from benchmarks.figures import number
 
-COLOURS: Final = {
-    "convertd": "#c1272d",
-    "same argv": "#e69f00",
-    "nova": "#0072b2",
-    "nova argv": "#56b4e9",
-    "vdsm argv": "#009e73",
-    "cdi argv": "#cc79a7",
-    "cp": "#777777",
-    "nbdcopy": "#8b5a2b",
-    "fio": "#000000",
-}
-"""Distinct also for colour-blind readers, as far as nine colours can be."""
+OURS: Final = "#c1272d"
+THEIRS: Final = "#9aa5b1"
+DARK: Final = "#0072b2"
 
-OTHER: Final = "#444444"
 ROW: Final = 0.3
 """The height of a row, in inches."""
 
@@ -39,49 +29,56 @@ mpl.rc("svg", fonttype="none", hashsalt="convertd")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """A case, and each contestant's ratio in it."""
+class Pair:
+    """A conversion, and how long convertd and somebody else took, in seconds."""
 
     name: str
-    ratios: Mapping[str, Spread]
+    ours_s: float
+    theirs_s: float
+
+    @property
+    def verdict(self) -> str:
+        """The daemon's time, and how it compares, in words."""
+        times, seconds = self.theirs_s / self.ours_s, f"{number(self.ours_s)} s"
+        if times >= FASTER:
+            return f"{seconds}: {times:.0f} times as fast"
+        return f"{seconds}: {times:.1f} times as fast" if times >= EQUAL else seconds
 
 
-def ratios(rows: Sequence[Row], file: Path) -> None:
-    """Draw a row for each case, a dot for each contestant, a line from quartile to quartile."""
-    names = list(dict.fromkeys(name for row in rows for name in row.ratios))
-    figure, axes = _picture(len(rows) * ROW + 1)
-    for name in names:
-        found = [(line, row) for line, row in enumerate(rows) if name in row.ratios]
-        spreads = [row.ratios[name] for _, row in found]
-        axes.errorbar(
-            [one.median for one in spreads],
-            [line + _offset(list(row.ratios), name) for line, row in found],
-            xerr=(
-                [one.median - one.low for one in spreads],
-                [one.high - one.median for one in spreads],
-            ),
-            fmt="o",
-            markersize=4,
-            color=COLOURS.get(name, OTHER),
-            label=name,
-        )
-    axes.set_xscale("log")
-    axes.axvline(1, color="#888888", zorder=0)
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_locator(ticker.NullLocator())
-    _name_rows(axes, [row.name for row in rows])
+FASTER: Final = 3
+EQUAL: Final = 1.05
+
+
+def overview(pairs: Sequence[Pair], other: str, file: Path) -> None:
+    """Draw two bars for each conversion: convertd's, and that of the other."""
+    figure, axes = _picture(len(pairs) * 2 * ROW + 0.7)
+    lines = range(len(pairs))
+    theirs = axes.barh(
+        [line - 0.2 for line in lines],
+        [pair.theirs_s for pair in pairs],
+        height=0.38,
+        color=THEIRS,
+        label=other,
+    )
+    ours = axes.barh(
+        [line + 0.2 for line in lines],
+        [pair.ours_s for pair in pairs],
+        height=0.38,
+        color=OURS,
+        label="convertd",
+    )
+    axes.bar_label(theirs, [f"{number(pair.theirs_s)} s" for pair in pairs], padding=4)
+    axes.bar_label(ours, [pair.verdict for pair in pairs], padding=4, color=OURS, weight="bold")
+    axes.margins(x=0.2)
+    axes.xaxis.set_major_formatter("{x:g} s")
+    _name_rows(axes, [pair.name for pair in pairs])
     _write(figure, file)
 
 
-def _offset(names: Sequence[str], name: str) -> float:
-    return 0.6 * (names.index(name) / max(1, len(names) - 1) - 0.5)
-
-
-def answers(samples: Mapping[str, Sequence[float]], file: Path) -> None:
+def latencies(samples: Mapping[str, Sequence[float]], file: Path) -> None:
     """Draw the distribution of latencies: the percentage of calls answered within a time."""
     figure, axes = _picture(3)
-    for (name, seconds), colour in zip(samples.items(), ("#0072b2", "#c1272d"), strict=True):
+    for (name, seconds), colour in zip(samples.items(), (DARK, OURS), strict=False):
         axes.ecdf([second * 1000 for second in seconds], label=name, color=colour, linewidth=2)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
@@ -97,7 +94,7 @@ def steps(found: Sequence[tuple[str, float, float]], file: Path) -> None:
     figure, axes = _picture(len(found) * ROW + 0.5)
     took = [step[1] for step in found]
     begun = [at - width for _, width, at in found]
-    bars = axes.barh(range(len(found)), took, left=begun, color="#0072b2")
+    bars = axes.barh(range(len(found)), took, left=begun, color=DARK)
     axes.bar_label(bars, [f"{number(width)} ms" for width in took], padding=4)
     axes.margins(x=0.15)
     axes.xaxis.set_major_formatter("{x:g} ms")

@@ -14,7 +14,7 @@ class Settings:
     """Sizes in MiB, and numbers of rounds.
 
     `large_rounds` is for conversions that take a second or more, `small_rounds` for those of tiny
-    and of almost empty images. `patience` is how many seconds disks are given to come to rest.
+    and of almost empty images. `idle_timeout` is how many seconds to wait until disks are idle.
     """
 
     name: str
@@ -22,16 +22,19 @@ class Settings:
     files_mib: int
     packed_disk_mib: int
     packed_mib: int
-    noise_mib: int
+    random_mib: int
     empty_disk_mib: int
+    extents: int
+    extent_mib: int
     large_rounds: int
     small_rounds: int
-    answers: int
+    access_calls: int
     starts: int
     traces: int
     callers: tuple[int, ...]
     calls: int
-    patience: int
+    caller_rounds: int
+    idle_timeout: int
 
 
 FULL: Final = Settings(
@@ -40,16 +43,19 @@ FULL: Final = Settings(
     files_mib=700,
     packed_disk_mib=1024,
     packed_mib=175,
-    noise_mib=1024,
+    random_mib=1024,
     empty_disk_mib=20480,
+    extents=10,
+    extent_mib=7,
     large_rounds=3,
-    small_rounds=20,
-    answers=1000,
+    small_rounds=15,
+    access_calls=1000,
     starts=7,
     traces=15,
     callers=(1, 8, 64),
     calls=128,
-    patience=30,
+    caller_rounds=3,
+    idle_timeout=30,
 )
 
 SMOKE: Final = Settings(
@@ -58,14 +64,17 @@ SMOKE: Final = Settings(
     files_mib=6,
     packed_disk_mib=32,
     packed_mib=3,
-    noise_mib=8,
+    random_mib=8,
     empty_disk_mib=512,
+    extents=2,
+    extent_mib=1,
     large_rounds=1,
     small_rounds=1,
-    answers=20,
+    access_calls=20,
     starts=1,
     traces=1,
     callers=(1, 8),
     calls=8,
-    patience=0,
+    caller_rounds=1,
+    idle_timeout=0,
 )

@@ -14,7 +14,7 @@ from typing import Final
 
 from harness.daemon import Daemon
 
-from benchmarks import measured, peers
+from benchmarks import callers, results
 from benchmarks.cases import Case
 from benchmarks.settings import Settings
 
@@ -44,19 +44,19 @@ CALLED: Final = "the call is made"
 ANSWERED: Final = "flushed; the caller has the result"
 
 
-def trace(images: Path, xfs: Path, case: Case, settings: Settings) -> list[measured.Trace]:
+def trace(images: Path, case: Case, settings: Settings) -> list[results.Trace]:
     """Convert some times under strace, and return when each step was reached."""
-    daemon = Daemon(peers.policy(images, xfs))
+    daemon = Daemon(callers.policy(images))
     log = daemon.home / "strace"
     wrapper = ("strace", "-f", "--seccomp-bpf", "-ttt", "-s", "256", "-e", f"trace={CALLS}")
     traces = []
     try:
         daemon.start(wrapper=(*wrapper, "-o", str(log)), options=())
-        with peers.caller(daemon.socket) as line:
-            line.order("ask", 1)
+        with callers.caller(daemon.socket) as caller:
+            caller.call("access", 1)
             for _ in range(settings.traces):
                 dest = case.source.path.with_name("traced")
-                began, ended = line.order("timeline", peers.call(case, dest))
+                began, ended = caller.call("timeline", callers.convert_call(case, dest))
                 dest.unlink()
                 traces.append(_trace(log.read_text(errors="replace"), began, ended))
     finally:
@@ -64,14 +64,14 @@ def trace(images: Path, xfs: Path, case: Case, settings: Settings) -> list[measu
     return traces
 
 
-def _trace(text: str, began: float, ended: float) -> measured.Trace:
+def _trace(text: str, began: float, ended: float) -> results.Trace:
     marks = {CALLED: 0.0}
     lines = [match for line in text.splitlines() if (match := LINE.fullmatch(line))]
     within = [line for line in lines if began <= float(line["time"]) <= ended]
     for mark, at in _found(within):
         marks[mark] = (at - began) * 1000
     marks[ANSWERED] = (ended - began) * 1000
-    return measured.Trace(marks=marks)
+    return results.Trace(marks=marks)
 
 
 def _found(lines: Sequence[re.Match[str]]) -> list[tuple[str, float]]:

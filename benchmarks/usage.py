@@ -15,6 +15,7 @@ TICK_S: Final = 1 / os.sysconf("SC_CLK_TCK")
 SAMPLE_S: Final = 0.05
 
 KIB: Final = 1024
+SECTOR: Final = 512
 
 
 def cpu_s(session: int) -> float:
@@ -52,7 +53,7 @@ def cached_bytes(*paths: Path) -> int:
     return sum(int(number) for number in said.split())
 
 
-def forget(path: Path) -> None:
+def drop(path: Path) -> None:
     """Drop a file from the page cache."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -62,7 +63,7 @@ def forget(path: Path) -> None:
         os.close(descriptor)
 
 
-def remember(path: Path) -> None:
+def read(path: Path) -> None:
     """Read a file's data into the page cache. Holes are skipped: 20 GiB of them take long."""
     with path.open("rb") as file:
         end, size = 0, os.path.getsize(path)
@@ -76,6 +77,28 @@ def remember(path: Path) -> None:
             file.seek(start)
             while file.tell() < end and file.read(min(2**20, end - file.tell())):
                 pass
+
+
+class Device:
+    """The block device below a directory, if it is on one."""
+
+    def __init__(self, directory: Path) -> None:
+        argv = ["findmnt", "--noheadings", "--nofsroot", "--output=SOURCE", "--target"]
+        found = subprocess.run([*argv, str(directory)], check=True, text=True, capture_output=True)
+        node = Path(found.stdout.strip())
+        self._stat: Path | None = None
+        if node.is_block_device():
+            number = node.stat().st_rdev
+            self._stat = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/stat")
+
+    def written_bytes(self) -> int:
+        """How much it was given to write in all, 0 if it is unknown.
+
+        Source: Documentation/block/stat.rst.
+        """
+        if self._stat is None:
+            return 0
+        return int(self._stat.read_text(encoding="ascii").split()[6]) * SECTOR
 
 
 def dirty_bytes() -> int:

@@ -6,15 +6,16 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-PYTHON: Final = sys.executable
-CONVERTCTL: Final = str(Path(sys.executable).with_name("convertctl"))
-GRPCURL: Final = str(Path(sys.executable).with_name("grpcurl"))
+from harness import programs
+
+PYTHON: Final = programs.PYTHON
+CONVERTCTL: Final = programs.CONVERTCTL
+GRPCURL: Final = programs.GRPCURL
 
 SERVICE: Final = "convertd.v1.ConvertService"
 TIMEOUT_S: Final = 100.0

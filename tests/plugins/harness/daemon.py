@@ -9,18 +9,17 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from harness import processes, waiting
+from harness import processes, programs, waiting
 from harness.agent import Agent
 from harness.callers import Caller
 from harness.processes import Process
 
-COMMAND: Final = Path(sys.executable).with_name("convertd")
+COMMAND: Final = programs.CONVERTD
 
 FRONT: Final = "convertd-front"
 JOB: Final = "convertd-job"

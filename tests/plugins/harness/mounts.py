@@ -36,15 +36,29 @@ class Mounts:
         self._undo.close()
 
     def on_a_loop(
-        self, kind: str, name: str, size_mib: int = 0, *, options: tuple[str, ...] = ()
+        self,
+        kind: str,
+        name: str,
+        size_mib: int = 0,
+        *,
+        options: tuple[str, ...] = (),
+        direct_io: bool = False,
     ) -> Path:
-        """An ext4, XFS or btrfs on a loop device. It takes space as it is filled."""
+        """An ext4, XFS or btrfs on a loop device. It takes space as it is filled.
+
+        With `direct_io` nothing of it is in the page cache twice: not in that of its image.
+        """
         image = self._directory / f".{name}.{kind}"
         with image.open("wb") as file:
             file.truncate(max(size_mib, _LEAST_MIB[kind]) * MIB)
         self._undo.callback(image.unlink)
         _run(*_MAKERS[kind], *options, str(image))
-        return self._mount(name, "-o", "loop", str(image))
+        point = self._mount(name, "-o", "loop", str(image))
+        if direct_io:
+            argv = ["findmnt", "--noheadings", "--output=SOURCE", str(point)]
+            device = subprocess.run(argv, check=True, text=True, stdout=subprocess.PIPE).stdout
+            _run("losetup", "--direct-io=on", device.strip())
+        return point
 
     def in_memory(self, kind: str, name: str, options: str = "mode=755") -> Path:
         """A tmpfs, or a ramfs, which refuses direct I/O."""

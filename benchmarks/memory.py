@@ -9,9 +9,9 @@ from typing import Self
 from harness import processes
 from harness.daemon import Daemon
 
-from benchmarks import measured, peers, usage
+from benchmarks import callers, results, usage
+from benchmarks.callers import CallerProcess
 from benchmarks.cases import Case
-from benchmarks.peers import Line
 
 
 def idle_kib(daemon: Daemon) -> dict[str, int]:
@@ -48,8 +48,8 @@ class Peaks:
 
 
 def measure(
-    daemon: Daemon, line: Line, fresh: dict[str, int], load: tuple[Case, ...]
-) -> list[measured.Footprint]:
+    daemon: Daemon, caller: CallerProcess, fresh: dict[str, int], load: tuple[Case, ...]
+) -> list[results.Memory]:
     """Each process's memory: just started, after all conversions, and its peak meanwhile.
 
     The sampled conversions are not timed, because sampling takes time.
@@ -58,11 +58,11 @@ def measure(
     with Peaks(daemon) as peaks:
         for case in load:
             dest = case.source.path.with_name("watched")
-            line.order("convert", peers.call(case, dest))
+            caller.call("convert", callers.convert_call(case, dest))
             dest.unlink()
     daemon.await_none("qemu-img")
     return [
-        measured.Footprint(
+        results.Memory(
             process=name,
             fresh_pss_kib=fresh.get(name, 0),
             used_pss_kib=used.get(name, 0),

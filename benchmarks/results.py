@@ -15,48 +15,52 @@ class Run(Value, frozen=True, kw_only=True):
     """One conversion. `cpu_s` is the CPU time of all its processes.
 
     `cached_bytes` is the growth of source and result in the page cache; `dirty_bytes` the peak of
-    dirty pages.
+    dirty pages; `written_bytes` what the disk was given to write, until all was on it.
     """
 
     seconds: float
     cpu_s: float
     cached_bytes: int
     dirty_bytes: int
+    written_bytes: int
 
 
 class Entry(Value, frozen=True, kw_only=True):
-    """One contestant's runs of one case."""
+    """One contestant's runs of one case. If it failed, there are none, and `failure` says why."""
 
     case: str
     contestant: str
     runs: list[Run]
+    failure: str = ""
 
 
-class CaseTold(Value, frozen=True, kw_only=True):
+class CaseInfo(Value, frozen=True, kw_only=True):
     """A case as the page shows it. `argv` is convertd's qemu-img, empty if it ran none."""
 
     name: str
+    row: str
+    disk: str
     source: str
     data_bytes: int
     argv: list[str]
 
 
-class ContestantTold(Value, frozen=True, kw_only=True):
+class ContestantInfo(Value, frozen=True, kw_only=True):
     """A contestant as the page shows it."""
 
     name: str
-    what: str
+    description: str
 
 
-class Answers(Value, frozen=True, kw_only=True):
+class Latency(Value, frozen=True, kw_only=True):
     """The durations of unary calls, in seconds."""
 
     name: str
     seconds: list[float]
 
 
-class Crowd(Value, frozen=True, kw_only=True):
-    """Conversions by many callers at once: how long each took, and all of them."""
+class Throughput(Value, frozen=True, kw_only=True):
+    """Conversions by several callers at once: how long each took, and all of them."""
 
     contestant: str
     callers: int
@@ -64,7 +68,7 @@ class Crowd(Value, frozen=True, kw_only=True):
     total_s: float
 
 
-class Footprint(Value, frozen=True, kw_only=True):
+class Memory(Value, frozen=True, kw_only=True):
     """Memory of one process, in KiB. 0 where it was not measured."""
 
     process: str
@@ -79,11 +83,16 @@ class Trace(Value, frozen=True, kw_only=True):
     marks: dict[str, float]
 
 
-class Disk(Value, frozen=True, kw_only=True):
-    """fio's sequential speed on the same disk, in bytes per second."""
+class DiskInfo(Value, frozen=True, kw_only=True):
+    """A disk, and fio's sequential speed on it, in bytes per second."""
 
-    read_bytes_per_s: float
-    write_bytes_per_s: float
+    name: str
+    description: str
+    file_system: str
+    direct_read: float
+    direct_write: float
+    buffered_read: float
+    buffered_write: float
 
 
 class Machine(Value, frozen=True, kw_only=True):
@@ -95,26 +104,30 @@ class Machine(Value, frozen=True, kw_only=True):
     memory_mib: int
     kernel: str
     system: str
-    file_system: str
     load: float
     versions: dict[str, str]
 
 
-class Results(Value, frozen=True, kw_only=True):
-    """All results of a run. `stolen` is the share of CPU time that the host gave to others."""
+class Results(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """All results of a run, filled as it goes on.
+
+    `stolen` is the share of CPU time that the host gave to others. `failures` are the parts that
+    could not be measured, with the reason; a contestant's own are in its entries.
+    """
 
     settings: str
-    minutes: float
-    stolen: float
     machine: Machine
-    contestants: list[ContestantTold]
-    cases: list[CaseTold]
-    entries: list[Entry]
-    answers: list[Answers]
-    crowds: list[Crowd]
-    footprints: list[Footprint]
-    traces: list[Trace]
-    disk: Disk
+    minutes: float = 0.0
+    stolen: float = 0.0
+    contestants: list[ContestantInfo] = []
+    disks: list[DiskInfo] = []
+    cases: list[CaseInfo] = []
+    entries: list[Entry] = []
+    latencies: list[Latency] = []
+    throughputs: list[Throughput] = []
+    memory: list[Memory] = []
+    traces: list[Trace] = []
+    failures: list[str] = []
 
 
 def write(results: Results, path: Path) -> None:

@@ -1,8 +1,8 @@
 """Calls the daemon as the user who runs this. Reads commands on standard input, a JSON array each.
 
-Each is answered by a line. Times are taken here, around the call, by the clock that all processes
-share. Nothing of the benchmarks is imported: this runs with `python -I`, and the file is handed
-over by `-c`.
+Each is answered by a line: the result and null, or null and an error. Times are taken here, around
+the call, by the clock that all processes share. Nothing of the benchmarks is imported: this runs
+with `python -I`, and the file is handed over by `-c`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def timeline(socket: str, call: dict[str, Any]) -> list[float]:
     return [began, time.time()]
 
 
-def ask(socket: str, times: int) -> list[float]:
+def access(socket: str, times: int) -> list[float]:
     """Call GetAccess many times."""
     one = client(socket)
     return [timed(one.access) for _ in range(times)]
@@ -60,31 +60,26 @@ def first(socket: str) -> float:
         return timed(one.access)
 
 
-def crowd(socket: str, threads: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """Conversions in several threads at once, each with a connection of its own."""
+def concurrently(socket: str, loads: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """Conversions in a thread for each load, each with a connection of its own."""
     seconds: list[float] = []
 
     def work(number: int, calls: list[dict[str, Any]]) -> None:
         seconds.extend(convert(socket, call, number) for call in calls)
 
-    for number in range(len(threads)):
+    for number in range(len(loads)):
         client(socket, number).access()
-    return {"seconds": seconds, "span": span(work, threads)}
-
-
-def span(work: Callable[[int, Any], None], loads: list[Any]) -> list[float]:
-    """Run `work` in one thread for each load; returns start and end."""
-    crew = [threading.Thread(target=work, args=pair) for pair in enumerate(loads)]
+    threads = [threading.Thread(target=work, args=pair) for pair in enumerate(loads)]
     began = time.monotonic()
-    for thread in crew:
+    for thread in threads:
         thread.start()
-    for thread in crew:
+    for thread in threads:
         thread.join()
-    return [began, time.monotonic()]
+    return {"seconds": seconds, "span": [began, time.monotonic()]}
 
 
 def occupy(socket: str, calls: list[dict[str, Any]]) -> int:
-    """Repeat the same conversions in threads, until the connection is closed."""
+    """Repeat the same conversions in threads, until standard input ends."""
 
     def work(call: dict[str, Any]) -> None:
         while not stopping.is_set():
@@ -105,22 +100,30 @@ def running(socket: str) -> int:
     return sum(job.state == "running" for job in client(socket).jobs())
 
 
-ORDERS: dict[str, Callable[..., Any]] = {
+COMMANDS: dict[str, Callable[..., Any]] = {
     "convert": convert,
     "timeline": timeline,
-    "ask": ask,
+    "access": access,
     "first": first,
-    "crowd": crowd,
+    "concurrently": concurrently,
     "occupy": occupy,
     "running": running,
 }
+
+
+def execute(socket: str, name: str, arguments: list[Any]) -> list[Any]:
+    """Execute one command."""
+    try:
+        return [COMMANDS[name](socket, *arguments), None]
+    except errors.ConvertError as error:
+        return [None, f"{type(error).__name__}: {error}"]
 
 
 def main(socket: str) -> None:
     """Execute commands until standard input ends."""
     for line in sys.stdin:
         name, *arguments = json.loads(line)
-        sys.stdout.write(json.dumps(ORDERS[name](socket, *arguments)) + "\n")
+        sys.stdout.write(json.dumps(execute(socket, name, arguments)) + "\n")
         sys.stdout.flush()
     stopping.set()
     for one in clients:

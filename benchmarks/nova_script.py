@@ -1,4 +1,4 @@
-"""Calls Nova's own convert_image, which oslo.privsep's helper runs; commands as for caller.py.
+"""Calls Nova's own convert_image, which oslo.privsep's helper runs; commands as caller_script.py's.
 
 This runs in an environment that has Nova. The helper runs as root. Once it has started,
 this process takes the given uid.
@@ -16,6 +16,7 @@ from typing import Any
 
 import nova.privsep  # type: ignore[import-not-found]  # it has an environment of its own
 import nova.privsep.qemu  # type: ignore[import-not-found]  # the same
+from oslo_concurrency import processutils  # type: ignore[import-not-found]  # the same
 from oslo_privsep import priv_context  # type: ignore[import-not-found]  # the same
 
 
@@ -26,23 +27,31 @@ def convert(arguments: list[Any]) -> float:
     return time.monotonic() - began
 
 
-def crowd(threads: list[list[list[Any]]]) -> dict[str, Any]:
-    """Conversions in several threads at once."""
+def concurrently(loads: list[list[list[Any]]]) -> dict[str, Any]:
+    """Conversions in a thread for each load."""
     seconds: list[float] = []
 
     def work(calls: list[list[Any]]) -> None:
         seconds.extend(convert(arguments) for arguments in calls)
 
-    crew = [threading.Thread(target=work, args=(calls,)) for calls in threads]
+    threads = [threading.Thread(target=work, args=(calls,)) for calls in loads]
     began = time.monotonic()
-    for thread in crew:
+    for thread in threads:
         thread.start()
-    for thread in crew:
+    for thread in threads:
         thread.join()
     return {"seconds": seconds, "span": [began, time.monotonic()]}
 
 
-ORDERS: dict[str, Callable[[Any], Any]] = {"convert": convert, "crowd": crowd}
+COMMANDS: dict[str, Callable[[Any], Any]] = {"convert": convert, "concurrently": concurrently}
+
+
+def execute(name: str, argument: Any) -> list[Any]:  # noqa: ANN401 - JSON is anything
+    """Execute one command."""
+    try:
+        return [COMMANDS[name](argument), None]
+    except processutils.ProcessExecutionError as error:
+        return [None, str(error)]
 
 
 def main(uid: int) -> None:
@@ -53,8 +62,7 @@ def main(uid: int) -> None:
     os.setresuid(uid, uid, uid)
     for line in sys.stdin:
         name, argument = json.loads(line)
-        done = ORDERS[name](argument)
-        sys.stdout.write(json.dumps(done) + "\n")
+        sys.stdout.write(json.dumps(execute(name, argument)) + "\n")
         sys.stdout.flush()
 
 
