@@ -6,6 +6,7 @@ so that there is one judge.
 
 from __future__ import annotations
 
+import enum
 import os
 import posixpath
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from convertd_core import creation_options, values
 
 Path = str | os.PathLike[str]
 
-Choice = TypeVar("Choice", values.CacheMode, values.Compression, values.Preallocation)
+Choice = TypeVar("Choice", bound=enum.StrEnum)
 
 _LARGEST: Final = {"mode": 2**32 - 1, "rate_limit": 2**64 - 1}
 """What the contract's fields hold."""
@@ -35,6 +36,9 @@ class ConvertOptions(TypedDict, total=False):
     cache_mode: str
     """`auto`, `none`, `writeback`, `writethrough` or `directsync`. `auto`: what the destination
     can do. Whatever the mode, the result is on the disk when the call returns."""
+    reflink: str
+    """`auto`: share blocks with the source if possible, else copy. `never`: copy. `always`: share
+    blocks, or fail. `auto`."""
     preallocation: str | None
     """`off`, `metadata`, `falloc` or `full`. None: `off`."""
     mode: int | None
@@ -144,6 +148,7 @@ def asked(source: Path, dest: Path, dest_format: str, options: ConvertOptions) -
         rate_limit_bytes_per_second=_bounded("rate_limit", options.get("rate_limit")) or 0,
         validate_only=options.get("validate_only", False),
         label=_text("label", options.get("label", "")),
+        reflink=_choice("reflink", options.get("reflink", "auto"), values.Reflink),
     )
     return Conversion(request=request, source_secret=source_secret, dest_secret=dest_secret)
 

@@ -371,5 +371,7 @@ class JobOutcome:
     source_format: str = ""
     source_cache: str = ""
     dest_cache: str = ""
+    method: str = ""
     virtual_size_bytes: int = 0
     allocated_size_bytes: int = 0
+    shared_bytes: int = 0

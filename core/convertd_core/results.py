@@ -20,6 +20,16 @@ Preallocation = values.Preallocation
 Phase = values.Phase
 
 
+class Method(enum.StrEnum):
+    """How a result gets its data."""
+
+    UNSPECIFIED = "unspecified"
+    REFLINK = "reflink"
+    """It shares the source's blocks."""
+    QEMU_IMG = "qemu-img"
+    """qemu-img reads the source and writes the result."""
+
+
 class JobState(enum.StrEnum):
     """What a job is doing."""
 
@@ -86,7 +96,7 @@ class Plan:
     """How a conversion will be done, or was.
 
     `command` is for people to read: not fit to be run, nor to be parsed. `needed_bytes` is 0 where
-    it can't be told or doesn't matter.
+    it can't be told or doesn't matter. `method_reason` says in one sentence why by that method.
     """
 
     source_format: str
@@ -99,6 +109,8 @@ class Plan:
     compression: Compression
     needed_bytes: int
     available_bytes: int
+    method: Method
+    method_reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +136,8 @@ class ConvertResult:
     """What was done.
 
     `published` is false for `validate_only` alone. `plan` is None only if the daemon told none.
-    `job_id` is empty for a conversion without a daemon.
+    `job_id` is empty for a conversion without a daemon. `shared_bytes` and `written_bytes` are the
+    two parts of `allocated_size_bytes`: blocks that the source has too, and the result's own.
     """
 
     job_id: str = ""
@@ -141,6 +154,9 @@ class ConvertResult:
     bytes_per_second: float
     verified: bool
     replaced: bool
+    method: Method
+    shared_bytes: int
+    written_bytes: int
     plan: Plan | None = None
 
 

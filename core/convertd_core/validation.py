@@ -70,6 +70,19 @@ def checked_inspect(request: values.InspectRequest) -> values.InspectRequest:
     return request
 
 
+def reflink_obstacle(request: values.ConvertRequest) -> str:
+    """Name what the data must be written anew for, so that no block can be shared; or "".
+
+    A cache mode and a rate limit are none: they say how data is copied, if it is.
+    """
+    source, dest = request.source, request.dest
+    if source.encryption is not None or dest.encryption is not None:
+        return "encryption"
+    if dest.compression is not values.Compression.NONE:
+        return "compression"
+    return "preallocation" if dest.preallocation is not values.Preallocation.OFF else ""
+
+
 def shown(text: str) -> str:
     """A caller's text in a form that fits into a message: valid, and not too long.
 
@@ -183,6 +196,8 @@ def _check_options(request: values.ConvertRequest) -> None:
     if rate and not LEAST_RATE_BYTES_PER_SECOND <= rate <= MAX_RATE_BYTES_PER_SECOND:
         problem = f"must be 0 (no limit), or at least {LEAST_RATE_BYTES_PER_SECOND}"
         raise conditions.BadOption(field="rate_limit_bytes_per_second", problem=problem)
+    if request.reflink is values.Reflink.ALWAYS and (obstacle := reflink_obstacle(request)):
+        raise conditions.BadOption(field="reflink", problem=f"always does not go with {obstacle}")
     label = request.label
     # What is printable has no lone surrogate, and so can be encoded.
     if not label.isprintable() or len(label.encode()) > MAX_LABEL_BYTES:

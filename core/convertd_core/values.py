@@ -62,6 +62,15 @@ class Preallocation(enum.StrEnum):
     FULL = "full"
 
 
+class Reflink(enum.StrEnum):
+    """Whether a result may share blocks with its source, in the words of cp(1)."""
+
+    UNSPECIFIED = "unspecified"
+    AUTO = "auto"
+    NEVER = "never"
+    ALWAYS = "always"
+
+
 class RootKind(enum.StrEnum):
     """What a root holds, and so what may be opened in it."""
 
@@ -188,6 +197,7 @@ class ConvertRequest:
     rate_limit_bytes_per_second: int = 0
     validate_only: bool = False
     label: str = ""
+    reflink: Reflink = Reflink.AUTO
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,8 +248,10 @@ class Root:
 
     `path` is absolute and normal, without a trailing slash. `owner` None means the caller.
     `mounts` allows mount points below the root to be crossed, `allow_ownerless` results on file
-    systems that do not keep their owner or mode. `parent_uids` and `parent_gids` are the users and
-    groups, beside root, who may be able to write a directory above the root.
+    systems that do not keep their owner or mode, `reflink` results that share blocks with images
+    in the root, and results in the root that share them with their sources. `parent_uids` and
+    `parent_gids` are the users and groups, beside root, who may be able to write a directory above
+    the root.
 
     `identity` is the directory that had this path when the policy was loaded, None if none had.
     `aliases` are the roots whose directory was then on the way to this one, or was this one: by a
@@ -256,6 +268,7 @@ class Root:
     allow_ownerless: bool = False
     allow_is_zero: bool = False
     accept_damaged: bool = False
+    reflink: bool = True
     parent_uids: frozenset[int] = frozenset()
     parent_gids: frozenset[int] = frozenset()
     identity: DirectoryIdentity | None = None

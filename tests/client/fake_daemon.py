@@ -191,6 +191,8 @@ def conversion(request: pb.ConvertRequest) -> Iterator[pb.ConvertResponse]:
         compression=pb.COMPRESSION_NONE,
         needed_bytes=10,
         available_bytes=2000,
+        method=pb.METHOD_QEMU_IMG,
+        method_reason="the disks differ",
     )
     yield pb.ConvertResponse(started=pb.ConvertStarted(job_id=JOB_ID, plan=plan))
     for percent in range(0, 101, 5):
@@ -209,6 +211,8 @@ def conversion(request: pb.ConvertRequest) -> Iterator[pb.ConvertResponse]:
         elapsed_seconds=2,
         bytes_per_second=50 << 20,
         verified=request.verify,
+        method=pb.METHOD_QEMU_IMG,
+        written_bytes=50 << 20,
     )
     yield pb.ConvertResponse(result=result)
 

@@ -110,6 +110,9 @@ def test_each_reply_field_is_read_by_the_client() -> None:
         bytes_per_second=6,
         verified=True,
         replaced=True,
+        method=pb.METHOD_REFLINK,
+        shared_bytes=7,
+        written_bytes=8,
     )
     assert len(told.ListFields()) == len(told.DESCRIPTOR.fields)
     assert proto_mapping.from_message(results.ConvertResult, told) == results.ConvertResult(
@@ -127,6 +130,9 @@ def test_each_reply_field_is_read_by_the_client() -> None:
         bytes_per_second=6,
         verified=True,
         replaced=True,
+        method=results.Method.REFLINK,
+        shared_bytes=7,
+        written_bytes=8,
     )
 
 
@@ -145,6 +151,7 @@ def test_client_request_has_each_option() -> None:
         label="nightly",
         validate_only=True,
         accept_damaged=True,
+        reflink="never",
         source_secret=b"one",
         dest_secret=b"two",
     )
@@ -180,6 +187,7 @@ def test_client_request_has_each_option() -> None:
         rate_limit_bytes_per_second=1 << 20,
         validate_only=True,
         label="nightly",
+        reflink=pb.REFLINK_NEVER,
     )
 
 

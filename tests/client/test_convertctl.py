@@ -113,6 +113,7 @@ def test_convertctl_dry_run_shows_the_plan(fake: Fake) -> None:
     assert ran.out.startswith("/images/b: would be raw of 100 MiB")
     assert "command       qemu-img convert /images/a" in ran.out
     assert "needs         10 bytes of 1.95 KiB free" in ran.out
+    assert "method        qemu-img: the disks differ" in ran.out
 
 
 @pytest.mark.parametrize(

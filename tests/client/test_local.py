@@ -204,7 +204,12 @@ def test_local_relative_path_is_below_the_working_directory_of_the_caller(
 
 # --- an end before the end -----------------------------------------------------------------------
 
-SLOW: Final = {"dest_format": "qcow2", "source_format": "raw", "rate_limit": 1 << 20}
+SLOW: Final = {
+    "dest_format": "qcow2",
+    "source_format": "raw",
+    "rate_limit": 1 << 20,
+    "reflink": "never",
+}
 
 
 @pytest.fixture

@@ -60,8 +60,10 @@ def at_stage(
     agent = daemon.agent(ALICE)
     before = []
     if stage == pb.PHASE_QUEUED:
-        bulky = conversion(library / "bulky.raw", dest.with_name("before.raw"), dest_format="raw")
-        bulky.rate_limit_bytes_per_second = images.MIB
+        before_dest, rate = dest.with_name("before.raw"), images.MIB
+        bulky = conversion(
+            library / "bulky.raw", before_dest, dest_format="raw", rate_limit_bytes_per_second=rate
+        )
         before.append(agent.convert(bulky))
         before[0].await_started()
     call = agent.convert(conversion(library / "small.raw", dest, verify=True))

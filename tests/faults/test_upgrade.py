@@ -156,7 +156,7 @@ def test_request_fields_unknown_to_the_daemon_are_ignored(
 
 
 ENUMS: Final = (
-    *("cache_mode", "dest.compression", "dest.preallocation", "dest.qcow2.compat"),
+    *("cache_mode", "reflink", "dest.compression", "dest.preallocation", "dest.qcow2.compat"),
     *("dest.encryption.format", "source.encryption.format"),
 )
 """Enums of a request."""

@@ -179,8 +179,9 @@ def test_descriptors_in_the_backlog_do_not_delay_the_stop(
     daemon = make_daemon(f"[limits]\njobs = 1\n{POLICY}")
     daemon.start(wrapper=lingering.as_before_6_16())
     agent = daemon.agent(ALICE)
-    slow = conversion(library / "bulky.raw", images_dir / "slow")
-    slow.rate_limit_bytes_per_second = images.MIB
+    slow = conversion(
+        library / "bulky.raw", images_dir / "slow", rate_limit_bytes_per_second=images.MIB
+    )
     call = agent.convert(slow)
     call.await_started()
     # Its end would be a signal to the broker, which ends a close that lingers.

@@ -107,6 +107,7 @@ def conversion(source: Path, dest: Path) -> values.ConvertRequest:
         source=values.Source(path=str(source), format="raw"),
         dest=values.Destination(path=str(dest), format="raw"),
         rate_limit_bytes_per_second=values.MIB,
+        reflink=values.Reflink.NEVER,
     )
 
 
@@ -643,6 +644,7 @@ class Spoiler:
             rate_limit_bytes_per_second=pick.choice((0, 0, 0, 1, -1, values.MIB, 2**70)),
             validate_only=pick.random() < 0.5,
             label=self.text(),
+            reflink=pick.choice(tuple(values.Reflink)[1:]),
         )
 
     def source(self) -> values.Source:

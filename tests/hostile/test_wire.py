@@ -195,6 +195,7 @@ def valid(pick: random.Random) -> bytes:
             encryption=pb.DestinationEncryption(passphrase=b"p"),
         ),
         cache_mode=pb.CACHE_MODE_NONE,
+        reflink=pb.REFLINK_AUTO,
         label="a label",
     ).SerializeToString()
 
@@ -221,6 +222,7 @@ def test_random_bytes_as_a_request_get_a_status_with_a_reason(
 # By their numbers on the wire: typed code can't say what no enum has.
 ENUMS: Final[dict[str, bytes]] = {
     "cache_mode": b"\x18\x63",
+    "reflink": b"\x40\x63",
     "dest.compression": b"\x12\x02\x20\x63",
     "dest.preallocation": b"\x12\x02\x28\x63",
     "source.encryption.format": b"\x0a\x04\x1a\x02\x10\x63",
@@ -230,6 +232,7 @@ ENUMS: Final[dict[str, bytes]] = {
 def test_enum_numbers_in_the_requests_match_the_contract() -> None:
     """Or the next test would send unknown fields, which are ignored."""
     assert pb.ConvertRequest.FromString(ENUMS["cache_mode"]).cache_mode == 99
+    assert pb.ConvertRequest.FromString(ENUMS["reflink"]).reflink == 99
     assert pb.ConvertRequest.FromString(ENUMS["dest.compression"]).dest.compression == 99
     assert pb.ConvertRequest.FromString(ENUMS["dest.preallocation"]).dest.preallocation == 99
     source = pb.ConvertRequest.FromString(ENUMS["source.encryption.format"]).source

@@ -76,6 +76,7 @@ def planned(grant: values.ConvertGrant) -> Iterator[Steps]:
             chain=backing_chain.follow(grant, source, runner, stack), dest=dest
         )
         made = plan.make(grant, both.members, both.try_out(grant.request.dest.format))
+        made = clone.choose(grant, made, both)
         dest.check_room(made, source.fd)
         yield Steps(grant, made, both, runner)
 
@@ -97,13 +98,13 @@ def area(area: Path) -> Path:
 def outcome_of(
     grant: values.ConvertGrant, act: Callable[[Steps], object]
 ) -> conditions.Failure | None:
-    """What a plan's steps are refused with, in a child that may start programs."""
+    """What a plan or its steps are refused with, in a child that may start programs."""
 
-    def steps() -> conditions.Failure | None:
+    def steps() -> None:
         with planned(grant) as standing:
-            return refusals.refusal_of(lambda: act(standing))
+            act(standing)
 
-    return in_child(steps)
+    return in_child(lambda: refusals.refusal_of(steps))
 
 
 class TestResultSizeAndHeader:
@@ -234,11 +235,11 @@ def sharing(request: pytest.FixtureRequest, mounts: Mounts) -> Path:
 class TestClones:
     """Raw to raw on a file system that shares blocks."""
 
-    def test_clone_has_the_content_of_the_source_and_is_reported(self, sharing: Path) -> None:
+    def test_clone_has_the_content_of_the_source(self, sharing: Path) -> None:
         """Rounded up to whole sectors, as qemu does; both can be written on their own."""
 
         def act(steps: Steps) -> None:
-            assert steps.convert() == (clone.SHARED,)
+            assert steps.plan.method is results.Method.REFLINK
             steps.check()
             steps.compare()
             steps.ends.dest.flush(steps.plan)
@@ -252,53 +253,124 @@ class TestClones:
         assert (sharing / "out").read_bytes() == expected
 
     @pytest.mark.parametrize(
-        "asked",
+        ("asked", "reason"),
         [
-            pytest.param({"format": "qcow2"}, id="another-format"),
-            pytest.param({"preallocation": values.Preallocation.FULL}, id="room-of-its-own"),
+            ({"format": "vmdk"}, "only raw"),
+            ({"preallocation": values.Preallocation.FULL}, "not possible with preallocation"),
+            ({"format": "qcow2", "compression": values.Compression.ZLIB}, "with compression"),
         ],
+        ids=["another format", "preallocation", "compression"],
     )
-    def test_clone_is_not_made_when_options_require_writing(
-        self, sharing: Path, asked: dict[str, object]
+    def test_options_that_require_writing_cause_a_copy(
+        self, sharing: Path, asked: dict[str, object], reason: str
     ) -> None:
         """Somebody wants bytes to be written."""
         grant = grant_in(sharing)
         request = grants.to(grant.request, **asked)
-        assert outcome_of(dataclasses.replace(grant, request=request), is_copied) is None
+        assert copied_because(dataclasses.replace(grant, request=request), reason) is None
+
+    def test_request_for_a_copy_gets_one(self, sharing: Path) -> None:
+        """Blocks of its own."""
+        grant = asking(grant_in(sharing), reflink=values.Reflink.NEVER)
+        assert copied_because(grant, "the request asks for a copy") is None
+
+    @pytest.mark.parametrize("end", ["source", "dest"])
+    def test_policy_that_forbids_sharing_at_one_end_causes_a_copy(
+        self, sharing: Path, end: str
+    ) -> None:
+        """Of whichever root."""
+        grant = grant_in(sharing)
+        place = getattr(grant, end)
+        root = dataclasses.replace(place.root, reflink=False)
+        closed = dataclasses.replace(grant, **{end: dataclasses.replace(place, root=root)})
+        assert copied_because(closed, "the policy does not allow it in the root images") is None
+        failure = outcome_of(asking(closed, reflink=values.Reflink.ALWAYS), Steps.check)
+        assert failure is not None
+        assert failure.reason == "REFLINK_NOT_POSSIBLE"
+        assert dict(failure.values)["path"] == place.path
+        assert "the policy does not allow it in the root images" in failure.message
 
     @pytest.mark.parametrize(
         "changes",
         [
             {"cache_mode": values.CacheMode.WRITEBACK},
-            {"rate_limit_bytes_per_second": 1024 * MIB},
+            {"rate_limit_bytes_per_second": MIB},
         ],
         ids=["a-cache-mode", "a-rate"],
     )
-    def test_clone_is_not_made_when_a_cache_mode_or_rate_is_requested(
+    def test_options_about_the_copy_do_not_cause_one(
         self, sharing: Path, changes: dict[str, object]
     ) -> None:
-        """A clone takes no way that could be said."""
-        grant = grant_in(sharing)
-        request = dataclasses.replace(grant.request, **changes)  # type: ignore[arg-type]
-        assert outcome_of(dataclasses.replace(grant, request=request), is_copied) is None
-
-    def test_clone_is_not_made_where_the_file_system_can_not_share_blocks(self, area: Path) -> None:
-        """It is tried, and copied then; nothing is left of the attempt."""
+        """They hold: nothing is read, nothing is in the page cache."""
 
         def act(steps: Steps) -> None:
-            assert clone.is_possible(steps.grant, steps.plan, steps.ends)
-            if not clone.clone(steps.plan, steps.ends):
-                assert os.fstat(steps.ends.dest.fd).st_size == 0
-            is_copied(steps)
+            assert steps.plan.method is results.Method.REFLINK
 
-        assert outcome_of(grant_in(area), act) is None
+        assert outcome_of(asking(grant_in(sharing), **changes), act) is None
+
+    def test_copy_is_made_where_the_file_system_does_not_share_blocks(self, mounts: Mounts) -> None:
+        """It is tried, and nothing is left of the attempt."""
+        point = mounts.on_a_loop("ext4", "copying")
+        (point / "in").write_bytes(os.urandom(MIB))
+        grant = grant_in(point)
+        assert copied_because(grant, "the file system does not share blocks") is None
+        assert refused_at(asking(grant, reflink=values.Reflink.ALWAYS)) == point / "out"
+
+    def test_copy_is_made_from_another_file_system(self, sharing: Path, area: Path) -> None:
+        """Of the same kind or not."""
+        roots = (grants.files(area), grants.files(sharing, name="sharing"))
+        request = grants.request(area / "in", sharing / "out")
+        grant = grants.Rules(roots=roots).convert(request)
+        reason = "source and destination are in different file systems"
+        assert copied_because(grant, reason) is None
+        assert refused_at(asking(grant, reflink=values.Reflink.ALWAYS)) == sharing / "out"
+
+    def test_image_larger_than_the_free_space_is_shared(self, sharing: Path) -> None:
+        """It needs no space of its own. A copy is refused."""
+        free = os.statvfs(sharing)
+        filler = bytes([1]) * MIB
+        with (sharing / "in").open("ab") as source:
+            for _ in range(free.f_bavail * free.f_frsize * 3 // 5 // MIB):
+                source.write(filler)
+
+        def act(steps: Steps) -> None:
+            assert steps.plan.method is results.Method.REFLINK
+            assert steps.plan.needed_bytes == 0
+            steps.check()
+            steps.ends.dest.flush(steps.plan)
+
+        assert outcome_of(grant_in(sharing), act) is None
+        copy = asking(grant_in(sharing), reflink=values.Reflink.NEVER)
+        failure = outcome_of(copy, Steps.check)
+        assert failure is not None
+        assert failure.reason == "NO_SPACE"
 
 
-def is_copied(steps: Steps) -> None:
-    """See that qemu-img was run, and that its result is right."""
-    assert clone.SHARED not in steps.convert()
-    steps.check()
-    steps.compare()
+def asking(grant: values.ConvertGrant, **changes: object) -> values.ConvertGrant:
+    """The same grant, for a request that differs."""
+    return dataclasses.replace(grant, request=dataclasses.replace(grant.request, **changes))  # type: ignore[arg-type]
+
+
+def copied_because(grant: values.ConvertGrant, reason: str) -> conditions.Failure | None:
+    """See that qemu-img is run, for that reason, and that its result is right."""
+
+    def act(steps: Steps) -> None:
+        assert steps.plan.method is results.Method.QEMU_IMG
+        assert reason in steps.plan.method_reason
+        assert os.fstat(steps.ends.dest.fd).st_size == 0
+        steps.convert()
+        steps.check()
+        steps.compare()
+
+    return outcome_of(grant, act)
+
+
+def refused_at(grant: values.ConvertGrant) -> Path | None:
+    """Which path is named by a refusal to share blocks."""
+    failure = outcome_of(grant, Steps.check)
+    if failure is None or failure.reason != "REFLINK_NOT_POSSIBLE":
+        return None
+    return Path(dict(failure.values)["path"])
 
 
 class TestOwnRights:

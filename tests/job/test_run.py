@@ -434,9 +434,7 @@ class TestWholeRun:
         """Closing the job's channel is enough."""
         (area / "in").write_bytes(os.urandom(16 * MIB))
         rules = grants.Rules(roots=(grants.files(area),))
-        slow = dataclasses.replace(
-            grants.request(area / "in", area / "out"), rate_limit_bytes_per_second=MIB
-        )
+        slow = grants.slowly(grants.request(area / "in", area / "out"))
         with whole_job.started(rules.convert(slow)) as (_, line):
             while not isinstance(line.receive(*messages.FROM_JOB)[0], messages.Planned):
                 pass
@@ -446,9 +444,7 @@ class TestWholeRun:
         """As the broker sends it."""
         (area / "in").write_bytes(os.urandom(16 * MIB))
         rules = grants.Rules(roots=(grants.files(area),))
-        slow = dataclasses.replace(
-            grants.request(area / "in", area / "out"), rate_limit_bytes_per_second=MIB
-        )
+        slow = grants.slowly(grants.request(area / "in", area / "out"))
         with whole_job.started(rules.convert(slow)) as (job, line):
             while not isinstance(line.receive(*messages.FROM_JOB)[0], messages.Planned):
                 pass
@@ -463,9 +459,7 @@ class TestWholeRun:
         (area / "in").write_bytes(os.urandom(16 * MIB))
         limits = values.Limits(duration_s=0.3)
         rules = grants.Rules(roots=(grants.files(area),), limits=limits)
-        slow = dataclasses.replace(
-            grants.request(area / "in", area / "out"), rate_limit_bytes_per_second=MIB
-        )
+        slow = grants.slowly(grants.request(area / "in", area / "out"))
         assert whole_job.run(rules.convert(slow)).reason == "DURATION_EXCEEDED"
         assert os.listdir(area) == ["in"]
 

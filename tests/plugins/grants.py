@@ -84,6 +84,13 @@ def request(
     )
 
 
+def slowly(asked: values.ConvertRequest) -> values.ConvertRequest:
+    """The same request, to be copied as slowly as can be: 1 MiB/s."""
+    return dataclasses.replace(
+        asked, rate_limit_bytes_per_second=values.MIB, reflink=values.Reflink.NEVER
+    )
+
+
 def to(asked: values.ConvertRequest, **changes: object) -> values.ConvertRequest:
     """The same request, with another destination."""
     return dataclasses.replace(asked, dest=dataclasses.replace(asked.dest, **changes))  # type: ignore[arg-type]

@@ -30,6 +30,7 @@ allow_ownerless = true
 [roots.own]
 path = "{directory}/own"
 access = "caller"
+reflink = false
 [roots.volumes]
 path = "/dev/no-such-group-of-volumes"
 kind = "block"
@@ -55,11 +56,13 @@ Roots
     Created files belong to uid 0, gid 0, mode 0640 unless the request says otherwise.
     What is mounted below can be used.
     Where the file system keeps no owner or mode, files are created with a warning.
+    Results can share blocks with their sources.
   own: image files in {directory}/own
     The daemon opens them with the caller's rights.
     Created files belong to the caller, mode 0600 unless the request says otherwise.
     What is mounted below can't be used.
     Where the file system keeps no owner or mode, nothing is created.
+    Results can't share blocks with their sources.
   volumes: block devices in /dev/no-such-group-of-volumes
     The daemon opens them with its own rights, whoever owns them.
     Nothing is created here.

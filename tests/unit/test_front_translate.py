@@ -74,6 +74,7 @@ class TestRequests:
             rate_limit_bytes_per_second=2**40,
             validate_only=True,
             label="nightly",
+            reflink=pb.REFLINK_ALWAYS,
         )
         assert translate.convert_request(message) == values.ConvertRequest(
             source=values.Source(path="/in/a", format="vmdk", encryption=values.SourceEncryption()),
@@ -101,6 +102,7 @@ class TestRequests:
             rate_limit_bytes_per_second=2**40,
             validate_only=True,
             label="nightly",
+            reflink=values.Reflink.ALWAYS,
         )
 
     def test_encryption_without_values_has_the_defaults_of_nova(self) -> None:
@@ -289,6 +291,9 @@ RESULT = results.ConvertResult(
     bytes_per_second=500.0,
     verified=True,
     replaced=True,
+    method=results.Method.QEMU_IMG,
+    shared_bytes=0,
+    written_bytes=4096,
 )
 REPLIES = {
     pb.ConvertProgress: results.Progress,

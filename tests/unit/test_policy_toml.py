@@ -62,6 +62,7 @@ owner = "nova:36"
 mode = "0640"
 mounts = true
 allow_ownerless = true
+reflink = false
 parents_writable_by = ["nova", 5, "group:kvm", "group:7"]
 
 [roots.own]
@@ -124,6 +125,7 @@ def test_each_policy_key_takes_effect() -> None:
         mode=0o640,
         mounts=True,
         allow_ownerless=True,
+        reflink=False,
         parent_uids=frozenset({107, 5}),
         parent_gids=frozenset({108, 7}),
     )
@@ -330,7 +332,14 @@ def test_root_of_files_is_refused_with(line: str, reason: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ['owner = "caller"', 'mode = "0600"', "mounts = false", "allow_ownerless = false"]
+    "line",
+    [
+        'owner = "caller"',
+        'mode = "0600"',
+        "mounts = false",
+        "allow_ownerless = false",
+        "reflink = true",
+    ],
 )
 def test_root_of_devices_is_refused_with(line: str) -> None:
     """For nothing is created there."""

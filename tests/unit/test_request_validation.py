@@ -38,6 +38,11 @@ def to(**changes: object) -> values.ConvertRequest:
     return dataclasses.replace(request(), dest=dest)
 
 
+def sharing(**changes: object) -> values.ConvertRequest:
+    """The same, for a result that shares the source's blocks."""
+    return dataclasses.replace(to(**changes), reflink=values.Reflink.ALWAYS)
+
+
 def of(name: str, *, encrypted: bool = False) -> values.ConvertRequest:
     """A request that states the source's format, and whether a passphrase comes along."""
     encryption = values.SourceEncryption() if encrypted else None
@@ -293,6 +298,20 @@ def test_default_compression_of_a_request_becomes_zlib(
             request(rate=2**63),
             "rate_limit_bytes_per_second",
             id="a-rate-beyond-qemu-img",
+        ),
+        pytest.param(sharing(compression=C.ZLIB), "reflink", id="shared-blocks-and-compression"),
+        pytest.param(
+            sharing(preallocation=P.METADATA), "reflink", id="shared-blocks-and-preallocation"
+        ),
+        pytest.param(
+            sharing(encryption=values.DestinationEncryption()),
+            "reflink",
+            id="shared-blocks-and-encryption",
+        ),
+        pytest.param(
+            dataclasses.replace(of("luks", encrypted=True), reflink=values.Reflink.ALWAYS),
+            "reflink",
+            id="shared-blocks-and-decryption",
         ),
         pytest.param(request(label="x" * 129), "label", id="a-long-label"),
         pytest.param(request(label="ä" * 65), "label", id="a-label-long-in-bytes"),

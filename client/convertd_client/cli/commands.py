@@ -144,6 +144,13 @@ class Given(conversion.ConvertOptions):
     show_default=True,
     help="How to write DEST. With every mode, DEST is on disk at the end.",
 )
+@click.option(
+    "--reflink",
+    type=click.Choice(["auto", "never", "always"]),
+    default="auto",
+    show_default=True,
+    help="Share blocks with SOURCE: if possible, never, or else fail.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace DEST if it exists, in one step.")
 @click.option(
     "--mode",

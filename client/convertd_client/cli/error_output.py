@@ -17,6 +17,7 @@ HINTS: Final = {
     "AMBIGUOUS_FORMAT": "-f FORMAT states the format",
     "SECRET_MISSING": "give the passphrase with --source-secret-file",
     "IMAGE_DAMAGED": "--accept-damaged converts it as it is",
+    "REFLINK_NOT_POSSIBLE": "--reflink auto copies instead",
     "JOB_NOT_FOUND": "`convertctl jobs` lists your jobs",
     "QUEUE_FULL": "`convertctl jobs` shows what runs and waits; try again later",
     "DEST_BUSY": "`convertctl jobs` shows the job that writes it",
@@ -34,6 +35,7 @@ LOCAL_HINTS: Final = {
     "FORMAT_MISMATCH": "`convertctl info --local` without -f finds the format out",
     "SECRET_MISSING": HINTS["SECRET_MISSING"],
     "IMAGE_DAMAGED": HINTS["IMAGE_DAMAGED"],
+    "REFLINK_NOT_POSSIBLE": HINTS["REFLINK_NOT_POSSIBLE"],
     "TIMEOUT": HINTS["TIMEOUT"],
     "PUBLISHED_BUT_NOT_DURABLE": HINTS["PUBLISHED_BUT_NOT_DURABLE"],
 }

@@ -17,16 +17,17 @@ SCOPES = {results.OverwriteScope.OWN: "your own files", results.OverwriteScope.A
 
 def result(dest: str, done: results.ConvertResult) -> None:
     """Print what a conversion did, in one line."""
-    cache = f"cache mode {done.dest_cache.mode} ({done.dest_cache.reason})"
+    kind = f"{done.dest_format} of {text.size(done.virtual_size_bytes)}"
+    shares = done.method is results.Method.REFLINK
     if not done.published:
-        facts = [f"would be {done.dest_format} of {text.size(done.virtual_size_bytes)}", cache]
+        facts = [f"would be {kind}", *(["blocks shared with the source"] if shares else [])]
     else:
-        facts = [
-            f"{done.dest_format} of {text.size(done.virtual_size_bytes)}",
-            f"{text.size(done.allocated_size_bytes)} on disk",
-            f"{text.duration(done.elapsed_seconds)} at {text.rate(done.bytes_per_second)}",
-            cache,
-        ]
+        on_disk = f"{text.size(done.allocated_size_bytes)} on disk"
+        shared = f", {text.size(done.shared_bytes)} of it shared with the source" if shares else ""
+        speed = f"{text.duration(done.elapsed_seconds)} at {text.rate(done.bytes_per_second)}"
+        facts = [kind, on_disk + shared, speed]
+    if not shares:
+        facts.append(f"cache mode {done.dest_cache.mode} ({done.dest_cache.reason})")
     facts += ["verified"] if done.verified else []
     click.echo(text.shown(f"{dest}: {', '.join(facts)}"))
 
@@ -38,6 +39,7 @@ def plan(planned: results.Plan) -> None:
         ("source", " <- ".join(chain) or planned.source_format),
         ("source cache", f"{planned.source_cache.mode}: {planned.source_cache.reason}"),
         ("dest cache", f"{planned.dest_cache.mode}: {planned.dest_cache.reason}"),
+        ("method", f"{planned.method}: {planned.method_reason or 'not said'}"),
         ("compression", str(planned.compression)),
         ("needs", _needs(planned)),
         ("command", shlex.join(planned.command)),
@@ -47,7 +49,7 @@ def plan(planned: results.Plan) -> None:
 
 def _needs(planned: results.Plan) -> str:
     if not planned.needed_bytes:
-        return "unknown"
+        return "nothing" if planned.method is results.Method.REFLINK else "unknown"
     needed, available = text.size(planned.needed_bytes), text.size(planned.available_bytes)
     return f"{needed} of {available} free"
 

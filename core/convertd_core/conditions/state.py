@@ -162,6 +162,14 @@ class NoDirectWrites(FailedPrecondition):
     problem: str
 
 
+class ReflinkNotPossible(FailedPrecondition):
+    """The result was to share the source's blocks, and can't. Nothing was written."""
+
+    sentence = "{path}: blocks can't be shared: {problem}"
+    path: str
+    problem: str
+
+
 class DeviceNotWritable(FailedPrecondition):
     """The device's mode does not let its group write, and qemu-img has no other right to it."""
 

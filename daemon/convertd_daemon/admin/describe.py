@@ -58,12 +58,14 @@ def _root(root: values.Root) -> list[str]:
         ]
     owner = f"uid {root.owner.uid}, gid {root.owner.gid}" if root.owner else "the caller"
     mounts = "can" if root.mounts else "can't"
+    shared = "can" if root.reflink else "can't"
     made = "files are created with a warning" if root.allow_ownerless else "nothing is created"
     return [
         *lines,
         f"Created files belong to {owner}, mode {root.mode:04o} unless the request says otherwise.",
         f"What is mounted below {mounts} be used.",
         f"Where the file system keeps no owner or mode, {made}.",
+        f"Results {shared} share blocks with their sources.",
     ]
 
 

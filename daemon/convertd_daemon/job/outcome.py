@@ -47,6 +47,7 @@ class OutcomeReporter(channel.Channel):
                     source_format=plan.source_format,
                     source_cache=str(plan.source_cache.mode),
                     dest_cache=str(plan.dest_cache.mode),
+                    method=str(plan.method),
                     virtual_size_bytes=plan.virtual_size_bytes,
                 )
             case messages.Inspected(image=image):
@@ -58,7 +59,10 @@ class OutcomeReporter(channel.Channel):
                 self.report(done=True)
             case messages.Succeeded(result=result):
                 self._known = dataclasses.replace(
-                    self._known, allocated_size_bytes=result.allocated_size_bytes
+                    self._known,
+                    method=str(result.method),
+                    allocated_size_bytes=result.allocated_size_bytes,
+                    shared_bytes=result.shared_bytes,
                 )
                 self.report(done=True)
             case messages.Failed(failure=failure):

@@ -52,6 +52,8 @@ def convert(
         confinement.to_inodes(grant, both, runner.worker)
         # 3. Plan.
         planned = plan.make(grant, both.members, both.try_out(request.dest.format))
+        planned = clone.choose(grant, planned, both)
+        is_shared = planned.method is results.Method.REFLINK
         dest.check_room(planned, source.fd)
         context_.send(messages.Planned(plan=planned.told))
         whole = stack.enter_context(integrity.IntegrityCheck(grant, both, passphrases, runner))
@@ -67,9 +69,12 @@ def convert(
             with source_change.watched(both.sources, compare) as watch, whole.required():
                 # 4. Run, and ask meanwhile whether the file holds all of the image.
                 context_.progress(values.Phase.CONVERTING)
-                warnings = conversion.convert(grant, planned, both, passphrases, whole.runner())
-                if clone.SHARED in warnings:
+                warnings = tuple[results.Warning, ...]()
+                if is_shared:
                     watch.end()
+                else:
+                    beside = whole.runner()
+                    warnings = conversion.convert(grant, planned, both, passphrases, beside)
                 # 5. Check.
                 after = values.Phase.VERIFYING if request.verify else values.Phase.FLUSHING
                 context_.progress(after, conversion.ALL)
@@ -82,6 +87,8 @@ def convert(
             context_.check()
         with context.defer_sigterm():
             replaced = dest.assign_name(grant)
+            allocated_bytes = os.fstat(dest.fd).st_blocks * 512
+            shared_bytes = allocated_bytes if is_shared else 0
             result = _result(planned, context_, (*whole.warnings, *warnings))
             seconds = result.elapsed_seconds
             result = dataclasses.replace(
@@ -90,7 +97,9 @@ def convert(
                 bytes_per_second=result.virtual_size_bytes / seconds if seconds else 0.0,
                 verified=request.verify,
                 replaced=replaced,
-                allocated_size_bytes=os.fstat(dest.fd).st_blocks * 512,
+                allocated_size_bytes=allocated_bytes,
+                shared_bytes=shared_bytes,
+                written_bytes=allocated_bytes - shared_bytes,
             )
             context_.send(messages.Succeeded(result=result))
 
@@ -123,4 +132,7 @@ def _result(
         bytes_per_second=0.0,
         verified=False,
         replaced=False,
+        method=planned.method,
+        shared_bytes=0,
+        written_bytes=0,
     )

@@ -80,6 +80,8 @@ class ConversionPlan:
     command: tuple[str, ...]
     needed_bytes: int
     available_bytes: int
+    method: results.Method = results.Method.QEMU_IMG
+    method_reason: str = ""
     warnings: tuple[results.Warning, ...] = ()
 
     @property
@@ -101,4 +103,6 @@ class ConversionPlan:
             compression=self.compression,
             needed_bytes=self.needed_bytes,
             available_bytes=self.available_bytes,
+            method=self.method,
+            method_reason=self.method_reason,
         )

@@ -149,6 +149,7 @@ def _root(
         identity=directory.identity if directory else None,
         aliases=directory.aliases if directory else frozenset(),
         accept_damaged=table.accept_damaged,
+        reflink=table.reflink is not False,
     )
 
 

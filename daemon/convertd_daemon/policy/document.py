@@ -117,6 +117,7 @@ class RootTable(_Table, frozen=True):
     allow_is_zero: bool | None = None
     parents_writable_by: tuple[value_types.Writer, ...] | None = None
     accept_damaged: bool = False
+    reflink: bool | None = None
 
     @property
     def owner_accounts(self) -> tuple[value_types.Account, value_types.Account] | None:
@@ -297,6 +298,7 @@ def _check_effects(key: str, root: RootTable) -> None:
         "mode": root.mode,
         "mounts": root.mounts,
         "allow_ownerless": root.allow_ownerless,
+        "reflink": root.reflink,
     }
     for_devices = {"allow_is_zero": root.allow_is_zero}
     is_block = root.kind is values.RootKind.BLOCK

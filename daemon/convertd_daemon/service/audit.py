@@ -127,8 +127,10 @@ class Record:
             ("DEST_FORMAT", self.asked.dest_format),
             ("SOURCE_CACHE", self.account.source_cache),
             ("DEST_CACHE", self.account.dest_cache),
+            ("METHOD", self.account.method),
             ("BYTES", self.account.virtual_size_bytes or None),
             ("ALLOCATED_BYTES", self.account.allocated_size_bytes or None),
+            ("SHARED_BYTES", self.account.shared_bytes or None),
             ("QUEUED_SECONDS", None if self.queued_s is None else f"{self.queued_s:.3f}"),
             ("SECONDS", None if self.seconds is None else f"{self.seconds:.3f}"),
         )

@@ -308,8 +308,13 @@ def conversion(
     dest_format: str = "qcow2",
     **fields: Any,  # noqa: ANN401 - the messages check their fields
 ) -> pb.ConvertRequest:
-    """A request. Further fields are the destination's, or the request's own."""
+    """A request. Further fields are the destination's, or the request's own.
+
+    One with a rate limit is meant to be slow, and so copies also where blocks could be shared.
+    """
     own = {name: fields.pop(name) for name in _OF_REQUEST & fields.keys()}
+    if "rate_limit_bytes_per_second" in own:
+        own.setdefault("reflink", pb.REFLINK_NEVER)
     return pb.ConvertRequest(
         source=pb.Source(path=str(source), format=source_format),
         dest=pb.Destination(path=str(dest), format=dest_format, **fields),

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Final
 
 from convertd_core import conditions, results, values
 from convertd_daemon.job import secrets, stages
-from convertd_daemon.job.files import clone
 from convertd_daemon.job.qemu import execution, reasons
 from convertd_daemon.job.qemu import plan as plans
 from convertd_daemon.linux import clock_getcpuclockid
@@ -67,17 +66,13 @@ def convert(
     kept: secrets.Secrets,
     runner: execution.Runner,
 ) -> tuple[results.Warning, ...]:
-    """Run the plan, and give the warnings that a successful qemu-img printed.
-
-    Where blocks can be shared instead, nothing is run.
+    """Run the plan's command, and give the warnings that a successful qemu-img printed.
 
     Raises:
         conditions.Stalled: nothing moved for the policy's `stall`.
         conditions.NoSpace, conditions.ReadFailed, conditions.WriteFailed,
             conditions.ConversionFailed, …: what qemu-img failed of.
     """
-    if clone.is_possible(grant, plan, ends) and clone.clone(plan, ends):
-        return (clone.SHARED,)
     outcome = _run(grant, plan, ends, kept, runner)
     for _ in range(ATTEMPTS - 1):
         if grant.request.dest.encryption is None or not _could_not_measure(outcome, plan):
