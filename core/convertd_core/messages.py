@@ -245,13 +245,18 @@ class StatsReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConversionStats:
-    """Conversions of one pair of formats with one end. `buckets` has one more than the bounds."""
+    """Conversions of one pair of formats with one end, by one method; None if none was chosen.
+
+    `buckets` has one more than the bounds.
+    """
 
     source_format: str
     dest_format: str
     reason: str
+    method: results.Method | None
     count: int
     virtual_bytes: int
+    shared_bytes: int
     seconds: float
     buckets: tuple[int, ...]
 
@@ -371,7 +376,7 @@ class JobOutcome:
     source_format: str = ""
     source_cache: str = ""
     dest_cache: str = ""
-    method: str = ""
+    method: results.Method | None = None
     virtual_size_bytes: int = 0
     allocated_size_bytes: int = 0
     shared_bytes: int = 0

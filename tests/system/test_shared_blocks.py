@@ -14,7 +14,7 @@ from typing import Any, Final
 import pytest
 from harness import images, waiting
 from harness.agent import Agent, conversion
-from harness.callers import ALICE, CONVERTCTL, Ran
+from harness.callers import ALICE, CONVERTCTL, ROOT, Ran
 from harness.daemon import Daemon
 from harness.mounts import Mounts
 from loop_devices import Devices
@@ -24,6 +24,8 @@ from convertd_daemon.job.files import paths
 from convertd_daemon.linux import locks
 
 POLICY: Final = """
+[operators]
+users = [0]
 [roots.library]
 path = "{library}"
 access = "daemon"
@@ -225,6 +227,33 @@ def test_policy_forbids_sharing_from_the_next_reload_on(
     finally:
         daemon.reload(fill_in(POLICY))
     assert alice.convert(request).result().method == pb.METHOD_REFLINK
+
+
+def test_record_and_counters_have_the_method_and_what_is_shared(
+    daemon: Daemon, alice: Agent, disk: Path, dest: Path
+) -> None:
+    """By method, for one is not as quick as the other."""
+
+    def counted() -> dict[int, tuple[int, int]]:
+        stats = daemon.agent(ROOT).ask("GetStats", pb.GetStatsRequest(), pb.GetStatsResponse)
+        return {
+            item.method: (item.count, item.shared_bytes)
+            for item in stats.conversions
+            if not item.reason
+        }
+
+    before = counted().get(pb.METHOD_REFLINK, (0, 0))
+    result = alice.convert(to_raw(disk / "in.raw", dest, label="counted")).result()
+    expected = (before[0] + 1, before[1] + result.shared_bytes)
+    # It is counted after the caller has its answer.
+    waiting.until(lambda: counted()[pb.METHOD_REFLINK] == expected, "the count")
+    record = [line for line in daemon.log.splitlines() if "label=counted" in line][-1]
+    assert f"method=reflink bytes={8 * images.MIB} " in record
+    assert f" shared_bytes={result.shared_bytes} " in record
+    copy = to_raw(disk / "in.raw", dest, reflink=pb.REFLINK_NEVER, overwrite=True)
+    alice.convert(copy).result()
+    waiting.until(lambda: pb.METHOD_QEMU_IMG in counted(), "the count")
+    assert counted()[pb.METHOD_QEMU_IMG][1] == 0
 
 
 def test_convertctl_says_how_a_result_is_made(daemon: Daemon, disk: Path, dest: Path) -> None:

@@ -67,12 +67,12 @@ def test_stats_count_conversions_and_refusals(
     assert told.start_time == first.start_time
     assert told.connections == 3
     counted = {
-        (item.source_format, item.dest_format, item.reason): (item.count, item.bytes)
+        (item.source_format, item.dest_format, item.reason, item.method): (item.count, item.bytes)
         for item in told.conversions
     }
     assert counted == {
-        ("raw", "qcow2", ""): (2, 16 * MIB),
-        ("raw", "qcow2", "DEST_EXISTS"): (1, 0),
+        ("raw", "qcow2", "", pb.METHOD_QEMU_IMG): (2, 16 * MIB),
+        ("raw", "qcow2", "DEST_EXISTS", pb.METHOD_UNSPECIFIED): (1, 0),
     }
     assert [(item.reason, item.count) for item in told.refusals] == [("PERMISSION_DENIED", 3)]
     for item in told.conversions:

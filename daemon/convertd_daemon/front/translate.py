@@ -233,15 +233,19 @@ def conversion_stats(
 ) -> pb.ConversionStats:
     """Conversions of one kind. Each bucket counts those before it too."""
     totals = itertools.accumulate(counted.buckets)
-    return pb.ConversionStats(
+    message = pb.ConversionStats(
         source_format=counted.source_format,
         dest_format=counted.dest_format,
         reason=counted.reason,
         count=counted.count,
         bytes=counted.virtual_bytes,
+        shared_bytes=counted.shared_bytes,
         seconds=counted.seconds,
         durations=[
             pb.HistogramBucket(upper_bound_seconds=bound, count=total)
             for bound, total in zip((*bounds, math.inf), totals, strict=True)
         ],
     )
+    if counted.method is not None:
+        message.method = proto_mapping.number_of(counted.method, pb.Method.DESCRIPTOR)
+    return message

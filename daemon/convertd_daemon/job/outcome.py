@@ -47,7 +47,7 @@ class OutcomeReporter(channel.Channel):
                     source_format=plan.source_format,
                     source_cache=str(plan.source_cache.mode),
                     dest_cache=str(plan.dest_cache.mode),
-                    method=str(plan.method),
+                    method=plan.method,
                     virtual_size_bytes=plan.virtual_size_bytes,
                 )
             case messages.Inspected(image=image):
@@ -60,7 +60,7 @@ class OutcomeReporter(channel.Channel):
             case messages.Succeeded(result=result):
                 self._known = dataclasses.replace(
                     self._known,
-                    method=str(result.method),
+                    method=result.method,
                     allocated_size_bytes=result.allocated_size_bytes,
                     shared_bytes=result.shared_bytes,
                 )

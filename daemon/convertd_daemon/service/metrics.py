@@ -6,9 +6,9 @@ import bisect
 import collections
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from convertd_core import messages
+from convertd_core import messages, results
 from convertd_daemon.service import audit
 
 if TYPE_CHECKING:
@@ -21,12 +21,22 @@ INTERVAL_S: Final = 15.0
 """How often the file is written."""
 
 
+class Kind(NamedTuple):
+    """What is counted together: conversions of these formats, with this end, by this method."""
+
+    source_format: str
+    dest_format: str
+    reason: str
+    method: results.Method | None
+
+
 @dataclass(slots=True, kw_only=True)
 class Ended:
-    """Conversions of one pair of formats that ended in one way."""
+    """Conversions of one pair of formats that ended in one way, by one method."""
 
     count: int = 0
     virtual_bytes: int = 0
+    shared_bytes: int = 0
     seconds: float = 0.0
     buckets: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS_S) + 1))
 
@@ -37,7 +47,7 @@ class Counters:
     def __init__(self) -> None:
         """Begin at 0."""
         self.start_time = time.time()
-        self.conversions: dict[tuple[str, str, str], Ended] = collections.defaultdict(Ended)
+        self.conversions: dict[Kind, Ended] = collections.defaultdict(Ended)
         self.refusals: collections.Counter[str] = collections.Counter()
 
     def count(self, record: audit.Record) -> None:
@@ -45,23 +55,24 @@ class Counters:
         if record.outcome is audit.Outcome.REFUSED:
             self.refusals[record.reason] += 1
         elif record.asked.operation is messages.Operation.CONVERT:
+            account = record.account
             formats = (record.source_format, record.asked.dest_format)
-            ended = self.conversions[(*formats, record.reason)]
+            ended = self.conversions[Kind(*formats, record.reason, account.method)]
             seconds = record.seconds or 0.0
             ended.count += 1
-            ended.virtual_bytes += record.account.virtual_size_bytes
+            ended.virtual_bytes += account.virtual_size_bytes
+            ended.shared_bytes += account.shared_bytes
             ended.seconds += seconds
             ended.buckets[bisect.bisect_left(BOUNDS_S, seconds)] += 1
 
     def messages(self) -> Iterator[messages.ReplyBody]:
         """The counts, as sent to the front."""
-        for (source_format, dest_format, reason), ended in self.conversions.items():
+        for kind, ended in self.conversions.items():
             yield messages.ConversionStats(
-                source_format=source_format,
-                dest_format=dest_format,
-                reason=reason,
+                **kind._asdict(),
                 count=ended.count,
                 virtual_bytes=ended.virtual_bytes,
+                shared_bytes=ended.shared_bytes,
                 seconds=ended.seconds,
                 buckets=tuple(ended.buckets),
             )

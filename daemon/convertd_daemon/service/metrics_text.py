@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from convertd_daemon.service.metrics import Counters, Now
 
-LABELS = ("source_format", "dest_format", "reason")
-
 
 def text(counters: Counters, now: Now) -> bytes:
     """Everything, as node_exporter's text-file collector reads it."""
@@ -41,14 +39,20 @@ def _families(counters: Counters, now: Now) -> Iterator[Any]:
     yield _gauge("jobs_running", "Conversions that run.", now.running)
     yield _gauge("jobs_queued", "Conversions that wait.", now.queued)
     yield _gauge("connections", "Open connections.", now.connections)
+    names = metrics.Kind._fields
     sizes = core.CounterMetricFamily(
-        "convertd_conversion_bytes", "Virtual sizes of ended conversions.", labels=LABELS
+        "convertd_conversion_bytes", "Virtual sizes of ended conversions.", labels=names
+    )
+    shared = core.CounterMetricFamily(
+        "convertd_shared_bytes", "What results share with their sources.", labels=names
     )
     times = core.HistogramMetricFamily(
-        "convertd_conversion_seconds", "Running times of ended conversions.", labels=LABELS
+        "convertd_conversion_seconds", "Running times of ended conversions.", labels=names
     )
-    for labels, ended in counters.conversions.items():
+    for kind, ended in counters.conversions.items():
+        labels = ["" if value is None else str(value) for value in kind]
         sizes.add_metric(labels, ended.virtual_bytes)
+        shared.add_metric(labels, ended.shared_bytes)
         bounds = (*metrics.BOUNDS_S, math.inf)
         totals = itertools.accumulate(ended.buckets)
         buckets = [
@@ -61,7 +65,7 @@ def _families(counters: Counters, now: Now) -> Iterator[Any]:
     )
     for reason, count in counters.refusals.items():
         refusals.add_metric((reason,), count)
-    yield from (sizes, times, refusals)
+    yield from (sizes, shared, times, refusals)
 
 
 def _gauge(name: str, meaning: str, value: float) -> core.GaugeMetricFamily:
