@@ -35,6 +35,9 @@ from typing import ClassVar, Final
 
 from convertd_core import conditions
 
+BY_STATUS: Final[dict[str, type[ConvertError]]] = {}
+"""The class of every status that the daemon uses. Filled as the classes below are made."""
+
 
 class ConvertError(Exception):
     """A call that did not do what was asked.
@@ -46,6 +49,12 @@ class ConvertError(Exception):
 
     status: ClassVar[str] = "UNKNOWN"
     """The gRPC status, by name."""
+
+    def __init_subclass__(cls, *, status: str = "") -> None:
+        super().__init_subclass__()
+        if status:
+            cls.status = status
+            BY_STATUS[status] = cls
 
     def __init__(
         self, message: str, *, reason: str, metadata: Mapping[str, str] | None = None
@@ -66,50 +75,36 @@ def _restored(
     return kind(message, reason=reason, metadata=metadata)
 
 
-class Unauthenticated(ConvertError):
+class Unauthenticated(ConvertError, status="UNAUTHENTICATED"):
     """The daemon does not know who calls."""
 
-    status = "UNAUTHENTICATED"
 
-
-class PermissionDenied(ConvertError):
+class PermissionDenied(ConvertError, status="PERMISSION_DENIED"):
     """The policy does not allow it. It is the same answer whether or not the files exist."""
 
-    status = "PERMISSION_DENIED"
 
-
-class InvalidArgument(ConvertError):
+class InvalidArgument(ConvertError, status="INVALID_ARGUMENT"):
     """The request can't be meant, whatever the state of things. Raised by the client too."""
 
-    status = "INVALID_ARGUMENT"
 
-
-class NotFound(ConvertError):
+class NotFound(ConvertError, status="NOT_FOUND"):
     """Allowed, but not there."""
 
-    status = "NOT_FOUND"
 
-
-class AlreadyExists(ConvertError):
+class AlreadyExists(ConvertError, status="ALREADY_EXISTS"):
     """The destination exists, and `overwrite` was not asked for."""
 
-    status = "ALREADY_EXISTS"
 
-
-class FailedPrecondition(ConvertError):
+class FailedPrecondition(ConvertError, status="FAILED_PRECONDITION"):
     """The request is fine, the state of things is not. Repeating it changes nothing."""
-
-    status = "FAILED_PRECONDITION"
 
 
 class ImageRefused(FailedPrecondition):
     """The image is at fault: unreadable as what it should be, or it refers to other files."""
 
 
-class ResourceExhausted(ConvertError):
+class ResourceExhausted(ConvertError, status="RESOURCE_EXHAUSTED"):
     """Something ran out. The same request may pass later."""
-
-    status = "RESOURCE_EXHAUSTED"
 
 
 class QueueFull(ResourceExhausted):
@@ -120,44 +115,32 @@ class NoSpace(ResourceExhausted):
     """The file system is too full; metadata has `needed_bytes`, `free_bytes`, `mount_point`."""
 
 
-class DataLoss(ConvertError):
+class DataLoss(ConvertError, status="DATA_LOSS"):
     """Data could not be read or written. Nothing was published, except as a subclass says."""
-
-    status = "DATA_LOSS"
 
 
 class PublishedButNotDurable(DataLoss):
     """The result is complete and in place, but a crash of the machine may still undo its name."""
 
 
-class Aborted(ConvertError):
+class Aborted(ConvertError, status="ABORTED"):
     """Somebody or something else came between."""
 
-    status = "ABORTED"
 
-
-class Cancelled(ConvertError):
+class Cancelled(ConvertError, status="CANCELLED"):
     """The caller cancelled the job. Nothing was published."""
 
-    status = "CANCELLED"
 
-
-class DeadlineExceeded(ConvertError):
+class DeadlineExceeded(ConvertError, status="DEADLINE_EXCEEDED"):
     """It took too long: for the policy, or (reason TIMEOUT) for the call's own `timeout`."""
 
-    status = "DEADLINE_EXCEEDED"
 
-
-class Unimplemented(ConvertError):
+class Unimplemented(ConvertError, status="UNIMPLEMENTED"):
     """The client, the daemon, its qemu-img or its kernel lacks it."""
 
-    status = "UNIMPLEMENTED"
 
-
-class Unavailable(ConvertError):
+class Unavailable(ConvertError, status="UNAVAILABLE"):
     """Not now. Nothing was done, and the same call may pass later."""
-
-    status = "UNAVAILABLE"
 
 
 class Unreachable(Unavailable):
@@ -168,10 +151,8 @@ class Unreachable(Unavailable):
     """
 
 
-class Internal(ConvertError):
+class Internal(ConvertError, status="INTERNAL"):
     """A bug in convertd; the id in the message finds its traceback in the daemon's log."""
-
-    status = "INTERNAL"
 
 
 class OutcomeUnknown(ConvertError):
@@ -180,27 +161,6 @@ class OutcomeUnknown(ConvertError):
     Look at the destination before the call is made again. A file is there whole or not at all.
     """
 
-
-BY_STATUS: Final[Mapping[str, type[ConvertError]]] = {
-    kind.status: kind
-    for kind in (
-        Unauthenticated,
-        PermissionDenied,
-        InvalidArgument,
-        NotFound,
-        AlreadyExists,
-        FailedPrecondition,
-        ResourceExhausted,
-        DataLoss,
-        Aborted,
-        Cancelled,
-        DeadlineExceeded,
-        Unimplemented,
-        Unavailable,
-        Internal,
-    )
-}
-"""The class of every status that the daemon uses."""
 
 _OF_THEIR_OWN: Final[Mapping[type[conditions.ConvertError], type[ConvertError]]] = {
     conditions.ImageAtFault: ImageRefused,
@@ -231,6 +191,14 @@ def of_status(status: str, reason: str, message: str, metadata: Mapping[str, str
 
 
 def of_reason(reason: str, message: str, metadata: Mapping[str, str]) -> ConvertError:
-    """Make the error for what a job says, which has no word of statuses."""
+    """Make the error for what a job reports, which states no status."""
     kind = _kind_of(reason, Internal)
     return kind(message, reason=reason, metadata=metadata)
+
+
+def unsupported(what: str, why: str) -> Unimplemented:
+    """Make the error for what can't be had here, as the daemon words it."""
+    condition = conditions.Unsupported(what=what, why=why)
+    return Unimplemented(
+        str(condition), reason=condition.reason, metadata={"what": what, "why": why}
+    )

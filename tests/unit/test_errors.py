@@ -138,18 +138,6 @@ class TestEachCondition:
             kind("x")
 
 
-def test_condition_tree_in_the_docstring_is_complete() -> None:
-    """Each branch is a class, and each class that it shows exists."""
-    drawn = conditions.__doc__ or ""
-    branches = re.findall(r"[├└]── (\w+) +(.*)", drawn)
-    for branch, leaves in branches:
-        for leaf in leaves.removesuffix(", …").split(", "):
-            assert issubclass(getattr(conditions, leaf), getattr(conditions, branch))
-    assert {name for name, _ in branches} == {
-        kind.__name__ for kind in conditions.ConvertError.__subclasses__()
-    }
-
-
 def test_condition_value_with_braces_is_not_formatted_again() -> None:
     """A brace in a path is a brace, not a place for another value."""
     refused = conditions.DeviceTooSmall(path="/{size_bytes}/{0}", size_bytes=1, needed_bytes=2)

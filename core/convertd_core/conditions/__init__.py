@@ -1,27 +1,11 @@
-"""Every condition that a caller can meet, one class each, and the gRPC status it becomes.
-
-    ConvertError
-    ├── Unauthenticated          UnknownConnection
-    ├── Denied                   PermissionDenied, FormatNotAllowed, ClaimNotAllowed
-    ├── Invalid                  BadPath, BadFormat, BadOption, BadMessage, SecretMissing, …
-    ├── NotFound                 SourceNotFound, DirectoryNotFound, JobNotFound
-    ├── AlreadyExists            DestExists
-    ├── FailedPrecondition       ImageAtFault, ImageRefused, ImageInUse, AccessRefused, …
-    ├── ResourceExhausted        QueueFull, TooManyCalls, NoSpace, QuotaExceeded, …
-    ├── DataLoss                 ReadFailed, WriteFailed, VerifyFailed, PublishedButNotDurable
-    ├── Aborted                  DestBusy, CancelledByOperator, NameReplaced, SourceChanged
-    ├── Cancelled                CancelledByCaller
-    ├── DeadlineExceeded         Stalled, DurationExceeded
-    ├── Unimplemented            Unsupported
-    ├── Unavailable              Stopping
-    └── Internal                 InternalError
+"""Every condition that a caller can meet: one class each, which states its gRPC status.
 
 A condition's values are its attributes, its message is one sentence with those values in it, and
 its `reason` is its class's name in UPPER_SNAKE: what `google.rpc.ErrorInfo` carries, and what
 outsiders may rely on. `Failure` is a condition on its way through a channel.
 
 A new condition is a class in one of these modules and a line in docs/api.md: the client takes its
-own class from the condition's status.
+own class from the condition's status. A class without a sentence is a kind of conditions.
 """
 
 from __future__ import annotations

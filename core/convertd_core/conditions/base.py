@@ -67,8 +67,10 @@ class ConvertError(Exception):
     undefined_device = ""
     """The device on which the conversion had begun to write, if it had."""
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, *, status: Status | None = None) -> None:
         super().__init_subclass__()
+        if status is not None:
+            cls.status = status
         if "sentence" in vars(cls):
             cls.reason = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).upper()
             dataclass(kw_only=True, eq=False)(cls)

@@ -5,25 +5,13 @@ from __future__ import annotations
 from convertd_core.conditions import base
 
 
-class Unauthenticated(base.ConvertError):
-    """The daemon doesn't know who calls."""
-
-    status = base.Status.UNAUTHENTICATED
-
-
-class UnknownConnection(Unauthenticated):
+class UnknownConnection(base.ConvertError, status=base.Status.UNAUTHENTICATED):
     """The call came over a connection that the daemon did not accept, or that has ended."""
 
     sentence = "the daemon does not know who opened this connection"
 
 
-class Denied(base.ConvertError):
-    """The policy says no."""
-
-    status = base.Status.PERMISSION_DENIED
-
-
-class PermissionDenied(Denied):
+class PermissionDenied(base.ConvertError, status=base.Status.PERMISSION_DENIED):
     """No rule allows this. Says the same whether or not the paths exist."""
 
     sentence = "the policy does not allow uid {uid} to {action}"
@@ -31,7 +19,7 @@ class PermissionDenied(Denied):
     action: str
 
 
-class FormatNotAllowed(Denied):
+class FormatNotAllowed(base.ConvertError, status=base.Status.PERMISSION_DENIED):
     """The image was found to be of a format that the policy does not let this caller read."""
 
     sentence = "{path}: the policy does not allow the format {format} here"
@@ -39,14 +27,14 @@ class FormatNotAllowed(Denied):
     format: str
 
 
-class ClaimNotAllowed(Denied):
+class ClaimNotAllowed(base.ConvertError, status=base.Status.PERMISSION_DENIED):
     """`is_zero` was claimed of a device, and the policy's root does not allow the claim."""
 
     sentence = "{path}: the policy does not allow you to claim that the device reads as zeroes"
     path: str
 
 
-class DamageNotAllowed(Denied):
+class DamageNotAllowed(base.ConvertError, status=base.Status.PERMISSION_DENIED):
     """A damaged image was to be accepted, and the policy's root does not allow that."""
 
     sentence = "{path}: is damaged, and the policy does not allow you to accept that: {problem}"
@@ -54,13 +42,7 @@ class DamageNotAllowed(Denied):
     problem: str
 
 
-class Invalid(base.ConvertError):
-    """The request can't be meant: no state of the system would make it right."""
-
-    status = base.Status.INVALID_ARGUMENT
-
-
-class BadPath(Invalid):
+class BadPath(base.ConvertError, status=base.Status.INVALID_ARGUMENT):
     """A path that is not absolute, or has `..`, a NUL or an empty name in it."""
 
     sentence = "{field}: {path!r} {problem}"
@@ -69,7 +51,7 @@ class BadPath(Invalid):
     problem: str
 
 
-class BadFormat(Invalid):
+class BadFormat(base.ConvertError, status=base.Status.INVALID_ARGUMENT):
     """A format that convertd does not know, or can't write."""
 
     sentence = "{field}: the format {format!r} can't be used here"
@@ -77,7 +59,7 @@ class BadFormat(Invalid):
     format: str
 
 
-class BadOption(Invalid):
+class BadOption(base.ConvertError, status=base.Status.INVALID_ARGUMENT):
     """An option that has no such value, or does not go with another one."""
 
     sentence = "{field}: {problem}"
@@ -85,14 +67,14 @@ class BadOption(Invalid):
     problem: str
 
 
-class SecretMissing(Invalid):
+class SecretMissing(base.ConvertError, status=base.Status.INVALID_ARGUMENT):
     """An encrypted image, and no passphrase for it."""
 
     sentence = "{path}: the image is encrypted; give its passphrase"
     path: str
 
 
-class SizeNotPossible(Invalid):
+class SizeNotPossible(base.ConvertError, status=base.Status.INVALID_ARGUMENT):
     """The destination's format, with the options asked for, has no images of the source's size."""
 
     sentence = (
@@ -106,47 +88,35 @@ class SizeNotPossible(Invalid):
     most_bytes: int
 
 
-class BadMessage(Invalid):
+class BadMessage(base.ConvertError, status=base.Status.INVALID_ARGUMENT):
     """Bytes that are not the request they should be."""
 
     sentence = "the request can't be read: {problem}"
     problem: str
 
 
-class NotFound(base.ConvertError):
-    """Allowed, but not there."""
-
-    status = base.Status.NOT_FOUND
-
-
-class SourceNotFound(NotFound):
+class SourceNotFound(base.ConvertError, status=base.Status.NOT_FOUND):
     """There is no file of that name."""
 
     sentence = "{path}: no such file"
     path: str
 
 
-class DirectoryNotFound(NotFound):
+class DirectoryNotFound(base.ConvertError, status=base.Status.NOT_FOUND):
     """The destination's directory, or the root, is not there."""
 
     sentence = "{path}: the directory does not exist"
     path: str
 
 
-class JobNotFound(NotFound):
+class JobNotFound(base.ConvertError, status=base.Status.NOT_FOUND):
     """No such job, or another user's: the answer is the same."""
 
     sentence = "you have no job {job_id!r}"
     job_id: str
 
 
-class AlreadyExists(base.ConvertError):
-    """There is something already."""
-
-    status = base.Status.ALREADY_EXISTS
-
-
-class DestExists(AlreadyExists):
+class DestExists(base.ConvertError, status=base.Status.ALREADY_EXISTS):
     """The destination exists, and overwriting was not asked for."""
 
     sentence = "{path}: exists; ask to overwrite it, or choose another name"

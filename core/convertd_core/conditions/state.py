@@ -5,13 +5,7 @@ from __future__ import annotations
 from convertd_core.conditions import base
 
 
-class FailedPrecondition(base.ConvertError):
-    """The request is fine, the state of things is not: repeating it changes nothing."""
-
-    status = base.Status.FAILED_PRECONDITION
-
-
-class AccessRefused(FailedPrecondition):
+class AccessRefused(base.ConvertError, status=base.Status.FAILED_PRECONDITION):
     """The kernel refused: the rights in force (see `access` of the root) do not suffice."""
 
     sentence = "{path}: the kernel refused access with the rights of {rights}"
@@ -19,14 +13,14 @@ class AccessRefused(FailedPrecondition):
     rights: str
 
 
-class SymlinkInPath(FailedPrecondition):
+class SymlinkInPath(base.ConvertError, status=base.Status.FAILED_PRECONDITION):
     """A symbolic link where none is followed."""
 
     sentence = "{path}: the path has a symbolic link, which is not followed"
     path: str
 
 
-class OutsideRoot(FailedPrecondition):
+class OutsideRoot(base.ConvertError, status=base.Status.FAILED_PRECONDITION):
     """The path leads out of its root: over a mount point, a link, or into another root."""
 
     sentence = "{path}: the path leaves the root {root}"
@@ -34,7 +28,7 @@ class OutsideRoot(FailedPrecondition):
     root: str
 
 
-class RootUnusable(FailedPrecondition):
+class RootUnusable(base.ConvertError, status=base.Status.FAILED_PRECONDITION):
     """The root that the path lies in can't be opened as it is, or must not be."""
 
     sentence = "the root {root} can't be used: {problem}"
@@ -42,7 +36,7 @@ class RootUnusable(FailedPrecondition):
     problem: str
 
 
-class NotAnImage(FailedPrecondition):
+class NotAnImage(base.ConvertError, status=base.Status.FAILED_PRECONDITION):
     """Not a regular file in a root of files, not a block device in a root of devices."""
 
     sentence = "{path}: is {found}, not {wanted}"
@@ -51,14 +45,14 @@ class NotAnImage(FailedPrecondition):
     wanted: str
 
 
-class ReadOnlyFileSystem(FailedPrecondition):
+class ReadOnlyFileSystem(base.ConvertError, status=base.Status.FAILED_PRECONDITION):
     """Nothing can be created there."""
 
     sentence = "{path}: the file system is read-only"
     path: str
 
 
-class ProtectedByAttribute(FailedPrecondition):
+class ProtectedByAttribute(base.ConvertError, status=base.Status.FAILED_PRECONDITION):
     """chattr(1) keeps a directory or a file as it is, even from root."""
 
     sentence = "{path}: is {attribute} (see chattr(1)), so the result can't be placed there"
@@ -66,7 +60,7 @@ class ProtectedByAttribute(FailedPrecondition):
     attribute: str
 
 
-class OwnerNotKept(FailedPrecondition):
+class OwnerNotKept(base.ConvertError, status=base.Status.FAILED_PRECONDITION):
     """The destination's file system has no owners or modes, or others than were asked for."""
 
     sentence = "{path}: the file system sets {found} instead of {wanted}"
@@ -75,14 +69,14 @@ class OwnerNotKept(FailedPrecondition):
     wanted: str
 
 
-class NotYours(FailedPrecondition):
+class NotYours(base.ConvertError, status=base.Status.FAILED_PRECONDITION):
     """The policy lets a caller overwrite its own files only."""
 
     sentence = "{path}: belongs to another user; the policy lets you overwrite only your own files"
     path: str
 
 
-class ImageAtFault(FailedPrecondition):
+class ImageAtFault(base.ConvertError, status=base.Status.FAILED_PRECONDITION):
     """The image itself is not what it should be: another state of the rest would not help."""
 
 
@@ -137,14 +131,14 @@ class ImageDamaged(ImageAtFault):
     problem: str
 
 
-class WrongSecret(FailedPrecondition):
+class WrongSecret(base.ConvertError, status=base.Status.FAILED_PRECONDITION):
     """The passphrase does not open the image."""
 
     sentence = "{path}: the passphrase does not open the image"
     path: str
 
 
-class DeviceTooSmall(FailedPrecondition):
+class DeviceTooSmall(base.ConvertError, status=base.Status.FAILED_PRECONDITION):
     """The image does not fit on the device. Nothing was written."""
 
     sentence = "{path}: has {size_bytes} bytes, the image needs {needed_bytes}"
@@ -153,7 +147,7 @@ class DeviceTooSmall(FailedPrecondition):
     needed_bytes: int
 
 
-class NoDirectWrites(FailedPrecondition):
+class NoDirectWrites(base.ConvertError, status=base.Status.FAILED_PRECONDITION):
     """A cache mode was asked for that the destination's file system does not do."""
 
     sentence = "{path}: cache mode {mode} needs direct writes, which do not work here: {problem}"
@@ -162,7 +156,7 @@ class NoDirectWrites(FailedPrecondition):
     problem: str
 
 
-class ReflinkNotPossible(FailedPrecondition):
+class ReflinkNotPossible(base.ConvertError, status=base.Status.FAILED_PRECONDITION):
     """The result was to share the source's blocks, and can't. Nothing was written."""
 
     sentence = "{path}: blocks can't be shared: {problem}"
@@ -170,7 +164,7 @@ class ReflinkNotPossible(FailedPrecondition):
     problem: str
 
 
-class DeviceNotWritable(FailedPrecondition):
+class DeviceNotWritable(base.ConvertError, status=base.Status.FAILED_PRECONDITION):
     """The device's mode does not let its group write, and qemu-img has no other right to it."""
 
     sentence = "{path}: the group {group} of the device may not write to it (mode {mode})"
@@ -190,14 +184,14 @@ class ImageTooLarge(ImageAtFault):
     limit_bytes: int
 
 
-class ImageInUse(FailedPrecondition):
+class ImageInUse(base.ConvertError, status=base.Status.FAILED_PRECONDITION):
     """Another process (a running qemu, most likely) has locked the image."""
 
     sentence = "{path}: another process uses the image"
     path: str
 
 
-class ConversionFailed(FailedPrecondition):
+class ConversionFailed(base.ConvertError, status=base.Status.FAILED_PRECONDITION):
     """qemu-img gave up for a reason that is none of those above."""
 
     sentence = "{path}: qemu-img failed: {problem}"

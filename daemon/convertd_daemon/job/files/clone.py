@@ -39,7 +39,7 @@ def choose(
     try:
         _check_possible(grant, plan, ends)
         _clone(plan, ends)
-    except (conditions.ReflinkNotPossible, conditions.ResourceExhausted) as error:
+    except (conditions.ReflinkNotPossible, conditions.NoSpace, conditions.QuotaExceeded) as error:
         if grant.request.reflink is values.Reflink.ALWAYS:
             raise
         reason = "there is no space to share blocks: it takes metadata"

@@ -183,7 +183,7 @@ class Runner:
                     self.worker.slot.fork()
             try:
                 yield RunningProgram(child, self.context, listener)
-            except conditions.DeadlineExceeded as error:
+            except (conditions.Stalled, conditions.DurationExceeded) as error:
                 # While storage does not answer, a program can't be killed, and leaving this block
                 # waits for its end: so the failure is sent first.
                 self.context.send_failure(error)
