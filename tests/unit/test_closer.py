@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from descriptors import none_left_open
 from hostile import lingering
 
-from convertd_daemon.broker import loop
-from convertd_daemon.linux import close_range
+from convertd_daemon import loop
 from convertd_daemon.sandbox import closer, forking
 
 
@@ -118,18 +119,11 @@ def test_many_sockets_are_closed_in_parallel(
 
 
 def test_child_closes_its_copies_before_its_parent_does() -> None:
-    """It has closed its copies before the parent goes on."""
+    """Also of what it never uses, such as another job's channel."""
     with none_left_open():
         reader, writer = os.pipe()
         end, child_lives = os.pipe()
-        child_is_empty = forking.Emptied()
-        pid = os.fork()
-        if pid == 0:
-            close_range.close_all_but({end, child_is_empty.writer})
-            child_is_empty.tell()
-            os.read(end, 1)
-            os._exit(0)
-        child_is_empty.wait()
+        pid = forking.fork(lambda: read_one(end), keep=(end,))
         os.close(writer)
         assert os.read(reader, 1) == b""
         for fd in (reader, end, child_lives):
@@ -137,18 +131,50 @@ def test_child_closes_its_copies_before_its_parent_does() -> None:
         os.waitpid(pid, 0)
 
 
-def test_child_that_died_is_not_waited_for() -> None:
-    """It holds nothing any more, either."""
+def read_one(end: int) -> None:
+    """Wait until the other end is closed."""
+    os.read(end, 1)
+
+
+def fail() -> None:
+    """Raise what nobody expects."""
+    raise RuntimeError
+
+
+@pytest.mark.parametrize(("child", "expected"), [(lambda: None, 0), (fail, 1), (sys.exit, 1)])
+def test_forked_child_never_returns_into_its_parents_code(
+    child: Callable[[], None], expected: int
+) -> None:
+    """It exits, whatever it raises."""
     with none_left_open():
-        child_is_empty = forking.Emptied()
-        pid = os.fork()
-        if pid == 0:
-            os._exit(1)
-        child_is_empty.wait()
-        os.waitpid(pid, 0)
+        _, status = os.waitpid(forking.fork(child), 0)
+        assert os.waitstatus_to_exitcode(status) == expected
 
 
-def test_cancelled_fork_preparation_leaves_no_descriptor() -> None:
+def test_forked_child_has_no_signal_handler_of_its_parent() -> None:
+    """It would take a signal to the child for its own."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        pid = forking.fork(wait_for_a_signal)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    os.kill(pid, signal.SIGTERM)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM
+
+
+def wait_for_a_signal() -> None:
+    """Take signals, and do nothing."""
+    forking.unblock_signals()
+    signal.pause()
+
+
+def test_failed_fork_leaves_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
     """As when there is no process to be had."""
-    with none_left_open():
-        forking.Emptied().give_up()
+
+    def refused() -> int:
+        raise BlockingIOError
+
+    monkeypatch.setattr(os, "fork", refused)
+    with none_left_open(), pytest.raises(BlockingIOError):
+        forking.fork(lambda: None)

@@ -10,11 +10,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import socket
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from convertd_core import conditions, messages, values
 from convertd_daemon import channel
@@ -26,7 +25,7 @@ from convertd_daemon.job import (
     secrets,
 )
 from convertd_daemon.job.qemu import execution
-from convertd_daemon.linux import close_range, getrandom, prctl
+from convertd_daemon.linux import getrandom, prctl
 from convertd_daemon.sandbox import forking, limits, seccomp
 from convertd_daemon.sandbox.prefork_slot import PreforkSlot
 from convertd_daemon.sandbox.setup import Setup
@@ -50,25 +49,16 @@ def run_forked(
     assignments: channel.Channel,
     job_channel: outcome.OutcomeReporter,
     setup: Setup,
-    empty: forking.Emptied,
-) -> NoReturn:
+    broker: int,
+) -> None:
     """Run a job in the child that the broker just forked; wait for an assignment if there is none.
 
-    Never returns. A forked child has all descriptors of its parent, close-on-exec or not: first it
-    closes those of the broker and of other jobs, and tells the broker, which waits for that. All
-    signals are blocked until the job's own handlers are set.
+    `broker` is the broker's pid. See forking.fork.
     """
     try:
-        close_range.close_all_but(
-            {0, 1, 2, assignments.fileno(), *job_channel.descriptors(), empty.writer}
-        )
-        empty.tell()
-        signal.set_wakeup_fd(-1)
-        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGCHLD):
-            signal.signal(number, signal.SIG_DFL)
         context.cancel_on_sigterm()
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        forking.die_with(empty.parent)
+        forking.unblock_signals()
+        forking.die_with(broker)
         os.umask(0o077)
         job, slot = (assigned, None) if assigned else _wait_for_assignment(assignments, setup)
         assignments.close()
@@ -78,17 +68,11 @@ def run_forked(
         log.info("job cancelled at its end")
     except channel.Closed:
         log.debug("idle job process ends pid=%d", os.getpid())
-    except BaseException:
-        log.exception("job failed before it began")
     finally:
-        # Whatever happens, and SIGTERM may happen here too: a job must never return into the
-        # broker's code.
-        try:
-            context.ignore_sigterm()
-            job_channel.report(done=False)
-            logging.shutdown()
-        finally:
-            os._exit(0)
+        # SIGTERM may come here too.
+        context.ignore_sigterm()
+        job_channel.report(done=False)
+        logging.shutdown()
 
 
 def _wait_for_assignment(
@@ -142,11 +126,11 @@ def _work(
         grant = asked()
         with execution.opened(setup, slot or PreforkSlot(setup.seccomp)) as worker:
             if isinstance(grant, values.ConvertGrant):
-                job_context = context.JobContext(job_channel, grant.limits.duration_s)
+                job_context = context.JobContext(job_channel, grant.limits.duration_seconds)
                 passphrases = _secrets_of(grant.request, job_channel)
                 pipeline.convert(grant, passphrases, execution.Runner(worker, job_context))
             else:
-                job_context = context.JobContext(job_channel, grant.limits.inspect_s)
+                job_context = context.JobContext(job_channel, grant.limits.inspect_seconds)
                 pipeline.inspect(grant, execution.Runner(worker, job_context))
     except context.Cancelled:
         log.info("job cancelled")

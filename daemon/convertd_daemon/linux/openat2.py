@@ -8,6 +8,9 @@ from typing import Final
 
 from convertd_daemon.linux import syscall
 
+AT_FDCWD: Final = -100
+"""The working directory, and for an absolute path nothing. Source: linux/fcntl.h."""
+
 # A rename or mount anywhere on the machine can make one path walk fail with EAGAIN. So many in a
 # row take a process that renames all the time, which must not keep us here for ever.
 _ATTEMPTS: Final = 1000

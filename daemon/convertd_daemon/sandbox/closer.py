@@ -18,9 +18,9 @@ import contextlib
 import logging
 import os
 import socket
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final
 
-from convertd_daemon.linux import close_range, prctl, scm_rights
+from convertd_daemon.linux import prctl, scm_rights
 from convertd_daemon.sandbox import forking
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def _fork(held: Iterable[int]) -> int:
     """
     reader, writer = os.pipe()
     try:
-        pid = forking.fork(lambda child_is_empty: _exit_last(held, reader, child_is_empty))
+        pid = forking.fork(lambda: _exit_last(reader), keep=(*held, reader))
         scm_rights.close_all(held)
     finally:
         os.close(reader)
@@ -137,12 +137,7 @@ def _fork(held: Iterable[int]) -> int:
     return pid
 
 
-def _exit_last(held: Iterable[int], reader: int, child_is_empty: forking.Emptied) -> NoReturn:
+def _exit_last(reader: int) -> None:
     """In the child: wait until the broker has closed its own copies, and exit with ours open."""
-    try:
-        prctl.set_name("convertd-closer")
-        close_range.close_all_but({*held, reader, child_is_empty.writer})
-        child_is_empty.tell()
-        os.read(reader, 1)
-    finally:
-        os._exit(0)
+    prctl.set_name("convertd-closer")
+    os.read(reader, 1)

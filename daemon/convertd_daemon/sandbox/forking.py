@@ -8,46 +8,26 @@ closer.py. So the broker waits until the child has closed its copies.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import select
 import signal
 from typing import TYPE_CHECKING, Final
 
-from convertd_daemon.linux import prctl
+from convertd_daemon.linux import close_range, prctl
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from typing import NoReturn
+
+log = logging.getLogger(__name__)
 
 ALL_SIGNALS: Final = signal.valid_signals()
 
+STANDARD: Final = frozenset({0, 1, 2})
 
-class Emptied:
-    """A pipe to be made before fork(2). Parent and child each call one of the methods, once.
-
-    Attributes:
-        parent: the pid of the process that forks.
-        writer: what the child must not close before it calls `tell`.
-    """
-
-    def __init__(self) -> None:
-        self.parent = os.getpid()
-        self._reader, self.writer = os.pipe()
-
-    def tell(self) -> None:
-        """In the child, once all but its own and `writer` is closed: close `writer` too."""
-        os.close(self.writer)
-
-    def wait(self) -> None:
-        """In the parent: wait for that, or for the child's death. It takes about a millisecond."""
-        os.close(self.writer)
-        os.read(self._reader, 1)
-        os.close(self._reader)
-
-    def give_up(self) -> None:
-        """In the parent: there is no child."""
-        os.close(self.writer)
-        os.close(self._reader)
+_HANDLED: Final = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
+"""The signals for which the broker has handlers."""
 
 
 def die_with(parent: int) -> None:
@@ -75,26 +55,49 @@ def signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def fork(child: Callable[[Emptied], NoReturn]) -> int:
-    """Fork, and give the pid when the child has told that it is empty, or is dead.
+def unblock_signals() -> None:
+    """In a child that was forked here: take signals from now on."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
-    `child` runs in it with all signals blocked. It first closes all but its own, calls `tell`, and
-    sets another wakeup descriptor; it never returns.
+
+def fork(child: Callable[[], None], *, keep: Iterable[int] = ()) -> int:
+    """Fork, and give the pid when the child has closed its copies of descriptors, or is dead.
+
+    `child` runs in it, with the standard three and the descriptors `keep`, and none of the parent's
+    signal handlers; all signals are blocked. When it returns, the process exits with status 0, and
+    with 1 when it raises.
 
     Raises:
         OSError: no process, or no descriptors, to be had.
     """
-    child_is_empty = Emptied()
-    try:
-        with signals_blocked():
-            pid = os.fork()
-            if pid == 0:
-                child(child_is_empty)
-    except OSError:
-        child_is_empty.give_up()
-        raise
-    child_is_empty.wait()
+    reader, writer = os.pipe()
+    with contextlib.closing(open(reader, "rb", buffering=0)) as closed_copies:
+        try:
+            with signals_blocked():
+                pid = os.fork()
+                if pid == 0:
+                    _run(child, {*STANDARD, *keep}, writer)
+        finally:
+            os.close(writer)
+        closed_copies.read(1)  # about a millisecond
     return pid
+
+
+def _run(child: Callable[[], None], keep: set[int], writer: int) -> NoReturn:
+    status = 1
+    try:
+        signal.set_wakeup_fd(-1)
+        for number in _HANDLED:
+            signal.signal(number, signal.SIG_DFL)
+        close_range.close_all_but({*keep, writer})
+        os.close(writer)
+        child()
+        status = 0
+    except BaseException:
+        log.exception("a forked process failed")
+    finally:
+        # Whatever happens: a child must never return into the parent's code.
+        os._exit(status)
 
 
 def reap(pid: int, limit_s: float) -> bool:

@@ -11,9 +11,9 @@ import signal
 import socket
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final
 
-from convertd_daemon.linux import close_range, prctl, scm_rights
+from convertd_daemon.linux import prctl, scm_rights
 from convertd_daemon.sandbox import forking, identity
 
 if TYPE_CHECKING:
@@ -47,51 +47,42 @@ def start(user: Identity, private: str) -> Started:
     scm_rights.refuse(ours)
     with theirs:
         pid = forking.fork(
-            lambda child_is_empty: _become_front(user, theirs.fileno(), private, child_is_empty)
+            lambda: _become_front(user, theirs.fileno(), private), keep=(theirs.fileno(),)
         )
     return Started(pid=pid, sock=ours)
 
 
-def _become_front(
-    user: Identity, descriptor: int, private: str, child_is_empty: forking.Emptied
-) -> NoReturn:
+def _become_front(user: Identity, descriptor: int, private: str) -> None:
     """In the child: give up root for good, then execute. No byte of gRPC is loaded before that."""
-    try:
-        signal.set_wakeup_fd(-1)
-        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGCHLD, signal.SIGPIPE):
-            signal.signal(number, signal.SIG_DFL)
-        # Ctrl-C in a terminal is for the broker, which then stops the front.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # or the program would have it as it is
-        close_range.close_all_but({0, 1, 2, descriptor, child_is_empty.writer})
-        child_is_empty.tell()
-        if descriptor != CHANNEL_DESCRIPTOR:
-            os.dup2(descriptor, CHANNEL_DESCRIPTOR)
-            os.close(descriptor)
-        os.set_inheritable(CHANNEL_DESCRIPTOR, True)
-        identity.assume(user)
-        identity.limit_capabilities(())
-        prctl.set_no_new_privs()
-        os.umask(0o077)
-        os.chdir("/")
-        environment = {
-            **{key: value for key, value in os.environ.items() if key != "NOTIFY_SOCKET"},
-            # Its atfork handlers are for programs that fork; the front can't. Source: grpc's
-            # doc/fork_support.md.
-            "GRPC_ENABLE_FORK_SUPPORT": "0",
-            # gRPC's core logs what a peer sends, newlines included: a peer could forge lines of our
-            # log. Source: grpc's doc/environment_variables.md.
-            "GRPC_VERBOSITY": "NONE",
-            # The relay reads from a peer into buffers of 64 KiB. In the heap they left gaps that
-            # small objects then filled, and it grew by 1.1 KiB a call; with a mapping for each
-            # buffer it does not grow (2,100 calls, 2026-11).
-            "MALLOC_MMAP_THRESHOLD_": "32768",
-            "MALLOC_ARENA_MAX": "1",
-        }
-        argv = [sys.executable, _isolation(), "-m", "convertd_daemon.front", private]
-        os.execve(sys.executable, argv, environment)
-    finally:
-        os._exit(127)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    # Ctrl-C in a terminal is for the broker, which then stops the front.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    forking.unblock_signals()  # or the program would have them blocked too
+    if descriptor != CHANNEL_DESCRIPTOR:
+        os.dup2(descriptor, CHANNEL_DESCRIPTOR)
+        os.close(descriptor)
+    os.set_inheritable(CHANNEL_DESCRIPTOR, True)
+    identity.assume(user)
+    identity.limit_capabilities(())
+    prctl.set_no_new_privs()
+    os.umask(0o077)
+    os.chdir("/")
+    environment = {
+        **{key: value for key, value in os.environ.items() if key != "NOTIFY_SOCKET"},
+        # Its atfork handlers are for programs that fork; the front can't. Source: grpc's
+        # doc/fork_support.md.
+        "GRPC_ENABLE_FORK_SUPPORT": "0",
+        # gRPC's core logs what a peer sends, newlines included: a peer could forge lines of our
+        # log. Source: grpc's doc/environment_variables.md.
+        "GRPC_VERBOSITY": "NONE",
+        # The relay reads from a peer into buffers of 64 KiB. In the heap they left gaps that
+        # small objects then filled, and it grew by 1.1 KiB a call; with a mapping for each
+        # buffer it does not grow (2,100 calls, 2026-11).
+        "MALLOC_MMAP_THRESHOLD_": "32768",
+        "MALLOC_ARENA_MAX": "1",
+    }
+    argv = [sys.executable, _isolation(), "-m", "convertd_daemon.front", private]
+    os.execve(sys.executable, argv, environment)
 
 
 def _isolation() -> str:

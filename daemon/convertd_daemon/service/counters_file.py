@@ -15,15 +15,10 @@ import re
 import signal
 import stat
 import time
-from typing import Final, NoReturn
+from typing import Final
 
 from convertd_core import validation
-from convertd_daemon.linux import (
-    close_range,
-    getrandom,
-    openat2,
-    prctl,
-)
+from convertd_daemon.linux import getrandom, openat2, prctl
 from convertd_daemon.sandbox import forking
 
 log = logging.getLogger(__name__)
@@ -45,8 +40,6 @@ MOST_LOOKED_AT: Final = 4096
 PREFIX: Final = f"{validation.TEMPORARY_PREFIX}counters-"
 TEMPORARY: Final = re.compile(re.escape(PREFIX) + r"[0-9a-f]{16}\.tmp")
 
-AT_FDCWD: Final = -100
-
 
 class Writer:
     """Writes the file, at most once at a time."""
@@ -61,7 +54,7 @@ class Writer:
             log.warning("the last write of the counters has not ended file=%r", path)
             return
         try:
-            self.pid = forking.fork(lambda empty: _be_the_child(path, data, empty))
+            self.pid = forking.fork(lambda: _write_in_child(path, data))
         except OSError as error:
             log.warning("can't write counters file=%r error=%s", path, error)
 
@@ -78,26 +71,16 @@ class Writer:
             self.pid = 0
 
 
-def _be_the_child(path: str, data: bytes, child_is_empty: forking.Emptied) -> NoReturn:
-    """Write the file, with no descriptor of the broker's, and end."""
-    status = 1
+def _write_in_child(path: str, data: bytes) -> None:
+    """Write the file, and be killed if that takes too long."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    forking.unblock_signals()
+    signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
+    prctl.set_name("convertd-counts")
     try:
-        close_range.close_all_but({0, 1, 2, child_is_empty.writer})
-        child_is_empty.tell()
-        signal.set_wakeup_fd(-1)
-        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
-            signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
-        prctl.set_name("convertd-counts")
         write(path, data)
-        status = 0
     except OSError as error:
         log.warning("can't write counters file=%r error=%s", path, error)
-    except BaseException:
-        log.exception("can't write counters file=%r", path)
-    finally:
-        os._exit(status)
 
 
 def write(path: str, data: bytes) -> None:
@@ -111,7 +94,9 @@ def write(path: str, data: bytes) -> None:
     """
     flags = os.O_RDONLY | os.O_DIRECTORY
     resolve = openat2.Resolve.NO_SYMLINKS | openat2.Resolve.NO_MAGICLINKS
-    directory = openat2.openat2(AT_FDCWD, os.path.dirname(path), flags=flags, resolve=resolve)
+    directory = openat2.openat2(
+        openat2.AT_FDCWD, os.path.dirname(path), flags=flags, resolve=resolve
+    )
     try:
         _tidy(directory)
         _replace(directory, os.path.basename(path), data)

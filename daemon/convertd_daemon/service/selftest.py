@@ -12,13 +12,12 @@ import os
 import re
 import signal
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final
 
 from convertd_core import conditions, messages, values
 from convertd_daemon import channel
 from convertd_daemon.job import context
 from convertd_daemon.job.qemu import execution, plan
-from convertd_daemon.linux import close_range
 from convertd_daemon.sandbox import forking, limits
 from convertd_daemon.sandbox.prefork_slot import PreforkSlot
 from convertd_daemon.service.preflight import StartError
@@ -39,7 +38,7 @@ class SelfTest:
     """What the self-test found out about the installed qemu-img."""
 
     qemu_version: str
-    compressions: tuple[str, ...]
+    compressions: tuple[values.Compression, ...]
     formats: frozenset[str]
 
 
@@ -51,9 +50,9 @@ def run(setup: Setup, directory: str) -> SelfTest:
     """
     ours, theirs = channel.Channel.pair()
     broker = os.getpid()
-    pid = os.fork()
-    if pid == 0:
-        _be_the_child(setup, directory, theirs, broker)
+    pid = forking.fork(
+        lambda: _convert_in_child(setup, directory, theirs, broker), keep=(theirs.fileno(),)
+    )
     theirs.close()
     with ours:
         ours.sock.settimeout(LIMIT_S)
@@ -73,31 +72,27 @@ def run(setup: Setup, directory: str) -> SelfTest:
     )
 
 
-def _be_the_child(
+def _convert_in_child(
     setup: Setup, directory: str, job_channel: channel.Channel, broker: int
-) -> NoReturn:
+) -> None:
+    forking.unblock_signals()
+    forking.die_with(broker)
     try:
-        close_range.close_all_but({0, 1, 2, job_channel.fileno()})
-        forking.die_with(broker)
         with execution.opened(setup, PreforkSlot(setup.seccomp)) as worker:
             runner = execution.Runner(worker, context.JobContext(job_channel, LIMIT_S))
             job_channel.send(_convert_all(runner, directory))
     except conditions.ConvertError as error:
         job_channel.send(messages.Failed(failure=error.failure()))
-    except BaseException:
-        log.exception("self-test failed")
-    finally:
-        os._exit(0)
 
 
 def _convert_all(runner: execution.Runner, directory: str) -> SelfTest:
     # Its first line has the version.
     output = runner.run(("qemu-img", "--help"), execution.Inodes(), LIMITS)
-    _convert(runner, directory, "zlib")
-    compressions = ["zlib"]
+    _convert(runner, directory, values.Compression.ZLIB)
+    compressions = [values.Compression.ZLIB]
     try:
-        _convert(runner, directory, "zstd")
-        compressions += ["zstd"]
+        _convert(runner, directory, values.Compression.ZSTD)
+        compressions += [values.Compression.ZSTD]
     except conditions.ConversionFailed:
         log.warning("this qemu-img has no zstd")
     return SelfTest(
@@ -107,7 +102,7 @@ def _convert_all(runner: execution.Runner, directory: str) -> SelfTest:
     )
 
 
-def _convert(runner: execution.Runner, directory: str, compression: str) -> None:
+def _convert(runner: execution.Runner, directory: str, compression: values.Compression) -> None:
     """One conversion from one unnamed inode to another, the source readable by root alone."""
     flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
     source, dest = os.open(directory, flags, 0o600), os.open(directory, flags, 0o600)
