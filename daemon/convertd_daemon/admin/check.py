@@ -13,7 +13,7 @@ import click
 
 from convertd_core import values
 from convertd_daemon.admin import describe, dropin
-from convertd_daemon.policy import load, path_walk, survey
+from convertd_daemon.policy import load, path_walk, survey, writers
 from convertd_daemon.service import preflight
 
 UNIT: Final = "convertd.service"
@@ -130,8 +130,8 @@ def of_counters_file(loaded: load.Loaded) -> Iterator[str]:
         except OSError as error:
             yield f"{loaded.file}: service.metrics: {path_walk.reason(error)}"
             return
-        if problem := path_walk.problem_of(directory, last.status):
-            yield f"{loaded.file}: service.metrics: {problem}: they could replace the counters"
+        if others := writers.of(last):
+            yield f"{loaded.file}: service.metrics: {others}, who could so replace the counters"
     if os.path.isdir(path):
         yield f"{loaded.file}: service.metrics: {path} is a directory"
 
@@ -147,8 +147,8 @@ def notes_on_counters_file(loaded: load.Loaded) -> Iterator[str]:
     above = os.path.dirname(os.path.dirname(loaded.policy.service.metrics))
     with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
         for step in path_walk.steps(above, stack):
-            if problem := path_walk.problem_of(step.path, step.status, sticky_will_do=True):
-                yield f"{loaded.file}: service.metrics: {problem}: they could replace the counters"
+            if others := writers.of(step, below_uid=0):
+                yield f"{loaded.file}: service.metrics: {others}, who could so replace the counters"
 
 
 def notes_on_roots(loaded: load.Loaded) -> Iterator[str]:

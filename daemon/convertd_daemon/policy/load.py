@@ -12,7 +12,15 @@ import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from convertd_daemon.policy import bind, decide, document, lookup, path_walk, survey
+from convertd_daemon.policy import (
+    bind,
+    decide,
+    document,
+    lookup,
+    path_walk,
+    survey,
+    writers,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -89,11 +97,11 @@ def _check_parents(file: str, root: values.Root, seen: survey.Seen) -> None:
     Raises:
         LoadError: such a user could; it says what to write if that is intended.
     """
-    beyond = [found for writers in seen.writers if (found := writers.beyond(root))]
+    beyond = [found for one in seen.writers if (found := one.beyond(root))]
     if not beyond:
         return
     first = beyond[0]
-    reason = f"{first.path} can be changed by {first}, who could so replace {root.path}"
+    reason = f"{first}, who could so replace {root.path}"
     if first.everybody and first.is_sticky:
         reason += "; it is not there: make it first"
     elif first.everybody:
@@ -129,20 +137,24 @@ def _trusted(path: str) -> Iterator[int]:
         except OSError as error:
             raise LoadError(path, "", path_walk.reason(error)) from error
         stack.callback(os.close, file)
-        status = os.fstat(file)
-        _check_roots_alone(path, path, status)
-        if not stat.S_ISREG(status.st_mode):
+        found = path_walk.Step(path=path, fd=file, status=os.fstat(file))
+        _check_roots_alone(path, found)
+        if not stat.S_ISREG(found.status.st_mode):
             raise LoadError(path, "", "is not a regular file")
         yield file
 
 
 def _checked(path: str, steps: Iterable[path_walk.Step]) -> Iterator[path_walk.Step]:
     for step in steps:
-        _check_roots_alone(path, step.path, step.status)
+        _check_roots_alone(path, step)
         yield step
 
 
-def _check_roots_alone(path: str, found: str, status: os.stat_result) -> None:
+def _check_roots_alone(path: str, step: path_walk.Step) -> None:
     """Refuse what others than root can change. A sticky bit is no excuse."""
-    if problem := path_walk.problem_of(found, status):
-        raise LoadError(path, "", problem)
+    try:
+        others = writers.of(step)
+    except OSError as error:
+        raise LoadError(path, "", f"{step.path}: {os.strerror(error.errno or 0)}") from error
+    if others:
+        raise LoadError(path, "", str(others))

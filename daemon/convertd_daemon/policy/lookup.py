@@ -35,7 +35,7 @@ def resolve(wanted: bind.NeededNames, *, limit_s: float = LIMIT_S) -> bind.Ids:
     Raises:
         LookupFailed: there was no answer in time, or the lookup broke.
     """
-    with forked.answer(lambda told: _answer(told, wanted), limit_s) as answer:
+    with forked.answer(lambda pipe: _answer(pipe, wanted), limit_s) as answer:
         text = _read_all(answer, time.monotonic() + limit_s)
     try:
         found = json.loads(text)
@@ -44,13 +44,13 @@ def resolve(wanted: bind.NeededNames, *, limit_s: float = LIMIT_S) -> bind.Ids:
     return bind.Ids(users=found["users"], groups=found["groups"])
 
 
-def _answer(told: BinaryIO, wanted: bind.NeededNames) -> None:
+def _answer(pipe: BinaryIO, wanted: bind.NeededNames) -> None:
     """Look the names up and write them down: all that the child does."""
     found = {
         "users": _ids(wanted.users, lambda name: pwd.getpwnam(name).pw_uid),
         "groups": _ids(wanted.groups, lambda name: grp.getgrnam(name).gr_gid),
     }
-    told.write(json.dumps(found).encode())
+    pipe.write(json.dumps(found).encode())
 
 
 def _ids(names: Iterable[str], look_up: Callable[[str], int]) -> dict[str, int]:

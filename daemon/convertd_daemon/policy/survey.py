@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import select
 import time
@@ -15,10 +16,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, Final
 
 from convertd_core import codec, values
-from convertd_daemon.policy import bind, forked, path_walk
+from convertd_daemon.policy import bind, directory_identity, forked, path_walk, writers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping
 
     from convertd_daemon.policy import document
 
@@ -41,7 +42,7 @@ class Seen:
     """
 
     way: tuple[values.DirectoryIdentity, ...] = ()
-    writers: tuple[path_walk.Writers, ...] = ()
+    writers: tuple[writers.Writers, ...] = ()
     is_read_only: bool = False
     error: int = 0
 
@@ -58,9 +59,10 @@ def of(
     found: dict[str, Seen] = {}
     deadline = time.monotonic() + LIMIT_S
     while left := [name for name in roots if name not in found]:
-        with forked.answer(lambda told: _tell(told, [roots[n] for n in left]), LIMIT_S) as answer:
-            told = _lines(answer, patience_s, deadline)
-            found.update(zip(left, (codec.decode(line, Seen) for line in told), strict=False))
+        work = functools.partial(_survey_all, [roots[name] for name in left])
+        with forked.answer(work, LIMIT_S) as answer:
+            lines = _lines(answer, patience_s, deadline)
+            found.update(zip(left, (codec.decode(line, Seen) for line in lines), strict=False))
         # The first root without an answer is the one that blocks.
         silent = [name for name in left if name not in found]
         if time.monotonic() < deadline:
@@ -88,10 +90,10 @@ def _aliases(name: str, seen: Mapping[str, Seen]) -> frozenset[str]:
     )
 
 
-def _tell(told: BinaryIO, roots: Sequence[document.RootTable]) -> None:
+def _survey_all(roots: Iterable[document.RootTable], pipe: BinaryIO) -> None:
     for root in roots:
-        told.write(codec.encode(_survey(root)) + b"\n")
-        told.flush()
+        pipe.write(codec.encode(_survey(root)) + b"\n")
+        pipe.flush()
 
 
 def _survey(root: document.RootTable) -> Seen:
@@ -106,8 +108,8 @@ def _survey(root: document.RootTable) -> Seen:
             stopped = error.errno or errno.EIO
         try:
             return Seen(
-                way=tuple(path_walk.identity_of(step.fd, step.status) for step in way),
-                writers=tuple(filter(None, path_walk.writers_above(root.path, root.kind, way))),
+                way=tuple(directory_identity.of(step.fd) for step in way),
+                writers=tuple(filter(None, writers.above(root.path, way, is_block=root.is_block))),
                 is_read_only=not stopped and _is_read_only(way[-1].fd),
                 error=stopped,
             )

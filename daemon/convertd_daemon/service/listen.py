@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from convertd_daemon.linux import scm_rights
-from convertd_daemon.policy import path_walk
+from convertd_daemon.policy import path_walk, writers
 from convertd_daemon.service.preflight import StartError
 
 if TYPE_CHECKING:
@@ -134,10 +134,9 @@ def trusted(path: str) -> str:
     with contextlib.ExitStack() as stack:
         try:
             for step in path_walk.steps(directory, stack):
-                problem = path_walk.problem_of(step.path, step.status, sticky_will_do=True)
-                if problem:
+                if others := writers.of(step, below_uid=0):
                     raise StartError(
-                        f"{directory}: others than root may put a socket there: {problem}"
+                        f"{directory}: others than root may put a socket there: {others}"
                     )
         except OSError as error:
             raise StartError(path_walk.reason(error)) from error

@@ -11,7 +11,7 @@ import stat
 from typing import TYPE_CHECKING, Final
 
 from convertd_daemon.linux import children, landlock
-from convertd_daemon.policy import path_walk
+from convertd_daemon.policy import path_walk, writers
 from convertd_daemon.sandbox.identity import Identity
 
 if TYPE_CHECKING:
@@ -114,9 +114,8 @@ def check_program(path: str) -> None:
         with contextlib.ExitStack() as stack:
             program = None
             for above, program in path_walk.followed(path, stack):
-                if writers := path_walk.writers(above, program.status):
-                    reason = f"{above.path} can be changed by {writers}, who could so replace it"
-                    raise StartError(f"{path}: {reason}")
+                if others := writers.of(above, program.status.st_uid):
+                    raise StartError(f"{path}: {others}, who could so replace it")
             if program is None or not _is_roots_program(program):
                 raise StartError(f"{path}: is not a program that only root can write")
     except OSError as error:
@@ -124,7 +123,7 @@ def check_program(path: str) -> None:
 
 
 def _is_roots_program(found: path_walk.Step) -> bool:
-    return stat.S_ISREG(found.status.st_mode) and not path_walk.writers(found, None)
+    return stat.S_ISREG(found.status.st_mode) and not writers.of(found)
 
 
 def private_directory(socket_path: str, front: Identity) -> str:

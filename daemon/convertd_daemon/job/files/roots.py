@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 
 from convertd_core import conditions, values
 from convertd_daemon.linux.openat2 import Resolve, openat2
-from convertd_daemon.policy import path_walk
+from convertd_daemon.policy import directory_identity, path_walk, writers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -99,9 +99,10 @@ def check_parents(root: values.Root, way: list[path_walk.Step]) -> None:
         conditions.RootUnusable: such a user could.
         OSError: an access control list could not be read.
     """
-    for writers in path_walk.writers_above(root.path, root.kind, way):
-        if beyond := writers.beyond(root):
-            problem = f"{beyond.path} can be changed by {beyond}, whom the policy does not name"
+    is_block = root.kind is values.RootKind.BLOCK
+    for found in writers.above(root.path, way, is_block=is_block):
+        if beyond := found.beyond(root):
+            problem = f"{beyond}, whom the policy does not name"
             raise conditions.RootUnusable(root=root.path, problem=problem)
 
 
@@ -153,7 +154,7 @@ def _named_now(
                     raise
                 continue
             stack.callback(os.close, fd)
-            yield path_walk.identity_of(fd, os.fstat(fd))
+            yield directory_identity.of(fd)
 
 
 def _refuse_others(
@@ -166,6 +167,6 @@ def _refuse_others(
     """
     if not stat.S_ISDIR(status.st_mode) or status.st_ino not in {other.inode for other in met}:
         return
-    here = path_walk.identity_of(fd, status)
+    here = directory_identity.of(fd)
     if any(here.is_same(other) for other in met):
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
