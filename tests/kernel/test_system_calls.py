@@ -329,9 +329,6 @@ class TestDescriptors:
             assert locks.is_locked(ours.fileno(), 100, 203)
             assert not locks.is_locked(ours.fileno(), 100, 200)
             assert not locks.is_locked(theirs.fileno(), 100, 203)  # one's own is none
-            assert locks.find_lock(ours.fileno(), 100, 203) == locks.Lock(
-                kind=locks.Kind(kind), start_byte=201, length_bytes=1, pid=-1
-            )
 
     def test_ofd_lock_query_on_o_path_is_an_error(self, tmp_path: Path) -> None:
         """An error, not "no"."""

@@ -5,7 +5,10 @@ DAC_READ_SEARCH, FOWNER and the like from the effective set; going back to 0 res
 permitted. Source: capabilities(7), "Effect of user ID changes on capabilities".
 """
 
+import contextlib
 import errno
+import os
+from collections.abc import Iterator
 from typing import Final
 
 from convertd_daemon.linux import syscall
@@ -37,3 +40,18 @@ def setfsgid(gid: int) -> None:
         OSError: EPERM, without CAP_SETGID it must be one of the thread's own.
     """
     _set("setfsgid", gid)
+
+
+@contextlib.contextmanager
+def file_access_as(uid: int, gid: int) -> Iterator[None]:
+    """Use these ids for file access in the block. The supplementary groups stay as they are.
+
+    Raises:
+        OSError: as setfsuid and setfsgid.
+    """
+    with contextlib.ExitStack() as undo:
+        undo.callback(setfsgid, os.getegid())
+        setfsgid(gid)
+        undo.callback(setfsuid, os.geteuid())
+        setfsuid(uid)
+        yield

@@ -6,14 +6,9 @@ and another process may have its pid by the time these are read.
 
 from __future__ import annotations
 
-import contextlib
-import os
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from convertd_daemon.linux import fsuid
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 UNIT_SUFFIXES: Final = (".service", ".scope", ".socket", ".mount", ".swap")
 """The kinds of unit that hold processes. Slices hold units."""
@@ -26,7 +21,7 @@ def name_and_unit(pid: int, uid: int, gid: int) -> tuple[str, str]:
     /proc hides other users' processes (ProtectProc=invisible). For a process with capabilities that
     the daemon lacks, such as root's, that /proc shows nothing. Source: proc(5), ptrace(2).
     """
-    with _ids_for_files(uid, gid):
+    with fsuid.file_access_as(uid, gid):
         name = _read(f"/proc/{pid}/comm").rstrip("\n")
         return name, unit_in(_read(f"/proc/{pid}/cgroup"))
 
@@ -49,13 +44,3 @@ def _read(path: str) -> str:
             return file.read(65536)
     except OSError:
         return ""
-
-
-@contextlib.contextmanager
-def _ids_for_files(uid: int, gid: int) -> Iterator[None]:
-    with contextlib.ExitStack() as undo:
-        undo.callback(fsuid.setfsgid, os.getegid())
-        fsuid.setfsgid(gid)
-        undo.callback(fsuid.setfsuid, os.geteuid())
-        fsuid.setfsuid(uid)
-        yield

@@ -44,22 +44,15 @@ def acting_as(uid: int, gid: int, groups: Iterable[int]) -> Iterator[None]:
         undo.callback(forking.die_with, parent)
         undo.callback(os.setgroups, own_groups)
         os.setgroups(sorted(groups))
-        undo.callback(fsuid.setfsgid, os.getegid())
-        fsuid.setfsgid(gid)
-        undo.callback(fsuid.setfsuid, os.geteuid())
-        fsuid.setfsuid(uid)
-        yield
+        with fsuid.file_access_as(uid, gid):
+            yield
 
 
 def describe_rights(root: values.Root, peer: values.Peer) -> str:
     """The owner of these rights, for a message."""
-    match root.access:
-        case values.RootAccess.DAEMON:
-            return "the daemon"
-        case values.RootAccess.CALLER:
-            return f"uid {peer.uid}"
-        case values.RootAccess.OWN:
-            return f"uid {os.geteuid()}"
+    if root.access is None:
+        return f"uid {os.geteuid()}"
+    return "the daemon" if root.access is values.RootAccess.DAEMON else f"uid {peer.uid}"
 
 
 def can_read(identity: spawn.Identity, fd: int) -> bool:

@@ -18,7 +18,7 @@ from convertd_core import conditions, results, validation, values
 from convertd_daemon.job import stages
 from convertd_daemon.job.files import credentials, direct_io, paths
 from convertd_daemon.job.qemu import execution
-from convertd_daemon.linux import blksszget, blkzeroout
+from convertd_daemon.linux import ioctl
 from convertd_daemon.sandbox import landlock
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def open_dest(grant: values.ConvertGrant, worker: Identity | None) -> Iterator[D
     place, dest = grant.dest, grant.request.dest
     if dest.format != "raw":
         raise conditions.Unsupported(
-            what=f"{dest.format} on a device", why="only raw is written to one"
+            what=f"{dest.format} on a device", why="a device can hold only raw"
         )
     with contextlib.ExitStack() as stack:
         try:
@@ -147,11 +147,11 @@ def open_dest(grant: values.ConvertGrant, worker: Identity | None) -> Iterator[D
 
 def _zero_from(dest: DeviceDest, end: int) -> None:
     """Zero a device to its end: first the sector within which the image ends, then whole ones."""
-    sector = blksszget.sector_bytes(dest.fd)
+    sector = ioctl.blksszget(dest.fd)
     rest = -end % sector
     os.pwrite(dest.fd, bytes(rest), end)
     if end + rest < dest.size_bytes:
-        blkzeroout.blkzeroout(dest.fd, end + rest, dest.size_bytes - end - rest)
+        ioctl.blkzeroout(dest.fd, end + rest, dest.size_bytes - end - rest)
 
 
 def _writing_group(place: values.Place, status: os.stat_result) -> int:

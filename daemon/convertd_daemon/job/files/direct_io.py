@@ -9,54 +9,52 @@ from __future__ import annotations
 
 import mmap
 import os
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from convertd_daemon.linux import statx
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 BLOCK_BYTES: Final = 4096
 
 
 def read_refusal(fd: int) -> str | None:
     """What the kernel says against reading the inode with O_DIRECT; None if it works."""
-    if _is_promised(fd):
-        return None
-    try:
-        direct = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-    except OSError as error:
-        return os.strerror(error.errno or 0)
-    try:
-        with mmap.mmap(-1, BLOCK_BYTES) as block:
-            os.preadv(direct, [block], 0)
-    except OSError as error:
-        return os.strerror(error.errno or 0)
-    finally:
-        os.close(direct)
-    return None
+    return _refusal(fd, os.O_RDONLY, os.preadv)
 
 
 def write_refusal(fd: int) -> str | None:
     """What the kernel says against writing the empty inode with O_DIRECT; None if it works.
 
-    Leaves the inode empty.
+    Leaves the inode empty. `fd` is open for writing.
 
     Raises:
         ValueError: it is not empty, and would lose what it holds.
     """
     if os.fstat(fd).st_size:
         raise ValueError("the inode holds data")
+    refusal = _refusal(fd, os.O_WRONLY, os.pwritev)
+    os.ftruncate(fd, 0)
+    return refusal
+
+
+def _refusal(
+    fd: int, flags: int, transfer: Callable[[int, list[mmap.mmap], int], int]
+) -> str | None:
+    """What the kernel says against such a transfer, in words; None if it works."""
     if _is_promised(fd):
         return None
     try:
-        direct = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+        direct = os.open(f"/proc/self/fd/{fd}", flags | os.O_DIRECT | os.O_CLOEXEC)
     except OSError as error:
         return os.strerror(error.errno or 0)
     try:
         with mmap.mmap(-1, BLOCK_BYTES) as block:
-            os.pwritev(direct, [block], 0)
+            transfer(direct, [block], 0)
     except OSError as error:
         return os.strerror(error.errno or 0)
     finally:
-        os.ftruncate(direct, 0)
         os.close(direct)
     return None
 

@@ -62,7 +62,7 @@ def wanted(grant: values.ConvertGrant, target: Target) -> Ownership:
         gid = _group_of(peer, dest.group)
     elif target.setgid_group is not None:
         gid = target.setgid_group
-    elif root.access is values.RootAccess.OWN:
+    elif root.access is None:
         gid = -1
     else:
         gid = root.owner.gid if root.owner else peer.gid

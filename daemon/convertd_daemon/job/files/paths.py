@@ -24,7 +24,7 @@ from convertd_daemon.job.files import (
     source_change,
 )
 from convertd_daemon.linux import locks
-from convertd_daemon.linux.openat2 import Resolve, openat2
+from convertd_daemon.linux.openat2 import AT_FDCWD, Resolve, openat2
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -216,10 +216,10 @@ def open_beneath(place: values.Place, below: str, flags: int = 0) -> int:
         conditions.RootUnusable: the root can't be opened as it is, or must not be.
     """
     root = place.root
-    if root.access is values.RootAccess.OWN:
+    if root.access is None:
         # The process has only its caller's rights: links are followed as by every other program.
         path = posixpath.join(root.path, below)
-        return openat2(_AT_FDCWD, path, flags=os.O_PATH | flags, resolve=Resolve.NO_MAGICLINKS)
+        return openat2(AT_FDCWD, path, flags=os.O_PATH | flags, resolve=Resolve.NO_MAGICLINKS)
     if root.kind is values.RootKind.BLOCK:
         # The names are udev's links, such as /dev/vg/lv to ../dm-0. That the name lies below the
         # root was seen when the root was chosen; the links may lead anywhere below /dev.
@@ -255,10 +255,7 @@ def _open_device(path: str, flags: int) -> int:
 
 def _open_directory(path: str) -> int:
     strictly = Resolve.NO_SYMLINKS | Resolve.NO_MAGICLINKS
-    return openat2(_AT_FDCWD, path, flags=os.O_PATH | os.O_DIRECTORY, resolve=strictly)
-
-
-_AT_FDCWD: Final = -100
+    return openat2(AT_FDCWD, path, flags=os.O_PATH | os.O_DIRECTORY, resolve=strictly)
 
 
 def reopen(fd: int, flags: int) -> int:
@@ -277,7 +274,7 @@ def check_kind(place: values.Place, status: os.stat_result) -> None:
         conditions.NotAnImage: it is something else.
     """
     wanted = {
-        values.RootKind.FILES: (stat.S_ISREG, "a regular file"),
+        values.RootKind.FILE: (stat.S_ISREG, "a regular file"),
         values.RootKind.BLOCK: (stat.S_ISBLK, "a block device"),
     }
     is_wanted, name = wanted[place.root.kind]
@@ -298,7 +295,7 @@ _KINDS: Final = {
 
 
 def raise_for(
-    error: OSError, place: values.Place, peer: values.Peer, absent: conditions.NotFound
+    error: OSError, place: values.Place, peer: values.Peer, absent: conditions.ConvertError
 ) -> NoReturn:
     """Say in the caller's terms why a place could not be opened.
 

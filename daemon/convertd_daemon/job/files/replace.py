@@ -265,7 +265,7 @@ def _give_back(grant: values.ConvertGrant, dest: NewFile, held: str) -> None:
         conditions.WriteFailed: it can't be; its data is whole, and the message says where.
     """
     here, name = dest.target.directory, dest.target.name
-    problem = "its name is taken again and again"
+    problem = "other processes keep taking its name"
     is_callers = _owner_of(here, held) == grant.peer.uid
     try:
         with credentials.acting_for(dest.place.root, grant.peer):
@@ -278,7 +278,7 @@ def _give_back(grant: values.ConvertGrant, dest: NewFile, held: str) -> None:
                     log.warning("kept a file that took the name in between name=%s", held)
                     return
                 renameat2(here, held, name, Flag.EXCHANGE)
-                problem = "another file has its name by now"
+                problem = "another file has its name now"
                 break
     except OSError as error:
         problem = os.strerror(error.errno or 0)
