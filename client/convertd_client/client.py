@@ -236,12 +236,12 @@ class _Waiting:
 
     def _is_connected(self) -> bool:
         states: queue.SimpleQueue[grpc.ChannelConnectivity] = queue.SimpleQueue()
-        hear = states.put
-        self._channel.subscribe(hear)
+        on_state = states.put
+        self._channel.subscribe(on_state)
         try:
             return states.get() is grpc.ChannelConnectivity.READY
         finally:
-            self._channel.unsubscribe(hear)
+            self._channel.unsubscribe(on_state)
 
     def _error(self, call: grpc.Call, *, converting: bool) -> errors.ConvertError:
         return call_errors.error(

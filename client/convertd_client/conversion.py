@@ -228,7 +228,7 @@ def _choice(name: str, value: str, kind: type[Choice]) -> Choice:
     if value != "unspecified" and value in set(kind):
         return kind(value)
     possible = ", ".join(item for item in kind if item != "unspecified")
-    raise bad_option(name, f"{value!r} is none of {possible}")
+    raise bad_option(name, f"{value!r} is not one of {possible}")
 
 
 def _bounded(name: str, value: int | None) -> int | None:

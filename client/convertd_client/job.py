@@ -19,16 +19,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Final, Self
 
-from convertd_client import errors, job_protocol, results
-from convertd_core import messages
+from convertd_client import errors, results
+from convertd_core import codec, messages, validation, values
 
 MAX_MESSAGE_BYTES: Final = 1024 * 1024
 
-MAX_SECRET_BYTES: Final = 4097
+MOST_SECRET_BYTES: Final = validation.MAX_PASSPHRASE_BYTES + 1
 """One more than the limit, so that the job detects a passphrase that is too long."""
-
-_PASSPHRASE: Final = b"P"
-"""The first byte of a message with a passphrase: an empty message would be end of file."""
 
 GRACE_S: Final = 10.0
 """How long a stopped job may take to end. It takes milliseconds, unless a disk hangs."""
@@ -51,13 +48,13 @@ class Job:
     """A running job program. Leaving the context ends it."""
 
     def __init__(
-        self, told: bytes, timeout_s: float | None, secrets: tuple[bytes, ...] = ()
+        self, request: bytes, timeout_s: float | None, secrets: tuple[bytes, ...] = ()
     ) -> None:
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self.timed_out = False
-        self._line, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._channel, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with there, contextlib.ExitStack() as stack:
-            stack.callback(self._line.close)
+            stack.callback(self._channel.close)
             self._process: subprocess.Popen[bytes] = subprocess.Popen(
                 [interpreter(), "-I", "-c", _START, _program()],
                 stdin=there.fileno(),
@@ -65,17 +62,17 @@ class Job:
                 # Ctrl-C must reach only this process, which then ends the job.
                 start_new_session=True,
             )
-            self._line.send(told)
+            self._channel.send(request)
             # In messages of their own: the request may be logged.
             for secret in secrets:
-                self._line.send(_PASSPHRASE + secret[:MAX_SECRET_BYTES])
+                self._channel.send(messages.PASSPHRASE + secret[:MOST_SECRET_BYTES])
             stack.pop_all()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._line.close()
+        self._channel.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(GRACE_S)
             return
@@ -98,15 +95,20 @@ class Job:
         After the timeout the job is stopped, and `timed_out` set.
 
         Raises:
+            errors.ConvertError: the job failed.
             errors.OutcomeUnknown: it was stopped, but does not end.
         """
         while data := self._receive():
-            yield job_protocol.event(data)
+            event = codec.decode(data, *messages.FROM_JOB)
+            if isinstance(event, messages.Failed):
+                failure = event.failure
+                raise errors.of_reason(failure.reason, failure.message, dict(failure.values))
+            yield event
 
     def _receive(self) -> bytes:
         try:
-            self._line.settimeout(self._remaining_s())
-            return self._line.recv(MAX_MESSAGE_BYTES)
+            self._channel.settimeout(self._remaining_s())
+            return self._channel.recv(MAX_MESSAGE_BYTES)
         except ConnectionResetError:
             return b""
         except TimeoutError:
@@ -128,8 +130,8 @@ class Job:
 class Conversion:
     """One conversion by the job program."""
 
-    def __init__(self, told: bytes, secrets: tuple[bytes, ...]) -> None:
-        self._told = told
+    def __init__(self, request: bytes, secrets: tuple[bytes, ...]) -> None:
+        self._request = request
         self._secrets = secrets
         self._job: Job | None = None
         self._cancelled = False
@@ -150,29 +152,28 @@ class Conversion:
             errors.ConvertError: see `errors`.
         """
         started = time.monotonic()
-        with Job(self._told, timeout_s, self._secrets) as self._job:
+        with Job(self._request, timeout_s, self._secrets) as self._job:
             if self._cancelled:
                 self._job.stop()
             for message in self._job.events():
                 match message:
                     case messages.Succeeded(result=result):
                         return dataclasses.replace(result, plan=self._plan)
-                    case messages.Failed(failure=failure):
-                        raise job_protocol.failure(failure)
                     case messages.Planned(plan=plan):
                         self._plan = plan
-                    case messages.Progressed(progress=told) if on_progress is not None:
-                        on_progress(self._progress(told, time.monotonic() - started))
-            raise self._silence(self._job)
+                    case messages.Progressed(progress=progress) if on_progress is not None:
+                        on_progress(self._completed(progress, time.monotonic() - started))
+            raise self._unreported_end(self._job)
 
-    def _progress(self, told: results.Progress, elapsed_s: float) -> results.Progress:
+    def _completed(self, progress: results.Progress, elapsed_s: float) -> results.Progress:
+        """The job's progress, with what the job does not add."""
         size = self._plan.virtual_size_bytes if self._plan else 0
-        done = int(size * told.percent / 100)
+        done = int(size * progress.percent / 100)
         return dataclasses.replace(
-            told, bytes_done=done, bytes_total=size, elapsed_seconds=elapsed_s
+            progress, bytes_done=done, bytes_total=size, elapsed_seconds=elapsed_s
         )
 
-    def _silence(self, job: Job) -> errors.ConvertError:
+    def _unreported_end(self, job: Job) -> errors.ConvertError:
         """The error for a job that ended without a last event."""
         if self._cancelled:
             text = "the job was cancelled; nothing was published"
@@ -186,19 +187,25 @@ class Conversion:
         return errors.OutcomeUnknown(text, reason="JOB_DIED")
 
 
-def inspect(told: bytes, timeout_s: float | None) -> results.ImageInfo:
+def encoded(request: values.ConvertRequest | values.InspectRequest) -> bytes:
+    """The job's request in bytes. Passphrases are sent separately.
+
+    Raises:
+        errors.Unimplemented: there is no qemu-img.
+    """
+    return codec.encode(messages.LocalRequest(qemu_img=qemu_img(), request=request))
+
+
+def inspect(request: bytes, timeout_s: float | None) -> results.ImageInfo:
     """Run a job program that inspects an image.
 
     Raises:
         errors.ConvertError: see `errors`.
     """
-    with Job(told, timeout_s) as job:
+    with Job(request, timeout_s) as job:
         for message in job.events():
-            match message:
-                case messages.Inspected(image=image):
-                    return image
-                case messages.Failed(failure=failure):
-                    raise job_protocol.failure(failure)
+            if isinstance(message, messages.Inspected):
+                return message.image
         if job.timed_out:
             raise errors.DeadlineExceeded("it took longer than its timeout", reason="TIMEOUT")
         raise _died(job)
@@ -218,7 +225,7 @@ def qemu_img() -> str:
     directories = [directory for directory in (*listed, "/usr/bin") if os.path.isabs(directory)]
     found = shutil.which("qemu-img", path=os.pathsep.join(directories))
     if found is None:
-        raise job_protocol.unsupported("converting without a daemon", "there is no qemu-img here")
+        raise errors.unsupported("converting without a daemon", "there is no qemu-img here")
     return found
 
 
@@ -229,14 +236,14 @@ def interpreter() -> str:
         errors.Unimplemented: unknown, in a program that embeds Python. Source: sys.executable.
     """
     if not os.path.isabs(sys.executable or ""):
-        raise job_protocol.unsupported(
+        raise errors.unsupported(
             "starting a process of its own", "this Python does not tell where its interpreter is"
         )
     return sys.executable
 
 
 def _died(job: Job) -> errors.Internal:
-    text = f"the conversion's process ended without a word, with status {job.status}"
+    text = f"the conversion's process ended without an answer, with status {job.status}"
     return errors.Internal(text, reason="JOB_DIED", metadata={"status": str(job.status)})
 
 
@@ -251,7 +258,5 @@ def _program() -> str:
     beside = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     program = os.path.join(beside, "convertd_daemon", "__init__.py")
     if not os.path.isfile(program):
-        raise job_protocol.unsupported(
-            "converting without a daemon", "convertd_daemon is not installed"
-        )
+        raise errors.unsupported("converting without a daemon", "convertd_daemon is not installed")
     return program

@@ -13,9 +13,9 @@ from typing import Unpack
 from convertd_client import (
     conversion,
     job,
-    job_protocol,
     results,
 )
+from convertd_core import values
 
 
 def convert(
@@ -51,7 +51,7 @@ def conversion_of(
     """
     paths = conversion.absolute(source), conversion.absolute(dest)
     asked = conversion.asked(*paths, dest_format, options)
-    return job.Conversion(job_protocol.convert(asked, job.qemu_img()), asked.secrets)
+    return job.Conversion(job.encoded(asked.request), asked.secrets)
 
 
 def inspect(
@@ -66,4 +66,5 @@ def inspect(
         errors.ConvertError: see `errors`.
     """
     text = conversion.path_text("source.path", conversion.absolute(path))
-    return job.inspect(job_protocol.inspect(text, format or "", job.qemu_img()), timeout)
+    request = values.InspectRequest(source=values.Source(path=text, format=format or ""))
+    return job.inspect(job.encoded(request), timeout)

@@ -18,8 +18,8 @@ from typing import Final, cast
 from convertd_client import (
     client,
     conversion,
+    errors,
     eventlet_subprocess,
-    job_protocol,
     local,
     results,
 )
@@ -154,9 +154,7 @@ def _secrets(source: Encryption | None, dest: Encryption | None) -> conversion.C
     """The passphrases. Nova's encryption parameters are the contract's defaults."""
     for asked in (source, dest):
         if asked and asked["format"] != "luks":
-            raise job_protocol.unsupported(
-                f"encryption format {asked['format']!r}", "only LUKS is safe"
-            )
+            raise errors.unsupported(f"encryption format {asked['format']!r}", "only LUKS is safe")
     options = conversion.ConvertOptions()
     if source:
         options["source_secret"] = source["secret"].encode()

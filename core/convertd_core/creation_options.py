@@ -57,7 +57,7 @@ class Option:
         """Why a value can't even be said to a daemon, which judges the rest; empty if it can."""
         if self.choices:
             possible = ", ".join(self.known)
-            return "" if value in self.known else f"{value!r} is none of {possible}"
+            return "" if value in self.known else f"{value!r} is not one of {possible}"
         if self.largest:
             fits = type(value) is int and 0 <= value <= self.largest
             return "" if fits else f"{value!r} is not a number from 0 to {self.largest}"

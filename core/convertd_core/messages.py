@@ -8,6 +8,7 @@ A new call of the contract is a body of a request here, and one of a reply if no
 
 from __future__ import annotations
 
+import datetime
 import enum
 import typing
 from dataclasses import dataclass
@@ -176,23 +177,6 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class JobEntry:
-    """One job in the answer to ListJobs. `started` and `queued` are Unix times in seconds."""
-
-    job_id: str
-    uid: int
-    source: str
-    dest: str
-    source_format: str
-    dest_format: str
-    label: str
-    state: results.JobState
-    position: int
-    queued: float
-    started: float | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplyComplete:
     """The call's answer is complete: the last of the jobs was sent, the job is being cancelled.
 
@@ -203,62 +187,36 @@ class ReplyComplete:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Versions:
-    """What runs here. The formats are those of ours that qemu-img knows too."""
+class Stats:
+    """The answer to GetStats begins with this; what was counted follows, then a ReplyComplete."""
 
-    daemon: str
-    qemu_img: str
-    kernel: str
-    landlock_abi: int
-    compressions: tuple[str, ...]
-    formats: frozenset[str]
-
-    def __str__(self) -> str:
-        return (
-            f"version={self.daemon} qemu_img={self.qemu_img}"
-            f" kernel={self.kernel} landlock={self.landlock_abi}"
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AccessReport:
-    """The answer to GetAccess."""
-
-    uid: int
-    gid: int
-    groups: frozenset[int]
-    rights: values.AccessRights
-    limits: values.Limits
-    versions: Versions
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StatsReport:
-    """The answer to GetStats begins with this; Done ends it. Bounds and times in seconds."""
-
-    started: float
-    running: int
-    queued: int
+    start_time: datetime.datetime
+    jobs_running: int
+    jobs_queued: int
     connections: int
-    bounds: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HistogramBucket:
+    """How many values are not above a bound; the last bucket's is infinite."""
+
+    upper_bound_seconds: float
+    count: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConversionStats:
-    """Conversions of one pair of formats with one end, by one method; None if none was chosen.
-
-    `buckets` has one more than the bounds.
-    """
+    """Ended conversions of one pair of formats with one outcome, by one method; None if none."""
 
     source_format: str
     dest_format: str
     reason: str
     method: results.Method | None
     count: int
-    virtual_bytes: int
+    bytes: int
     shared_bytes: int
     seconds: float
-    buckets: tuple[int, ...]
+    durations: tuple[HistogramBucket, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,10 +231,10 @@ ReplyBody = (
     Queued
     | Started
     | Refused
-    | JobEntry
     | ReplyComplete
-    | AccessReport
-    | StatsReport
+    | results.Job
+    | results.Access
+    | Stats
     | ConversionStats
     | RefusalStats
 )
@@ -303,6 +261,9 @@ class StartJob:
     job_id: str
     grant: values.ConvertGrant | values.InspectGrant
 
+
+PASSPHRASE: Final = b"P"
+"""What a passphrase on its way to a job begins with, so that an empty one is not the end."""
 
 # --- to a job that was not forked ---------------------------------------------------------------
 

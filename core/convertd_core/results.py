@@ -18,6 +18,10 @@ CacheMode = values.CacheMode
 Compression = values.Compression
 Preallocation = values.Preallocation
 Phase = values.Phase
+RootKind = values.RootKind
+RootAccess = values.RootAccess
+OverwriteScope = values.OverwriteScope
+Limits = values.Limits
 
 
 class Method(enum.StrEnum):
@@ -38,30 +42,6 @@ class JobState(enum.StrEnum):
     RUNNING = "running"
     CANCELLING = "cancelling"
     UNKILLABLE = "unkillable"
-
-
-class RootKind(enum.StrEnum):
-    """What lies under a root."""
-
-    UNSPECIFIED = "unspecified"
-    FILE = "file"
-    BLOCK = "block"
-
-
-class RootAccess(enum.StrEnum):
-    """With whose rights files are opened under a root."""
-
-    UNSPECIFIED = "unspecified"
-    DAEMON = "daemon"
-    CALLER = "caller"
-
-
-class OverwriteScope(enum.StrEnum):
-    """Which existing files a conversion may replace."""
-
-    UNSPECIFIED = "unspecified"
-    OWN = "own"
-    ANY = "any"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,25 +229,6 @@ class Grant:
     read_formats: tuple[str, ...]
     write_formats: tuple[str, ...]
     overwrite: OverwriteScope
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """The policy's limits."""
-
-    jobs: int
-    jobs_per_user: int
-    queue: int
-    queue_per_user: int
-    inspections: int
-    inspections_per_user: int
-    connections: int
-    connections_per_user: int
-    virtual_size_bytes: int
-    memory_bytes: int
-    stall_seconds: float
-    duration_seconds: float
-    inspect_seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

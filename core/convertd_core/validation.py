@@ -17,6 +17,7 @@ MAX_PATH_BYTES: Final = 4095
 MAX_NAME_BYTES: Final = 255
 """NAME_MAX of every file system of Linux that holds images."""
 MAX_LABEL_BYTES: Final = 128
+MAX_PASSPHRASE_BYTES: Final = 4096
 LEAST_RATE_BYTES_PER_SECOND: Final = values.MIB
 MAX_RATE_BYTES_PER_SECOND: Final = 2**63 - 1
 """What qemu-img's -r takes at most."""
@@ -169,10 +170,10 @@ def _check_compression(dest: values.Destination) -> None:
         problem = f"{dest.compression} is not possible with the format {dest.format}"
         raise conditions.BadOption(field="dest.compression", problem=problem)
     if dest.encryption is not None:
-        problem = "does not go with encryption"
+        problem = "can't be combined with encryption"
         raise conditions.BadOption(field="dest.compression", problem=problem)
     if dest.preallocation is not values.Preallocation.OFF:
-        problem = "does not go with preallocation"
+        problem = "can't be combined with preallocation"
         raise conditions.BadOption(field="dest.compression", problem=problem)
 
 
@@ -203,3 +204,14 @@ def _check_options(request: values.ConvertRequest) -> None:
     if not label.isprintable() or len(label.encode()) > MAX_LABEL_BYTES:
         problem = f"must be printable text of at most {MAX_LABEL_BYTES} bytes"
         raise conditions.BadOption(field="label", problem=problem)
+
+
+def check_passphrase(field: str, passphrase: bytes) -> None:
+    """Check the length of a passphrase.
+
+    Raises:
+        conditions.BadOption: it is empty or too long.
+    """
+    if not 1 <= len(passphrase) <= MAX_PASSPHRASE_BYTES:
+        problem = f"must have 1 to {MAX_PASSPHRASE_BYTES} bytes"
+        raise conditions.BadOption(field=field, problem=problem)

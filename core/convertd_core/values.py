@@ -74,24 +74,25 @@ class Reflink(enum.StrEnum):
 class RootKind(enum.StrEnum):
     """What a root holds, and so what may be opened in it."""
 
-    FILES = "files"
+    UNSPECIFIED = "unspecified"
+    FILE = "file"
     BLOCK = "block"
 
 
 class RootAccess(enum.StrEnum):
     """With whose rights the files of a root are opened."""
 
+    UNSPECIFIED = "unspecified"
     DAEMON = "daemon"
     """The daemon's: whoever is granted the root may read all in it."""
     CALLER = "caller"
     """The caller's own uid, gid and groups, on top of the policy."""
-    OWN = "own"
-    """Those the process has. Only without a daemon; a policy can't say it."""
 
 
 class OverwriteScope(enum.StrEnum):
     """Which existing files a grant lets its users replace."""
 
+    UNSPECIFIED = "unspecified"
     OWN = "own"
     ANY = "any"
 
@@ -246,12 +247,12 @@ class DirectoryIdentity:
 class Root:
     """A directory that the policy opens to somebody, and how.
 
-    `path` is absolute and normal, without a trailing slash. `owner` None means the caller.
-    `mounts` allows mount points below the root to be crossed, `allow_ownerless` results on file
-    systems that do not keep their owner or mode, `reflink` results that share blocks with images
-    in the root, and results in the root that share them with their sources. `parent_uids` and
-    `parent_gids` are the users and groups, beside root, who may be able to write a directory above
-    the root.
+    `path` is absolute and normal, without a trailing slash. `access` None means the rights that the
+    process has, without a daemon: no policy can say it. `owner` None means the caller. `mounts`
+    allows mount points below the root to be crossed, `allow_ownerless` results on file systems that
+    do not keep their owner or mode, `reflink` results that share blocks with images in the root,
+    and results in the root that share them with their sources. `parent_uids` and `parent_gids` are
+    the users and groups, beside root, who may be able to write a directory above the root.
 
     `identity` is the directory that had this path when the policy was loaded, None if none had.
     `aliases` are the roots whose directory was then on the way to this one, or was this one: by a
@@ -260,8 +261,8 @@ class Root:
 
     name: str
     path: str
-    kind: RootKind = RootKind.FILES
-    access: RootAccess
+    kind: RootKind = RootKind.FILE
+    access: RootAccess | None
     owner: Owner | None = None
     mode: int = 0o600
     mounts: bool = False
@@ -298,25 +299,39 @@ class Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What the policy bounds, with the defaults that hold where it says nothing.
+    """What the policy bounds. Sizes in bytes, times in seconds."""
 
-    Sizes in bytes, times in seconds.
-    """
+    jobs: int
+    jobs_per_user: int
+    queue: int
+    queue_per_user: int
+    inspections: int
+    inspections_per_user: int
+    connections: int
+    connections_per_user: int
+    virtual_size_bytes: int
+    memory_bytes: int
+    stall_seconds: float
+    duration_seconds: float
+    inspect_seconds: float
 
-    jobs: int = 4
-    jobs_per_user: int = 2
-    queue: int = 64
-    queue_per_user: int = 32
-    inspections: int = 8
-    inspections_per_user: int = 4
-    connections: int = 1024
-    connections_per_user: int = 128
-    virtual_size_bytes: int = 2 * 1024**4
-    memory_bytes: int = 1024**3
-    stall_s: float = 600.0
-    duration_s: float = 24 * 3600.0
-    inspect_s: float = 30.0
-    stop_grace_s: float = 30.0
+
+DEFAULT_LIMITS: Final = Limits(
+    jobs=4,
+    jobs_per_user=2,
+    queue=64,
+    queue_per_user=32,
+    inspections=8,
+    inspections_per_user=4,
+    connections=1024,
+    connections_per_user=128,
+    virtual_size_bytes=2 * 1024**4,
+    memory_bytes=1024**3,
+    stall_seconds=600.0,
+    duration_seconds=24 * 3600.0,
+    inspect_seconds=30.0,
+)
+"""What holds where the policy says nothing, and without a daemon."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -325,6 +340,7 @@ class Service:
 
     metrics: str = ""
     idle_exit_s: float = 0.0
+    stop_grace_s: float = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -361,31 +377,3 @@ class InspectGrant:
     read_formats: frozenset[str]
     limits: Limits
     closed: tuple[Root, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RootRights:
-    """What a rule lets a caller do in one root."""
-
-    root: Root
-    may_read: bool
-    may_write: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RuleRights:
-    """What one rule of the policy gives a caller, for GetAccess."""
-
-    rule: str
-    roots: tuple[RootRights, ...]
-    read_formats: frozenset[str]
-    write_formats: frozenset[str]
-    overwrite: OverwriteScope
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AccessRights:
-    """What a caller may do, rule by rule, in the order in which the rules are tried."""
-
-    is_operator: bool
-    rules: tuple[RuleRights, ...]

@@ -37,7 +37,7 @@ def begin(socket_path: str) -> Iterator[Bootstrap]:
     """Listen, give up what root has too much, and start the front.
 
     Raises:
-        CantStart, SandboxError, OSError: the daemon can't start, and the one line why.
+        StartError, SandboxError, OSError: the daemon can't start, and the one line why.
     """
     landlock_abi = preflight.check_kernel()
     front_user, worker_user = (

@@ -15,7 +15,7 @@ import socket
 from collections.abc import Callable, Iterator
 from typing import Any, Final, Protocol, Self
 
-from convertd_core import codec
+from convertd_core import codec, messages
 from convertd_daemon.linux import scm_rights
 
 MAX_MESSAGE_BYTES: Final = 160 * 1024
@@ -23,9 +23,6 @@ MAX_MESSAGE_BYTES: Final = 160 * 1024
 
 ONE_DESCRIPTOR: Final = 1
 """What may come with a message of the broker's to the front. Nobody else is sent any."""
-
-PASSPHRASE: Final = b"P"
-"""What a passphrase on its way to a job begins with, so that an empty one is not the end."""
 
 
 class Closed(Exception):
@@ -138,10 +135,10 @@ class Channel:
             Closed: the other end is gone.
             CodecError: it is none, or has more bytes.
         """
-        data, _ = self._receive(len(PASSPHRASE) + most_bytes, 0, wait=True)
-        if not data.startswith(PASSPHRASE):
+        data, _ = self._receive(len(messages.PASSPHRASE) + most_bytes, 0, wait=True)
+        if not data.startswith(messages.PASSPHRASE):
             raise codec.CodecError("no passphrase")
-        return data.removeprefix(PASSPHRASE)
+        return data.removeprefix(messages.PASSPHRASE)
 
     def _receive(
         self, most_bytes: int, most_descriptors: int, *, wait: bool

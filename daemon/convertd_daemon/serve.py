@@ -1,4 +1,4 @@
-"""From the outset to a broker that serves."""
+"""From the first steps to a broker that serves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
-from convertd_core import messages
+from convertd_core import results
 from convertd_daemon import __version__
 from convertd_daemon.broker import broker
 from convertd_daemon.policy import load
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("convertd")
 
 
-def serve(policy_path: str, outset: Bootstrap) -> None:
+def serve(policy_path: str, bootstrap: Bootstrap) -> None:
     """Read the policy, try qemu-img out, and serve until told to stop.
 
     Raises:
-        CantStart, SandboxError, OSError: the daemon can't start, and the one line why.
+        StartError, SandboxError, OSError: the daemon can't start, and the one line why.
     """
     # Not before: what Python compiles of our modules, others may read.
     os.umask(0o077)
@@ -41,37 +41,32 @@ def serve(policy_path: str, outset: Bootstrap) -> None:
     preflight.check_descriptors(loaded.policy.limits)
     setup = Setup(
         path=loaded.policy.qemu_img,
-        identity=outset.worker_user,
+        identity=bootstrap.worker_user,
         seccomp=seccomp.compile_profile(seccomp.QEMU_IMG),
-        names=outset.names,
+        names=bootstrap.names,
     )
-    tested = selftest.run(setup, outset.private)
-    household = broker.Config(
-        listener=outset.listener,
-        private=outset.private,
-        front_user=outset.front_user,
+    tested = selftest.run(setup, bootstrap.private)
+    config = broker.Config(
+        listener=bootstrap.listener,
+        private=bootstrap.private,
+        front_user=bootstrap.front_user,
         setup=setup,
-        versions=_versions(tested, outset.landlock_abi),
+        versions=results.Versions(
+            daemon=__version__,
+            qemu_img=tested.qemu_version,
+            landlock_abi=bootstrap.landlock_abi,
+            kernel=os.uname().release,
+        ),
+        tested=tested,
         reload=_reloader(policy_path),
     )
-    running = broker.Broker(household, loaded.policy)
+    running = broker.Broker(config, loaded.policy)
     # What is here now stays: a collection would only copy pages that each job shares with us.
     gc.collect()
     gc.freeze()
-    running.run(outset.front)
+    running.run(bootstrap.front)
     if running.failed:
         raise preflight.StartError(running.failed)
-
-
-def _versions(tested: selftest.SelfTest, landlock_abi: int) -> messages.Versions:
-    return messages.Versions(
-        daemon=__version__,
-        qemu_img=tested.qemu_version,
-        kernel=os.uname().release,
-        landlock_abi=landlock_abi,
-        compressions=tested.compressions,
-        formats=tested.formats,
-    )
 
 
 def _reloader(path: str) -> Callable[[], Policy | str]:

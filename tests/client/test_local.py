@@ -20,7 +20,7 @@ import pytest
 from harness import images, waiting
 from harness.callers import ALICE, CONVERTCTL, Ran, let_everybody_reach, owner_of
 
-from convertd_client import errors, job, job_protocol
+from convertd_client import errors, job
 from convertd_core import messages
 
 SCRIPT: Final = """
@@ -372,11 +372,9 @@ def test_local_request_can_be_decoded_by_the_job(home: Path) -> None:
     from convertd_core import codec, values  # noqa: PLC0415 - as above
 
     asked = conversion.asked(home / "a", "/b", "qcow2", {"mode": 0o600, "dest_secret": b"x"})
-    read = codec.decode(job_protocol.convert(asked, "/usr/bin/qemu-img"), messages.LocalRequest)
+    read = codec.decode(job.encoded(asked.request), messages.LocalRequest)
     assert isinstance(read.request, values.ConvertRequest)
     assert read.request.dest.encryption == values.DestinationEncryption()
     assert dataclasses.asdict(read.request.dest)["mode"] == 0o600
-    inspected = codec.decode(
-        job_protocol.inspect("/a", "raw", "/usr/bin/qemu-img"), messages.LocalRequest
-    )
-    assert inspected.request == values.InspectRequest(source=values.Source(path="/a", format="raw"))
+    look = values.InspectRequest(source=values.Source(path="/a", format="raw"))
+    assert codec.decode(job.encoded(look), messages.LocalRequest).request == look

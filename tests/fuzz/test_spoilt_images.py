@@ -86,7 +86,7 @@ class Figures:
     def count(self, image: Spoilt, what: str, answer: asking.Answer) -> None:
         """Take in how one call ended."""
         self.ends[f"{what} {answer.reason or answer.status}"] += 1
-        if "did not survive" in answer.message or "ended by SIG" in answer.message:
+        if "qemu-img crashed" in answer.message or "ended by SIG" in answer.message:
             self.crashes.append(f"{SEED}:{image.number} {image.seed.name}, {what}")
 
 

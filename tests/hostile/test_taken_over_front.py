@@ -25,7 +25,7 @@ from hostile import asking, false_front
 from hostile.false_front import FalseFront
 from hostile.secret import Secret
 
-from convertd_core import codec, messages, values
+from convertd_core import codec, messages, results, values
 from convertd_daemon import channel
 from convertd_daemon.linux import scm_rights
 
@@ -387,7 +387,7 @@ def test_compromised_front_can_not_send_values_that_grpc_callers_can_not(
 
 @pytest.mark.parametrize(
     "sent",
-    [(), (b"s",), (channel.PASSPHRASE,), (channel.PASSPHRASE + b"x" * 9000,), (b"[]",)],
+    [(), (b"s",), (messages.PASSPHRASE,), (messages.PASSPHRASE + b"x" * 9000,), (b"[]",)],
     ids=["nothing", "no passphrase", "an empty one", "one that is too long", "a message"],
 )
 def test_compromised_front_can_not_stall_a_job_with_its_passphrase_channel(
@@ -554,7 +554,7 @@ def test_front_that_reads_slowly_receives_all_replies(broker: Daemon, front: Fal
 
         waiting.until(is_full, "the broker does not listen any more")
         for _ in range(next(asked)):
-            front.await_message(messages.AccessReport)
+            front.await_message(results.Access)
         assert front.quiet()
     assert broker.await_one("convertd-front") == first
 

@@ -147,7 +147,7 @@ def test_local_conversion_inherits_the_default_acl(area: Path) -> None:
         readable=rules.roots,
         read_formats=values.FORMATS,
         overwrite=values.OverwriteScope.ANY,
-        limits=values.Limits(),
+        limits=values.DEFAULT_LIMITS,
     )
     alone = dataclasses.replace(SETUP, identity=None)
     with paths.open_target(grant) as target, file_dest.create(grant, target, alone) as dest:

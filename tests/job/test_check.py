@@ -325,19 +325,6 @@ class TestClones:
         assert copied_because(grant, reason) is None
         assert refused_at(asking(grant, reflink=values.Reflink.ALWAYS)) == sharing / "out"
 
-    @pytest.mark.parametrize("reflink", [values.Reflink.AUTO, values.Reflink.ALWAYS])
-    def test_disk_without_space_for_the_metadata_is_full(
-        self, mounts: Mounts, reflink: values.Reflink
-    ) -> None:
-        """The clone fails in the middle; a copy has no space either. Nothing is left."""
-        point = mounts.on_a_loop("xfs", "full")
-        in_pieces(point / "in", 25 * MIB)
-        fill(point, leave_bytes=64 * 1024)
-        failure = outcome_of(asking(grant_in(point), reflink=reflink), Steps.check)
-        assert failure is not None
-        assert failure.reason == "NO_SPACE"
-        assert sorted(os.listdir(point)) == ["fill", "in"]
-
     def test_image_larger_than_the_free_space_is_shared(self, sharing: Path) -> None:
         """It needs no space of its own. A copy is refused."""
         free = os.statvfs(sharing)
@@ -357,29 +344,6 @@ class TestClones:
         failure = outcome_of(copy, Steps.check)
         assert failure is not None
         assert failure.reason == "NO_SPACE"
-
-
-def in_pieces(path: Path, data_bytes: int) -> None:
-    """Write a file of data and as many holes, each of one block of 4 KiB, in turn."""
-    path.write_bytes(os.urandom(2 * data_bytes))
-    os.sync()
-    digging = ["fallocate", "--dig-holes", str(path)]
-    with path.open("r+b") as file:
-        for start in range(0, 2 * data_bytes, 8192):
-            os.pwrite(file.fileno(), bytes(4096), start)
-        os.fsync(file.fileno())
-    subprocess.run(digging, check=True)
-
-
-def fill(point: Path, *, leave_bytes: int) -> None:
-    """Take all the space of a file system but that."""
-    with (point / "fill").open("wb", buffering=0) as file:
-        for piece in (bytes(MIB), bytes(4096)):
-            with contextlib.suppress(OSError):
-                while file.write(piece):
-                    pass
-        os.truncate(file.fileno(), os.fstat(file.fileno()).st_size - leave_bytes)
-        os.fsync(file.fileno())
 
 
 def asking(grant: values.ConvertGrant, **changes: object) -> values.ConvertGrant:

@@ -56,7 +56,7 @@ def converted(
     pairs = (option.split("=") for option in options.split(",") if option)
     chosen = tuple(values.CreationOption(name=name, value=value) for name, value in pairs)
     request = dataclasses.replace(grants.to(request, options=chosen), **asked)  # type: ignore[arg-type]
-    limits = values.Limits(virtual_size_bytes=2**62)
+    limits = grants.limits(virtual_size_bytes=2**62)
     return whole_job.run(grants.Rules(roots=(grants.files(area),), limits=limits).convert(request))
 
 

@@ -174,7 +174,10 @@ class TestTruncatedImages:
         cut(source, size - SECTOR)
         failure = converted(source, image_format).failure
         assert failure is not None
-        assert f"its data goes on to byte {size}, it ends at {size - SECTOR}" in failure.message
+        assert (
+            f"its data reaches byte {size}, but the file ends at byte {size - SECTOR}"
+            in failure.message
+        )
 
     def test_image_with_a_truncated_table_is_refused(self, area: Path) -> None:
         """All that it leads to would read as zeroes, and `map` shows nothing of it."""
@@ -248,7 +251,7 @@ class TestLargeParallelsImages:
 
     def asked(self, source: Path) -> whole_job.Said:
         """Have all its checks done. To write 3 TiB, even of nothing, takes longer."""
-        limits = values.Limits(virtual_size_bytes=2**63 - 1)
+        limits = grants.limits(virtual_size_bytes=2**63 - 1)
         rules = grants.Rules(roots=(grants.files(source.parent),), limits=limits)
         request = grants.request(source, source.parent / "out", "parallels", "qcow2")
         return whole_job.run(rules.convert(dataclasses.replace(request, validate_only=True)))
@@ -265,7 +268,10 @@ class TestLargeParallelsImages:
         cut(large, size - SECTOR)
         failure = self.asked(large).failure
         assert failure is not None
-        assert f"its data goes on to byte {size}, it ends at {size - SECTOR}" in failure.message
+        assert (
+            f"its data reaches byte {size}, but the file ends at byte {size - SECTOR}"
+            in failure.message
+        )
 
     def test_smallest_parallels_image_that_crashes_qemu_img_map_is_converted(
         self, area: Path
@@ -291,7 +297,7 @@ class TestHostileImages:
     def test_check_of_a_hostile_image_ends_at_the_time_limit(self, area: Path) -> None:
         """Snapshots that nobody converts, each with tables to follow."""
         source = _with_snapshots(area / "in", 4000)
-        limits = values.Limits(duration_s=3.0)
+        limits = grants.limits(duration_seconds=3.0)
         rules = grants.Rules(roots=(grants.files(area),), limits=limits)
         said = whole_job.run(rules.convert(grants.request(source, area / "out", "qcow2")))
         assert said.reason == "DURATION_EXCEEDED"

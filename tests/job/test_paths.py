@@ -462,10 +462,10 @@ def test_unknown_file_type_has_a_name() -> None:
     [
         (values.RootAccess.DAEMON, "the daemon"),
         (values.RootAccess.CALLER, "uid 1234"),
-        (values.RootAccess.OWN, "uid 0"),
+        (None, "uid 0"),
     ],
 )
-def test_rights_in_force_are_described(access: values.RootAccess, expected: str) -> None:
+def test_rights_in_force_are_described(access: values.RootAccess | None, expected: str) -> None:
     """For a message."""
     assert credentials.describe_rights(grants.files("/images", access=access), CALLER) == expected
 

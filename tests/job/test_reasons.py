@@ -86,9 +86,7 @@ def test_feature_name_from_the_image_is_not_passed_on() -> None:
 
 def test_qemu_img_output_is_shown_to_local_callers_only() -> None:
     """To all others it would tell which files there are."""
-    own = values.Place(
-        root=values.Root(name="own", path="/", access=values.RootAccess.OWN), below="images/in"
-    )
+    own = values.Place(root=values.Root(name="own", path="/", access=None), below="images/in")
     root = grants.files("/images")
     other = values.Place(root=root, below="in")
     assert reasons.unknown("first\nqemu-img: strange", own) == "it said 'qemu-img: strange'"

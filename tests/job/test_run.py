@@ -457,7 +457,7 @@ class TestWholeRun:
     def test_job_over_its_time_limit_is_ended(self, area: Path) -> None:
         """By the policy's `duration`."""
         (area / "in").write_bytes(os.urandom(16 * MIB))
-        limits = values.Limits(duration_s=0.3)
+        limits = grants.limits(duration_seconds=0.3)
         rules = grants.Rules(roots=(grants.files(area),), limits=limits)
         slow = grants.slowly(grants.request(area / "in", area / "out"))
         assert whole_job.run(rules.convert(slow)).reason == "DURATION_EXCEEDED"

@@ -13,6 +13,7 @@ import whole_job
 from children import errno_of, in_child
 from descriptors import none_left_open
 
+from convertd_core import messages, validation
 from convertd_daemon import channel
 from convertd_daemon.job import secrets
 
@@ -46,7 +47,11 @@ class TestReceivingPassphrases:
             (b"", b"", secrets.Secrets()),
             (b"s", b"", secrets.Secrets(source=b"s")),
             (b"", b"d", secrets.Secrets(dest=b"d")),
-            (b"s", b"d" * secrets.MAX_BYTES, secrets.Secrets(source=b"s", dest=b"d" * 4096)),
+            (
+                b"s",
+                b"d" * validation.MAX_PASSPHRASE_BYTES,
+                secrets.Secrets(source=b"s", dest=b"d" * 4096),
+            ),
         ],
     )
     def test_source_and_destination_get_their_own_passphrase(
@@ -55,20 +60,22 @@ class TestReceivingPassphrases:
         """In the order of the request; any bytes are fine."""
         fronts, jobs = line
         for secret in filter(None, (source, dest)):
-            fronts.send_bytes(channel.PASSPHRASE + secret)
+            fronts.send_bytes(messages.PASSPHRASE + secret)
         assert secrets.take(jobs, source=bool(source), dest=bool(dest)) == expected
 
-    @pytest.mark.parametrize("data", [b"", b"x" * (secrets.MAX_BYTES + 1)], ids=["empty", "long"])
+    @pytest.mark.parametrize(
+        "data", [b"", b"x" * (validation.MAX_PASSPHRASE_BYTES + 1)], ids=["empty", "long"]
+    )
     def test_invalid_passphrase_is_refused_and_not_repeated(self, line: Pair, data: bytes) -> None:
         """With the field, and the bounds."""
-        line[0].send_bytes(channel.PASSPHRASE + data)
+        line[0].send_bytes(messages.PASSPHRASE + data)
         failure = refusals.refusal_of(lambda: secrets.take(line[1], source=False, dest=True))
         assert failure is not None
         assert failure.message == "dest.encryption.passphrase: must have 1 to 4096 bytes"
 
     @pytest.mark.parametrize(
         "data",
-        [b"s", b'["Ready",{}]', channel.PASSPHRASE + b"x" * 9000],
+        [b"s", b'["Ready",{}]', messages.PASSPHRASE + b"x" * 9000],
         ids=["short", "a-message", "long"],
     )
     def test_message_that_is_not_a_passphrase_is_refused(self, line: Pair, data: bytes) -> None:
@@ -81,7 +88,7 @@ class TestReceivingPassphrases:
         """To close it could take for ever."""
         fronts, jobs = channels.passing()
         with fronts, jobs:
-            fronts.send_bytes(channel.PASSPHRASE + b"s", 0)
+            fronts.send_bytes(messages.PASSPHRASE + b"s", 0)
             reason = refusals.reason_of(lambda: secrets.take(jobs, source=True, dest=False))
             assert reason == "BAD_MESSAGE"
 
@@ -111,10 +118,10 @@ class TestPassphrasePipes:
 
     def test_each_passphrase_is_on_a_new_pipe_that_is_read_once(self) -> None:
         """By the id of its `secret` object; nothing is offered where there is none."""
-        kept = secrets.Secrets(source=b"s" * secrets.MAX_BYTES)
+        kept = secrets.Secrets(source=b"s" * validation.MAX_PASSPHRASE_BYTES)
         with secrets.as_pipes(kept, WORKER) as pipes:
             assert list(pipes) == ["source"]
-            assert len(os.read(pipes["source"], 9999)) == secrets.MAX_BYTES
+            assert len(os.read(pipes["source"], 9999)) == validation.MAX_PASSPHRASE_BYTES
             assert os.read(pipes["source"], 9999) == b""
         with secrets.as_pipes(secrets.Secrets(), WORKER) as pipes:
             assert pipes == {}

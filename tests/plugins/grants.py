@@ -25,7 +25,7 @@ class Rules:
     peer: values.Peer = CALLER
     overwrite: values.OverwriteScope = values.OverwriteScope.OWN
     read_formats: Iterable[str] = values.FORMATS
-    limits: values.Limits = dataclasses.field(default_factory=values.Limits)
+    limits: values.Limits = dataclasses.field(default=values.DEFAULT_LIMITS)
 
     @property
     def policy(self) -> decide.Policy:
@@ -61,6 +61,11 @@ class Rules:
         place = self.policy.place(path)
         assert place is not None
         return place
+
+
+def limits(**changes: float) -> values.Limits:
+    """The default limits, but for these."""
+    return dataclasses.replace(values.DEFAULT_LIMITS, **changes)  # type: ignore[arg-type]
 
 
 def files(path: object, **changes: object) -> values.Root:

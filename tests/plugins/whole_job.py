@@ -10,9 +10,9 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from convertd_core import conditions, messages, results, values
-from convertd_daemon import channel
-from convertd_daemon.broker import loop, workers
+from convertd_daemon import channel, loop
 from convertd_daemon.front import secret_pipes
+from convertd_daemon.job import process
 from convertd_daemon.sandbox import seccomp
 from convertd_daemon.sandbox.identity import Identity
 from convertd_daemon.sandbox.setup import Setup
@@ -71,10 +71,10 @@ class Said:
 @contextlib.contextmanager
 def started(
     grant: values.ConvertGrant | values.InspectGrant, *passphrases: bytes
-) -> Iterator[tuple[workers.JobProcess, channel.Channel]]:
+) -> Iterator[tuple[process.JobProcess, channel.Channel]]:
     """Fork a job; gives it, and the front's end of its channel. Afterwards it is gone."""
     with secret_pipes.holding(list(passphrases)) as held:
-        spare = workers.PreforkedJob(loop.Loop(), setup(), lambda: False)
+        spare = process.PreforkedJob(loop.Loop(), setup(), lambda: False)
         job = spare.begin("job-1", grant)
         secret_pipes.hand_on(held, job.channel)
     try:

@@ -83,7 +83,7 @@ def test_api_page_has_an_example_for_each_call() -> None:
 def test_api_page_has_the_limits_of_the_server() -> None:
     """In units for people."""
     options = dict(server.OPTIONS)
-    limits = values.Limits()
+    limits = values.DEFAULT_LIMITS
     for words in (
         f"| a request | {options['grpc.max_receive_message_length'] // KIB} KiB |",
         f"| a reply | {options['grpc.max_send_message_length'] // KIB // KIB} MiB |",

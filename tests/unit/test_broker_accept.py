@@ -6,12 +6,14 @@ import logging
 import os
 import socket
 
+import grants
 import pytest
 from children import in_child
 from descriptors import none_left_open
 
 from convertd_core import values
-from convertd_daemon.broker import connections, loop
+from convertd_daemon import loop
+from convertd_daemon.broker import connections
 from convertd_daemon.sandbox import closer
 
 
@@ -34,7 +36,7 @@ def test_peer_credentials_come_from_the_kernel() -> None:
         os.setresuid(1234, 1234, 1234)
         ours, theirs = ends()
         with ours, theirs:
-            connection = none(values.Limits()).admit(ours)
+            connection = none(values.DEFAULT_LIMITS).admit(ours)
             assert connection is not None
             assert connection.pid == os.getpid()
             return connection.peer()
@@ -45,7 +47,7 @@ def test_peer_credentials_come_from_the_kernel() -> None:
 
 def test_connection_number_is_never_reused() -> None:
     """A front that speaks of a connection that ended speaks of nobody."""
-    table = none(values.Limits())
+    table = none(values.DEFAULT_LIMITS)
     numbers = []
     for _ in range(3):
         ours, theirs = ends()
@@ -65,8 +67,8 @@ def test_connection_number_is_never_reused() -> None:
 @pytest.mark.parametrize(
     "limits",
     [
-        pytest.param(values.Limits(connections=2), id="in-all"),
-        pytest.param(values.Limits(connections_per_user=2), id="of-a-user"),
+        pytest.param(grants.limits(connections=2), id="in-all"),
+        pytest.param(grants.limits(connections_per_user=2), id="of-a-user"),
     ],
 )
 def test_connection_over_the_limit_is_closed_and_logged(
@@ -90,7 +92,7 @@ def test_connection_over_the_limit_is_closed_and_logged(
 
 def test_who_comes_again_and_again_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
     """One line in a while says that somebody has too many connections."""
-    table = none(values.Limits(connections_per_user=0))
+    table = none(grants.limits(connections_per_user=0))
     with caplog.at_level(logging.WARNING):
         for _ in range(100):
             ours, theirs = ends()
@@ -102,7 +104,7 @@ def test_who_comes_again_and_again_does_not_fill_the_log(caplog: pytest.LogCaptu
 @pytest.mark.parametrize("half", [True, False], ids=["half", "all"])
 def test_one_whose_peer_has_gone_while_it_waited_is_closed(*, half: bool) -> None:
     """Nobody carries it, and nothing is logged of it."""
-    table = none(values.Limits())
+    table = none(values.DEFAULT_LIMITS)
     with none_left_open():
         ours, theirs = ends()
         with theirs:
@@ -117,7 +119,7 @@ def test_one_whose_peer_has_gone_while_it_waited_is_closed(*, half: bool) -> Non
 
 def test_connection_with_unknown_credentials_is_closed() -> None:
     """It is nobody's, and takes nobody's place."""
-    table = none(values.Limits())
+    table = none(values.DEFAULT_LIMITS)
     with none_left_open(), pytest.raises(OSError, match="not connected"):
         table.admit(socket.socket(socket.AF_UNIX))
     assert len(table) == 0

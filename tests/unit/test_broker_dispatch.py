@@ -11,20 +11,25 @@ from typing import get_args
 import grants
 import pytest
 
-from convertd_core import messages, values
-from convertd_daemon.broker import connections, dispatch, job_supervisor, jobs, loop, workers
+from convertd_core import messages, results, values
+from convertd_daemon import loop
+from convertd_daemon.broker import (
+    connections,
+    dispatch,
+    job_supervisor,
+    jobs,
+)
+from convertd_daemon.job import process
 from convertd_daemon.sandbox import closer
 from convertd_daemon.sandbox.setup import Setup
-from convertd_daemon.service import metrics, reporting
+from convertd_daemon.service import metrics, reporting, selftest
 
 RULES = grants.Rules(roots=(grants.files("/images"),))
-VERSIONS = messages.Versions(
-    daemon="1",
-    qemu_img="7.2",
-    kernel="6.1",
-    landlock_abi=2,
-    compressions=(),
-    formats=frozenset(),
+VERSIONS = results.Versions(daemon="1", qemu_img="7.2", kernel="6.1", landlock_abi=2)
+TESTED = selftest.SelfTest(
+    qemu_version="7.2",
+    formats=frozenset({"raw", "qcow2", "dmg"}),
+    compressions=(values.Compression.ZLIB,),
 )
 
 
@@ -48,17 +53,17 @@ class Asked:
     def __init__(self, ours: socket.socket) -> None:
         self.front = Front()
         a_loop = loop.Loop()
-        table = connections.Connections(values.Limits(), closer.Closer(a_loop.after))
+        table = connections.Connections(values.DEFAULT_LIMITS, closer.Closer(a_loop.after))
         connection = table.admit(ours)
         assert connection is not None
         self.number = connection.number
         now = metrics.Now(running=0, queued=0, connections=1)
         reporter = reporting.Reporter(a_loop.after, lambda: now)
         setup = Setup(path="/usr/bin/qemu-img", identity=None, seccomp=b"")
-        spare = workers.PreforkedJob(a_loop, setup, lambda: False)
-        self.jobs = jobs.Jobs(values.Limits())
+        spare = process.PreforkedJob(a_loop, setup, lambda: False)
+        self.jobs = jobs.Jobs(values.DEFAULT_LIMITS)
         supervisor = job_supervisor.JobSupervisor(a_loop, self.jobs, spare, self.front, reporter)
-        handlers = dispatch.Handlers(RULES.policy, VERSIONS, supervisor, reporter)
+        handlers = dispatch.Handlers(RULES.policy, VERSIONS, TESTED, supervisor, reporter)
         self.dispatcher = dispatch.Dispatcher(handlers, table, self.front, reporter)
 
     def answers(self, body: messages.RequestBody, number: int = 0) -> list[messages.ReplyBody]:
@@ -87,9 +92,11 @@ def test_each_request_has_a_row() -> None:
 def test_an_answer_is_whole(asked: Asked) -> None:
     """The last of it says so."""
     assert asked.answers(messages.ListJobs()) == [messages.ReplyComplete()]
-    report, complete = asked.answers(messages.GetAccess())
-    assert isinstance(report, messages.AccessReport)
-    assert report.uid == os.getuid()
+    access, complete = asked.answers(messages.GetAccess())
+    assert isinstance(access, results.Access)
+    assert access.uid == os.getuid()
+    assert access.source_formats == ("dmg", "qcow2", "raw")
+    assert access.dest_formats == ("qcow2", "raw")
     assert complete == messages.ReplyComplete()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import socket
 from collections.abc import Iterator
 
@@ -11,16 +12,17 @@ import pytest
 import refusals
 
 from convertd_core import messages, results, values
+from convertd_daemon import loop
 from convertd_daemon.broker import (
     connections,
+    job_list,
     jobs,
-    loop,
 )
 from convertd_daemon.sandbox import closer
 from convertd_daemon.service import audit
 
 RULES = grants.Rules(roots=(grants.files("/images"), grants.devices("/dev/vg")))
-LIMITS = values.Limits(jobs=1, queue=3, inspections=2)
+LIMITS = grants.limits(jobs=1, queue=3, inspections=2)
 
 
 @pytest.fixture
@@ -28,9 +30,9 @@ def connection() -> Iterator[connections.Connection]:
     """Somebody connected."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        admitted = connections.Connections(values.Limits(), closer.Closer(loop.Loop().after)).admit(
-            ours
-        )
+        admitted = connections.Connections(
+            values.DEFAULT_LIMITS, closer.Closer(loop.Loop().after)
+        ).admit(ours)
         assert admitted is not None
         yield admitted
 
@@ -152,21 +154,37 @@ def test_job_list_shows_the_request_without_secrets(
     """Paths and formats in the caller's own words."""
     job = add(table, 1, connection, to("/images/b", label="nightly"))
     job.position = 2
-    assert job.entry() == messages.JobEntry(
+    listed = job_list.entry_of(job)
+    assert listed == results.Job(
         job_id=job.job_id,
         uid=grants.CALLER.uid,
-        source="/images/a",
+        source_path="/images/a",
         source_format="raw",
-        dest="/images/b",
+        dest_path="/images/b",
         dest_format="raw",
-        label="nightly",
         state=results.JobState.QUEUED,
-        position=2,
-        queued=job.queued,
-        started=None,
+        label="nightly",
+        progress=listed.progress,
+        create_time=job.queued,
+        start_time=None,
     )
-    look = add(table, 2, connection, LOOK).entry()
-    assert (look.dest, look.dest_format, look.label) == ("", "", "")
+    assert listed.progress.phase is results.Phase.QUEUED
+    assert listed.progress.queue_position == 1
+    look = job_list.entry_of(add(table, 2, connection, LOOK))
+    assert (look.dest_path, look.dest_format, look.label) == ("", "", "")
+
+
+def test_job_list_shows_when_a_job_started(
+    table: jobs.Jobs, connection: connections.Connection
+) -> None:
+    """It is past the queue then, and the broker knows no more."""
+    job = add(table, 1, connection, to("/images/b"))
+    started = job.queued + datetime.timedelta(seconds=1)
+    job.state, job.started, job.position = jobs.State.RUNNING, started, 2
+    listed = job_list.entry_of(job)
+    assert (listed.create_time, listed.start_time) == (job.queued, started)
+    assert listed.progress.phase is results.Phase.PREPARING
+    assert listed.progress.queue_position == 0
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from children import in_child
 
-from convertd_daemon.broker import loop
+from convertd_daemon import loop
 
 Pipe = tuple[int, int]
 

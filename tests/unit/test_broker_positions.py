@@ -10,7 +10,8 @@ import grants
 import pytest
 
 from convertd_core import values
-from convertd_daemon.broker import connections, jobs, loop, queue
+from convertd_daemon import loop
+from convertd_daemon.broker import connections, jobs, queue
 from convertd_daemon.sandbox import closer
 from convertd_daemon.service import audit
 
@@ -22,7 +23,7 @@ class Waiting:
 
     def __init__(self, connection: connections.Connection) -> None:
         self.loop = loop.Loop()
-        self.jobs = jobs.Jobs(values.Limits(jobs=9, jobs_per_user=9, queue=100, queue_per_user=100))
+        self.jobs = jobs.Jobs(grants.limits(jobs=9, jobs_per_user=9, queue=100, queue_per_user=100))
         lanes = (self.jobs.conversions, self.jobs.inspections)
         self.positions = queue.Positions(self.loop, lanes, self._send)
         self.told_position: list[tuple[int, int]] = []
@@ -65,7 +66,7 @@ def waiting() -> Iterator[Waiting]:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         connection = connections.Connections(
-            values.Limits(), closer.Closer(loop.Loop().after)
+            values.DEFAULT_LIMITS, closer.Closer(loop.Loop().after)
         ).admit(ours)
         assert connection is not None
         yield Waiting(connection)

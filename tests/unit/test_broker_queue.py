@@ -31,9 +31,19 @@ class Item:
     uid: int
 
 
+def bounds(slots: int, slots_per_user: int, waiting: int, waiting_per_user: int) -> queue.Bounds:
+    """Those of a queue."""
+    return queue.Bounds(
+        slots=slots,
+        slots_per_user=slots_per_user,
+        waiting=waiting,
+        waiting_per_user=waiting_per_user,
+    )
+
+
 def lane(slots: int = WIDE, per_user: int = WIDE, waiting: int = WIDE) -> queue.JobQueue[Item]:
     """A lane with these bounds."""
-    return queue.JobQueue(slots=slots, slots_per_user=per_user, waiting=waiting, per_user=waiting)
+    return queue.JobQueue(bounds(slots, per_user, waiting, waiting))
 
 
 def joined(a_lane: queue.JobQueue[Item], *uids: int) -> list[Item]:
@@ -55,10 +65,7 @@ class Lane(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.queue: queue.JobQueue[Item] = queue.JobQueue(
-            slots=self.PLACES,
-            slots_per_user=self.PER_USER,
-            waiting=self.WAITING,
-            per_user=self.WAITING_PER_USER,
+            bounds(self.PLACES, self.PER_USER, self.WAITING, self.WAITING_PER_USER)
         )
         self.waiting: list[Item] = []
         self.running: list[Item] = []
@@ -176,7 +183,7 @@ def test_reloaded_limits_apply_to_queued_jobs() -> None:
     joined(a_lane, 1, 1, 2)
     assert a_lane.next() is not None
     assert a_lane.next() is None
-    a_lane.set_limits(slots=3, slots_per_user=3, waiting=2, per_user=2)
+    a_lane.bounds = bounds(3, 3, 2, 2)
     with pytest.raises(conditions.QueueFull, match="2 requests wait, 2 are allowed for the daemon"):
         a_lane.join(Item(2))
     assert a_lane.next() is not None
@@ -186,7 +193,7 @@ def test_reloaded_limits_apply_to_queued_jobs() -> None:
 
 def test_user_over_its_queue_limit_is_told_its_own_limit() -> None:
     """Not of how many others wait."""
-    a_lane: queue.JobQueue[Item] = queue.JobQueue(slots=1, slots_per_user=1, waiting=9, per_user=2)
+    a_lane: queue.JobQueue[Item] = queue.JobQueue(bounds(1, 1, 9, 2))
     joined(a_lane, 1, 2, 2)
     with pytest.raises(conditions.QueueFull, match="2 requests wait, 2 are allowed for uid 2"):
         a_lane.join(Item(2))

@@ -13,10 +13,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import grants
 import pytest
 from children import in_child
 
-from convertd_core import values
 from convertd_daemon.linux import landlock
 from convertd_daemon.sandbox.identity import Identity
 from convertd_daemon.service import preflight
@@ -277,14 +277,14 @@ class TestDescriptors:
 
     def test_connection_limit_within_the_descriptor_limit_is_accepted(self) -> None:
         """Into whatever this machine has."""
-        preflight.check_descriptors(values.Limits(connections=1))
+        preflight.check_descriptors(grants.limits(connections=1))
 
     def test_connection_limit_over_the_hard_descriptor_limit_is_refused(self) -> None:
         """With both numbers, and both ways out."""
 
         def act() -> str:
             resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512))
-            limits = values.Limits(connections=1024)
+            limits = grants.limits(connections=1024)
             return complaint_of(lambda: preflight.check_descriptors(limits))
 
         complaint = in_child(act)
@@ -297,4 +297,4 @@ class TestDescriptors:
         """Infinity is -1 to Python, and not compared as a number."""
         endless = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
         monkeypatch.setattr(resource, "getrlimit", lambda _: endless)
-        preflight.check_descriptors(values.Limits(connections=65536))
+        preflight.check_descriptors(grants.limits(connections=65536))

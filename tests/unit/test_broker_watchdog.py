@@ -13,7 +13,7 @@ import pytest
 from children import in_child
 
 from convertd_core import messages
-from convertd_daemon.broker import loop
+from convertd_daemon import loop
 from convertd_daemon.service import watchdog
 
 

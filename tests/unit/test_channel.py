@@ -143,11 +143,11 @@ def test_channel_pair_refuses_descriptors() -> None:
 def test_passphrase_message_arrives_unchanged(pair: Pair, secret: bytes) -> None:
     """An empty one is not the end."""
     here, there = pair
-    here.send_bytes(channel.PASSPHRASE + secret)
+    here.send_bytes(messages.PASSPHRASE + secret)
     assert there.receive_passphrase(4097) == secret
 
 
-@pytest.mark.parametrize("data", [channel.PASSPHRASE + b"x" * 4098, b"x", b'["Ready",{}]'])
+@pytest.mark.parametrize("data", [messages.PASSPHRASE + b"x" * 4098, b"x", b'["Ready",{}]'])
 def test_invalid_passphrase_message_is_refused_and_not_repeated(pair: Pair, data: bytes) -> None:
     """Whatever it is."""
     here, there = pair

@@ -233,7 +233,7 @@ BUILT = (
     *get_args(messages.ReplyBody),
     *(kind for kind in (*vars(values).values(), *vars(results).values()) if isinstance(kind, type)),
     datetime.datetime,
-    *(messages.Operation, messages.Versions, conditions.Failure),
+    *(messages.Operation, messages.HistogramBucket, conditions.Failure),
 )
 
 

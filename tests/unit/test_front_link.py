@@ -15,7 +15,7 @@ import refusals
 from descriptors import held as open_now
 from descriptors import none_left_open
 
-from convertd_core import conditions, messages, results, values
+from convertd_core import conditions, messages, results, validation, values
 from convertd_daemon import channel
 from convertd_daemon.front import (
     broker_link,
@@ -325,14 +325,14 @@ class TestJobChannels:
         """In their order, and nothing else is, nor to the broker."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
-            with secret_pipes.holding([b"one", b"x" * secret_pipes.MAX_BYTES]) as held:
+            with secret_pipes.holding([b"one", b"x" * validation.MAX_PASSPHRASE_BYTES]) as held:
                 with asking(a_link, *held) as call, broker.starts_a_job(call.number) as job:
                     while not call.job_id:
                         await turns()
-                    assert job.receive_passphrase(secret_pipes.MAX_BYTES) == b"one"
+                    assert job.receive_passphrase(validation.MAX_PASSPHRASE_BYTES) == b"one"
                     assert (
-                        job.receive_passphrase(secret_pipes.MAX_BYTES)
-                        == b"x" * secret_pipes.MAX_BYTES
+                        job.receive_passphrase(validation.MAX_PASSPHRASE_BYTES)
+                        == b"x" * validation.MAX_PASSPHRASE_BYTES
                     )
                     with pytest.raises(BlockingIOError):
                         job.receive(messages.Ready, wait=False)
@@ -509,16 +509,16 @@ class TestPassphrases:
         self, descriptors: Callable[[], int]
     ) -> None:
         """And nowhere else: the list is empty at once."""
-        secrets = [b"one", b"x" * secret_pipes.MAX_BYTES]
+        secrets = [b"one", b"x" * validation.MAX_PASSPHRASE_BYTES]
         with secret_pipes.holding(secrets) as held:
             assert secrets == []
             assert descriptors() == 2
             assert os.read(held[0], 9999) == b"one"
-            assert len(os.read(held[1], 9999)) == secret_pipes.MAX_BYTES
+            assert len(os.read(held[1], 9999)) == validation.MAX_PASSPHRASE_BYTES
             assert os.read(held[0], 1) == b""
 
     @pytest.mark.parametrize(
-        "wrong", [b"", b"x" * (secret_pipes.MAX_BYTES + 1)], ids=["empty", "long"]
+        "wrong", [b"", b"x" * (validation.MAX_PASSPHRASE_BYTES + 1)], ids=["empty", "long"]
     )
     def test_invalid_passphrase_of_a_call_is_refused_and_leaves_no_pipe(
         self, descriptors: Callable[[], int], wrong: bytes

@@ -295,6 +295,19 @@ RESULT = results.ConvertResult(
     shared_bytes=0,
     written_bytes=4096,
 )
+JOB = results.Job(
+    job_id="job-1",
+    uid=1234,
+    source_path="/in/a",
+    source_format="",
+    dest_path="/out/b",
+    dest_format="raw",
+    state=results.JobState.QUEUED,
+    label="nightly",
+    progress=results.Progress(phase=results.Phase.QUEUED, queue_position=2),
+    create_time=None,
+    start_time=None,
+)
 REPLIES = {
     pb.ConvertProgress: results.Progress,
     pb.ConvertResult: results.ConvertResult,
@@ -302,6 +315,8 @@ REPLIES = {
     pb.Job: results.Job,
     pb.GetAccessResponse: results.Access,
     pb.Plan: results.Plan,
+    pb.ConversionStats: messages.ConversionStats,
+    pb.RefusalStats: messages.RefusalStats,
 }
 # What every number of the contract holds.
 st.register_type_strategy(int, st.integers(0, 2**31 - 1))
@@ -341,88 +356,29 @@ class TestReplies:
     @pytest.mark.parametrize("state", list(results.JobState)[1:])
     def test_job_reply_has_its_state_and_times(self, state: results.JobState) -> None:
         """With its times, the start only if it has started."""
-        entry = messages.JobEntry(
-            job_id="job-1",
-            uid=1234,
-            source="/in/a",
-            dest="/out/b",
-            source_format="",
-            dest_format="raw",
-            label="nightly",
-            state=state,
-            position=1,
-            queued=1_000_000_000.25,
-            started=None,
-        )
-        progress = pb.ConvertProgress(job_id="job-1", percent=3.0)
-        listed = translate.job(entry, progress)
+        when = datetime.datetime(2026, 11, 29, 1, 2, 3, 250_000, datetime.UTC)
+        waiting = dataclasses.replace(JOB, state=state, create_time=when)
+        listed = translate.job(waiting, None)
         assert pb.JobState.Name(listed.state) == f"JOB_STATE_{state.name}"
-        assert (listed.job_id, listed.uid, listed.label) == ("job-1", 1234, "nightly")
-        assert (listed.source_path, listed.dest_path) == ("/in/a", "/out/b")
-        assert (listed.source_format, listed.dest_format) == ("", "raw")
-        assert listed.progress == progress
-        when = datetime.datetime.fromtimestamp(1_000_000_000.25, datetime.UTC)
         assert listed.create_time.ToDatetime(datetime.UTC) == when
         assert not listed.HasField("start_time")
-        began = translate.job(dataclasses.replace(entry, started=1_000_000_001.0), None)
-        assert began.start_time.ToSeconds() == 1_000_000_001
-        assert not began.HasField("progress")
-        queued = pb.ConvertProgress(phase=pb.PHASE_QUEUED, queue_position=7)
-        moved_up = translate.job(dataclasses.replace(entry, position=3), queued)
-        assert moved_up.progress.queue_position == 2
+        began = translate.job(dataclasses.replace(waiting, start_time=when), None)
+        assert began.start_time.ToDatetime(datetime.UTC) == when
 
-    def test_access_reply_has_the_caller_its_grants_and_the_limits(self) -> None:
-        """By rule; and what this daemon could do, whatever the policy."""
-        devices = values.Root(
-            name="volumes",
-            path="/dev/vg",
-            kind=values.RootKind.BLOCK,
-            access=values.RootAccess.CALLER,
-            allow_is_zero=True,
-        )
-        files = values.Root(name="images", path="/images", access=values.RootAccess.DAEMON)
-        rule = values.RuleRights(
-            rule="grants[0]",
-            roots=(
-                values.RootRights(root=files, may_read=True, may_write=False),
-                values.RootRights(root=devices, may_read=False, may_write=True),
-            ),
-            read_formats=frozenset({"raw", "qcow2"}),
-            write_formats=frozenset({"raw"}),
-            overwrite=values.OverwriteScope.ANY,
-        )
-        report = messages.AccessReport(
-            uid=1234,
-            gid=1235,
-            groups=frozenset({20, 3}),
-            rights=values.AccessRights(is_operator=True, rules=(rule,)),
-            limits=values.Limits(jobs=7, stall_s=1.5),
-            versions=messages.Versions(
-                daemon="1",
-                qemu_img="7.2",
-                kernel="6.1",
-                landlock_abi=2,
-                compressions=("zlib",),
-                formats=frozenset({"raw", "qcow2", "dmg", "nbd"}),
-            ),
-        )
-        response = translate.access(report)
-        assert (response.uid, response.gid, list(response.groups)) == (1234, 1235, [3, 20])
-        assert response.is_operator
-        (grant,) = response.grants
-        assert (list(grant.read_formats), list(grant.write_formats)) == (["qcow2", "raw"], ["raw"])
-        assert grant.overwrite == pb.OVERWRITE_SCOPE_ANY
-        first, second = grant.roots
-        assert (first.name, first.path, first.kind) == ("images", "/images", pb.ROOT_KIND_FILE)
-        assert (first.may_read, first.may_write) == (True, False)
-        assert first.access == pb.ROOT_ACCESS_DAEMON
-        assert (second.kind, second.access) == (pb.ROOT_KIND_BLOCK, pb.ROOT_ACCESS_CALLER)
-        assert second.allow_is_zero
-        assert (response.limits.jobs, response.limits.stall_seconds) == (7, 1.5)
-        assert response.versions.landlock_abi == 2
-        assert list(response.source_formats) == ["dmg", "qcow2", "raw"]
-        assert list(response.dest_formats) == ["qcow2", "raw"]
-        assert list(response.compressions) == [pb.COMPRESSION_ZLIB]
+    def test_job_reply_has_the_progress_that_its_caller_has_seen(self) -> None:
+        """The broker knows only whether a job waits, and where."""
+        seen = pb.ConvertProgress(job_id="job-1", phase=pb.PHASE_CONVERTING, percent=3.0)
+        assert translate.job(JOB, seen).progress == seen
+
+    @pytest.mark.parametrize(
+        "seen", [None, pb.ConvertProgress(phase=pb.PHASE_QUEUED, queue_position=7)]
+    )
+    def test_job_reply_has_the_present_position_in_the_queue(
+        self, seen: pb.ConvertProgress | None
+    ) -> None:
+        """Whatever its caller was told last, if anything."""
+        listed = translate.job(JOB, seen)
+        assert (listed.progress.phase, listed.progress.queue_position) == (pb.PHASE_QUEUED, 2)
 
 
 def test_each_request_field_is_read() -> None:

@@ -21,7 +21,10 @@ GIB = 1024 * MIB
 
 FILES = grants.files("/images")
 DEVICES = grants.devices("/dev/vg", allow_is_zero=True)
-RULES = grants.Rules(roots=(FILES, DEVICES), limits=values.Limits(virtual_size_bytes=2 * GIB))
+RULES = grants.Rules(
+    roots=(FILES, DEVICES),
+    limits=grants.limits(virtual_size_bytes=2 * GIB),
+)
 
 MODES = (
     values.CacheMode.AUTO,

@@ -330,7 +330,7 @@ class TestInfoErrors:
     def test_qemu_img_info_ended_by_a_signal_is_a_refusal(self) -> None:
         """Ended by a signal: its limits, or an image that broke it."""
         failure = refused("", "", status=-9)
-        assert failure.message.endswith("qemu-img did not survive reading it")
+        assert failure.message.endswith("qemu-img crashed while reading it")
 
 
 class TestFormatDetection:

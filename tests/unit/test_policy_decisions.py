@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
+import grants
 import pytest
 import refusals
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convertd_core import conditions, values
+from convertd_core import conditions, results, values
 from convertd_daemon.policy import decide
 
 ROOTS = {
@@ -39,11 +40,11 @@ some_rules = st.builds(
     write=some_roots,
     read_formats=some_formats,
     write_formats=some_formats,
-    overwrite=st.sampled_from(values.OverwriteScope),
+    overwrite=st.sampled_from([values.OverwriteScope.OWN, values.OverwriteScope.ANY]),
 )
 some_policies = st.builds(
     decide.Policy,
-    limits=st.just(values.Limits()),
+    limits=st.just(values.DEFAULT_LIMITS),
     operators=some_subjects,
     roots=st.permutations(list(ROOTS.values())).map(tuple),
     rules=st.lists(some_rules, max_size=4).map(tuple),
@@ -87,7 +88,7 @@ def rule(**changes: object) -> decide.Rule:
 def policy_of(*rules: decide.Rule) -> decide.Policy:
     """A policy of these rules, with all the roots."""
     return decide.Policy(
-        limits=values.Limits(jobs=3),
+        limits=grants.limits(jobs=3),
         operators=decide.Subjects(uids=frozenset({7}), gids=frozenset({70})),
         roots=tuple(ROOTS.values()),
         rules=rules,
@@ -440,19 +441,28 @@ def test_access_lists_only_the_rules_of_the_caller() -> None:
     """What GetAccess tells."""
     own = rule(read=(ROOTS["/a"],), write=(ROOTS["/d"], ROOTS["/a"]))
     others = rule(name="grants[1]", subjects=decide.Subjects(uids=frozenset({2})))
-    rights = decide.access_of(policy_of(own, others), PEER)
-    assert rights == values.AccessRights(
-        is_operator=False,
-        rules=(
-            values.RuleRights(
-                rule="grants[0]",
-                roots=(
-                    values.RootRights(root=ROOTS["/a"], may_read=True, may_write=True),
-                    values.RootRights(root=ROOTS["/d"], may_read=False, may_write=True),
-                ),
-                read_formats=frozenset({"raw", "qcow2"}),
-                write_formats=frozenset({"raw", "qcow2"}),
-                overwrite=values.OverwriteScope.OWN,
+    assert decide.grants_of(policy_of(own, others), PEER) == (
+        results.Grant(
+            rule="grants[0]",
+            roots=(
+                granted("/a", may_read=True, may_write=True),
+                granted("/d", may_read=False, may_write=True),
             ),
+            read_formats=("qcow2", "raw"),
+            write_formats=("qcow2", "raw"),
+            overwrite=values.OverwriteScope.OWN,
         ),
+    )
+
+
+def granted(path: str, *, may_read: bool, may_write: bool) -> results.GrantedRoot:
+    """A root of ours as GetAccess shows it."""
+    return results.GrantedRoot(
+        name=ROOTS[path].name,
+        path=path,
+        kind=values.RootKind.FILE,
+        access=values.RootAccess.DAEMON,
+        may_read=may_read,
+        may_write=may_write,
+        allow_is_zero=False,
     )

@@ -44,7 +44,7 @@ memory = "1.5 GiB"
 stall = "11 s"
 duration = "12 h"
 inspect = "13 s"
-stop_grace = "0.5 min"
+stop_grace = "0.6 min"
 
 [service]
 metrics = "/run/convertd.prom"
@@ -110,12 +110,13 @@ def test_each_policy_key_takes_effect() -> None:
         connections_per_user=8,
         virtual_size_bytes=9 * 1024**3,
         memory_bytes=3 * 1024**3 // 2,
-        stall_s=11.0,
-        duration_s=12 * 3600.0,
-        inspect_s=13.0,
-        stop_grace_s=30.0,
+        stall_seconds=11.0,
+        duration_seconds=12 * 3600.0,
+        inspect_seconds=13.0,
     )
-    assert bound.service == values.Service(metrics="/run/convertd.prom", idle_exit_s=14.0)
+    assert bound.service == values.Service(
+        metrics="/run/convertd.prom", idle_exit_s=14.0, stop_grace_s=36.0
+    )
     assert (bound.operators.uids, bound.operators.gids) == (frozenset({0, 5}), frozenset({10, 6}))
     assert images == values.Root(
         name="images",
@@ -160,7 +161,7 @@ def test_each_policy_key_takes_effect() -> None:
 def test_missing_policy_key_has_its_default() -> None:
     """An empty policy is one: it grants nobody anything."""
     empty = bind.bind(document.parse(""), IDS)
-    assert (empty.limits, empty.rules, empty.roots) == (values.Limits(), (), ())
+    assert (empty.limits, empty.rules, empty.roots) == (values.DEFAULT_LIMITS, (), ())
     assert empty.service == values.Service()
     assert empty.qemu_img == "/usr/bin/qemu-img"
     assert empty.operators.uids == empty.operators.gids == frozenset()
@@ -367,8 +368,8 @@ def test_root_access_is_daemon_or_caller() -> None:
         ('write_formats = ["dmg"]', "write_formats[0]", "is not a format that convertd writes"),
         ("formats = []", "formats", "must name a format"),
         ("read_formats = []", "read_formats", "must name a format"),
-        ('formats = ["raw"]\nread_formats = ["raw"]', "formats", "does not go with"),
-        ('formats = ["raw"]\nwrite_formats = ["raw"]', "formats", "does not go with"),
+        ('formats = ["raw"]\nread_formats = ["raw"]', "formats", "can't be combined with"),
+        ('formats = ["raw"]\nwrite_formats = ["raw"]', "formats", "can't be combined with"),
         ('overwrite = "all"', "overwrite", "'all' is not one of the values"),
     ],
 )

@@ -278,11 +278,11 @@ def cancel(ctx: click.Context, job_id: str) -> None:
 def access(ctx: click.Context) -> None:
     """Show who you are for the daemon, and what you may do."""
     with _client() as client:
-        told = client.access()
+        answer = client.access()
     if ctx.meta.get("json"):
-        json_output.line(told)
+        json_output.line(answer)
     else:
-        render.access(told)
+        render.access(answer)
 
 
 @convertctl.command()

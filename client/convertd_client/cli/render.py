@@ -119,26 +119,26 @@ def _state(job: results.Job) -> str:
     return str(job.state)
 
 
-def access(told: results.Access) -> None:
+def access(answer: results.Access) -> None:
     """Print the caller's identity and grants."""
-    operator = ", an operator: you see and cancel everyone's jobs" if told.is_operator else ""
-    groups = " ".join(str(group) for group in told.groups)
-    click.echo(f"you are {_user(told.uid)} (uid {told.uid}, gid {told.gid}){operator}")
-    versions = told.versions
-    limits = told.limits
+    operator = ", an operator: you see and cancel everyone's jobs" if answer.is_operator else ""
+    groups = " ".join(str(group) for group in answer.groups)
+    click.echo(f"you are {_user(answer.uid)} (uid {answer.uid}, gid {answer.gid}){operator}")
+    versions = answer.versions
+    limits = answer.limits
     _facts(
         [
             ("groups", groups or "none"),
             ("daemon", f"convertd {versions.daemon}, qemu-img {versions.qemu_img}"),
             ("kernel", f"{versions.kernel}, Landlock {versions.landlock_abi}"),
-            ("compression", ", ".join(told.compressions) or "none"),
+            ("compression", ", ".join(answer.compressions) or "none"),
             ("jobs at once", f"{limits.jobs}, {limits.jobs_per_user} of one user"),
             ("virtual size", f"at most {text.size(limits.virtual_size_bytes)}"),
         ]
     )
-    if not told.grants:
+    if not answer.grants:
         click.echo("you may convert nothing: no grant of the policy names you")
-    for grant in told.grants:
+    for grant in answer.grants:
         _grant(grant)
 
 

@@ -9,6 +9,8 @@ from typing import Final, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from convertd_core import validation
+
 Value = TypeVar("Value")
 
 PATH: Final = click.Path(readable=False)
@@ -17,7 +19,6 @@ PATH: Final = click.Path(readable=False)
 FORMATS: Final = ("raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx", "qed", "parallels", "luks", "dmg")
 """For completion only: the daemon decides which formats there are."""
 
-MAX_SECRET_BYTES: Final = 4096
 
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b?)(?:/s)?", re.IGNORECASE | re.ASCII)
 _TIME: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|d)?", re.IGNORECASE | re.ASCII)
@@ -69,11 +70,11 @@ def read_secret(path: str) -> bytes:
     """
     try:
         with open(path, "rb") as file:
-            secret = file.read(MAX_SECRET_BYTES + 1)
+            secret = file.read(validation.MAX_PASSPHRASE_BYTES + 1)
     except OSError as error:
         raise ValueError(f"{path!r}: {error.strerror}") from error
-    if not 1 <= len(secret) <= MAX_SECRET_BYTES:
-        raise ValueError(f"{path!r} has not 1 to {MAX_SECRET_BYTES} bytes")
+    if not 1 <= len(secret) <= validation.MAX_PASSPHRASE_BYTES:
+        raise ValueError(f"{path!r} has not 1 to {validation.MAX_PASSPHRASE_BYTES} bytes")
     return secret
 
 

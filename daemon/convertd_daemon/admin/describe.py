@@ -20,7 +20,7 @@ def of(loaded: load.Loaded) -> Iterator[str]:
     grants = zip(loaded.document.grants, loaded.policy.rules, strict=True)
     yield from _section("Grants", (_grant(table, rule, loaded.ids) for table, rule in grants))
     yield from _section("Operators", [_operators(loaded.document.operators, loaded.ids)])
-    yield from _section("Limits, at most", ([line] for line in _limits(loaded.policy.limits)))
+    yield from _section("Limits, at most", ([line] for line in _limits(loaded.policy)))
     yield from _section("Service", [list(_service(loaded.policy.service))])
     yield from _section("Program", [[loaded.policy.qemu_img]])
 
@@ -40,7 +40,7 @@ def _section(title: str, entries: Iterable[list[str]]) -> Iterator[str]:
 
 
 def _root(root: values.Root) -> list[str]:
-    what = {values.RootKind.FILES: "image files", values.RootKind.BLOCK: "block devices"}
+    what = {values.RootKind.FILE: "image files", values.RootKind.BLOCK: "block devices"}
     lines = [f"{root.name}: {what[root.kind]} in {root.path}"]
     if root.access is values.RootAccess.CALLER:
         lines.append("The daemon opens them with the caller's rights.")
@@ -113,16 +113,17 @@ def _account(kind: bind.Kind, account: value_types.Account, ids: bind.Ids) -> st
     return f"{kind} {account} ({known})"
 
 
-def _limits(limits: values.Limits) -> Iterator[str]:
+def _limits(policy: decide.Policy) -> Iterator[str]:
+    limits = policy.limits
     yield f"{limits.jobs} conversions at once, {limits.jobs_per_user} of one user"
     yield f"{limits.queue} conversions that wait, {limits.queue_per_user} of one user"
     yield f"{limits.inspections} inspections at once, {limits.inspections_per_user} of one user"
-    yield f"{_time(limits.inspect_s)} for an inspection"
+    yield f"{_time(limits.inspect_seconds)} for an inspection"
     yield f"{limits.connections} connections, {limits.connections_per_user} of one user"
     yield f"{_size(limits.virtual_size_bytes)} of virtual size"
     yield f"{_size(limits.memory_bytes)} of memory for qemu-img"
-    yield f"{_time(limits.stall_s)} without progress, {_time(limits.duration_s)} in all"
-    yield f"{_time(limits.stop_grace_s)} for running jobs when the daemon is stopped"
+    yield f"{_time(limits.stall_seconds)} without progress, {_time(limits.duration_seconds)} in all"
+    yield f"{_time(policy.service.stop_grace_s)} for running jobs when the daemon is stopped"
 
 
 def _listed(texts: Iterable[str]) -> str:

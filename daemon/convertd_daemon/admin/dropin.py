@@ -68,7 +68,7 @@ def needs_of(policy: Policy) -> Needs:
 
 
 def _files(roots: Iterable[values.Root]) -> set[str]:
-    return {root.path for root in roots if root.kind is values.RootKind.FILES}
+    return {root.path for root in roots if root.kind is values.RootKind.FILE}
 
 
 def classes_in(directory: str) -> frozenset[str]:

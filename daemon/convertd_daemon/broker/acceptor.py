@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from convertd_core import messages
-from convertd_daemon.broker import loop
+from convertd_daemon import loop
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Callable
 
     from convertd_daemon import channel
     from convertd_daemon.broker.connections import Connection, Connections
@@ -27,33 +28,30 @@ ENDED_AT_ONCE: Final = 16
 OUT_OF_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
-class Events(Protocol):
-    """Who is told of those who come and go."""
-
-    def on_accept(self) -> None:
-        """One was taken from the backlog, whoever it is."""
-
-    def on_disconnect(self, connection: Connection) -> None:
-        """One is gone. No message names it any more."""
-
-
 class Acceptor:
     """Takes those who wait in the listening socket's backlog, and hands them to the front."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts that it joins
         self,
         a_loop: loop.Loop,
         listening: socket.socket,
         table: Connections,
         front: channel.Sender,
-        events: Events,
+        *,
+        on_accept: Callable[[], None],
+        on_disconnect: Callable[[Connection], None],
     ) -> None:
-        """Leave those who connect in the backlog, until `start`."""
+        """Leave those who connect in the backlog, until `start`.
+
+        `on_accept` is called when one was taken from the backlog, whoever it is; `on_disconnect`
+        when one is gone, and no message names it any more.
+        """
         self._loop = a_loop
         self._listening = listening
         self._connections = table
         self._front = front
-        self._events = events
+        self._on_accept = on_accept
+        self._on_disconnect = on_disconnect
         self._is_started = False
 
     def start(self) -> None:
@@ -96,7 +94,7 @@ class Acceptor:
                     log.warning("can't accept error=%s", error)
                     self._pause_for(1.0)
                 return  # else the peer was gone before we came. Source: accept(2)
-            self._events.on_accept()
+            self._on_accept()
             if self._admit(sock):
                 return
 
@@ -128,7 +126,7 @@ class Acceptor:
         """A peer is gone, or the front has let go of it."""
         self._loop.forget(connection.sock.fileno())
         self._connections.drop(connection)
-        self._events.on_disconnect(connection)
+        self._on_disconnect(connection)
 
     def on_released(self, number: int) -> None:
         """The front has let go of a connection: it is over, if it was not yet."""

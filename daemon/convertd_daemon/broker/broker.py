@@ -6,13 +6,15 @@ dispatch.py.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from convertd_core import messages
+from convertd_core import messages, results
+from convertd_daemon import loop
 from convertd_daemon.broker import (
     acceptor,
     connections,
@@ -20,9 +22,8 @@ from convertd_daemon.broker import (
     front_supervisor,
     job_supervisor,
     jobs,
-    loop,
-    workers,
 )
+from convertd_daemon.job import process
 from convertd_daemon.linux import children
 from convertd_daemon.sandbox import closer, front_process
 from convertd_daemon.service import idle_exit, metrics, notify, reporting, watchdog
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from convertd_daemon.policy.decide import Policy
     from convertd_daemon.sandbox.identity import Identity
     from convertd_daemon.sandbox.setup import Setup
+    from convertd_daemon.service import selftest
     from convertd_daemon.service.listen import Listener
 
 log = logging.getLogger(__name__)
@@ -48,7 +50,8 @@ class Config:
     private: str
     front_user: Identity
     setup: Setup
-    versions: messages.Versions
+    versions: results.Versions
+    tested: selftest.SelfTest
     reload: Callable[[], Policy | str]
     """Gives the new policy, or why the old one stays."""
 
@@ -68,8 +71,8 @@ class Broker:
         self._connections = connections.Connections(rules.limits, self._closer)
         self._connections.prober = os.getpid()
         self._jobs = jobs.Jobs(rules.limits)
-        self._spare = workers.PreforkedJob(
-            self._loop, config.setup, lambda: self._jobs.has_free_slot
+        self._spare = process.PreforkedJob(
+            self._loop, config.setup, lambda: self._jobs.conversions.has_free_slot
         )
         self._reporter = reporting.Reporter(self._loop.after, self._now)
         self._front = front_supervisor.FrontSupervisor(
@@ -81,15 +84,22 @@ class Broker:
         self._supervisor = job_supervisor.JobSupervisor(
             self._loop, self._jobs, self._spare, self._front, self._reporter
         )
-        self._acceptor = acceptor.Acceptor(
-            self._loop, config.listener.sock, self._connections, self._front, self
+        self._handlers = dispatch.Handlers(
+            rules, config.versions, config.tested, self._supervisor, self._reporter
         )
-        self._handlers = dispatch.Handlers(rules, config.versions, self._supervisor, self._reporter)
         self._dispatcher = dispatch.Dispatcher(
             self._handlers, self._connections, self._front, self._reporter
         )
         self._watchdog = watchdog.Watchdog(
             self._loop, config.listener.sock, self._front.send, lambda: self._is_stopping
+        )
+        self._acceptor = acceptor.Acceptor(
+            self._loop,
+            config.listener.sock,
+            self._connections,
+            self._front,
+            on_accept=self._watchdog.on_accept,
+            on_disconnect=self._supervisor.on_disconnect,
         )
         self._idle = idle_exit.Idle(self._loop, self._exit_idle)
 
@@ -153,14 +163,6 @@ class Broker:
         self.failed = why
         self._loop.stop()
 
-    def on_accept(self) -> None:
-        """There is room in the backlog, for a probe that found none."""
-        self._watchdog.on_accept()
-
-    def on_disconnect(self, connection: connections.Connection) -> None:
-        """What was asked over it is called off."""
-        self._supervisor.on_disconnect(connection)
-
     def _reap(self) -> None:
         """Take the exit status of whatever has ended: jobs, the front, orphans of either."""
         for pid, status in children.reaped():
@@ -187,7 +189,8 @@ class Broker:
         self._reporter.update_status()
         self._watch_idle()
         self._spare.schedule_fork(len(self._jobs))
-        log.info("serving %s", self._config.versions)
+        versions = dataclasses.astuple(self._config.versions)
+        log.info("serving version=%s qemu_img=%s landlock=%d kernel=%s", *versions)
 
     def _reload(self) -> None:
         """Take a new policy, or keep the one in force. Running jobs keep theirs."""
@@ -205,9 +208,9 @@ class Broker:
 
     def _now(self) -> metrics.Now:
         """What is going on."""
-        lane = self._jobs.conversions
+        waiting = self._jobs.conversions
         return metrics.Now(
-            running=lane.running, queued=len(lane), connections=len(self._connections)
+            running=waiting.running, queued=len(waiting), connections=len(self._connections)
         )
 
     def _watch_idle(self) -> None:
@@ -232,7 +235,7 @@ class Broker:
             return
         self._is_stopping = self._handlers.is_stopping = self._reporter.stopping = True
         self._front.keep_no_other()
-        grace_s = self._rules.limits.stop_grace_s
+        grace_s = self._rules.service.stop_grace_s
         ending_s = 2 * job_supervisor.ENDING_S + front_supervisor.STOP_S + STOP_MARGIN_S
         notify.stopping(grace_s + ending_s)
         self._reporter.update_status()

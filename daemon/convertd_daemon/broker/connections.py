@@ -124,33 +124,33 @@ class Connections:
             scm_rights.inline_oob(sock)
             # It may have been connected before the listening socket had that.
             scm_rights.refuse(sock)
-            told = peercred.peer_credentials(sock)
+            peer = peercred.peer_credentials(sock)
         except OSError:
             self._closer.close(sock)
             raise
         if _is_over(sock):
             self._closer.close(sock)
             return None
-        total, own = len(self) + len(self._leaving), self._per_user[told.uid]
+        total, own = len(self) + len(self._leaving), self._per_user[peer.uid]
         # Our own probe: a daemon with many callers is not a dead one.
-        is_probe = told.pid == self.prober
+        is_probe = peer.pid == self.prober
         full = total >= self.limits.connections or own >= self.limits.connections_per_user
         if full and not is_probe:
-            self._warn(told.uid, own, total)
+            self._warn(peer.uid, own, total)
             self._closer.close(sock)
             return None
-        comm, unit = proc_pid.name_and_unit(told.pid, told.uid, told.gid)
-        who = audit.Caller(uid=told.uid, gid=told.gid, pid=told.pid, comm=comm, unit=unit)
+        comm, unit = proc_pid.name_and_unit(peer.pid, peer.uid, peer.gid)
+        who = audit.Caller(uid=peer.uid, gid=peer.gid, pid=peer.pid, comm=comm, unit=unit)
         connection = Connection(
             number=next(self._numbers),
             sock=sock,
-            uid=told.uid,
-            gid=told.gid,
-            pid=told.pid,
+            uid=peer.uid,
+            gid=peer.gid,
+            pid=peer.pid,
             caller=who,
         )
         self._by_number[connection.number] = connection
-        self._per_user[told.uid] += 1
+        self._per_user[peer.uid] += 1
         return connection
 
     def drop(self, connection: Connection) -> None:

@@ -6,15 +6,16 @@ answered with the rights of who is at its other end, and with no others.
 
 from __future__ import annotations
 
+import datetime
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
-from convertd_core import conditions, messages, values
-from convertd_daemon.broker import front_supervisor, jobs
+from convertd_core import conditions, messages, results, values
+from convertd_daemon.broker import front_supervisor, job_list
 from convertd_daemon.linux import peercred
 from convertd_daemon.policy import decide
-from convertd_daemon.service import audit, metrics
+from convertd_daemon.service import audit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from convertd_daemon.broker.job_supervisor import JobSupervisor
     from convertd_daemon.policy.decide import Policy
     from convertd_daemon.service.reporting import Reporter
+    from convertd_daemon.service.selftest import SelfTest
 
     Replies = Iterable[messages.ReplyBody]
 
@@ -58,13 +60,15 @@ class Handlers:
     def __init__(
         self,
         rules: Policy,
-        versions: messages.Versions,
+        versions: results.Versions,
+        tested: SelfTest,
         supervisor: JobSupervisor,
         reporter: Reporter,
     ) -> None:
         self.rules = rules
         self.is_stopping = False
         self._versions = versions
+        self._tested = tested
         self._supervisor = supervisor
         self._reporter = reporter
 
@@ -101,9 +105,8 @@ class Handlers:
         """
         everybody = decide.is_operator(self.rules, asking.peer)
         seen = (job for job in self._supervisor.jobs if everybody or job.uid == asking.peer.uid)
-        page, following = jobs.page_of(seen, request.page_size, request.page_token)
-        for job in page:
-            yield job.entry()
+        page, following = job_list.page_of(seen, request.page_size, request.page_token)
+        yield from page
         yield messages.ReplyComplete(next_page_token=following)
 
     def cancel_job(self, asking: Asking, request: messages.CancelJob) -> Replies:
@@ -117,7 +120,7 @@ class Handlers:
         if job is None or not (own or decide.is_operator(self.rules, asking.peer)):
             raise conditions.JobNotFound(job_id=request.job_id[:64])
         log.info("cancelled job=%s by uid=%d", job.job_id, asking.peer.uid)
-        entry = job.entry()
+        entry = job_list.entry_of(job)
         self._supervisor.end(
             job, conditions.CancelledByCaller() if own else conditions.CancelledByOperator()
         )
@@ -133,13 +136,17 @@ class Handlers:
         if peercred.group_count(asking.connection.sock) > MOST_GROUPS_TOLD:
             raise front_supervisor.TOO_LONG
         peer = asking.connection.peer()
-        yield messages.AccessReport(
+        yield results.Access(
             uid=peer.uid,
             gid=peer.gid,
-            groups=peer.groups,
-            rights=decide.access_of(self.rules, peer),
+            groups=tuple(sorted(peer.groups)),
+            is_operator=decide.is_operator(self.rules, peer),
+            grants=decide.grants_of(self.rules, peer),
             limits=self.rules.limits,
             versions=self._versions,
+            source_formats=tuple(sorted(self._tested.formats)),
+            dest_formats=tuple(sorted(self._tested.formats & values.WRITABLE_FORMATS)),
+            compressions=self._tested.compressions,
         )
         yield messages.ReplyComplete()
 
@@ -154,12 +161,11 @@ class Handlers:
                 uid=asking.peer.uid, action="read the daemon's counters"
             )
         now, counters = self._reporter.now(), self._reporter.counters
-        yield messages.StatsReport(
-            started=counters.start_time,
-            running=now.running,
-            queued=now.queued,
+        yield messages.Stats(
+            start_time=datetime.datetime.fromtimestamp(counters.start_time, datetime.UTC),
+            jobs_running=now.running,
+            jobs_queued=now.queued,
             connections=now.connections,
-            bounds=metrics.BOUNDS_S,
         )
         yield from counters.messages()
         yield messages.ReplyComplete()

@@ -1,7 +1,7 @@
-"""The front's process, as the broker sees it: something to start, to feed, and not to trust.
+"""Keep a front running, and exchange messages with it.
 
-A front that ends is replaced, one that takes no messages is killed first, and when one after the
-other ends before it serves, the daemon gives up.
+A front that ends is replaced. One that reads no messages is killed first. If several end before one
+has served, the daemon gives up.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import socket
 from typing import TYPE_CHECKING, Final, Protocol
 
 from convertd_core import codec, conditions, messages
-from convertd_daemon import channel
-from convertd_daemon.broker import loop
+from convertd_daemon import channel, loop
 from convertd_daemon.linux import getrandom, scm_rights
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ systemd's watchdog would replace all of us, jobs included."""
 STOP_S: Final = 5.0
 
 TOO_LONG: Final = conditions.Unsupported(
-    what="so long an answer", why="it does not fit into a message"
+    what="a reply of this length", why="it does not fit into a message"
 )
 
 
@@ -64,10 +63,7 @@ class Events(Protocol):
 
 
 class FrontProcess:
-    """The running front: its process, our end of its channel, and what could not yet be sent.
-
-    Owns the channel and every descriptor it is asked to send.
-    """
+    """The running front: its process, our end of its channel, and what could not yet be sent."""
 
     def __init__(self, started: Started, on_not_passed: Callable[[object], None]) -> None:
         """Take over a started front. See channel.SendQueue."""
@@ -105,7 +101,7 @@ class FrontSupervisor:
 
     @property
     def is_behind(self) -> bool:
-        """Whether there is no front that takes a message at once."""
+        """Whether a message would not be sent at once."""
         return self._front is None or self._front.outbound.has_pending
 
     def watch(self, started: Started) -> None:
@@ -158,9 +154,7 @@ class FrontSupervisor:
         except channel.TooLong as error:
             # A caller in 65,536 groups, a policy of a megabyte: its call ends, and nothing else.
             log.warning("an answer does not fit into a message: %s", error)
-            if isinstance(message, messages.Reply):
-                refused = messages.Refused(failure=TOO_LONG.failure())
-                self.send(messages.Reply(call=message.call, body=refused))
+            self._refuse(message, TOO_LONG)
         if front.outbound.has_pending and self._timer is None:
             # The front itself never waits to send. What waits for it stays within what the jobs
             # there are, and the watchdog, can make.
@@ -171,9 +165,13 @@ class FrontSupervisor:
     def _on_not_passed(self, message: object) -> None:
         """A connection, whose peer is gone for us now; or a job's channel, and so the job ends."""
         log.warning("the kernel passes no descriptor to the front: too many are on their way")
+        self._refuse(message, conditions.InternalError(error_id=getrandom.hex_name(6)))
+
+    def _refuse(self, message: object, why: conditions.ConvertError) -> None:
+        """End the call for which a message was, if it was for one."""
         if isinstance(message, messages.Reply):
-            failure = conditions.InternalError(error_id=getrandom.hex_name(6)).failure()
-            self.send(messages.Reply(call=message.call, body=messages.Refused(failure=failure)))
+            refused = messages.Refused(failure=why.failure())
+            self.send(messages.Reply(call=message.call, body=refused))
 
     def _schedule_read_check(self, front: FrontProcess) -> None:
         sent = front.outbound.sent
@@ -228,7 +226,7 @@ class FrontSupervisor:
     def _disconnect(self, front: FrontProcess) -> None:
         """Its end is closed, or half of it: an honest front ends now. Another never answers."""
         if self._is_ending:
-            return  # we closed it ourselves, and the front has time to say the last words
+            return  # we closed it ourselves, and the front has time to end
         self._loop.forget(front.channel.fileno())
         self._events.on_front_disconnected()
         front.kill()
@@ -250,7 +248,7 @@ class FrontSupervisor:
             return True
         self._lost += 1
         if self._lost > RESTARTS:
-            why = "the front ended again and again; the journal has its last words"
+            why = "the front ended repeatedly; see its last messages in the journal"
             self._events.on_front_failed(why)
             return True
         log.error("the front ended; starting another")

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from convertd_core import values
     from convertd_daemon import channel
     from convertd_daemon.broker.connections import Connection
-    from convertd_daemon.broker.loop import Loop
-    from convertd_daemon.broker.workers import PreforkedJob
+    from convertd_daemon.job.process import PreforkedJob
+    from convertd_daemon.loop import Loop
     from convertd_daemon.service import audit
     from convertd_daemon.service.reporting import Reporter
 
@@ -44,8 +44,8 @@ class JobSupervisor:
         self._front = front
         self._reporter = reporter
         self._is_draining = False
-        lanes = (table.conversions, table.inspections)
-        self._positions = queue.Positions(loop, lanes, self._send_position)
+        queues = (table.conversions, table.inspections)
+        self._positions = queue.Positions(loop, queues, self._send_position)
 
     # --- before ------------------------------------------------------------------------------
 
@@ -79,8 +79,8 @@ class JobSupervisor:
 
     def advance(self) -> None:
         """Start whatever has a place, and tell the others where they stand."""
-        for lane in (self.jobs.conversions, self.jobs.inspections):
-            while not self._is_draining and (job := lane.next()) is not None:
+        for waiting in (self.jobs.conversions, self.jobs.inspections):
+            while not self._is_draining and (job := waiting.next()) is not None:
                 self._start(job)
         self.notify_positions()
         self._reporter.update_status()
@@ -110,7 +110,7 @@ class JobSupervisor:
         descriptor = job_channel.sock.detach()
         self._reply(job, messages.Started(job_id=job.job_id), descriptor)
         self._spare.schedule_fork(len(self.jobs))
-        duration_s = job.grant.limits.duration_s
+        duration_s = job.grant.limits.duration_seconds
         overdue = conditions.DurationExceeded(duration_s=duration_s)
         # The job minds its time itself; this is for one that can't, being stuck in the kernel.
         job.timer = self._loop.after(duration_s + ENDING_S, lambda: self.end(job, overdue))
@@ -216,11 +216,11 @@ class JobSupervisor:
     def _on_job_exit(self, job: jobs.Job, status: int) -> None:
         """A job's own process is gone: its call ends. Its place is taken while anything is left."""
         failure = job.ending or _failure_without_outcome(job, status)
-        account = job.account()
-        cut = account is not None and not job.ending and not account.done and not account.reason
+        outcome = job.outcome()
+        cut = outcome is not None and not job.ending and not outcome.done and not outcome.reason
         # The front closed the job's channel before it told us why: its caller was gone.
         on_record = conditions.CancelledByCaller().failure() if cut else failure
-        self._reporter.report(job.record(account, on_record))
+        self._reporter.report(job.record(outcome, on_record))
         self._front.send(messages.Ended(job_id=job.job_id, failure=failure))
         job.pid = 0
         if job.left:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import enum
 import os
-import re
 import signal
 import time
 from dataclasses import dataclass, field
@@ -13,29 +13,24 @@ from typing import TYPE_CHECKING, Final
 
 from convertd_core import codec, conditions, messages, results, values
 from convertd_daemon import channel
-from convertd_daemon.broker import loop, queue, workers
+from convertd_daemon.broker import queue
 from convertd_daemon.linux import getrandom
 from convertd_daemon.service import audit
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
+    from convertd_daemon import loop
     from convertd_daemon.broker.connections import Connection
+    from convertd_daemon.job.process import PreforkedJob
 
 NO_CALL: Final = 0
 """The call of a job whose front is gone: a front's calls begin with 1."""
 
-ENTRY_BYTES: Final = 128
-"""About what an entry of the job list has beside its caller's own texts."""
 
-PAGE_JOBS: Final = 1000
-"""On a page, if the caller asks for none in particular, or for more."""
-
-PAGE_BYTES: Final = 64 * 1024
-"""Of a page's texts, as the caller wrote them: an answer that nobody takes must cost little. It
-always has one job."""
-
-PAGE_TOKEN: Final = re.compile(r"[0-9a-f]{1,16}")
+def now() -> datetime.datetime:
+    """The time by the system clock."""
+    return datetime.datetime.now(datetime.UTC)
 
 
 class State(enum.Enum):
@@ -62,12 +57,12 @@ class Job:
     grant: values.ConvertGrant | values.InspectGrant
     queue: queue.JobQueue[Job]
     order: int = 0
-    queued: float = field(default_factory=time.time)
+    queued: datetime.datetime = field(default_factory=now)
     state: State = State.WAITING
     position: int = 0
     told_position: int = 0
     pid: int = 0
-    started: float | None = None
+    started: datetime.datetime | None = None
     finished: bool = False
     ending: conditions.Failure | None = None
     timer: loop.Timer | None = None
@@ -96,7 +91,7 @@ class Job:
             return self.grant.dest.path
         return ""
 
-    def start(self, spare: workers.PreforkedJob) -> channel.Channel:
+    def start(self, spare: PreforkedJob) -> channel.Channel:
         """Start the job's process, and give the end of its channel that is for the front.
 
         Raises:
@@ -104,31 +99,31 @@ class Job:
         """
         grant = dataclasses.replace(self.grant, peer=self.connection.peer())
         worker = spare.begin(self.job_id, grant)
-        self.pid, self._pipe = worker.pid, worker.account
-        self.state, self.started = State.RUNNING, time.time()
+        self.pid, self._pipe = worker.pid, worker.outcome_pipe
+        self.state, self.started = State.RUNNING, now()
         return worker.channel
 
     def record(
-        self, account: messages.JobOutcome | None, failure: conditions.Failure
+        self, outcome: messages.JobOutcome | None, failure: conditions.Failure
     ) -> audit.Record:
-        """The audit record of its end: by its own account, or as the broker saw it."""
-        said = account or audit.UNKNOWN
-        cut = not said.done and not said.reason
-        now = time.time()
-        begun = now if self.started is None else self.started
+        """The audit record of its end: as it reported it, or as the broker saw it."""
+        found = outcome or audit.UNKNOWN
+        cut = not found.done and not found.reason
+        ended = now()
+        begun = self.started or ended
         return audit.Record(
             asked=dataclasses.replace(self.asked, job_id=self.job_id),
-            outcome=audit.Outcome.DONE if said.done else audit.Outcome.FAILED,
-            reason=failure.reason if cut else said.reason,
-            detail=failure.message if cut else said.detail,
+            outcome=audit.Outcome.DONE if found.done else audit.Outcome.FAILED,
+            reason=failure.reason if cut else found.reason,
+            detail=failure.message if cut else found.detail,
             rule=self.grant.rule,
-            account=said,
-            queued_s=begun - self.queued,
-            seconds=None if self.started is None else now - begun,
+            found=found,
+            queued_s=(begun - self.queued).total_seconds(),
+            seconds=(ended - begun).total_seconds() if self.started else None,
         )
 
-    def account(self) -> messages.JobOutcome | None:
-        """What the process, which has ended, said of its end; None if it could not say it."""
+    def outcome(self) -> messages.JobOutcome | None:
+        """What the process, which has ended, reported of its end; None if it reported nothing."""
         os.set_blocking(self._pipe, False)
         try:
             return codec.decode(os.read(self._pipe, channel.MAX_MESSAGE_BYTES), messages.JobOutcome)
@@ -150,33 +145,9 @@ class Job:
         """Its processes that are our children."""
         return frozenset(self.left or ({self.pid} if self.pid else ()))
 
-    @property
-    def text_bytes(self) -> int:
-        """About how much of a list it takes."""
-        entry = self.entry()
-        return len(f"{entry.source}{entry.dest}{entry.label}".encode()) + ENTRY_BYTES
-
-    def entry(self) -> messages.JobEntry:
-        """The job as ListJobs tells of it."""
-        request = self.grant.request
-        dest = request.dest if isinstance(request, values.ConvertRequest) else None
-        return messages.JobEntry(
-            job_id=self.job_id,
-            uid=self.uid,
-            source=request.source.path,
-            source_format=request.source.format,
-            dest=dest.path if dest else "",
-            dest_format=dest.format if dest else "",
-            label=request.label if isinstance(request, values.ConvertRequest) else "",
-            state=self.state.value,
-            position=self.position,
-            queued=self.queued,
-            started=self.started,
-        )
-
 
 class Jobs:
-    """All jobs, and the two lanes in which they wait.
+    """All jobs, and the two queues in which they wait.
 
     Conversions queue in one; whatever is only a look (Inspect, validate_only) goes by the other,
     and so never waits behind a conversion.
@@ -184,15 +155,15 @@ class Jobs:
 
     def __init__(self, limits: values.Limits) -> None:
         """Begin with none."""
-        self.conversions: queue.JobQueue[Job] = queue.JobQueue(**_conversion_bounds(limits))
-        self.inspections: queue.JobQueue[Job] = queue.JobQueue(**_look_bounds(limits))
+        self.conversions: queue.JobQueue[Job] = queue.JobQueue(queue.conversion_bounds(limits))
+        self.inspections: queue.JobQueue[Job] = queue.JobQueue(queue.inspection_bounds(limits))
         self._by_id: dict[str, Job] = {}
         self._last_order = 0
 
     def set_limits(self, limits: values.Limits) -> None:
         """Take the bounds of a policy that was reloaded."""
-        self.conversions.set_limits(**_conversion_bounds(limits))
-        self.inspections.set_limits(**_look_bounds(limits))
+        self.conversions.bounds = queue.conversion_bounds(limits)
+        self.inspections.bounds = queue.inspection_bounds(limits)
 
     def __iter__(self) -> Iterator[Job]:
         return iter(tuple(self._by_id.values()))
@@ -215,8 +186,8 @@ class Jobs:
                 or publishing it. Between users the kernel alone answers (linkat(2), O_EXCL of a
                 device): a name in a queue proves no right to it, and is nobody else's to know.
         """
-        is_look = isinstance(grant, values.InspectGrant) or grant.request.validate_only
-        lane = self.inspections if is_look else self.conversions
+        is_inspection = isinstance(grant, values.InspectGrant) or grant.request.validate_only
+        its_queue = self.inspections if is_inspection else self.conversions
         job = Job(
             job_id=getrandom.hex_name(6),
             call=call,
@@ -225,13 +196,13 @@ class Jobs:
             grant=dataclasses.replace(
                 grant, peer=dataclasses.replace(grant.peer, groups=frozenset())
             ),
-            queue=lane,
+            queue=its_queue,
         )
         if job.writes and any(
             other.writes == job.writes and other.uid == job.uid for other in self
         ):
             raise conditions.DestBusy(path=job.writes)
-        lane.join(job)
+        its_queue.join(job)
         # Of the clock, not counted: a token of the job list tells nobody how many others came.
         job.order = self._last_order = max(time.monotonic_ns(), self._last_order + 1)
         self._by_id[job.job_id] = job
@@ -265,51 +236,3 @@ class Jobs:
     def by_connection(self, connection: int) -> list[Job]:
         """The jobs that were asked for over a connection."""
         return [job for job in self if job.connection.number == connection]
-
-    @property
-    def has_free_slot(self) -> bool:
-        """Whether a conversion could begin at once."""
-        return self.conversions.running < self.conversions.slots
-
-
-def page_of(jobs: Iterable[Job], size: int, token: str) -> tuple[list[Job], str]:
-    """Give the jobs, oldest first, that come after the page that gave the token.
-
-    Returns:
-        The page, and the token for the next; empty if there is none.
-
-    Raises:
-        conditions.BadOption: a size or a token that can't be meant.
-    """
-    if size < 0:
-        raise conditions.BadOption(field="page_size", problem="must not be negative")
-    if token and not PAGE_TOKEN.fullmatch(token):
-        raise conditions.BadOption(field="page_token", problem="is none that ListJobs gave")
-    after, room = int(token or "0", 16), PAGE_BYTES
-    page: list[Job] = []
-    for job in jobs:
-        if job.order <= after:
-            continue
-        room -= job.text_bytes
-        if page and (room < 0 or len(page) == min(size or PAGE_JOBS, PAGE_JOBS)):
-            return page, f"{page[-1].order:x}"
-        page.append(job)
-    return page, ""
-
-
-def _conversion_bounds(limits: values.Limits) -> dict[str, int]:
-    return {
-        "slots": limits.jobs,
-        "slots_per_user": limits.jobs_per_user,
-        "waiting": limits.queue,
-        "per_user": limits.queue_per_user,
-    }
-
-
-def _look_bounds(limits: values.Limits) -> dict[str, int]:
-    return {
-        "slots": limits.inspections,
-        "slots_per_user": limits.inspections_per_user,
-        "waiting": limits.queue,
-        "per_user": limits.queue_per_user,
-    }

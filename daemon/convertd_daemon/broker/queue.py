@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter, deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
 
 from convertd_core import conditions
@@ -12,7 +13,8 @@ from convertd_core import conditions
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from convertd_daemon.broker.loop import Loop, Timer
+    from convertd_core import values
+    from convertd_daemon.loop import Loop, Timer
 
 AGAIN_S: Final = 0.2
 """How long nobody is told anew after somebody was. Each start moves everybody up, and each message
@@ -40,34 +42,59 @@ P = TypeVar("P", bound=Positioned)
 THE_DAEMON: Final = "the daemon"
 
 
-class JobQueue(Generic[T]):
-    """A number of places, and the queue before them.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """How many may run, and how many may wait, in all and of one user."""
 
-    A user's turn comes once a round, whatever he has queued; within a user it is first come, first
-    served. A user who has all the places that one user may have is passed over, and keeps his turn.
+    slots: int
+    slots_per_user: int
+    waiting: int
+    waiting_per_user: int
+
+
+def _bounds(slots: int, slots_per_user: int, limits: values.Limits) -> Bounds:
+    return Bounds(
+        slots=slots,
+        slots_per_user=slots_per_user,
+        waiting=limits.queue,
+        waiting_per_user=limits.queue_per_user,
+    )
+
+
+def conversion_bounds(limits: values.Limits) -> Bounds:
+    """Of the queue of conversions."""
+    return _bounds(limits.jobs, limits.jobs_per_user, limits)
+
+
+def inspection_bounds(limits: values.Limits) -> Bounds:
+    """Of the queue of inspections."""
+    return _bounds(limits.inspections, limits.inspections_per_user, limits)
+
+
+class JobQueue(Generic[T]):
+    """A number of slots, and the queue before them. `bounds` may change at any time.
+
+    A user's turn comes once a round, whatever is queued; within a user it is first come, first
+    served. A user who has all the slots that one user may have is passed over, and keeps the turn.
     """
 
-    def __init__(self, *, slots: int, slots_per_user: int, waiting: int, per_user: int) -> None:
-        self.set_limits(
-            slots=slots, slots_per_user=slots_per_user, waiting=waiting, per_user=per_user
-        )
+    def __init__(self, bounds: Bounds) -> None:
+        self.bounds = bounds
         self._queues: dict[int, deque[T]] = {}
         self._running: Counter[int] = Counter()
-
-    def set_limits(self, *, slots: int, slots_per_user: int, waiting: int, per_user: int) -> None:
-        """Set the bounds, at the start and when the policy is reloaded."""
-        self.slots = slots
-        self.slots_per_user = slots_per_user
-        self.waiting_limit = waiting
-        self.waiting_per_user = per_user
 
     def __len__(self) -> int:
         return sum(len(queue) for queue in self._queues.values())
 
     @property
     def running(self) -> int:
-        """How many places are taken."""
+        """How many slots are taken."""
         return self._running.total()
+
+    @property
+    def has_free_slot(self) -> bool:
+        """Whether another user's item could begin at once."""
+        return self.running < self.bounds.slots
 
     def join(self, item: T) -> None:
         """Put an item at the end of its user's queue.
@@ -75,13 +102,11 @@ class JobQueue(Generic[T]):
         Raises:
             conditions.QueueFull: too many wait already, of this user or in all.
         """
-        own = self._queues.get(item.uid, ())
-        if len(own) >= self.waiting_per_user:
-            raise conditions.QueueFull(
-                waiting=len(own), limit=self.waiting_per_user, whom=f"uid {item.uid}"
-            )
-        if len(self) >= self.waiting_limit:
-            raise conditions.QueueFull(waiting=len(self), limit=self.waiting_limit, whom=THE_DAEMON)
+        own = len(self._queues.get(item.uid, ()))
+        if own >= (limit := self.bounds.waiting_per_user):
+            raise conditions.QueueFull(waiting=own, limit=limit, whom=f"uid {item.uid}")
+        if len(self) >= (limit := self.bounds.waiting):
+            raise conditions.QueueFull(waiting=len(self), limit=limit, whom=THE_DAEMON)
         self._queues.setdefault(item.uid, deque()).append(item)
 
     def leave(self, item: T) -> bool:
@@ -95,11 +120,11 @@ class JobQueue(Generic[T]):
         return True
 
     def next(self) -> T | None:
-        """Give the item whose turn it is a place, if one is free for it."""
-        if self.running >= self.slots:
+        """Give the item whose turn it is a slot, if one is free for it."""
+        if not self.has_free_slot:
             return None
         for uid, queue in self._queues.items():
-            if self._running[uid] < self.slots_per_user:
+            if self._running[uid] < self.bounds.slots_per_user:
                 item = queue.popleft()
                 # The user goes to the end of the round.
                 del self._queues[uid]
@@ -110,13 +135,13 @@ class JobQueue(Generic[T]):
         return None
 
     def done(self, item: T) -> None:
-        """Free the place of an item that `next` gave."""
+        """Free the slot of an item that `next` gave."""
         self._running[item.uid] -= 1
         if not self._running[item.uid]:
             del self._running[item.uid]
 
     def in_order(self) -> Iterator[T]:
-        """All that wait, in the order in which they would be served if all places were free."""
+        """All that wait, in the order in which they would be served if all slots were free."""
         for turn in itertools.zip_longest(*self._queues.values()):
             yield from (item for item in turn if item is not None)
 

@@ -170,5 +170,7 @@ async def _only_request(context: Context) -> Any:  # noqa: ANN401
     """
     request = await context.read()
     if request is grpc.aio.EOF:
-        await error_status.abort(context, conditions.BadMessage(problem="there is none").failure())
+        await error_status.abort(
+            context, conditions.BadMessage(problem="the call has none").failure()
+        )
     return request

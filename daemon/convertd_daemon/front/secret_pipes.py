@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from convertd_core import conditions
-from convertd_daemon import channel
+from convertd_core import messages, validation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-MAX_BYTES: Final = 4096
+    from convertd_daemon import channel
 
 
 @contextlib.contextmanager
@@ -42,16 +41,16 @@ def hand_on(held: tuple[int, ...], job_channel: channel.Channel) -> None:
     """
     for reader in held:
         # There is room: nothing was sent on it before.
-        job_channel.send_bytes(channel.PASSPHRASE + os.read(reader, MAX_BYTES), wait=False)
+        job_channel.send_bytes(
+            messages.PASSPHRASE + os.read(reader, validation.MAX_PASSPHRASE_BYTES), wait=False
+        )
 
 
 def _pipe_with(secret: bytes) -> int:
-    if not 1 <= len(secret) <= MAX_BYTES:
-        problem = f"must have 1 to {MAX_BYTES} bytes"
-        raise conditions.BadOption(field="encryption.passphrase", problem=problem)
+    validation.check_passphrase("encryption.passphrase", secret)
     reader, writer = os.pipe()
     try:
-        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, MAX_BYTES)
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, validation.MAX_PASSPHRASE_BYTES)
         os.write(writer, secret)
     finally:
         os.close(writer)

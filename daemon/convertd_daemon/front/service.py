@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, cast
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
 from convertd.v1 import convert_pb2 as pb
-from convertd_core import conditions, messages, results
+from convertd_core import conditions, messages, proto_mapping, results
 from convertd_daemon import channel
 from convertd_daemon.front import (
     broker_link,
@@ -134,46 +134,45 @@ class ConvertService:
     async def inspect(self, request: pb.InspectRequest, connection: int) -> pb.InspectResponse:
         """Inspect: one look at an image."""
         with self.broker.call(connection, translate.inspect_request(request)) as call:
-            while not isinstance(said := await _next(call), messages.Inspected):
+            while not isinstance(message := await _next(call), messages.Inspected):
                 pass
             call.over = True
-            return translate.inspected(said.image)
+            return _message_of(message.image, pb.InspectResponse())
 
     async def list_jobs(self, request: pb.ListJobsRequest, connection: int) -> pb.ListJobsResponse:
         """ListJobs: a page of the caller's own, or of all to an operator."""
         asked = messages.ListJobs(page_size=request.page_size, page_token=request.page_token)
-        *entries, complete = await self._ask(connection, asked)
+        *jobs, complete = await self._ask(connection, asked)
         return pb.ListJobsResponse(
-            jobs=map(self._job, entries), next_page_token=complete.next_page_token
+            jobs=map(self._job, jobs), next_page_token=complete.next_page_token
         )
 
     async def cancel_job(
         self, request: pb.CancelJobRequest, connection: int
     ) -> pb.CancelJobResponse:
         """CancelJob: one's own, or anybody's by an operator."""
-        entry, _ = await self._ask(connection, messages.CancelJob(job_id=request.job_id))
-        return pb.CancelJobResponse(job=self._job(entry))
+        job, _ = await self._ask(connection, messages.CancelJob(job_id=request.job_id))
+        return pb.CancelJobResponse(job=self._job(job))
 
-    def _job(self, entry: messages.JobEntry) -> pb.Job:
-        return translate.job(entry, self.progress.get(entry.job_id))
+    def _job(self, job: results.Job) -> pb.Job:
+        return translate.job(job, self.progress.get(job.job_id))
 
     async def get_access(
         self, _request: pb.GetAccessRequest, connection: int
     ) -> pb.GetAccessResponse:
         """GetAccess: who the caller is, and what it may do."""
-        report, _ = await self._ask(connection, messages.GetAccess())
-        return translate.access(report)
+        access, _ = await self._ask(connection, messages.GetAccess())
+        return _message_of(access, pb.GetAccessResponse())
 
     async def get_stats(self, _request: pb.GetStatsRequest, connection: int) -> pb.GetStatsResponse:
         """GetStats: the counters, for operators."""
         report, *counts, _ = await self._ask(connection, messages.GetStats())
-        stats = translate.stats(report)
+        stats = _message_of(report, pb.GetStatsResponse())
         for counted in counts:
-            match counted:
-                case messages.ConversionStats():
-                    stats.conversions.append(translate.conversion_stats(counted, report.bounds))
-                case messages.RefusalStats(reason=reason, count=count):
-                    stats.refusals.add(reason=reason, count=count)
+            if isinstance(counted, messages.ConversionStats):
+                _message_of(counted, stats.conversions.add())
+            else:
+                _message_of(counted, stats.refusals.add())
         return stats
 
     async def _ask(self, connection: int, body: messages.RequestBody) -> list[Any]:
@@ -233,16 +232,16 @@ class ConversionEvents:
     def _queued_s(self) -> float:
         return (self.begun or time.monotonic()) - self.arrived
 
-    def _progressed(self, told: results.Progress) -> pb.ConvertResponse:
+    def _progressed(self, reported: results.Progress) -> pb.ConvertResponse:
         total = self.planned.virtual_size_bytes if self.planned else 0
         progress = dataclasses.replace(
-            told,
+            reported,
             job_id=self.job_id,
-            bytes_done=int(total * told.percent / 100),
+            bytes_done=int(total * reported.percent / 100),
             bytes_total=total,
             elapsed_seconds=time.monotonic() - self.arrived,
         )
-        self.progress = translate.progress(progress)
+        self.progress = _message_of(progress, pb.ConvertProgress())
         return pb.ConvertResponse(progress=self.progress)
 
 
@@ -315,6 +314,11 @@ def _parsed(request: Q | UnparsableRequest) -> Q:
     if isinstance(request, UnparsableRequest):
         raise conditions.BadMessage(problem="it is not the protobuf message of this call")
     return request
+
+
+def _message_of(value: object, message: R) -> R:
+    """The message, filled from a value. See proto_mapping."""
+    return cast("R", proto_mapping.to_message(value, message))
 
 
 def _serialize(message: Message) -> bytes:

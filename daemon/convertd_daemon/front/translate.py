@@ -6,29 +6,13 @@ Nothing is judged here but whether a message says something that has a value on 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from convertd.v1 import convert_pb2 as pb
-from convertd_core import conditions, creation_options, messages, proto_mapping, results, values
+from convertd_core import conditions, creation_options, proto_mapping, results, values
 
 if TYPE_CHECKING:
     from google.protobuf.descriptor import FieldDescriptor
-
-KINDS: Final = {
-    values.RootKind.FILES: pb.ROOT_KIND_FILE,
-    values.RootKind.BLOCK: pb.ROOT_KIND_BLOCK,
-}
-ACCESSES: Final = {
-    values.RootAccess.DAEMON: pb.ROOT_ACCESS_DAEMON,
-    values.RootAccess.CALLER: pb.ROOT_ACCESS_CALLER,
-}
-OVERWRITES: Final = {
-    values.OverwriteScope.OWN: pb.OVERWRITE_SCOPE_OWN,
-    values.OverwriteScope.ANY: pb.OVERWRITE_SCOPE_ANY,
-}
-
 
 # --- requests ----------------------------------------------------------------------------------
 
@@ -111,12 +95,6 @@ def started(job_id: str, plan: results.Plan) -> pb.ConvertResponse:
     return pb.ConvertResponse(started=pb.ConvertStarted(job_id=job_id, plan=message))
 
 
-def progress(value: results.Progress) -> pb.ConvertProgress:
-    """How far a conversion is."""
-    message: pb.ConvertProgress = proto_mapping.to_message(value, pb.ConvertProgress())
-    return message
-
-
 def result(job_id: str, value: results.ConvertResult, queued_s: float) -> pb.ConvertResponse:
     """The last event of a conversion that succeeded. A job knows nothing of the queue."""
     value = dataclasses.replace(
@@ -128,124 +106,10 @@ def result(job_id: str, value: results.ConvertResult, queued_s: float) -> pb.Con
     return pb.ConvertResponse(result=proto_mapping.to_message(value, pb.ConvertResult()))
 
 
-def inspected(image: results.ImageInfo) -> pb.InspectResponse:
-    """What an image is."""
-    message: pb.InspectResponse = proto_mapping.to_message(image, pb.InspectResponse())
-    return message
-
-
-def job(entry: messages.JobEntry, progress: pb.ConvertProgress | None) -> pb.Job:
-    """One line of the list of jobs."""
-    message = pb.Job(
-        job_id=entry.job_id,
-        uid=entry.uid,
-        source_path=entry.source,
-        source_format=entry.source_format,
-        dest_path=entry.dest,
-        dest_format=entry.dest_format,
-        state=proto_mapping.number_of(entry.state, pb.JobState.DESCRIPTOR),
-        label=entry.label,
-        progress=progress,
-    )
-    if message.progress.phase == pb.PHASE_QUEUED:
-        # Its caller may not have been told yet that it moved up.
-        message.progress.queue_position = max(entry.position - 1, 0)
-    message.create_time.FromNanoseconds(int(entry.queued * 1e9))
-    if entry.started is not None:
-        message.start_time.FromNanoseconds(int(entry.started * 1e9))
-    return message
-
-
-def access(report: messages.AccessReport) -> pb.GetAccessResponse:
-    """Who the daemon takes the caller for, and what that may do."""
-    return pb.GetAccessResponse(
-        uid=report.uid,
-        gid=report.gid,
-        groups=sorted(report.groups),
-        is_operator=report.rights.is_operator,
-        grants=[_grant(rule) for rule in report.rights.rules],
-        limits=_limits(report.limits),
-        versions=pb.Versions(
-            daemon=report.versions.daemon,
-            qemu_img=report.versions.qemu_img,
-            landlock_abi=report.versions.landlock_abi,
-            kernel=report.versions.kernel,
-        ),
-        source_formats=sorted(report.versions.formats & values.FORMATS),
-        dest_formats=sorted(report.versions.formats & values.WRITABLE_FORMATS),
-        compressions=[
-            proto_mapping.number_of(values.Compression(name), pb.Compression.DESCRIPTOR)
-            for name in report.versions.compressions
-        ],
-    )
-
-
-def _limits(limits: values.Limits) -> pb.Limits:
-    return pb.Limits(
-        jobs=limits.jobs,
-        jobs_per_user=limits.jobs_per_user,
-        queue=limits.queue,
-        queue_per_user=limits.queue_per_user,
-        inspections=limits.inspections,
-        inspections_per_user=limits.inspections_per_user,
-        connections=limits.connections,
-        connections_per_user=limits.connections_per_user,
-        virtual_size_bytes=limits.virtual_size_bytes,
-        memory_bytes=limits.memory_bytes,
-        stall_seconds=limits.stall_s,
-        duration_seconds=limits.duration_s,
-        inspect_seconds=limits.inspect_s,
-    )
-
-
-def _grant(rule: values.RuleRights) -> pb.Grant:
-    return pb.Grant(
-        rule=rule.rule,
-        roots=[
-            pb.GrantedRoot(
-                name=item.root.name,
-                path=item.root.path,
-                kind=KINDS[item.root.kind],
-                access=ACCESSES[item.root.access],
-                may_read=item.may_read,
-                may_write=item.may_write,
-                allow_is_zero=item.root.allow_is_zero,
-            )
-            for item in rule.roots
-        ],
-        read_formats=sorted(rule.read_formats),
-        write_formats=sorted(rule.write_formats),
-        overwrite=OVERWRITES[rule.overwrite],
-    )
-
-
-def stats(report: messages.StatsReport) -> pb.GetStatsResponse:
-    """What the daemon does now; its counts follow."""
-    answer = pb.GetStatsResponse(
-        jobs_running=report.running, jobs_queued=report.queued, connections=report.connections
-    )
-    answer.start_time.FromNanoseconds(int(report.started * 1e9))
-    return answer
-
-
-def conversion_stats(
-    counted: messages.ConversionStats, bounds: tuple[float, ...]
-) -> pb.ConversionStats:
-    """Conversions of one kind. Each bucket counts those before it too."""
-    totals = itertools.accumulate(counted.buckets)
-    message = pb.ConversionStats(
-        source_format=counted.source_format,
-        dest_format=counted.dest_format,
-        reason=counted.reason,
-        count=counted.count,
-        bytes=counted.virtual_bytes,
-        shared_bytes=counted.shared_bytes,
-        seconds=counted.seconds,
-        durations=[
-            pb.HistogramBucket(upper_bound_seconds=bound, count=total)
-            for bound, total in zip((*bounds, math.inf), totals, strict=True)
-        ],
-    )
-    if counted.method is not None:
-        message.method = proto_mapping.number_of(counted.method, pb.Method.DESCRIPTOR)
+def job(value: results.Job, known: pb.ConvertProgress | None) -> pb.Job:
+    """One job of the list. The broker knows only whether it waits, we know the rest: `known`."""
+    message: pb.Job = proto_mapping.to_message(value, pb.Job())
+    # Its caller may not know yet that it moved up in the queue.
+    if known is not None and known.phase != pb.PHASE_QUEUED:
+        message.progress.CopyFrom(known)
     return message

@@ -68,8 +68,10 @@ class JobContext:
         except channel.Closed as error:
             raise Cancelled from error
         except channel.TooLong as error:
-            problem = "what there is to say of it does not fit into a message"
-            raise conditions.Unsupported(what="so much in an image", why=problem) from error
+            problem = "its description does not fit into a message"
+            raise conditions.Unsupported(
+                what="an image with so much metadata", why=problem
+            ) from error
 
     def send_failure(self, error: conditions.ConvertError) -> None:
         """Send how the job fails, before a clean-up that may take long.

@@ -12,7 +12,7 @@ from typing import Final
 from convertd_core import conditions, messages, validation, values
 
 EVERYTHING: Final = values.Root(
-    name="own", path="/", access=values.RootAccess.OWN, allow_ownerless=True, accept_damaged=True
+    name="own", path="/", access=None, allow_ownerless=True, accept_damaged=True
 )
 """A caller that converts with its own rights chose the file system itself, and is warned."""
 
@@ -23,7 +23,7 @@ def grant(local: messages.LocalRequest) -> values.ConvertGrant | values.InspectG
     """Make the grant for a local request.
 
     Raises:
-        conditions.Invalid: the request is invalid; the same conditions as with a daemon.
+        conditions.ConvertError: the request is invalid; the same conditions as with a daemon.
     """
     if isinstance(local.request, values.ConvertRequest):
         return _convert(validation.checked_convert(local.request))
@@ -43,7 +43,7 @@ def _convert(request: values.ConvertRequest) -> values.ConvertGrant:
         readable=(EVERYTHING,),
         read_formats=values.FORMATS,
         overwrite=values.OverwriteScope.ANY,
-        limits=values.Limits(),
+        limits=values.DEFAULT_LIMITS,
     )
 
 
@@ -55,7 +55,7 @@ def _inspect(request: values.InspectRequest) -> values.InspectGrant:
         source=_place(request.source.path),
         readable=(EVERYTHING,),
         read_formats=values.FORMATS,
-        limits=values.Limits(),
+        limits=values.DEFAULT_LIMITS,
     )
 
 

@@ -18,7 +18,7 @@ import select
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from convertd_core import codec, conditions
+from convertd_core import codec, conditions, validation
 from convertd_daemon import channel
 from convertd_daemon.job.qemu import plan
 
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from convertd_daemon.sandbox.identity import Identity
-
-MAX_BYTES: Final = 4096
 
 LIMIT_S: Final = 10.0
 """The front sends it as soon as it knows that the job has started."""
@@ -55,14 +53,12 @@ def take(job_channel: channel.Channel, *, source: bool, dest: bool) -> Secrets:
 
 def _receive(name: str, job_channel: channel.Channel) -> bytes:
     if not select.select([job_channel], [], [], LIMIT_S)[0]:
-        raise conditions.BadMessage(problem="a passphrase did not come")
+        raise conditions.BadMessage(problem="a passphrase is missing")
     try:
-        secret = job_channel.receive_passphrase(MAX_BYTES + 1)
+        secret = job_channel.receive_passphrase(validation.MAX_PASSPHRASE_BYTES + 1)
     except codec.CodecError as error:
         raise conditions.BadMessage(problem="not a passphrase") from error
-    if not 1 <= len(secret) <= MAX_BYTES:
-        problem = f"must have 1 to {MAX_BYTES} bytes"
-        raise conditions.BadOption(field=f"{name}.encryption.passphrase", problem=problem)
+    validation.check_passphrase(f"{name}.encryption.passphrase", secret)
     return secret
 
 

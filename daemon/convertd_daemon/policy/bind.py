@@ -102,6 +102,7 @@ def bind(
         service=values.Service(
             metrics=parsed.service.metrics or "",
             idle_exit_s=parsed.service.idle_exit or 0.0,
+            stop_grace_s=parsed.limits.stop_grace,
         ),
     )
 
@@ -137,7 +138,7 @@ def _root(
     return values.Root(
         name=name,
         path=table.path,
-        kind=table.kind,
+        kind=values.RootKind.BLOCK if table.is_block else values.RootKind.FILE,
         access=values.RootAccess(table.access),
         owner=_owner(table, ids),
         mode=document.DEFAULT_MODE if table.mode is None else table.mode,
@@ -191,7 +192,7 @@ def _rule(
         write=tuple(usable[name] for name in grant.write if name in usable),
         read_formats=frozenset(grant.read_formats or formats),
         write_formats=frozenset(grant.write_formats or formats),
-        overwrite=grant.overwrite,
+        overwrite=values.OverwriteScope(grant.overwrite),
     )
 
 
@@ -207,8 +208,7 @@ def _limits(table: document.LimitsTable) -> values.Limits:
         connections_per_user=table.connections_per_user,
         virtual_size_bytes=table.virtual_size,
         memory_bytes=table.memory,
-        stall_s=table.stall,
-        duration_s=table.duration,
-        inspect_s=table.inspect,
-        stop_grace_s=table.stop_grace,
+        stall_seconds=table.stall,
+        duration_seconds=table.duration,
+        inspect_seconds=table.inspect,
     )

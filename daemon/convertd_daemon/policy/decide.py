@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from convertd_core import conditions, validation, values
+from convertd_core import conditions, results, validation, values
 from convertd_daemon.policy import places
 
 
@@ -126,9 +126,9 @@ def decide(
                     overwrite=rule.overwrite,
                     limits=policy.limits,
                 )
-    whence = _quoted(request.source.path, request.source.format)
-    whither = _quoted(request.dest.path, request.dest.format)
-    raise conditions.PermissionDenied(uid=peer.uid, action=f"convert {whence} to {whither}")
+    source_text = _quoted(request.source.path, request.source.format)
+    dest_text = _quoted(request.dest.path, request.dest.format)
+    raise conditions.PermissionDenied(uid=peer.uid, action=f"convert {source_text} to {dest_text}")
 
 
 def _check_device_options(asked: values.Destination, dest: values.Place) -> None:
@@ -176,24 +176,28 @@ def is_operator(policy: Policy, peer: values.Peer) -> bool:
     return policy.operators.include(peer)
 
 
-def access_of(policy: Policy, peer: values.Peer) -> values.AccessRights:
-    """What the caller may do, for the answer to GetAccess."""
-    return values.AccessRights(
-        is_operator=is_operator(policy, peer),
-        rules=tuple(_rights(rule) for rule in policy.rules_for(peer)),
-    )
+def grants_of(policy: Policy, peer: values.Peer) -> tuple[results.Grant, ...]:
+    """The rules for this caller, in the order in which they are tried, as GetAccess shows them."""
+    return tuple(_shown(rule) for rule in policy.rules_for(peer))
 
 
-def _rights(rule: Rule) -> values.RuleRights:
-    named = dict.fromkeys(rule.read + rule.write)
-    return values.RuleRights(
+def _shown(rule: Rule) -> results.Grant:
+    return results.Grant(
         rule=rule.name,
         roots=tuple(
-            values.RootRights(root=root, may_read=root in rule.read, may_write=root in rule.write)
-            for root in named
+            results.GrantedRoot(
+                name=root.name,
+                path=root.path,
+                kind=root.kind,
+                access=root.access or values.RootAccess.UNSPECIFIED,
+                may_read=root in rule.read,
+                may_write=root in rule.write,
+                allow_is_zero=root.allow_is_zero,
+            )
+            for root in dict.fromkeys(rule.read + rule.write)
         ),
-        read_formats=rule.read_formats,
-        write_formats=rule.write_formats,
+        read_formats=tuple(sorted(rule.read_formats)),
+        write_formats=tuple(sorted(rule.write_formats)),
         overwrite=rule.overwrite,
     )
 

@@ -75,7 +75,7 @@ class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A TOML table of which every key is known."""
 
 
-_DEFAULT: Final = values.Limits()
+_DEFAULT: Final = values.DEFAULT_LIMITS
 
 
 class LimitsTable(_Table, frozen=True):
@@ -91,10 +91,10 @@ class LimitsTable(_Table, frozen=True):
     connections_per_user: value_types.Count = value_types.Count(_DEFAULT.connections_per_user)
     virtual_size: value_types.Size = value_types.Size(_DEFAULT.virtual_size_bytes)
     memory: value_types.Size = value_types.Size(_DEFAULT.memory_bytes)
-    stall: value_types.Duration = value_types.Duration(_DEFAULT.stall_s)
-    duration: value_types.Duration = value_types.Duration(_DEFAULT.duration_s)
-    inspect: value_types.Duration = value_types.Duration(_DEFAULT.inspect_s)
-    stop_grace: value_types.Duration = value_types.Duration(_DEFAULT.stop_grace_s)
+    stall: value_types.Duration = value_types.Duration(_DEFAULT.stall_seconds)
+    duration: value_types.Duration = value_types.Duration(_DEFAULT.duration_seconds)
+    inspect: value_types.Duration = value_types.Duration(_DEFAULT.inspect_seconds)
+    stop_grace: value_types.Duration = value_types.Duration(30)
 
 
 class OperatorsTable(_Table, frozen=True):
@@ -109,7 +109,7 @@ class RootTable(_Table, frozen=True):
 
     path: value_types.AbsolutePath
     access: Literal["daemon", "caller"]
-    kind: values.RootKind = values.RootKind.FILES
+    kind: Literal["files", "block"] = "files"
     owner: value_types.Ownership | None = None
     mode: value_types.Mode | None = None
     mounts: bool | None = None
@@ -118,6 +118,11 @@ class RootTable(_Table, frozen=True):
     parents_writable_by: tuple[value_types.Writer, ...] | None = None
     accept_damaged: bool = False
     reflink: bool | None = None
+
+    @property
+    def is_block(self) -> bool:
+        """Whether it is of block devices."""
+        return self.kind == "block"
 
     @property
     def owner_accounts(self) -> tuple[value_types.Account, value_types.Account] | None:
@@ -135,7 +140,7 @@ class GrantTable(_Table, frozen=True, kw_only=True):
     formats: tuple[value_types.WritableFormat, ...] | None = None
     read_formats: tuple[value_types.Format, ...] | None = None
     write_formats: tuple[value_types.WritableFormat, ...] | None = None
-    overwrite: values.OverwriteScope = values.OverwriteScope.OWN
+    overwrite: Literal["own", "any"] = "own"
 
 
 class ServiceTable(_Table, frozen=True):
@@ -285,9 +290,9 @@ def _check_where(key: str, root: RootTable) -> None:
         if _is_within(root.path, tree):
             raise PolicyError(key, f"{root.path} is {tree} or lies in it, which no root may")
     in_dev = _is_within(root.path, "/dev")
-    if root.kind is values.RootKind.BLOCK and not in_dev:
+    if root.is_block and not in_dev:
         raise PolicyError(key, f"{root.path} is not in /dev, where a root of block devices must be")
-    if root.kind is values.RootKind.FILES and in_dev:
+    if in_dev and not root.is_block:
         raise PolicyError(key, f"{root.path} is in /dev, where a root of files must not be")
 
 
@@ -301,8 +306,7 @@ def _check_effects(key: str, root: RootTable) -> None:
         "reflink": root.reflink,
     }
     for_devices = {"allow_is_zero": root.allow_is_zero}
-    is_block = root.kind is values.RootKind.BLOCK
-    for name, value in (for_files if is_block else for_devices).items():
+    for name, value in (for_files if root.is_block else for_devices).items():
         if value is not None:
             raise PolicyError(f"{key}.{name}", f"has no meaning for a root of kind {root.kind}")
     if root.access == "caller" and root.owner_accounts:
@@ -343,7 +347,7 @@ def _check_formats(key: str, grant: GrantTable) -> None:
         if getattr(grant, name) == ():
             raise PolicyError(f"{key}.{name}", "must name a format")
     if grant.formats and (grant.read_formats or grant.write_formats):
-        raise PolicyError(f"{key}.formats", "does not go with read_formats and write_formats")
+        raise PolicyError(f"{key}.formats", "can't be combined with read_formats and write_formats")
 
 
 def _is_within(path: str, tree: str) -> bool:

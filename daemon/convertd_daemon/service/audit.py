@@ -89,21 +89,24 @@ class RequestSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """One request and its end. Times in seconds; None is not known."""
+    """One request and its end. Times in seconds; None is not known.
+
+    `found` is what its job reported.
+    """
 
     asked: RequestSummary
     outcome: Outcome
     reason: str = ""
     detail: str = ""
     rule: str = ""
-    account: messages.JobOutcome = UNKNOWN
+    found: messages.JobOutcome = UNKNOWN
     queued_s: float | None = None
     seconds: float | None = None
 
     @property
     def source_format(self) -> str:
         """The source's format as it was found, else as it was stated."""
-        return self.account.source_format or self.asked.source_format
+        return self.found.source_format or self.asked.source_format
 
     def fields(self) -> Iterator[tuple[str, str]]:
         """The record's own fields that have a value, each with its name in the journal."""
@@ -125,12 +128,12 @@ class Record:
             ("SOURCE_FORMAT", self.source_format),
             ("DEST", self.asked.dest),
             ("DEST_FORMAT", self.asked.dest_format),
-            ("SOURCE_CACHE", self.account.source_cache),
-            ("DEST_CACHE", self.account.dest_cache),
-            ("METHOD", self.account.method),
-            ("BYTES", self.account.virtual_size_bytes or None),
-            ("ALLOCATED_BYTES", self.account.allocated_size_bytes or None),
-            ("SHARED_BYTES", self.account.shared_bytes or None),
+            ("SOURCE_CACHE", self.found.source_cache),
+            ("DEST_CACHE", self.found.dest_cache),
+            ("METHOD", self.found.method),
+            ("BYTES", self.found.virtual_size_bytes or None),
+            ("ALLOCATED_BYTES", self.found.allocated_size_bytes or None),
+            ("SHARED_BYTES", self.found.shared_bytes or None),
             ("QUEUED_SECONDS", None if self.queued_s is None else f"{self.queued_s:.3f}"),
             ("SECONDS", None if self.seconds is None else f"{self.seconds:.3f}"),
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from convertd_daemon.broker.loop import Loop, Timer
+    from convertd_daemon.loop import Loop, Timer
 
 CHECKS: Final = 4
 """How often within the limit the daemon checks whether it is idle."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import bisect
 import collections
+import itertools
+import math
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -32,13 +34,17 @@ class Kind(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class Ended:
-    """Conversions of one pair of formats that ended in one way, by one method."""
+    """Conversions that are counted together. Each bucket counts its own."""
 
     count: int = 0
     virtual_bytes: int = 0
     shared_bytes: int = 0
     seconds: float = 0.0
     buckets: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS_S) + 1))
+
+    def cumulative(self) -> Iterator[tuple[float, int]]:
+        """Each bound, the last infinite, with how many running times are not above it."""
+        return zip((*BOUNDS_S, math.inf), itertools.accumulate(self.buckets), strict=True)
 
 
 class Counters:
@@ -55,13 +61,13 @@ class Counters:
         if record.outcome is audit.Outcome.REFUSED:
             self.refusals[record.reason] += 1
         elif record.asked.operation is messages.Operation.CONVERT:
-            account = record.account
+            found = record.found
             formats = (record.source_format, record.asked.dest_format)
-            ended = self.conversions[Kind(*formats, record.reason, account.method)]
+            ended = self.conversions[Kind(*formats, record.reason, found.method)]
             seconds = record.seconds or 0.0
             ended.count += 1
-            ended.virtual_bytes += account.virtual_size_bytes
-            ended.shared_bytes += account.shared_bytes
+            ended.virtual_bytes += found.virtual_size_bytes
+            ended.shared_bytes += found.shared_bytes
             ended.seconds += seconds
             ended.buckets[bisect.bisect_left(BOUNDS_S, seconds)] += 1
 
@@ -71,10 +77,13 @@ class Counters:
             yield messages.ConversionStats(
                 **kind._asdict(),
                 count=ended.count,
-                virtual_bytes=ended.virtual_bytes,
+                bytes=ended.virtual_bytes,
                 shared_bytes=ended.shared_bytes,
                 seconds=ended.seconds,
-                buckets=tuple(ended.buckets),
+                durations=tuple(
+                    messages.HistogramBucket(upper_bound_seconds=bound, count=count)
+                    for bound, count in ended.cumulative()
+                ),
             )
         for reason, count in self.refusals.items():
             yield messages.RefusalStats(reason=reason, count=count)

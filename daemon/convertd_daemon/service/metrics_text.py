@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -53,11 +52,9 @@ def _families(counters: Counters, now: Now) -> Iterator[Any]:
         labels = ["" if value is None else str(value) for value in kind]
         sizes.add_metric(labels, ended.virtual_bytes)
         shared.add_metric(labels, ended.shared_bytes)
-        bounds = (*metrics.BOUNDS_S, math.inf)
-        totals = itertools.accumulate(ended.buckets)
         buckets = [
-            ("+Inf" if math.isinf(bound) else f"{bound:g}", total)
-            for bound, total in zip(bounds, totals, strict=True)
+            ("+Inf" if math.isinf(bound) else f"{bound:g}", count)
+            for bound, count in ended.cumulative()
         ]
         times.add_metric(labels, buckets, ended.seconds)
     refusals = core.CounterMetricFamily(

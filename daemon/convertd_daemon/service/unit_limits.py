@@ -28,7 +28,7 @@ def problems(loaded: Loaded) -> Iterator[str]:
     if used and not can_resolve():
         yield f"openat2(2) is refused, so no image can be opened: {REMEDY}"
     for root in sorted({root for rule in policy.rules for root in rule.write}, key=_path):
-        if root.kind is values.RootKind.FILES and loaded.seen[root.name].is_read_only:
+        if root.kind is values.RootKind.FILE and loaded.seen[root.name].is_read_only:
             yield f"roots.{root.name}.path: {root.path} is read-only for the service: {REMEDY}"
 
 
@@ -39,7 +39,8 @@ def _path(root: values.Root) -> str:
 def can_resolve() -> bool:
     """Whether openat2(2) works here. systemd's RestrictSUIDSGID= refuses it."""
     try:
-        os.close(openat2.openat2(-100, "/", flags=os.O_PATH, resolve=openat2.Resolve.NO_SYMLINKS))
+        no_links = openat2.Resolve.NO_SYMLINKS
+        os.close(openat2.openat2(openat2.AT_FDCWD, "/", flags=os.O_PATH, resolve=no_links))
     except OSError as error:
         return error.errno not in {errno.ENOSYS, errno.EPERM}
     return True

@@ -19,7 +19,7 @@ from convertd_daemon.service import notify
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from convertd_daemon.broker.loop import Loop
+    from convertd_daemon.loop import Loop
 
 log = logging.getLogger(__name__)
 

@@ -101,7 +101,7 @@ def _run(
     runner: execution.Runner,
 ) -> execution.Outcome:
     bounds = limits.Limits(address_space_bytes=grant.limits.memory_bytes)
-    observer = Observer(runner.context, ends.dest.fd, grant.limits.stall_s)
+    observer = Observer(runner.context, ends.dest.fd, grant.limits.stall_seconds)
     with secrets.as_pipes(kept, runner.worker.setup.identity) as pipes:
         argv = plans.with_secrets(plan.argv, pipes)
         inodes = ends.inodes(tuple(pipes.values()))

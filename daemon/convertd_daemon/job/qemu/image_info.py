@@ -14,7 +14,7 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from convertd_core import conditions, results, values
+from convertd_core import conditions, results
 from convertd_daemon.job import stages
 from convertd_daemon.job.qemu import (
     execution,
@@ -168,14 +168,14 @@ def _refusal(
             path=path, problem="reading it takes more memory than allowed"
         )
     if outcome.status < 0:
-        return conditions.ImageRefused(path=path, problem="qemu-img did not survive reading it")
+        return conditions.ImageRefused(path=path, problem="qemu-img crashed while reading it")
     opening = f"qemu-img: could not open '{named}': "
     if stated and NOT_THIS_FORMAT.fullmatch(output.removeprefix(opening)):
         return conditions.FormatMismatch(path=path, format=stated)
     problem = reasons.of_opening(outcome.stderr, named)
     if problem is None:
         problem = f"qemu-img can't open it as {image_format} by itself"
-        if source.place.root.access is values.RootAccess.OWN:
+        if source.place.root.access is None:
             problem = f"{problem}: {reasons.unknown(outcome.stderr, source.place)}"
     return conditions.ImageRefused(path=path, problem=problem)
 

@@ -182,7 +182,7 @@ class IntegrityCheck:
             return
         question = self._left.popleft()
         kind = _Map if question.mapped else _Check
-        answer = kind(self._runner, self._result, self._limits.stall_s, question)
+        answer = kind(self._runner, self._result, self._limits.stall_seconds, question)
         kept = secrets.Secrets(source=question.secret)
         with secrets.as_pipes(kept, self._runner.worker.setup.identity) as pipes:
             argv = _argv(question)
@@ -257,9 +257,9 @@ class _Answer(conversion.Observer, abc.ABC):
             "check failed path=%r status=%d stderr=%r", path, outcome.status, outcome.excerpt
         )
         if image_info.NO_MEMORY in output:
-            return self.refused("examining it takes more memory than allowed")
+            return self.refused("checking it takes more memory than allowed")
         if outcome.status < 0:
-            return self.refused("qemu-img did not survive examining it")
+            return self.refused("qemu-img crashed while checking it")
         if any(phrase in output for phrase in conversion.IN_USE):
             return conditions.ImageInUse(path=path)
         if any(phrase in output for phrase in conversion.WRONG_SECRET):
@@ -326,7 +326,9 @@ class _Map(_Answer):
         self._take(self._cut)
         size = self.question.source.size_bytes
         if self._end_bytes > size:
-            raise self.refused(f"its data goes on to byte {self._end_bytes}, it ends at {size}")
+            raise self.refused(
+                f"its data reaches byte {self._end_bytes}, but the file ends at byte {size}"
+            )
         return True
 
     def _take(self, line: bytes) -> None:

@@ -84,6 +84,6 @@ def unknown(stderr: str, place: values.Place) -> str:
     that they mention. Other callers don't: the words are in the daemon's log.
     """
     lines = stderr.strip().splitlines()
-    if place.root.access is not values.RootAccess.OWN or not lines:
+    if place.root.access is not None or not lines:
         return IN_THE_LOG
     return f"it said {lines[-1][:MAX_OWN_CHARACTERS]!r}"

@@ -131,15 +131,15 @@ def _check_vhd(source: Source, sample: signatures.Sample) -> tuple[results.Warni
     footer, expected = (first, signatures.VHD_DYNAMIC) if first else (last, signatures.VHD_FIXED)
     types = {one.disk_type for one in (first, last) if one}
     if footer is None:
-        raise conditions.ImageRefused(path=path, problem="it has no footer of a VHD")
+        raise conditions.ImageRefused(path=path, problem="it has no VHD footer")
     if signatures.VHD_DIFFERENCING in types:
-        problem = "its data is in another file, for it is a differencing VHD"
+        problem = "it is a differencing VHD, so its data is in another file"
         raise conditions.ImageRefused(path=path, problem=problem)
     if types != {expected}:
-        problem = "its footers give no disk type that convertd knows, or not the same one"
+        problem = "its footers have an unknown disk type, or two different ones"
         raise conditions.ImageRefused(path=path, problem=problem)
     if not first and footer.current_size_bytes > _last_sector(source.size_bytes):
-        problem = "its footer says that it is larger than its file"
+        problem = "its footer states a larger disk than the file holds"
         raise conditions.ImageRefused(path=path, problem=problem)
     held = footer.current_size_bytes if first else _last_sector(source.size_bytes)
     return _warnings_of(path, footer, held)
@@ -161,14 +161,14 @@ def _warnings_of(path: str, footer: signatures.VhdFooter, held: int) -> tuple[re
 
 def _check_vdi(source: Source, sample: signatures.Sample) -> tuple[results.Warning, ...]:
     if signatures.vdi_type(sample.head) not in signatures.VDI_ALONE:
-        problem = "it is no dynamic or fixed VDI: its data may be in another file"
+        problem = "it is neither a dynamic nor a fixed VDI, so its data may be in another file"
         raise conditions.ImageRefused(path=source.place.path, problem=problem)
     return ()
 
 
 def _check_dmg(source: Source, sample: signatures.Sample) -> tuple[results.Warning, ...]:
     if signatures.dmg_segments(sample.trailer) > 1:
-        problem = "its data is in other files too, for it is one segment of several"
+        problem = "it is one of several segments, so other files have data of it too"
         raise conditions.ImageRefused(path=source.place.path, problem=problem)
     return ()
 

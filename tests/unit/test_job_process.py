@@ -7,10 +7,11 @@ from typing import Final
 
 import pytest
 
-from convertd_daemon.broker import loop, workers
+from convertd_daemon import loop
+from convertd_daemon.job import process
 from convertd_daemon.sandbox.setup import Setup
 
-LONE_S: Final = workers.FORK_AFTER_S[1]
+LONE_S: Final = process.FORK_AFTER_S[1]
 """The longest that it takes: beside a job that has the machine to itself."""
 
 
@@ -21,7 +22,7 @@ class Asked:
         self.times: list[float] = []
         self.loop = loop.Loop()
         setup = Setup(path="/usr/bin/qemu-img", identity=None, seccomp=b"")
-        self.spare = workers.PreforkedJob(self.loop, setup, self.may_fork)
+        self.spare = process.PreforkedJob(self.loop, setup, self.may_fork)
         self.began = time.monotonic()
 
     def may_fork(self) -> bool:
@@ -42,7 +43,7 @@ def test_preforked_job_is_forked_once_at_the_set_time(jobs: int) -> None:
     asked = Asked()
     asked.spare.schedule_fork(jobs)
     (time_s,) = asked.run()
-    assert time_s >= workers.FORK_AFTER_S[min(jobs, 2)]
+    assert time_s >= process.FORK_AFTER_S[min(jobs, 2)]
 
 
 @pytest.mark.parametrize("jobs", [(1, 0), (0, 1), (1, 2), (2, 1), (1, 1), (2, 2, 2)])
@@ -52,7 +53,7 @@ def test_preforked_job_is_forked_at_the_earlier_of_two_times(jobs: tuple[int, ..
     for count in jobs:
         asked.spare.schedule_fork(count)
     seen_by_then: list[int] = []
-    earliest_s = min(workers.FORK_AFTER_S[count] for count in jobs)
+    earliest_s = min(process.FORK_AFTER_S[count] for count in jobs)
     asked.loop.after(earliest_s, lambda: seen_by_then.append(len(asked.times)))
     assert len(asked.run()) == 1
     assert seen_by_then == [1]

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Final
 from convertd_core import codec, messages, values
 from convertd_daemon import channel
 from convertd_daemon.job import main as job_main
-from convertd_daemon.job import outcome as job_account
+from convertd_daemon.job import outcome
 from convertd_daemon.sandbox import forking
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from convertd_daemon.broker.loop import Loop, Timer
+    from convertd_daemon.loop import Loop, Timer
     from convertd_daemon.sandbox.setup import Setup
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class JobProcess:
     pid: int
     assignments: channel.Channel
     channel: channel.Channel
-    account: int
+    outcome_pipe: int
 
     def assign(self, job_id: str, grant: values.ConvertGrant | values.InspectGrant) -> None:
         """Have it do a job.
@@ -70,7 +70,7 @@ class JobProcess:
         """Close what belongs to it."""
         self.assignments.close()
         self.channel.close()
-        os.close(self.account)
+        os.close(self.outcome_pipe)
 
 
 def fork(setup: Setup, begun: job_main.AssignedJob | None = None) -> JobProcess:
@@ -86,15 +86,17 @@ def fork(setup: Setup, begun: job_main.AssignedJob | None = None) -> JobProcess:
         job_channel, job_channel_end = channel.Channel.pair()
         ours.enter_context(job_channel)
         theirs.enter_context(job_channel_end)
-        account, account_end = os.pipe()
-        ours.callback(os.close, account)
-        theirs.callback(os.close, account_end)
-        reporter = job_account.OutcomeReporter(job_channel_end.sock, account_end)
+        pipe, pipe_end = os.pipe()
+        ours.callback(os.close, pipe)
+        theirs.callback(os.close, pipe_end)
+        reporter = outcome.OutcomeReporter(job_channel_end.sock, pipe_end)
+        broker = os.getpid()
         pid = forking.fork(
-            lambda empty: job_main.run_forked(begun, assignments_end, reporter, setup, empty)
+            lambda: job_main.run_forked(begun, assignments_end, reporter, setup, broker),
+            keep=(assignments_end.fileno(), *reporter.descriptors()),
         )
         ours.pop_all()
-    return JobProcess(pid=pid, assignments=assignments, channel=job_channel, account=account)
+    return JobProcess(pid=pid, assignments=assignments, channel=job_channel, outcome_pipe=pipe)
 
 
 class PreforkedJob:
