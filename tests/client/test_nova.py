@@ -17,18 +17,18 @@ from harness import images
 from harness.callers import ALICE, PYTHON
 from harness.daemon import Daemon
 from hostile import containers
+from policies import IMAGES, Grant, Policy
 
-POLICY: Final = """
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["images"]
-write = ["images"]
-formats = ["raw", "qcow2", "vmdk", "luks", "vpc"]
-overwrite = "any"
-"""
+POLICY: Final = Policy(
+    grants=[
+        Grant(
+            read=[IMAGES],
+            write=[IMAGES],
+            formats=["raw", "qcow2", "vmdk", "luks", "vpc"],
+            overwrite="any",
+        )
+    ]
+)
 
 SIGNATURES: Final = {
     "convert_image": "(source, dest, in_format, out_format, instances_path, compress, "

@@ -21,23 +21,20 @@ import encrypting
 import pytest
 from harness.callers import ALICE, PYTHON
 from harness.daemon import Daemon
+from policies import Grant, Policy, Root
 
 ROOT: Final = Path(__file__).parents[2]
 NOVA: Final = ROOT / "build/nova/bin/python"
 DRIVE: Final = ROOT / "tests/nova/drive.py"
 
-POLICY: Final = """
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-mounts = true
-[[grants]]
-users = [1234]
-read = ["images"]
-write = ["images"]
-formats = ["raw", "qcow2", "vmdk", "luks"]
-overwrite = "any"
-"""
+IMAGES: Final = Root("images", "{scratch}/images", mounts=True)
+POLICY: Final = Policy(
+    grants=[
+        Grant(
+            read=[IMAGES], write=[IMAGES], formats=["raw", "qcow2", "vmdk", "luks"], overwrite="any"
+        )
+    ]
+)
 
 OURS: Final = """
 import json, sys

@@ -12,19 +12,9 @@ from harness import waiting
 from harness.agent import conversion
 from harness.callers import ALICE
 from harness.daemon import JOB, QEMU_IMG, Daemon
+from policies import IMAGES, LIBRARY, Grant, Policy
 
-POLICY: Final = """
-[roots.library]
-path = "{library}"
-access = "daemon"
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["library"]
-write = ["images"]
-"""
+POLICY: Final = Policy(grants=[Grant(read=[LIBRARY], write=[IMAGES])])
 
 MIB: Final = 1024 * 1024
 

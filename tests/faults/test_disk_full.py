@@ -22,28 +22,15 @@ from harness.agent import Refusal, conversion
 from harness.callers import ALICE
 from harness.daemon import QEMU_IMG, Daemon
 from harness.mounts import Mounts
+from policies import LIBRARY, Grant, Policy, Root
 
 from convertd.v1 import convert_pb2 as pb
 
 DEVICES: Final = Path("/dev/convertd-test-thin")
 
-POLICY: Final = f"""
-[roots.library]
-path = "{{library}}"
-access = "daemon"
-[roots.places]
-path = "{{scratch}}"
-access = "daemon"
-mounts = true
-[roots.devices]
-path = "{DEVICES}"
-access = "daemon"
-kind = "block"
-[[grants]]
-users = [1234]
-read = ["library", "places"]
-write = ["places", "devices"]
-"""
+PLACES: Final = Root("places", "{scratch}", mounts=True)
+DEVICES_ROOT: Final = Root("devices", str(DEVICES), kind="block")
+POLICY: Final = Policy(grants=[Grant(read=[LIBRARY, PLACES], write=[PLACES, DEVICES_ROOT])])
 
 REAL_MIB: Final = {"ext4": 40, "xfs": 110}
 """An XFS begins with a journal of 64 MiB."""

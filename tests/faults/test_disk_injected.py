@@ -22,27 +22,14 @@ from harness.agent import Agent, Refusal, conversion
 from harness.callers import ALICE, owner_of
 from harness.daemon import JOB, QEMU_IMG, Daemon
 from harness.tracing import Tracer
+from policies import IMAGES, LIBRARY, Grant, Policy, Root
 
 from convertd.v1 import convert_pb2 as pb
 
 DEVICES: Final = Path("/dev/convertd-test-injected")
 
-POLICY: Final = f"""
-[roots.library]
-path = "{{library}}"
-access = "daemon"
-[roots.images]
-path = "{{scratch}}/images"
-access = "daemon"
-[roots.devices]
-path = "{DEVICES}"
-access = "daemon"
-kind = "block"
-[[grants]]
-users = [1234]
-read = ["library", "images"]
-write = ["images", "devices"]
-"""
+DEVICES_ROOT: Final = Root("devices", str(DEVICES), kind="block")
+POLICY: Final = Policy(grants=[Grant(read=[LIBRARY, IMAGES], write=[IMAGES, DEVICES_ROOT])])
 
 DEVICE_MIB: Final = 12
 OLD: Final = b"what was there before"

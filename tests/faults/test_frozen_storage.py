@@ -17,25 +17,14 @@ from harness.agent import Agent, Call, conversion
 from harness.callers import ALICE
 from harness.daemon import FRONT, JOB, QEMU_IMG, Daemon
 from harness.mounts import Mounts
+from policies import LIBRARY, Grant, Policy, Root
 
 from convertd.v1 import convert_pb2 as pb
 
-POLICY: Final = """
-[limits]
-jobs = 1
-stall = "25 s"
-[roots.library]
-path = "{library}"
-access = "daemon"
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-mounts = true
-[[grants]]
-users = [1234]
-read = ["library", "images"]
-write = ["images"]
-"""
+IMAGES: Final = Root("images", "{scratch}/images", mounts=True)
+POLICY: Final = Policy(
+    limits={"jobs": 1, "stall": "25 s"}, grants=[Grant(read=[LIBRARY, IMAGES], write=[IMAGES])]
+)
 
 
 PATIENCE_S: Final = 100.0

@@ -16,22 +16,12 @@ from harness.daemon import FRONT, JOB, QEMU_IMG, Daemon
 from harness.fixtures import MakeDaemon
 from harness.mounts import Mounts
 from harness.tracing import Tracer
+from policies import LIBRARY, Grant, Policy, Root
 
 from convertd.v1 import convert_pb2 as pb
 
-POLICY: Final = """
-[roots.library]
-path = "{library}"
-access = "daemon"
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-mounts = true
-[[grants]]
-users = [1234]
-read = ["library", "images"]
-write = ["images"]
-"""
+IMAGES: Final = Root("images", "{scratch}/images", mounts=True)
+POLICY: Final = Policy(grants=[Grant(read=[LIBRARY, IMAGES], write=[IMAGES])])
 
 MIB: Final = 1024 * 1024
 

@@ -18,25 +18,14 @@ from harness import processes, waiting
 from harness.agent import Agent, Call, conversion
 from harness.callers import ALICE
 from harness.daemon import QEMU_IMG, Daemon
+from policies import IMAGES, Grant, Policy, Root
 
-POLICY: Final = """
-qemu_img = "{scratch}/bin/qemu-img"
-[limits]
-stall = "5 min"
-duration = "1 h"
-memory = "256 MiB"
-[roots.bin]
-path = "{scratch}/bin"
-access = "daemon"
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["images"]
-write = ["images"]
-formats = ["raw", "luks"]
-"""
+POLICY: Final = Policy(
+    limits={"stall": "5 min", "duration": "1 h", "memory": "256 MiB"},
+    qemu_img="{scratch}/bin/qemu-img",
+    roots=[Root("bin", "{scratch}/bin")],
+    grants=[Grant(read=[IMAGES], write=[IMAGES], formats=["raw", "luks"])],
+)
 
 IMAGE_BYTES: Final = 65536
 OLD: Final = b"what was there before"

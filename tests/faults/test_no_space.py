@@ -12,22 +12,12 @@ from harness.agent import conversion
 from harness.callers import ALICE
 from harness.daemon import Daemon
 from harness.mounts import MIB, Mounts
+from policies import LIBRARY, Grant, Policy, Root
 
 from convertd.v1 import convert_pb2 as pb
 
-POLICY: Final = """
-[roots.library]
-path = "{library}"
-access = "daemon"
-[roots.places]
-path = "{scratch}"
-access = "daemon"
-mounts = true
-[[grants]]
-users = [1234]
-read = ["library", "places"]
-write = ["places"]
-"""
+PLACES: Final = Root("places", "{scratch}", mounts=True)
+POLICY: Final = Policy(grants=[Grant(read=[LIBRARY, PLACES], write=[PLACES])])
 
 ROOM_MIB: Final = 8
 

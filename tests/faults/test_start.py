@@ -19,19 +19,9 @@ from harness.callers import ALICE
 from harness.daemon import COMMAND, Daemon, DidNotStart
 from harness.fixtures import MakeDaemon
 from harness.mounts import Mounts
+from policies import IMAGES, LIBRARY, Grant, Policy
 
-POLICY: Final = """
-[roots.library]
-path = "{library}"
-access = "daemon"
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["library"]
-write = ["images"]
-"""
+POLICY: Final = Policy(grants=[Grant(read=[LIBRARY], write=[IMAGES])])
 
 
 @pytest.fixture
@@ -138,7 +128,7 @@ def test_working_directory_at_start_can_be_unmounted(daemon: Daemon, scratch: Pa
     daemon.policy_path, daemon.socket = policy, public
     for process in daemon.processes():
         assert os.readlink(f"/proc/{process.pid}/cwd") == "/"
-    daemon.reload("[operators]\nusers = [1234]")
+    daemon.reload(Policy(operators=[ALICE.uid]))
     assert daemon.agent(ALICE).access().is_operator
 
 
@@ -338,7 +328,7 @@ def test_policy_that_others_can_write_is_refused(daemon: Daemon) -> None:
 
 def test_daemon_starts_with_unknown_users_in_its_policy(make_daemon: MakeDaemon) -> None:
     """A name that does not exist is a warning."""
-    daemon = make_daemon('[operators]\nusers = ["no-such-user"]')
+    daemon = make_daemon(Policy(operators=["no-such-user"]))
     daemon.start()
     assert not daemon.agent(ALICE).access().is_operator
     waiting.until(lambda: "there is no user no-such-user" in daemon.log, "the warning")

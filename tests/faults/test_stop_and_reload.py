@@ -14,27 +14,16 @@ from harness import callers, images, processes, waiting
 from harness.agent import Call, conversion
 from harness.callers import ALICE, BOB
 from harness.daemon import FRONT, JOB, QEMU_IMG, Daemon, DidNotStart
-from harness.fixtures import MakeDaemon
+from harness.fixtures import FillIn, MakeDaemon
 from harness.tracing import Tracer
+from policies import IMAGES, LIBRARY, Grant, Policy
 
 from convertd.v1 import convert_pb2 as pb
 
-POLICY: Final = """
-[limits]
-jobs = 1
-jobs_per_user = 1
-stop_grace = "30 s"
-[roots.library]
-path = "{library}"
-access = "daemon"
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["library"]
-write = ["images"]
-"""
+POLICY: Final = Policy(
+    limits={"jobs": 1, "jobs_per_user": 1, "stop_grace": "30 s"},
+    grants=[Grant(read=[LIBRARY], write=[IMAGES])],
+)
 
 MIB: Final = 1024 * 1024
 
@@ -138,7 +127,7 @@ def test_job_still_running_after_the_grace_period_is_ended(
     make_daemon: MakeDaemon, library: Path, images_dir: Path
 ) -> None:
     """The policy says how long that is."""
-    daemon = make_daemon(POLICY.replace('"30 s"', '"1 s"'))
+    daemon = make_daemon(POLICY.with_limits(stop_grace="1 s"))
     daemon.start()
     running = begin(daemon, library / "bulky.raw", images_dir / "dest.qcow2")
     began = time.monotonic()
@@ -204,49 +193,40 @@ def test_daemon_exits_when_its_front_can_not_start(make_daemon: MakeDaemon, tmp_
 
 # --- SIGHUP -------------------------------------------------------------------------------------
 
-FOR_BOB_TOO: Final = POLICY.replace("users = [1234]", "users = [1234, 1235]")
-
-
-def reload(daemon: Daemon, library: Path, images_dir: Path, policy: str) -> None:
-    """Have a policy read, in place of the one that is in force."""
-    filled = policy.replace("{library}", str(library))
-    daemon.reload(filled.replace("{scratch}/images", str(images_dir.parent)))
-
 
 def test_reloaded_policy_applies_to_the_next_request(
-    daemon: Daemon, library: Path, images_dir: Path
+    daemon: Daemon, fill_in: FillIn, library: Path, images_dir: Path
 ) -> None:
     """Also over a connection that was there before."""
     bob = daemon.agent(BOB)
     request = conversion(library / "small.raw", images_dir / "dest.qcow2")
     assert bob.convert(request).refusal().status == "PERMISSION_DENIED"
-    reload(daemon, library, images_dir, FOR_BOB_TOO)
+    daemon.reload(fill_in(POLICY.for_users(ALICE.uid, BOB.uid)))
     assert bob.convert(request).result().published
-    reload(daemon, library, images_dir, POLICY)
+    daemon.reload(fill_in(POLICY))
     request.dest.path += "2"
     assert bob.convert(request).refusal().status == "PERMISSION_DENIED"
 
 
 def test_running_job_keeps_the_policy_it_started_with(
-    daemon: Daemon, library: Path, images_dir: Path
+    daemon: Daemon, fill_in: FillIn, library: Path, images_dir: Path
 ) -> None:
     """Even one that would not allow it any more."""
     running = begin(daemon, library / "slow.raw", images_dir / "dest.qcow2")
-    reload(daemon, library, images_dir, POLICY.replace("users = [1234]", "users = [1235]"))
+    daemon.reload(fill_in(POLICY.for_users(BOB.uid)))
     request = conversion(library / "small.raw", images_dir / "other.qcow2")
     assert daemon.agent(ALICE).convert(request).refusal().status == "PERMISSION_DENIED"
     assert running.result().published
 
 
 def test_raised_job_limit_after_a_reload_starts_queued_jobs(
-    daemon: Daemon, library: Path, images_dir: Path
+    daemon: Daemon, fill_in: FillIn, library: Path, images_dir: Path
 ) -> None:
     """At once, and not only when a place becomes free."""
     running = begin(daemon, library / "bulky.raw", images_dir / "slow.qcow2")
     queued = daemon.agent(ALICE).convert(conversion(library / "small.raw", images_dir / "b.qcow2"))
     queued.await_queued()
-    two = POLICY.replace("jobs = 1", "jobs = 2").replace("jobs_per_user = 1", "jobs_per_user = 2")
-    reload(daemon, library, images_dir, two)
+    daemon.reload(fill_in(POLICY.with_limits(jobs=2, jobs_per_user=2)))
     assert queued.result().published
     running.cancel()
     assert running.end().status == "CANCELLED"
@@ -308,13 +288,11 @@ def test_a_policy_that_can_not_be_checked_now_is_not_taken(
     assert daemon.agent(ALICE).convert(request).result().published
 
 
-def test_repeated_reloads_leave_no_process_behind(
-    daemon: Daemon, library: Path, images_dir: Path
-) -> None:
+def test_repeated_reloads_leave_no_process_behind(daemon: Daemon, fill_in: FillIn) -> None:
     """Each looks names up in a child."""
-    named = POLICY.replace("users = [1234]", 'users = [1234, "root", "no-such-user"]')
+    named = POLICY.for_users(ALICE.uid, "root", "no-such-user")
     for _ in range(10):
-        reload(daemon, library, images_dir, named)
+        daemon.reload(fill_in(named))
     daemon.await_calm()
     waiting.until(lambda: len(daemon.processes()) == 4, "broker, front, spare, and who waits")
     assert "there is no user no-such-user" in daemon.log

@@ -19,23 +19,11 @@ from harness.agent import Call, conversion
 from harness.callers import ALICE, owner_of
 from harness.daemon import FRONT, JOB, QEMU_IMG, Daemon
 from harness.fixtures import MakeDaemon
+from policies import IMAGES, LIBRARY, Grant, Policy
 
 from convertd.v1 import convert_pb2 as pb
 
-POLICY: Final = """
-[limits]
-jobs = 1
-[roots.library]
-path = "{library}"
-access = "daemon"
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["library"]
-write = ["images"]
-"""
+POLICY: Final = Policy(limits={"jobs": 1}, grants=[Grant(read=[LIBRARY], write=[IMAGES])])
 
 CLIENT: Final = "client"
 BROKER: Final = "broker"

@@ -13,22 +13,9 @@ from harness.agent import conversion
 from harness.callers import ALICE
 from harness.daemon import JOB, QEMU_IMG, Daemon
 from harness.fixtures import MakeDaemon
+from policies import IMAGES, LIBRARY, Grant, Policy
 
-POLICY: Final = """
-[limits]
-stall = "{stall}"
-duration = "{duration}"
-[roots.library]
-path = "{library}"
-access = "daemon"
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["library"]
-write = ["images"]
-"""
+POLICY: Final = Policy(grants=[Grant(read=[LIBRARY], write=[IMAGES])])
 
 MIB: Final = 1024 * 1024
 
@@ -41,7 +28,7 @@ def daemon(make_daemon: MakeDaemon) -> Daemon:
 
 def started(make_daemon: MakeDaemon, stall: str, duration: str) -> Daemon:
     """A daemon with these limits."""
-    one = make_daemon(POLICY.replace("{stall}", stall).replace("{duration}", duration))
+    one = make_daemon(POLICY.with_limits(stall=stall, duration=duration))
     one.start()
     return one
 

@@ -19,19 +19,9 @@ from harness import images, waiting
 from harness.agent import Agent
 from harness.callers import ALICE, PYTHON
 from harness.daemon import Daemon
+from policies import IMAGES, LIBRARY, Grant, Policy
 
-POLICY: Final = """
-[roots.library]
-path = "{library}"
-access = "daemon"
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["library", "images"]
-write = ["images"]
-"""
+POLICY: Final = Policy(grants=[Grant(read=[LIBRARY, IMAGES], write=[IMAGES])])
 
 IMAGE: Final = Path(__file__).parents[2] / "proto/convertd-v1.binpb"
 PACKAGE: Final = "convertd.v1"

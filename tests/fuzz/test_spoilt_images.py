@@ -26,28 +26,29 @@ from hostile import asking, mutation
 from hostile import secret as secrets
 from hostile.mutation import Seed, Spoilt
 from hostile.secret import Secret
+from policies import IMAGES, Grant, Policy
 
 from convertd.v1 import convert_pb2 as pb
 
-POLICY: Final = """
-[limits]
-jobs = 8
-jobs_per_user = 8
-inspections = 8
-inspections_per_user = 8
-virtual_size = "64 MiB"
-duration = "10 s"
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["images"]
-write = ["images"]
-formats = ["raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx", "qed", "parallels", "luks"]
-"""
+POLICY: Final = Policy(
+    limits={
+        "jobs": 8,
+        "jobs_per_user": 8,
+        "inspections": 8,
+        "inspections_per_user": 8,
+        "virtual_size": "64 MiB",
+        "duration": "10 s",
+    },
+    grants=[
+        Grant(
+            read=[IMAGES],
+            write=[IMAGES],
+            formats=["raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx", "qed", "parallels", "luks"],
+        )
+    ],
+)
 
-IMAGES: Final = int(os.environ.get("CONVERTD_FUZZ_IMAGES", "200"))
+COUNT: Final = int(os.environ.get("CONVERTD_FUZZ_IMAGES", "200"))
 SECONDS: Final = float(os.environ.get("CONVERTD_FUZZ_SECONDS", "90"))
 SEED: Final = int(os.environ.get("CONVERTD_FUZZ_SEED", "1"))
 REPORT: Final = os.environ.get("CONVERTD_FUZZ_REPORT", "")
@@ -160,8 +161,8 @@ def test_corrupted_image_reveals_no_secret_and_does_not_end_the_daemon(
     daemon.await_calm()
     open_before = {name: len(processes.descriptors(pid)) for name, pid in pids.items()}
     number = AT_ONCE
-    while number < IMAGES and time.monotonic() < end:
-        last = min(number + AT_ONCE, IMAGES)
+    while number < COUNT and time.monotonic() < end:
+        last = min(number + AT_ONCE, COUNT)
         run.through([mutation.spoilt(seeds, SEED, n) for n in range(number, last)])
         number = last
     daemon.await_calm()

@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -22,24 +22,14 @@ from harness import images, processes, waiting
 from harness.agent import conversion
 from harness.callers import ALICE, BOB, MALLORY
 from harness.daemon import FRONT, SPARE, Daemon
-from harness.fixtures import MakeDaemon
+from harness.fixtures import FillIn, MakeDaemon
 from hostile import false_front, http2, lingering
+from policies import IMAGES, LIBRARY, Grant, Policy
 
 from convertd_core import codec, messages
 from convertd_daemon.linux import scm_rights
 
-POLICY: Final = """
-[roots.library]
-path = "{library}"
-access = "daemon"
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["library", "images"]
-write = ["images"]
-"""
+POLICY: Final = Policy(grants=[Grant(read=[LIBRARY, IMAGES], write=[IMAGES])])
 
 CLOSER: Final = "convertd-closer"
 
@@ -59,7 +49,7 @@ def wrapper(kernel: str) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def attacked(kernel: str, fill_in: Callable[[str], str]) -> Iterator[Daemon]:
+def attacked(kernel: str, fill_in: FillIn) -> Iterator[Daemon]:
     """The module's daemon, on either kernel."""
     one = Daemon(fill_in(POLICY))
     try:
@@ -176,7 +166,7 @@ def test_descriptors_in_the_backlog_do_not_delay_the_stop(
     make_daemon: MakeDaemon, library: Path, images_dir: Path
 ) -> None:
     """They are in the backlog when the daemon stops listening, and waits for its last job."""
-    daemon = make_daemon(f"[limits]\njobs = 1\n{POLICY}")
+    daemon = make_daemon(POLICY.with_limits(jobs=1))
     daemon.start(wrapper=lingering.as_before_6_16())
     agent = daemon.agent(ALICE)
     slow = conversion(
@@ -236,7 +226,7 @@ def test_connection_with_attached_descriptors_counts_until_it_is_closed(
     make_daemon: MakeDaemon,
 ) -> None:
     """Where the front does not say that it let go, the broker keeps its own, within the caps."""
-    daemon = make_daemon(f"[limits]\nconnections_per_user = 3\n{POLICY}")
+    daemon = make_daemon(POLICY.with_limits(connections_per_user=3))
     home = daemon.home / "front"
     home.mkdir()
     with false_front.started(daemon, home, *lingering.as_before_6_16()) as front:

@@ -21,21 +21,13 @@ from hostile import asking, forged
 from hostile.forged import Qcow2
 from hostile.secret import Secret
 from loop_devices import Devices
+from policies import IMAGES, VOLUMES, Grant, Policy
 
-POLICY: Final = """
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[roots.volumes]
-path = "{volumes}"
-kind = "block"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["images", "volumes"]
-write = ["images", "volumes"]
-formats = ["raw", "qcow2", "vmdk"]
-"""
+POLICY: Final = Policy(
+    grants=[
+        Grant(read=[IMAGES, VOLUMES], write=[IMAGES, VOLUMES], formats=["raw", "qcow2", "vmdk"])
+    ]
+)
 
 MIB: Final = 1024 * 1024
 

@@ -19,20 +19,18 @@ from harness.daemon import FRONT, QEMU_IMG, Daemon
 from harness.fixtures import MakeDaemon
 from hostile import asking, forged
 from hostile.forged import CLUSTER, Qcow2
+from policies import IMAGES, Grant, Policy
 
-POLICY: Final = """
-[limits]
-virtual_size = "1 GiB"
-duration = "10 s"
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["images"]
-write = ["images"]
-formats = ["raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx", "qed", "parallels", "luks"]
-"""
+POLICY: Final = Policy(
+    limits={"virtual_size": "1 GiB", "duration": "10 s"},
+    grants=[
+        Grant(
+            read=[IMAGES],
+            write=[IMAGES],
+            formats=["raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx", "qed", "parallels", "luks"],
+        )
+    ],
+)
 
 BOUND_S: Final = 240.0
 """No image may take longer to be refused, or to be converted for all it is worth."""
@@ -233,7 +231,7 @@ def test_backing_chain_over_the_depth_limit_is_refused(
     make_daemon: MakeDaemon, own_dir: Path
 ) -> None:
     """A hundred members: each would be a process, a descriptor, and a rule."""
-    daemon = make_daemon(POLICY.replace('"10 s"', '"1 h"'))
+    daemon = make_daemon(POLICY.with_limits(duration="1 h"))
     daemon.start()
     for number in range(100):
         data = Qcow2(backing=f"{number + 1}", backing_format="qcow2").data()

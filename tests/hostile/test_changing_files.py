@@ -22,17 +22,11 @@ from harness.tracing import Tracer
 from hostile import asking, forged, racing
 from hostile.forged import Qcow2
 from hostile.secret import Secret
+from policies import IMAGES, Grant, Policy
 
-POLICY: Final = """
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["images"]
-write = ["images"]
-formats = ["raw", "qcow2", "vmdk"]
-"""
+POLICY: Final = Policy(
+    grants=[Grant(read=[IMAGES], write=[IMAGES], formats=["raw", "qcow2", "vmdk"])]
+)
 
 ROUNDS: Final = int(os.environ.get("CONVERTD_TEST_RACES", "25"))
 """How many conversions each race is run against."""

@@ -19,24 +19,19 @@ from harness.daemon import Daemon
 from hostile import asking, forged, secret
 from hostile.forged import Qcow2
 from hostile.secret import Secret
+from policies import IMAGES, Grant, Policy, Root
 
-POLICY: Final = """
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[roots.others]
-path = "{scratch}/others"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["images"]
-write = ["images"]
-formats = ["raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx", "qed", "parallels"]
-[[grants]]
-users = [1235]
-read = ["others"]
-write = ["others"]
-"""
+OTHERS: Final = Root("others", "{scratch}/others")
+POLICY: Final = Policy(
+    grants=[
+        Grant(
+            read=[IMAGES],
+            write=[IMAGES],
+            formats=["raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx", "qed", "parallels"],
+        ),
+        Grant(users=[1235], read=[OTHERS], write=[OTHERS]),
+    ]
+)
 
 WRONG: Final = {"qcow2": "vmdk", "vmdk": "qcow2", "qed": "vdi", "qcow": "qcow2"}
 

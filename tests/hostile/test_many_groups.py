@@ -11,26 +11,14 @@ from harness import images, processes, waiting
 from harness.agent import conversion
 from harness.callers import PYTHON, Caller
 from harness.daemon import SPARE, Daemon
+from policies import IMAGES, LIBRARY, Grant, Policy
 
 from convertd.v1 import convert_pb2 as pb
 
-POLICY: Final = """
-[limits]
-jobs = 1
-jobs_per_user = 1
-queue = 64
-queue_per_user = 64
-[roots.library]
-path = "{library}"
-access = "daemon"
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[[grants]]
-groups = [165535]
-read = ["library", "images"]
-write = ["images"]
-"""
+POLICY: Final = Policy(
+    limits={"jobs": 1, "jobs_per_user": 1, "queue": 64, "queue_per_user": 64},
+    grants=[Grant(users=None, groups=[165535], read=[LIBRARY, IMAGES], write=[IMAGES])],
+)
 
 MOST_GROUPS: Final = 65_536
 """NGROUPS_MAX. Source: getgroups(2)."""

@@ -13,16 +13,9 @@ from harness import processes, waiting
 from harness.callers import ALICE
 from harness.daemon import Daemon
 from hostile import asking, silent_fuse
+from policies import IMAGES, Grant, Policy
 
-POLICY: Final = """
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["images"]
-write = ["images"]
-"""
+POLICY: Final = Policy(grants=[Grant(read=[IMAGES], write=[IMAGES])])
 
 AT_ONCE_S: Final = 60.0
 """Far less than anybody who waits for a silent file system would take."""

@@ -18,21 +18,14 @@ from harness.callers import ALICE, BOB, ROOT
 from harness.daemon import FRONT, JOB, QEMU_IMG, Daemon
 from hostile import asking, forged
 from hostile.forged import Qcow2
+from policies import IMAGES, Grant, Policy
 
 from convertd.v1 import convert_pb2 as pb
 
-POLICY: Final = """
-[operators]
-users = [0]
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["images"]
-write = ["images"]
-formats = ["raw", "qcow2", "luks", "vmdk"]
-"""
+POLICY: Final = Policy(
+    operators=[0],
+    grants=[Grant(read=[IMAGES], write=[IMAGES], formats=["raw", "qcow2", "luks", "vmdk"])],
+)
 
 MIB: Final = 1024 * 1024
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 from collections import Counter
@@ -17,25 +18,24 @@ from harness.fixtures import MakeDaemon
 from harness.mounts import Mounts
 from hostile import asking, forged, racing
 from hostile.forged import Qcow2
+from policies import Grant, Policy, Root
 
-POLICY: Final = """
-[roots.outer]
-path = "{scratch}/outer"
-access = "daemon"
-mounts = true
-[roots.closed]
-path = "{scratch}/outer/closed"
-access = "daemon"
-parents_writable_by = [1234]
-[[grants]]
-users = [1234]
-read = ["outer"]
-write = ["outer"]
-[[grants]]
-users = [1235]
-read = ["closed"]
-write = ["closed"]
-"""
+OUTER: Final = Root("outer", "{scratch}/outer", mounts=True)
+CLOSED: Final = Root("closed", "{scratch}/outer/closed", parents_writable_by=[ALICE.uid])
+GRANTED: Final = Root("granted", "{scratch}/outer/granted", parents_writable_by=[ALICE.uid])
+
+
+def granting(*further: Root, outer: Root = OUTER, closed: Root = CLOSED) -> Policy:
+    """ALICE has `outer` and the further roots, BOB the one that is nested in `outer`."""
+    return Policy(
+        grants=[
+            Grant(users=[ALICE.uid], read=[outer, *further], write=[outer, *further]),
+            Grant(users=[BOB.uid], read=[closed], write=[closed]),
+        ]
+    )
+
+
+POLICY: Final = granting()
 
 MARKER: Final = b"<what only BOB may have read>"
 ROUNDS: Final = 25
@@ -137,7 +137,11 @@ def test_renamed_nested_root_on_overlayfs_stays_closed(
     """The first change to a directory of the lower layer makes another inode, with its number."""
     with Mounts(scratch) as mounts:
         merged = mounts.overlaid(outer, "merged")
-        daemon = make_daemon(POLICY.replace("{scratch}/outer", str(merged)))
+        policy = granting(
+            outer=dataclasses.replace(OUTER, path=str(merged)),
+            closed=dataclasses.replace(CLOSED, path=str(merged / "closed")),
+        )
+        daemon = make_daemon(policy)
         daemon.start()
         as_alice = ["setpriv", f"--reuid={ALICE.uid}", f"--regid={ALICE.gid}", "--clear-groups"]
         moved = merged / "c2"
@@ -162,10 +166,12 @@ def test_a_nested_root_in_a_snapshot_stays_closed(scratch: Path, make_daemon: Ma
         asking.given_to(ALICE, outer / "own.raw", b"x" * forged.SIZE)
         granted = btrfs / "granted"
         subprocess.run([*subvolume, "snapshot", str(outer), str(granted)], check=True)
-        policy = POLICY.replace("{scratch}/outer", str(outer))
-        added = _GRANTED.replace("{scratch}/outer/granted", str(granted))
-        policy = policy.replace("[[grants]]", added, 1)
-        daemon = make_daemon(policy.replace('"outer"]', '"outer", "granted"]'))
+        policy = granting(
+            dataclasses.replace(GRANTED, path=str(granted)),
+            outer=dataclasses.replace(OUTER, path=str(outer)),
+            closed=dataclasses.replace(CLOSED, path=str(outer / "closed")),
+        )
+        daemon = make_daemon(policy)
         daemon.start()
         as_alice = ["setpriv", f"--reuid={ALICE.uid}", f"--regid={ALICE.gid}", "--clear-groups"]
         snapshot = outer / "snapshot"
@@ -185,8 +191,7 @@ def test_nested_root_moved_to_the_path_of_another_root_stays_closed(
     """Whoever owns the parent of both puts the one where the other was."""
     granted = outer / "granted"
     granted.mkdir()
-    policy = POLICY.replace("[[grants]]", _GRANTED, 1).replace('"outer"]', '"granted", "outer"]')
-    daemon = make_daemon(policy)
+    daemon = make_daemon(granting(GRANTED))
     daemon.start()
     granted.rename(outer / "aside")
     (outer / "closed").rename(granted)
@@ -195,23 +200,13 @@ def test_nested_root_moved_to_the_path_of_another_root_stays_closed(
     assert scratch.is_dir()
 
 
-_GRANTED: Final = """
-[roots.granted]
-path = "{scratch}/outer/granted"
-access = "daemon"
-parents_writable_by = [1234]
-[[grants]]
-"""
-
-
 def test_one_directory_bind_mounted_twice_is_two_roots(
     outer: Path, make_daemon: MakeDaemon
 ) -> None:
     """Root mounted it twice, and so they were when the policy was loaded."""
-    policy = POLICY.replace("[[grants]]", _GRANTED, 1).replace('"outer"]', '"granted", "outer"]')
     with Mounts(outer) as mounts:
         granted = mounts.bound(outer / "closed", "granted")
-        daemon = make_daemon(policy)
+        daemon = make_daemon(granting(GRANTED))
         daemon.start()
         assert asking.convert(daemon, granted / "disk.raw", outer / "out.raw", "raw").is_ok
         daemon.stop()
@@ -239,9 +234,8 @@ def test_nested_root_is_closed_in_each_spelling_that_the_file_system_accepts(
     outer: Path, without_case: Path, make_daemon: MakeDaemon
 ) -> None:
     """Where a file system takes capital letters for small ones."""
-    policy = POLICY.replace("{scratch}/outer/closed", "{scratch}/nt/closed")
-    policy = policy.replace("[[grants]]", _WITHOUT_CASE, 1).replace('["outer"]', '["nt", "outer"]')
-    daemon = make_daemon(policy)
+    nested = dataclasses.replace(CLOSED, path="{scratch}/nt/closed")
+    daemon = make_daemon(granting(Root("nt", "{scratch}/nt"), closed=nested))
     daemon.start()
     for name in ("CLOSED", "Closed"):
         source = without_case / name / "disk.raw"
@@ -251,14 +245,6 @@ def test_nested_root_is_closed_in_each_spelling_that_the_file_system_accepts(
     spelt = without_case / "OPEN" / "disk.raw"
     assert asking.convert(daemon, spelt, outer / "out.raw", "raw").is_ok
     daemon.stop()
-
-
-_WITHOUT_CASE: Final = """
-[roots.nt]
-path = "{scratch}/nt"
-access = "daemon"
-[[grants]]
-"""
 
 
 def test_file_that_its_owner_moves_into_a_root_is_in_the_root(daemon: Daemon, outer: Path) -> None:

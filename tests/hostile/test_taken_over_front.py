@@ -20,41 +20,25 @@ import pytest
 from harness import processes, waiting
 from harness.callers import ALICE, BOB, MALLORY, Caller
 from harness.daemon import JOB, QEMU_IMG, Daemon
-from harness.fixtures import MakeDaemon
+from harness.fixtures import FillIn, MakeDaemon
 from hostile import asking, false_front
 from hostile.false_front import FalseFront
 from hostile.secret import Secret
+from policies import IMAGES, Grant, Policy, Root
 
 from convertd_core import codec, messages, results, values
 from convertd_daemon import channel
 from convertd_daemon.linux import scm_rights
 
-POLICY: Final = """
-[limits]
-jobs = 3
-jobs_per_user = 2
-queue = 6
-queue_per_user = 4
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[roots.others]
-path = "{scratch}/others"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["images"]
-write = ["images"]
-[[grants]]
-users = [1235]
-read = ["others"]
-write = ["others"]
-[[grants]]
-users = [1236]
-read = ["images"]
-write = ["images"]
-formats = ["raw", "luks"]
-"""
+OTHERS: Final = Root("others", "{scratch}/others")
+POLICY: Final = Policy(
+    limits={"jobs": 3, "jobs_per_user": 2, "queue": 6, "queue_per_user": 4},
+    grants=[
+        Grant(read=[IMAGES], write=[IMAGES]),
+        Grant(users=[1235], read=[OTHERS], write=[OTHERS]),
+        Grant(users=[1236], read=[IMAGES], write=[IMAGES], formats=["raw", "luks"]),
+    ],
+)
 
 DORA: Final = Caller(uid=1236, gid=1236)
 """Who may encrypt."""
@@ -69,7 +53,7 @@ SEED: Final = int(os.environ.get("CONVERTD_TEST_SEED", "1"))
 
 
 @pytest.fixture(scope="module")
-def broker(fill_in: Callable[[str], str]) -> Iterator[Daemon]:
+def broker(fill_in: FillIn) -> Iterator[Daemon]:
     """The module's daemon, which is not started yet."""
     one = Daemon(fill_in(POLICY))
     yield one
@@ -193,7 +177,7 @@ def test_compromised_front_can_not_use_the_health_probe_connection_of_root(
     make_daemon: MakeDaemon, image: Path
 ) -> None:
     """The broker makes the connection for it, and is root, who may see and end every job."""
-    daemon = make_daemon(f"[operators]\nusers = [0]\n{POLICY}")
+    daemon = make_daemon(dataclasses.replace(POLICY, operators=[0]))
     home = daemon.home / "front"
     home.mkdir()
     with false_front.started(daemon, home, "WATCHDOG_USEC=600000") as front:

@@ -10,30 +10,24 @@ import os
 import platform
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 from harness.callers import ALICE, BOB
 from harness.daemon import Daemon
+from harness.fixtures import FillIn
 from hostile import asking, program
 from hostile.program import Behaviour
 from hostile.secret import Secret
+from policies import IMAGES, Grant, Policy
 
-POLICY: Final = """
-qemu_img = "{scratch}/program/qemu-img"
-[limits]
-duration = "1 h"
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["images"]
-write = ["images"]
-formats = ["raw", "qcow2", "vdi"]
-"""
+POLICY: Final = Policy(
+    limits={"duration": "1 h"},
+    qemu_img="{scratch}/program/qemu-img",
+    grants=[Grant(read=[IMAGES], write=[IMAGES], formats=["raw", "qcow2", "vdi"])],
+)
 
 pytestmark = pytest.mark.skipif(
     not program.fits(), reason=f"needs {program.MACHINE}, this is {platform.machine()}"
@@ -61,7 +55,7 @@ def place(scratch: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def attacked(place: Path, fill_in: Callable[[str], str]) -> Iterator[Daemon]:
+def attacked(place: Path, fill_in: FillIn) -> Iterator[Daemon]:
     """A daemon that has started."""
     assert place.exists()
     one = Daemon(fill_in(POLICY))

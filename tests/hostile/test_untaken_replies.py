@@ -16,25 +16,15 @@ from harness.callers import ALICE, BOB, MALLORY
 from harness.daemon import FRONT, Daemon
 from hostile import http2, untaken
 from hostile.http2 import Kind
+from policies import IMAGES, LIBRARY, Grant, Policy
 
 from convertd.v1 import convert_pb2 as pb
 from convertd_daemon.front import fair_queue
 
-POLICY: Final = """
-[limits]
-jobs = 2
-jobs_per_user = 2
-[roots.library]
-path = "{library}"
-access = "daemon"
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[[grants]]
-users = [1234, 1235]
-read = ["library", "images"]
-write = ["images"]
-"""
+POLICY: Final = Policy(
+    limits={"jobs": 2, "jobs_per_user": 2},
+    grants=[Grant(users=[1234, 1235], read=[LIBRARY, IMAGES], write=[IMAGES])],
+)
 
 MIB: Final = 1024
 """In KiB, as memory is measured here."""

@@ -13,27 +13,16 @@ from harness.daemon import Daemon
 from hostile import asking, forged
 from hostile.forged import Qcow2
 from hostile.secret import Secret
+from policies import IMAGES, Grant, Policy, Root
 
-POLICY: Final = """
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[roots.closed]
-path = "{scratch}/images/closed"
-access = "daemon"
-[roots.own]
-path = "{scratch}/own"
-access = "caller"
-[[grants]]
-users = [1234]
-read = ["images", "own"]
-write = ["images", "own"]
-formats = ["raw", "qcow2", "vmdk", "qed"]
-[[grants]]
-users = [1235]
-read = ["closed", "own"]
-write = ["closed", "own"]
-"""
+CLOSED: Final = Root("closed", "{scratch}/images/closed")
+OWN: Final = Root("own", "{scratch}/own", access="caller")
+POLICY: Final = Policy(
+    grants=[
+        Grant(read=[IMAGES, OWN], write=[IMAGES, OWN], formats=["raw", "qcow2", "vmdk", "qed"]),
+        Grant(users=[1235], read=[CLOSED, OWN], write=[CLOSED, OWN]),
+    ]
+)
 
 FORMATS: Final = ("raw", "qcow2", "vmdk", "")
 

@@ -16,18 +16,11 @@ from harness.callers import ALICE, BOB, MALLORY, SERVICE, Caller
 from harness.daemon import FRONT, Daemon
 from hostile import asking, http2
 from hostile.http2 import Kind
+from policies import IMAGES, Grant, Policy
 
 from convertd.v1 import convert_pb2 as pb
 
-POLICY: Final = """
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["images"]
-write = ["images"]
-"""
+POLICY: Final = Policy(grants=[Grant(read=[IMAGES], write=[IMAGES])])
 
 COUNT: Final = int(os.environ.get("CONVERTD_TEST_WIRE", "150"))
 """How many connections, and how many requests, each kind of fuzz gets."""

@@ -24,29 +24,51 @@ from harness import images, processes, waiting
 from harness.agent import Agent, Call, conversion
 from harness.callers import ALICE, BOB, PYTHON, Caller, come_and_go
 from harness.daemon import FRONT, Daemon
+from harness.fixtures import MakeDaemon
+from policies import IMAGES, LIBRARY, Grant, Policy
 
 from convertd.v1 import convert_pb2 as pb
 
-POLICY: Final = """
-[limits]
-jobs = 4
-jobs_per_user = 2
-queue = 1000
-queue_per_user = 100
-connections = 2000
-connections_per_user = 1500
-[roots.library]
-path = "{library}"
-access = "daemon"
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[[grants]]
-users = [1234, 1235, 3000, 3001, 3002, 3003, 3004, 3005, 3006, 3007, 3008, 3009,
-         3010, 3011, 3012, 3013, 3014, 3015, 3016, 3017, 3018, 3019]
-read = ["library", "images"]
-write = ["images"]
-"""
+POLICY: Final = Policy(
+    limits={
+        "jobs": 4,
+        "jobs_per_user": 2,
+        "queue": 1000,
+        "queue_per_user": 100,
+        "connections": 2000,
+        "connections_per_user": 1500,
+    },
+    grants=[
+        Grant(
+            users=[
+                1234,
+                1235,
+                3000,
+                3001,
+                3002,
+                3003,
+                3004,
+                3005,
+                3006,
+                3007,
+                3008,
+                3009,
+                3010,
+                3011,
+                3012,
+                3013,
+                3014,
+                3015,
+                3016,
+                3017,
+                3018,
+                3019,
+            ],
+            read=[LIBRARY, IMAGES],
+            write=[IMAGES],
+        )
+    ],
+)
 
 FULL: Final = os.environ.get("CONVERTD_TEST_LOAD") == "full"
 CONNECTIONS: Final = 1000 if FULL else 250
@@ -258,10 +280,10 @@ WAYS: Final = (
 
 @pytest.mark.timeout(600)
 def test_normal_caller_is_served_while_abusive_clients_run(
-    make_daemon: Callable[[str], Daemon], library: Path, images_dir: Path
+    make_daemon: MakeDaemon, library: Path, images_dir: Path
 ) -> None:
     """Each bad client is a user of its own, as many times as it may connect, all at once."""
-    daemon = make_daemon(POLICY.replace("_per_user = 1500", "_per_user = 100"))
+    daemon = make_daemon(POLICY.with_limits(connections_per_user=100))
     daemon.start()
     daemon.agent(ALICE).access()
     with unchanged(daemon, front_may_keep_kib=UNDER_ATTACK_KIB):
@@ -314,10 +336,10 @@ CALLS: Final = 60
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("how", ["stopped_reader", "busy"])
 def test_client_that_calls_continuously_does_not_block_other_calls(
-    make_daemon: Callable[[str], Daemon], how: str
+    make_daemon: MakeDaemon, how: str
 ) -> None:
     """GRPC takes calls in the order in which they come, and cancels those of which it has many."""
-    daemon = make_daemon(POLICY.replace("_per_user = 1500", "_per_user = 100"))
+    daemon = make_daemon(POLICY.with_limits(connections_per_user=100))
     daemon.start()
     alice = daemon.agent(ALICE)
     alice.access()
@@ -333,7 +355,7 @@ PINGS: Final = 3
 
 @pytest.mark.timeout(600)
 def test_watchdog_is_answered_under_a_flood_of_connections(
-    make_daemon: Callable[[str], Daemon],
+    make_daemon: MakeDaemon,
 ) -> None:
     """Whoever connects and is gone at once, as fast as it can, keeps its backlog full."""
     daemon = make_daemon(POLICY)

@@ -21,26 +21,15 @@ from harness import images, processes, waiting
 from harness.agent import Agent, Call, conversion
 from harness.callers import ALICE, BOB
 from harness.daemon import FRONT, JOB, QEMU_IMG, Daemon
+from policies import IMAGES, LIBRARY, Grant, Policy
 
 from convertd.v1 import convert_pb2 as pb
 
-POLICY: Final = """
-[limits]
-jobs = 4
-jobs_per_user = 3
-[roots.library]
-path = "{library}"
-access = "daemon"
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[operators]
-users = [1234]
-[[grants]]
-users = [1234, 1235]
-read = ["library", "images"]
-write = ["images"]
-"""
+POLICY: Final = Policy(
+    limits={"jobs": 4, "jobs_per_user": 3},
+    operators=[1234],
+    grants=[Grant(users=[1234, 1235], read=[LIBRARY, IMAGES], write=[IMAGES])],
+)
 
 CONVERSIONS: Final = int(os.environ.get("CONVERTD_TEST_SOAK", "150"))
 WARM_UP: Final = min(50, CONVERSIONS // 3)

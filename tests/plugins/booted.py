@@ -7,6 +7,7 @@ it, and `changes` can tell all of it. Ready in about 4 s. Needs root.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shlex
@@ -18,7 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from policies import Grant, Policy, Root
+
 T = TypeVar("T")
+
+POLICY_PATH: Final = "/etc/convertd/policy.toml"
+NOTHING_ELSE: Final = Policy()
 
 REPOSITORY: Final = Path(__file__).parents[2]
 
@@ -103,24 +109,15 @@ class Machine:
         """Write a file in it, directories included."""
         self.run("install", "-D", "-m", f"{mode:04o}", "/dev/stdin", path, said=text)
 
-    def grant(self, root: str, uid: int, policy: str = "") -> None:
+    def grant(self, root: str, uid: int, policy: Policy = NOTHING_ELSE) -> None:
         """Let a user convert in a directory, and the service write there.
 
-        `policy` goes before, and begins in the top level.
+        `policy` states the rest, its limits for example.
         """
         self.run("mkdir", "--parents", root)
-        self.write(
-            "/etc/convertd/policy.toml",
-            f"""{policy}
-[roots.images]
-path = "{root}"
-access = "daemon"
-[[grants]]
-users = [{uid}]
-read = ["images"]
-write = ["images"]
-""",
-        )
+        images = Root("images", root)
+        grant = Grant(users=[uid], read=[images], write=[images])
+        self.write(POLICY_PATH, str(dataclasses.replace(policy, grants=[grant])))
         dropped = self.run("convertd", "unit-dropin").stdout
         self.write("/etc/systemd/system/convertd.service.d/policy.conf", dropped)
         self.run("systemctl", "daemon-reload")
@@ -129,7 +126,7 @@ write = ["images"]
     def revoke(self) -> None:
         """Take the policy and the drop-in that an install leaves: none."""
         policy = REPOSITORY / "packaging" / "systemd" / "policy.toml"
-        self.write("/etc/convertd/policy.toml", policy.read_text(encoding="utf-8"))
+        self.write(POLICY_PATH, policy.read_text(encoding="utf-8"))
         self.run("rm", "-f", "/etc/systemd/system/convertd.service.d/policy.conf")
         self.run("systemctl", "daemon-reload")
         self.run("systemctl", "restart", "convertd.service")

@@ -17,25 +17,21 @@ from harness.fixtures import MakeDaemon
 from harness.mounts import Mounts
 from harness.tracing import Tracer
 from hostile import asking, silent_fuse
+from policies import Grant, Policy, Root
 
 from convertd.v1 import convert_pb2 as pb
 from convertd_daemon.admin import check
 
-POLICY: Final = """
-[roots.whole]
-path = "{scratch}/whole"
-access = "daemon"
-[roots.broken]
-path = "{scratch}/broken"
-access = "daemon"
-[roots.users]
-path = "{scratch}/users"
-access = "caller"
-[[grants]]
-users = [1234, 1235]
-read = ["broken", "whole", "users"]
-write = ["broken", "whole", "users"]
-"""
+WHOLE: Final = Root("whole", "{scratch}/whole")
+BROKEN_ROOT: Final = Root("broken", "{scratch}/broken")
+USERS: Final = Root("users", "{scratch}/users", access="caller")
+POLICY: Final = Policy(
+    grants=[
+        Grant(
+            users=[1234, 1235], read=[BROKEN_ROOT, WHOLE, USERS], write=[BROKEN_ROOT, WHOLE, USERS]
+        )
+    ]
+)
 
 Broken = Callable[[Path], None]
 

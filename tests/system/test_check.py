@@ -2,50 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import pytest
+from policies import Grant, Policy, Root
 
 from convertd_daemon.admin import check
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-POLICY = """
-[limits]
-stop_grace = "0 s"
-[operators]
-users = ["root"]
-[roots.images]
-path = "{directory}/images"
-access = "daemon"
-owner = "root:0"
-mode = "0640"
-mounts = true
-allow_ownerless = true
-[roots.own]
-path = "{directory}/own"
-access = "caller"
-reflink = false
-[roots.volumes]
-path = "/dev/no-such-group-of-volumes"
-kind = "block"
-access = "daemon"
-[[grants]]
-users = ["root", 1234]
-groups = ["root"]
-read = ["images", "volumes"]
-write = ["own"]
-read_formats = ["vmdk"]
-overwrite = "any"
-[[grants]]
-groups = [36]
-read = ["own"]
-"""
+IMAGES: Final = Root(
+    "images", "{directory}/images", owner="root:0", mode="0640", mounts=True, allow_ownerless=True
+)
+OWN: Final = Root("own", "{directory}/own", access="caller", reflink=False)
+VOLUMES: Final = Root("volumes", "/dev/no-such-group-of-volumes", kind="block")
+POLICY = Policy(
+    limits={"stop_grace": "0 s"},
+    operators=["root"],
+    roots=[IMAGES, OWN, VOLUMES],
+    grants=[
+        Grant(
+            users=["root", 1234],
+            groups=["root"],
+            read=[IMAGES, VOLUMES],
+            write=[OWN],
+            read_formats=["vmdk"],
+            overwrite="any",
+        ),
+        Grant(users=None, groups=[36], read=[OWN]),
+    ],
+)
 
 TOLD = """\
 {directory}/policy.toml:
@@ -110,10 +102,10 @@ def directory() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-def checked(directory: Path, text: str = POLICY) -> int:
+def checked(directory: Path, policy: Policy | str = POLICY) -> int:
     """The exit status for a policy."""
     path = directory / "policy.toml"
-    path.write_text(text.replace("{directory}", str(directory)), encoding="utf-8")
+    path.write_text(str(policy).replace("{directory}", str(directory)), encoding="utf-8")
     return check.run(str(path))
 
 
@@ -129,7 +121,7 @@ def test_check_of_an_empty_policy_says_that_nobody_is_granted_anything(
     directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And says so."""
-    checked(directory, "")
+    checked(directory, Policy())
     told = capsys.readouterr().out
     assert "Grants\n  none: nobody may convert anything\n" in told
     assert "nobody: each caller sees and cancels its own jobs only.\n" in told
@@ -167,7 +159,7 @@ def test_check_marks_an_unknown_user_in_the_description(
     directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Where one reads who may do what."""
-    checked(directory, '[operators]\nusers = ["no-such-user"]')
+    checked(directory, Policy(operators=["no-such-user"]))
     assert "user no-such-user (which does not exist) may see" in capsys.readouterr().out
 
 
@@ -175,7 +167,10 @@ def test_check_describes_a_root_with_an_unknown_owner_as_closed(
     directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """No grant reaches it."""
-    assert checked(directory, POLICY.replace("root:0", "no-such-user:0")) == 1
+    assert (
+        checked(directory, POLICY.with_root(dataclasses.replace(IMAGES, owner="no-such-user:0")))
+        == 1
+    )
     assert "read vmdk in volumes\n" in capsys.readouterr().out
 
 
@@ -183,7 +178,7 @@ def test_check_reports_a_missing_qemu_img(
     directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The daemon would not start."""
-    assert checked(directory, 'qemu_img = "/no/such/program"') == 1
+    assert checked(directory, Policy(qemu_img="/no/such/program")) == 1
     assert capsys.readouterr().err.startswith("/no/such/program: No such file or directory")
 
 
@@ -205,9 +200,9 @@ def test_check_reports_a_root_that_is_a_file_or_behind_a_symlink(
     assert f"roots.own.path: {directory}/own has a symbolic link in its path" in told
 
 
-def counters_in(directory: Path) -> str:
+def counters_in(directory: Path) -> Policy:
     """A policy with a file of counters in there."""
-    return f'[service]\nmetrics = "{directory}/convertd.prom"'
+    return Policy(service={"metrics": f"{directory}/convertd.prom"})
 
 
 def test_check_accepts_a_counters_directory_that_only_root_can_write(

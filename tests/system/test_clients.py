@@ -25,23 +25,11 @@ from harness.callers import (
 )
 from harness.daemon import QEMU_IMG, Daemon
 from harness.fixtures import MakeDaemon
+from policies import IMAGES, LIBRARY, Grant, Policy
 
 from convertd.v1 import convert_pb2 as pb
 
-POLICY: Final = """
-[operators]
-users = [0]
-[roots.library]
-path = "{library}"
-access = "daemon"
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["library", "images"]
-write = ["images"]
-"""
+POLICY: Final = Policy(operators=[0], grants=[Grant(read=[LIBRARY, IMAGES], write=[IMAGES])])
 
 MIB: Final = 1024 * 1024
 

@@ -11,17 +11,17 @@ import pytest
 from harness import images
 from harness.callers import ALICE, Caller, Ran, owner_of
 from harness.daemon import Daemon
+from policies import IMAGES, Grant, Policy
 
-POLICY: Final = """
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["images"]
-write = ["images"]
-formats = ["raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx", "qed", "parallels"]
-"""
+POLICY: Final = Policy(
+    grants=[
+        Grant(
+            read=[IMAGES],
+            write=[IMAGES],
+            formats=["raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx", "qed", "parallels"],
+        )
+    ]
+)
 
 SIZE_MIB: Final = int(os.environ.get("CONVERTD_TEST_IMAGE_MIB", "1024"))
 """The size of the image of real files, mostly sparse: a quarter of it is files at most."""

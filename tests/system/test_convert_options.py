@@ -14,30 +14,21 @@ from harness import images
 from harness.agent import Agent, conversion
 from harness.callers import ALICE, BOB, owner_of
 from harness.daemon import Daemon
+from policies import IMAGES, LIBRARY, Grant, Policy, Root
 
 from convertd.v1 import convert_pb2 as pb
 
-POLICY: Final = """
-[roots.library]
-path = "{library}"
-access = "daemon"
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[roots.shared]
-path = "{scratch}/shared"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["library", "images"]
-write = ["images"]
-formats = ["raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx", "qed", "parallels"]
-[[grants]]
-users = [1235]
-read = ["library"]
-write = ["images"]
-overwrite = "any"
-"""
+POLICY: Final = Policy(
+    roots=[Root("shared", "{scratch}/shared")],
+    grants=[
+        Grant(
+            read=[LIBRARY, IMAGES],
+            write=[IMAGES],
+            formats=["raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx", "qed", "parallels"],
+        ),
+        Grant(users=[1235], read=[LIBRARY], write=[IMAGES], overwrite="any"),
+    ],
+)
 
 MIB: Final = 1024 * 1024
 

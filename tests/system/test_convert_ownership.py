@@ -12,25 +12,15 @@ from harness import images
 from harness.agent import Agent, conversion
 from harness.callers import ALICE, BOB, owner_of
 from harness.daemon import Daemon
+from policies import IMAGES, Grant, Policy, Root
 
-POLICY: Final = """
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[roots.house]
-path = "{scratch}/house"
-access = "daemon"
-owner = "1500:1600"
-mode = "0644"
-[roots.own]
-path = "{scratch}/own"
-access = "caller"
-[[grants]]
-users = [1234, 1235]
-read = ["images", "own"]
-write = ["images", "house", "own"]
-overwrite = "any"
-"""
+HOUSE: Final = Root("house", "{scratch}/house", owner="1500:1600", mode="0644")
+OWN: Final = Root("own", "{scratch}/own", access="caller")
+POLICY: Final = Policy(
+    grants=[
+        Grant(users=[1234, 1235], read=[IMAGES, OWN], write=[IMAGES, HOUSE, OWN], overwrite="any")
+    ]
+)
 
 
 @pytest.fixture

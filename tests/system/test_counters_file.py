@@ -13,13 +13,11 @@ from harness.callers import ALICE, MALLORY, owner_of
 from harness.daemon import Daemon
 from harness.fixtures import MakeDaemon
 from hostile import silent_fuse
+from policies import Policy
 
 from convertd_daemon.service import counters_file
 
-POLICY: Final = """
-[service]
-metrics = "{scratch}/theirs/export/convertd.prom"
-"""
+POLICY: Final = Policy(service={"metrics": "{scratch}/theirs/export/convertd.prom"})
 
 
 @pytest.fixture

@@ -16,27 +16,20 @@ from harness import images
 from harness.callers import ALICE, CONVERTCTL, PYTHON, Ran
 from harness.daemon import Daemon
 from loop_devices import Devices
+from policies import IMAGES, LIBRARY, Grant, Policy, Root
 
 from convertd_core import creation_options
 
-POLICY: Final = """
-[roots.library]
-path = "{library}"
-access = "daemon"
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[roots.volumes]
-path = "{volumes}"
-kind = "block"
-access = "daemon"
-allow_is_zero = true
-[[grants]]
-users = [1234]
-read = ["library", "images"]
-write = ["images", "volumes"]
-formats = ["raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx", "qed", "parallels"]
-"""
+VOLUMES: Final = Root("volumes", "{volumes}", kind="block", allow_is_zero=True)
+POLICY: Final = Policy(
+    grants=[
+        Grant(
+            read=[LIBRARY, IMAGES],
+            write=[IMAGES, VOLUMES],
+            formats=["raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx", "qed", "parallels"],
+        )
+    ]
+)
 
 MIB: Final = 1024 * 1024
 

@@ -14,31 +14,21 @@ from harness.agent import Agent, Refusal, conversion
 from harness.callers import ALICE, ROOT, owner_of
 from harness.daemon import Daemon
 from loop_devices import DISK_GROUP, Devices
+from policies import IMAGES, LIBRARY, VOLUMES, Grant, Policy, Root
 
 from convertd.v1 import convert_pb2 as pb
 
-POLICY: Final = """
-[operators]
-users = [0]
-[roots.library]
-path = "{library}"
-access = "daemon"
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[roots.bases]
-path = "{scratch}/bases"
-access = "daemon"
-[roots.volumes]
-path = "{volumes}"
-kind = "block"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["library", "images", "bases", "volumes"]
-write = ["images", "volumes"]
-formats = ["raw", "qcow2", "luks"]
-"""
+BASES: Final = Root("bases", "{scratch}/bases")
+POLICY: Final = Policy(
+    operators=[0],
+    grants=[
+        Grant(
+            read=[LIBRARY, IMAGES, BASES, VOLUMES],
+            write=[IMAGES, VOLUMES],
+            formats=["raw", "qcow2", "luks"],
+        )
+    ],
+)
 
 MIB: Final = 1024 * 1024
 

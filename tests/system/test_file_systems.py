@@ -17,27 +17,13 @@ from harness.callers import ALICE, BOB, owner_of
 from harness.daemon import QEMU_IMG, Daemon
 from harness.mounts import Mounts
 from harness.tracing import Tracer
+from policies import LIBRARY, Grant, Policy, Root
 
 from convertd.v1 import convert_pb2 as pb
 
-POLICY: Final = """
-[roots.library]
-path = "{library}"
-access = "daemon"
-[roots.places]
-path = "{scratch}"
-access = "daemon"
-mounts = true
-[roots.ownerless]
-path = "{scratch}/ownerless"
-access = "daemon"
-mounts = true
-allow_ownerless = true
-[[grants]]
-users = [1234]
-read = ["library", "places"]
-write = ["places", "ownerless"]
-"""
+PLACES: Final = Root("places", "{scratch}", mounts=True)
+OWNERLESS: Final = Root("ownerless", "{scratch}/ownerless", mounts=True, allow_ownerless=True)
+POLICY: Final = Policy(grants=[Grant(read=[LIBRARY, PLACES], write=[PLACES, OWNERLESS])])
 
 MIB: Final = 1024 * 1024
 

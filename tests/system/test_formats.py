@@ -10,10 +10,11 @@ import pytest
 from harness.callers import ALICE
 from harness.daemon import Daemon, DidNotStart
 from harness.fixtures import MakeDaemon
+from policies import Policy
 
 from convertd_core import values
 
-POLICY: Final = 'qemu_img = "{scratch}/qemu-img"'
+POLICY: Final = Policy(qemu_img="{scratch}/qemu-img")
 QEMU_IMG: Final = Path("/usr/bin/qemu-img")
 
 

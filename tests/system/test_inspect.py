@@ -15,21 +15,15 @@ from harness import images, waiting
 from harness.agent import Agent
 from harness.callers import ALICE
 from harness.daemon import Daemon
+from policies import IMAGES, Grant, Policy
 
 from convertd.v1 import convert_pb2 as pb
 from convertd_daemon.job.files import paths
 from convertd_daemon.linux import locks
 
-POLICY: Final = """
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["images"]
-write = ["images"]
-formats = ["raw", "qcow2", "vmdk"]
-"""
+POLICY: Final = Policy(
+    grants=[Grant(read=[IMAGES], write=[IMAGES], formats=["raw", "qcow2", "vmdk"])]
+)
 
 
 @pytest.fixture

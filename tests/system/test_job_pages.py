@@ -11,23 +11,13 @@ import pytest
 from harness.agent import Agent, conversion
 from harness.callers import ALICE, BOB, PYTHON
 from harness.daemon import Daemon
+from policies import IMAGES, LIBRARY, Grant, Policy
 
 from convertd.v1 import convert_pb2 as pb
 
-POLICY: Final = """
-[limits]
-jobs = 1
-[roots.library]
-path = "{library}"
-access = "daemon"
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[[grants]]
-users = [1234, 1235]
-read = ["library"]
-write = ["images"]
-"""
+POLICY: Final = Policy(
+    limits={"jobs": 1}, grants=[Grant(users=[1234, 1235], read=[LIBRARY], write=[IMAGES])]
+)
 
 JOBS: Final = 24
 ASYNC: Final = """

@@ -12,19 +12,13 @@ from harness import images
 from harness.agent import conversion
 from harness.callers import ALICE
 from harness.daemon import Daemon
+from policies import IMAGES, Grant, Policy
 
 from convertd.v1 import convert_pb2 as pb
 
-POLICY: Final = """
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["images"]
-write = ["images"]
-formats = ["raw", "qcow2", "vmdk"]
-"""
+POLICY: Final = Policy(
+    grants=[Grant(read=[IMAGES], write=[IMAGES], formats=["raw", "qcow2", "vmdk"])]
+)
 
 NAMES: Final = {
     "a comma and an equals sign": "a,backing_file=b",

@@ -14,21 +14,22 @@ from typing import TYPE_CHECKING
 
 import pytest
 from descriptors import none_left_open
+from policies import Grant, Policy, Root
 
 from convertd_daemon.policy import bind, load, lookup
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-POLICY = """
-[roots.images]
-path = "/srv/images"
-access = "daemon"
-[[grants]]
-users = ["root", "no-such-user"]
-groups = ["root", "no-such-group"]
-read = ["images"]
-"""
+POLICY = Policy(
+    grants=[
+        Grant(
+            users=["root", "no-such-user"],
+            groups=["root", "no-such-group"],
+            read=[Root("images", "/srv/images")],
+        )
+    ]
+)
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def directory() -> Iterator[Path]:
 def file(directory: Path) -> Path:
     """A policy that is fine."""
     path = directory / "policy.toml"
-    path.write_text(POLICY, encoding="utf-8")
+    path.write_text(str(POLICY), encoding="utf-8")
     path.chmod(0o644)
     return path
 
@@ -107,7 +108,7 @@ def test_policy_below_a_directory_that_others_can_write_is_refused(
     above = directory / "etc"
     (above / "convertd").mkdir(parents=True)
     file = above / "convertd" / "policy.toml"
-    file.write_text(POLICY, encoding="utf-8")
+    file.write_text(str(POLICY), encoding="utf-8")
     assert load.load(str(file)).file
     above.chmod(mode)
     assert f"{above} can be changed by" in str(refusal(file))
@@ -168,7 +169,7 @@ def test_policy_file_over_the_size_limit_is_refused(file: Path) -> None:
 
 def test_policy_file_at_the_size_limit_is_read(file: Path) -> None:
     """To its last byte."""
-    file.write_text(POLICY.rjust(load.MAX_BYTES), encoding="ascii")
+    file.write_text(str(POLICY).rjust(load.MAX_BYTES), encoding="ascii")
     assert len(load.load(str(file)).policy.rules) == 1
 
 

@@ -13,22 +13,17 @@ from typing import Final
 import pytest
 from harness.callers import ALICE, Ran
 from harness.daemon import COMMAND, Daemon
+from policies import Grant, Policy, Root
 
-POLICY: Final = """
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-accept_damaged = true
-[roots.callers]
-path = "{scratch}/callers"
-access = "caller"
-[[grants]]
-users = [1234]
-read = ["images", "callers"]
-write = ["images"]
-formats = ["raw", "qcow2", "qed"]
-overwrite = "any"
-"""
+IMAGES: Final = Root("images", "{scratch}/images", accept_damaged=True)
+CALLERS: Final = Root("callers", "{scratch}/callers", access="caller")
+POLICY: Final = Policy(
+    grants=[
+        Grant(
+            read=[IMAGES, CALLERS], write=[IMAGES], formats=["raw", "qcow2", "qed"], overwrite="any"
+        )
+    ]
+)
 
 
 def qemu_img(*arguments: str) -> None:

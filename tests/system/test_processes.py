@@ -21,19 +21,9 @@ from harness.agent import conversion
 from harness.callers import ALICE
 from harness.daemon import FRONT, GATE, QEMU_IMG, SPARE, Daemon
 from harness.fixtures import MakeDaemon
+from policies import IMAGES, LIBRARY, Grant, Policy
 
-POLICY: Final = """
-[roots.library]
-path = "{library}"
-access = "daemon"
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["library", "images"]
-write = ["images"]
-"""
+POLICY: Final = Policy(grants=[Grant(read=[LIBRARY, IMAGES], write=[IMAGES])])
 
 MIB: Final = 1024 * 1024
 

@@ -12,28 +12,21 @@ from harness.agent import Call, conversion
 from harness.callers import ALICE, BOB, PYTHON, Caller
 from harness.daemon import FRONT, GATE, SPARE, Daemon
 from harness.fixtures import MakeDaemon
+from policies import IMAGES, LIBRARY, Grant, Policy
 
 from convertd.v1 import convert_pb2 as pb
 
-POLICY: Final = """
-[limits]
-jobs = 1
-jobs_per_user = 1
-queue = 4
-queue_per_user = 3
-connections = 12
-connections_per_user = 6
-[roots.library]
-path = "{library}"
-access = "daemon"
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[[grants]]
-users = [1234, 1235]
-read = ["library", "images"]
-write = ["images"]
-"""
+POLICY: Final = Policy(
+    limits={
+        "jobs": 1,
+        "jobs_per_user": 1,
+        "queue": 4,
+        "queue_per_user": 3,
+        "connections": 12,
+        "connections_per_user": 6,
+    },
+    grants=[Grant(users=[1234, 1235], read=[LIBRARY, IMAGES], write=[IMAGES])],
+)
 
 MIB: Final = 1024 * 1024
 
@@ -211,7 +204,7 @@ def test_user_can_not_take_more_job_slots_than_its_limit(
     make_daemon: MakeDaemon, library: Path, images_dir: Path
 ) -> None:
     """A free place is kept for the next user, and given to him at once."""
-    daemon = make_daemon(POLICY.replace("jobs = 1\n", "jobs = 2\n", 1))
+    daemon = make_daemon(POLICY.with_limits(jobs=2))
     daemon.start()
     line = Line(daemon, library, images_dir)
     line.join(ALICE, "a1")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -13,21 +13,12 @@ from harness import waiting
 from harness.agent import conversion
 from harness.callers import ALICE, MALLORY, Caller
 from harness.daemon import Daemon
+from harness.fixtures import FillIn
+from policies import IMAGES, LIBRARY, Grant, Policy
 
 from convertd.v1 import convert_pb2 as pb
 
-POLICY: Final = """
-[roots.library]
-path = "{library}"
-access = "daemon"
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["library", "images"]
-write = ["images"]
-"""
+POLICY: Final = Policy(grants=[Grant(read=[LIBRARY, IMAGES], write=[IMAGES])])
 
 WITHOUT_A_JOURNAL: Final = (
     *("unshare", "--mount", "sh", "-c"),
@@ -43,7 +34,7 @@ FIELD: Final = re.compile(
 
 
 @pytest.fixture(scope="module")
-def alone(fill_in: Callable[[str], str]) -> Iterator[Daemon]:
+def alone(fill_in: FillIn) -> Iterator[Daemon]:
     """A daemon that sees no journal, whatever the machine has."""
     with contextlib.ExitStack() as undo:
         one = Daemon(fill_in(POLICY))

@@ -24,48 +24,27 @@ from harness.agent import Agent, Refusal, conversion
 from harness.callers import ALICE, BOB, MALLORY, ROOT
 from harness.daemon import QEMU_IMG, Daemon
 from harness.mounts import Mounts
+from policies import IMAGES, LIBRARY, Grant, Policy, Root
 
 from convertd.v1 import convert_pb2 as pb
 
-POLICY: Final = """
-[limits]
-virtual_size = "64 MiB"
-[operators]
-users = [0]
-[roots.library]
-path = "{library}"
-access = "daemon"
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[roots.inner]
-path = "{scratch}/images/inner"
-access = "daemon"
-[roots.outbox]
-path = "{scratch}/outbox"
-access = "daemon"
-[roots.gone]
-path = "{scratch}/gone"
-access = "daemon"
-[roots.linked]
-path = "{scratch}/linked"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["library", "images", "gone", "linked"]
-write = ["images", "gone", "linked"]
-formats = ["raw", "qcow2", "vmdk"]
-[[grants]]
-users = [1234]
-read = ["library"]
-write = ["outbox"]
-write_formats = ["raw"]
-read_formats = ["raw"]
-[[grants]]
-users = [1235]
-read = ["library"]
-write = ["images"]
-"""
+OUTBOX: Final = Root("outbox", "{scratch}/outbox")
+GONE: Final = Root("gone", "{scratch}/gone")
+LINKED: Final = Root("linked", "{scratch}/linked")
+POLICY: Final = Policy(
+    limits={"virtual_size": "64 MiB"},
+    operators=[0],
+    roots=[Root("inner", "{scratch}/images/inner")],
+    grants=[
+        Grant(
+            read=[LIBRARY, IMAGES, GONE, LINKED],
+            write=[IMAGES, GONE, LINKED],
+            formats=["raw", "qcow2", "vmdk"],
+        ),
+        Grant(read=[LIBRARY], write=[OUTBOX], write_formats=["raw"], read_formats=["raw"]),
+        Grant(users=[1235], read=[LIBRARY], write=[IMAGES]),
+    ],
+)
 
 MIB: Final = 1024 * 1024
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -13,19 +15,15 @@ from harness.callers import ALICE, BOB, owner_of
 from harness.daemon import Daemon, DidNotStart
 from harness.fixtures import MakeDaemon
 from hostile import asking, forged
+from policies import Grant, Policy, Root
 
 from convertd_daemon.admin import check
 from convertd_daemon.policy import load
 
-POLICY: Final = """
-[roots.images]
-path = "{scratch}/parent/images"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["images"]
-write = ["images"]
-"""
+IMAGES: Final = Root("images", "{scratch}/parent/images")
+POLICY: Final = Policy(grants=[Grant(read=[IMAGES], write=[IMAGES])])
+
+Load = Callable[[Policy], load.Loaded]
 
 KEY: Final = "roots.images.parents_writable_by"
 
@@ -41,16 +39,14 @@ def parent(scratch: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def loaded(make_daemon: MakeDaemon) -> Callable[[str], load.Loaded]:
-    """Load a policy's text from a file that only root can write."""
-    return lambda text: load.load(str(make_daemon(text).policy_path))
+def loaded(make_daemon: MakeDaemon) -> Load:
+    """Load a policy from a file that only root can write."""
+    return lambda policy: load.load(str(make_daemon(policy).policy_path))
 
 
-def allowing(text: str, *writers: str) -> str:
+def allowing(*writers: int | str) -> Policy:
     """The same policy, with these named for the root."""
-    return text.replace(
-        '"daemon"\n', f'"daemon"\nparents_writable_by = [{", ".join(writers)}]\n', 1
-    )
+    return POLICY.with_root(dataclasses.replace(IMAGES, parents_writable_by=writers))
 
 
 def owned(path: Path) -> None:
@@ -83,18 +79,18 @@ def sticky_with_a_root_of_anothers(path: Path) -> None:
 @pytest.mark.parametrize(
     ("give", "named"),
     [
-        (owned, "1234"),
-        (group_writable, '"group:1300"'),
-        (listed_user, "1234"),
-        (listed_group, '"group:1300"'),
-        (sticky_with_a_root_of_anothers, "1234"),
+        (owned, 1234),
+        (group_writable, "group:1300"),
+        (listed_user, 1234),
+        (listed_group, "group:1300"),
+        (sticky_with_a_root_of_anothers, 1234),
     ],
 )
 def test_user_who_can_replace_a_root_must_be_named_in_the_policy(
-    loaded: Callable[[str], load.Loaded],
+    loaded: Load,
     parent: Path,
     give: Callable[[Path], None],
-    named: str,
+    named: int | str,
 ) -> None:
     """And the message says what to write; written so, the policy is taken."""
     loaded(POLICY)
@@ -103,26 +99,24 @@ def test_user_who_can_replace_a_root_must_be_named_in_the_policy(
         loaded(POLICY)
     assert refused.value.key == KEY
     assert f"{parent} can be changed by" in refused.value.reason
-    assert refused.value.reason.endswith(f"write: parents_writable_by = [{named}]")
-    loaded(allowing(POLICY, named))
+    assert refused.value.reason.endswith(f"write: parents_writable_by = [{json.dumps(named)}]")
+    loaded(allowing(named))
     with pytest.raises(load.LoadError):
-        loaded(allowing(POLICY, "4321", '"group:4321"'))
+        loaded(allowing(4321, "group:4321"))
 
 
-def test_all_users_missing_from_the_policy_are_reported_at_once(
-    loaded: Callable[[str], load.Loaded], parent: Path
-) -> None:
+def test_all_users_missing_from_the_policy_are_reported_at_once(loaded: Load, parent: Path) -> None:
     """With those that are named already."""
     owned(parent)
     parent.chmod(0o775)
     with pytest.raises(load.LoadError) as refused:
-        loaded(allowing(POLICY, "5"))
+        loaded(allowing(5))
     assert refused.value.reason.endswith('parents_writable_by = [5, 1234, "group:1300"]')
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o757])
 def test_parent_directory_that_everybody_can_write_is_refused(
-    loaded: Callable[[str], load.Loaded], parent: Path, mode: int
+    loaded: Load, parent: Path, mode: int
 ) -> None:
     """Nobody can be named for that."""
     parent.chmod(mode)
@@ -131,9 +125,7 @@ def test_parent_directory_that_everybody_can_write_is_refused(
     assert refused.value.reason.endswith(f"take that from them: chmod o-w {parent}")
 
 
-def test_root_owned_by_root_in_a_sticky_directory_is_accepted(
-    loaded: Callable[[str], load.Loaded], parent: Path
-) -> None:
+def test_root_owned_by_root_in_a_sticky_directory_is_accepted(loaded: Load, parent: Path) -> None:
     """Nobody but root can rename it."""
     parent.chmod(0o1777)
     loaded(POLICY)
@@ -141,11 +133,11 @@ def test_root_owned_by_root_in_a_sticky_directory_is_accepted(
 
 def test_missing_root_that_anybody_could_create_is_refused(parent: Path) -> None:
     """A sticky directory keeps nobody from making what is not there."""
-    policy = POLICY.replace("{scratch}", str(parent.parent))
+    policy = POLICY.with_root(dataclasses.replace(IMAGES, path=str(parent / "images")))
     (parent / "images").rmdir()
     parent.chmod(0o1777)
     daemon_policy = parent.parent / "policy.toml"
-    daemon_policy.write_text(policy, encoding="utf-8")
+    daemon_policy.write_text(str(policy), encoding="utf-8")
     with pytest.raises(load.LoadError) as refused:
         load.load(str(daemon_policy))
     daemon_policy.unlink()
@@ -154,43 +146,32 @@ def test_missing_root_that_anybody_could_create_is_refused(parent: Path) -> None
     assert refused.value.reason.endswith("it is not there: make it first")
 
 
-def test_root_directory_may_have_any_owner_and_mode(
-    loaded: Callable[[str], load.Loaded], parent: Path
-) -> None:
+def test_root_directory_may_have_any_owner_and_mode(loaded: Load, parent: Path) -> None:
     """It is there to be written."""
     (parent / "images").chmod(0o777)
     os.chown(parent / "images", 1234, 1234)
     loaded(POLICY)
 
 
-def test_root_with_caller_access_needs_no_named_users(
-    loaded: Callable[[str], load.Loaded], parent: Path
-) -> None:
+def test_root_with_caller_access_needs_no_named_users(loaded: Load, parent: Path) -> None:
     """The kernel asks for them wherever the files are; to name somebody would mean nothing."""
     owned(parent)
-    policy = POLICY.replace('"daemon"', '"caller"')
-    loaded(policy)
+    root = dataclasses.replace(IMAGES, access="caller")
+    loaded(POLICY.with_root(root))
     with pytest.raises(load.LoadError) as refused:
-        loaded(policy.replace('"caller"\n', '"caller"\nparents_writable_by = [1234]\n'))
+        loaded(POLICY.with_root(dataclasses.replace(root, parents_writable_by=[ALICE.uid])))
     assert refused.value.key == KEY
     assert "has no meaning" in refused.value.reason
 
 
-NESTED: Final = """
-[roots.around]
-path = "{scratch}/parent"
-access = "daemon"
-[roots.images]
-path = "{scratch}/parent/images"
-access = "caller"
-[[grants]]
-users = [1234]
-read = ["around"]
-"""
+NESTED: Final = Policy(
+    roots=[dataclasses.replace(IMAGES, access="caller")],
+    grants=[Grant(read=[Root("around", "{scratch}/parent")])],
+)
 
 
 def test_nested_root_inside_a_root_with_daemon_access_is_checked_too(
-    loaded: Callable[[str], load.Loaded], parent: Path
+    loaded: Load, parent: Path
 ) -> None:
     """Renamed, its files would be read with the daemon's rights."""
     loaded(NESTED)
@@ -198,21 +179,14 @@ def test_nested_root_inside_a_root_with_daemon_access_is_checked_too(
     with pytest.raises(load.LoadError) as refused:
         loaded(NESTED)
     assert refused.value.key == KEY
-    loaded(NESTED.replace('"caller"\n', '"caller"\nparents_writable_by = [1234]\n'))
+    root = dataclasses.replace(IMAGES, access="caller", parents_writable_by=[ALICE.uid])
+    loaded(NESTED.with_root(root))
 
 
-def test_owner_of_a_root_of_devices_is_checked_too(loaded: Callable[[str], load.Loaded]) -> None:
+def test_owner_of_a_root_of_devices_is_checked_too(loaded: Load) -> None:
     """Links are followed there: whoever could make one could choose any device."""
     path = Path("/dev/shm/convertd-test")  # noqa: S108 - below /dev, and not root's alone
-    policy = f"""
-[roots.volumes]
-path = "{path}"
-kind = "block"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["volumes"]
-"""
+    policy = Policy(grants=[Grant(read=[Root("volumes", str(path), kind="block")])])
     path.mkdir()
     try:
         loaded(policy)
@@ -224,18 +198,16 @@ read = ["volumes"]
     assert refused.value.key == "roots.volumes.parents_writable_by"
 
 
-def test_unknown_user_in_the_list_of_named_users_is_a_mistake(
-    loaded: Callable[[str], load.Loaded], parent: Path
-) -> None:
+def test_unknown_user_in_the_list_of_named_users_is_a_mistake(loaded: Load, parent: Path) -> None:
     """To `check`; and nobody is allowed by it."""
     assert parent.is_dir()
-    warnings = loaded(allowing(POLICY, '"no-such-user"')).warnings
+    warnings = loaded(allowing("no-such-user")).warnings
     assert [str(one).partition(": ")[2] for one in warnings] == [
         f"{KEY}[0]: there is no user no-such-user"
     ]
     owned(parent)
     with pytest.raises(load.LoadError):
-        loaded(allowing(POLICY, '"no-such-user"'))
+        loaded(allowing("no-such-user"))
 
 
 def test_check_reports_who_can_replace_a_root(
@@ -248,7 +220,7 @@ def test_check_reports_who_can_replace_a_root(
     assert f"{KEY}: {parent} can be changed by uid 1234" in capsys.readouterr().err
     with pytest.raises(DidNotStart, match="parents_writable_by"):
         daemon.start()
-    assert check.run(str(make_daemon(allowing(POLICY, "1234")).policy_path)) == 0
+    assert check.run(str(make_daemon(allowing(ALICE.uid)).policy_path)) == 0
     told = "The directories above can be changed by uid 1234."
     assert told in capsys.readouterr().out
 
@@ -281,7 +253,7 @@ def test_named_owner_of_the_parent_directory_can_convert(
     os.chown(parent, ALICE.uid, ALICE.gid)
     os.chown(images, ALICE.uid, ALICE.gid)
     source = asking.given_to(BOB, images / "disk.raw", b"x" * forged.SIZE)
-    daemon: Daemon = make_daemon(allowing(POLICY, "1234"))
+    daemon: Daemon = make_daemon(allowing(ALICE.uid))
     daemon.start()
     assert asking.convert(daemon, source, images / "out.raw", "raw").is_ok
     assert owner_of(images / "out.raw")[:2] == (ALICE.uid, ALICE.gid)

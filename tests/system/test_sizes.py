@@ -12,19 +12,12 @@ from harness.agent import conversion
 from harness.callers import ALICE
 from harness.daemon import Daemon
 from harness.mounts import Mounts
+from policies import Grant, Policy, Root
 
 from convertd.v1 import convert_pb2 as pb
 
-POLICY: Final = """
-[roots.places]
-path = "{scratch}"
-access = "daemon"
-mounts = true
-[[grants]]
-users = [1234]
-read = ["places"]
-write = ["places"]
-"""
+PLACES: Final = Root("places", "{scratch}", mounts=True)
+POLICY: Final = Policy(grants=[Grant(read=[PLACES], write=[PLACES])])
 
 
 @pytest.mark.parametrize("sectors", [1, 7, 9, 679])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -13,22 +12,12 @@ from harness import images, processes, waiting
 from harness.agent import conversion
 from harness.callers import ALICE, Caller
 from harness.daemon import JOB, SPARE, Daemon
+from harness.fixtures import MakeDaemon
+from policies import IMAGES, LIBRARY, Grant, Policy
 
-POLICY: Final = """
-[limits]
-jobs = 2
-jobs_per_user = 2
-[roots.library]
-path = "{library}"
-access = "daemon"
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["library", "images"]
-write = ["images"]
-"""
+POLICY: Final = Policy(
+    limits={"jobs": 2, "jobs_per_user": 2}, grants=[Grant(read=[LIBRARY, IMAGES], write=[IMAGES])]
+)
 
 STANDARD: Final = {0, 1, 2}
 MANY_GROUPS: Final = 40_000
@@ -110,7 +99,7 @@ def test_stopped_preforked_job_is_ended_with_its_job(
 
 
 def test_assignment_too_large_for_a_message_runs_in_a_new_process(
-    make_daemon: Callable[[str], Daemon], library: Path, images_dir: Path
+    make_daemon: MakeDaemon, library: Path, images_dir: Path
 ) -> None:
     """By a process that was forked with it."""
     daemon = make_daemon(POLICY)
@@ -146,7 +135,7 @@ def test_preforked_job_is_absent_while_every_job_slot_is_taken(
     daemon.await_calm()
 
 
-def test_preforked_job_ends_with_a_killed_broker(make_daemon: Callable[[str], Daemon]) -> None:
+def test_preforked_job_ends_with_a_killed_broker(make_daemon: MakeDaemon) -> None:
     """As every process of the daemon does."""
     daemon = make_daemon(POLICY)
     daemon.start()

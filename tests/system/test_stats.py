@@ -14,24 +14,12 @@ from harness.agent import conversion
 from harness.callers import ALICE, MALLORY, ROOT
 from harness.daemon import Daemon
 from harness.fixtures import MakeDaemon
+from policies import IMAGES, LIBRARY, Grant, Policy
 from prometheus_client import parser
 
 from convertd.v1 import convert_pb2 as pb
 
-POLICY: Final = """
-[operators]
-users = [0]
-[roots.library]
-path = "{library}"
-access = "daemon"
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["library"]
-write = ["images"]
-"""
+POLICY: Final = Policy(operators=[0], grants=[Grant(read=[LIBRARY], write=[IMAGES])])
 
 MIB: Final = 1024 * 1024
 
@@ -86,7 +74,7 @@ def test_stats_count_running_and_queued_jobs(
     make_daemon: MakeDaemon, library: Path, images_dir: Path
 ) -> None:
     """At this moment."""
-    daemon = make_daemon(f"[limits]\njobs = 1\n{POLICY}")
+    daemon = make_daemon(POLICY.with_limits(jobs=1))
     daemon.start()
     alice = daemon.agent(ALICE)
     source = library / "bulky.raw"
@@ -120,7 +108,7 @@ def test_dashboard_queries_only_existing_counters(
     daemon = make_daemon(POLICY)
     file = daemon.home / "convertd.prom"
     with daemon.policy_path.open("a", encoding="utf-8") as policy:
-        policy.write(f'[service]\nmetrics = "{file}"\n')
+        policy.write(str(Policy(service={"metrics": str(file)})))
     daemon.start()
     dest = images_dir / "dest.qcow2"
     daemon.agent(ALICE).convert(conversion(library / "small.raw", dest)).result()

@@ -15,31 +15,16 @@ from harness.agent import Call, conversion
 from harness.callers import ALICE, BOB, owner_of
 from harness.daemon import QEMU_IMG, Daemon
 from loop_devices import Devices
+from policies import LIBRARY, VOLUMES, Grant, Policy, Root
 
 from convertd.v1 import convert_pb2 as pb
 
-POLICY: Final = """
-[limits]
-jobs = 4
-jobs_per_user = 1
-[roots.library]
-path = "{library}"
-access = "daemon"
-[roots.homes]
-path = "{scratch}/homes"
-access = "caller"
-[roots.shared]
-path = "{scratch}/shared"
-access = "daemon"
-[roots.volumes]
-path = "{volumes}"
-kind = "block"
-access = "daemon"
-[[grants]]
-users = [1234, 1235]
-read = ["library"]
-write = ["homes", "shared", "volumes"]
-"""
+HOMES: Final = Root("homes", "{scratch}/homes", access="caller")
+SHARED: Final = Root("shared", "{scratch}/shared")
+POLICY: Final = Policy(
+    limits={"jobs": 4, "jobs_per_user": 1},
+    grants=[Grant(users=[1234, 1235], read=[LIBRARY], write=[HOMES, SHARED, VOLUMES])],
+)
 
 MIB: Final = 1024 * 1024
 

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 import pytest
+from policies import Grant, Policy, Root
 
 from convertd_daemon.admin import dropin
 from convertd_daemon.policy import bind, decide, document
 
 EXAMPLE = Path(__file__).parents[2] / "packaging" / "systemd" / "drop-in.example"
 
-NOVA = """
-[roots.instances]
-path = "/var/lib/nova/instances"
-access = "daemon"
-[roots.volumes]
-path = "/dev/nova"
-kind = "block"
-access = "daemon"
-[roots.unused]
-path = "/srv/unused"
-access = "daemon"
-[[grants]]
-users = [64060]
-read = ["instances", "volumes"]
-write = ["instances", "volumes"]
-"""
+INSTANCES: Final = Root("instances", "/var/lib/nova/instances")
+VOLUMES: Final = Root("volumes", "/dev/nova", kind="block")
+NOVA = Policy(
+    roots=[Root("unused", "/srv/unused")],
+    grants=[Grant(users=[64060], read=[INSTANCES, VOLUMES], write=[INSTANCES, VOLUMES])],
+)
 
 SHIPPED = {
     "ProtectSystem": "strict",
@@ -39,34 +31,27 @@ SHIPPED = {
 }
 
 
-def made(text: str) -> decide.Policy:
-    """A policy without names."""
-    return bind.bind(document.parse(text), bind.Ids(users={}, groups={}))
+def bound(policy: Policy) -> decide.Policy:
+    """A policy without names, as the daemon has it."""
+    return bind.bind(document.parse(str(policy)), bind.Ids(users={}, groups={}))
 
 
-def grants(path: str, key: str = "write") -> str:
+def of_one_root(path: str, *, writable: bool = True) -> decide.Policy:
     """A policy that opens one directory."""
-    write = 'write = ["one"]' if key == "write" else ""
-    return f"""
-[roots.one]
-path = "{path}"
-access = "daemon"
-[[grants]]
-users = [1]
-read = ["one"]
-{write}
-"""
+    root = Root("one", path)
+    grant = Grant(users=[1], read=[root], write=[root] if writable else None)
+    return bound(Policy(grants=[grant]))
 
 
 def test_drop_in_example_matches_its_policy() -> None:
     """Only what is granted; devices by their class, which is that of logical volumes if empty."""
-    needs = dropin.needs_of(made(NOVA))
+    needs = dropin.needs_of(bound(NOVA))
     assert dropin.text(needs, "/etc/convertd/policy.toml") == EXAMPLE.read_text(encoding="utf-8")
 
 
 def test_drop_in_of_a_policy_without_grants_is_empty() -> None:
     """And the unit as shipped covers it."""
-    needs = dropin.needs_of(made(""))
+    needs = dropin.needs_of(bound(Policy()))
     assert not needs
     assert list(dropin.uncovered(needs, SHIPPED)) == []
 
@@ -84,19 +69,19 @@ def test_drop_in_of_a_policy_without_grants_is_empty() -> None:
 )
 def test_drop_in_opens_the_directory(path: str, line: str) -> None:
     """Each in the words of systemd.exec(5), quoted as systemd reads it."""
-    assert line in dropin.text(dropin.needs_of(made(grants(path))), "p").splitlines()
+    assert line in dropin.text(dropin.needs_of(of_one_root(path)), "p").splitlines()
 
 
 def test_drop_in_opens_a_read_only_root_without_write_access() -> None:
     """ReadOnlyPaths, for a root that no grant writes."""
-    lines = dropin.text(dropin.needs_of(made(grants("/srv/a", "read"))), "p").splitlines()
+    lines = dropin.text(dropin.needs_of(of_one_root("/srv/a", writable=False)), "p").splitlines()
     assert "ReadOnlyPaths=-/srv/a" in lines
     assert not any(line.startswith("ReadWritePaths") for line in lines)
 
 
 def test_shipped_unit_without_a_drop_in_reports_each_missing_access() -> None:
     """Each lack is told."""
-    told = "\n".join(dropin.uncovered(dropin.needs_of(made(NOVA)), SHIPPED))
+    told = "\n".join(dropin.uncovered(dropin.needs_of(bound(NOVA)), SHIPPED))
     for word in ("/var/lib/nova/instances", "openat2", "PrivateDevices", "device-mapper"):
         assert word in told
 
@@ -109,4 +94,4 @@ def test_installed_drop_in_covers_the_policy() -> None:
         "PrivateDevices": "no",
         "DeviceAllow": "char-rtc r block-device-mapper rw",
     }
-    assert list(dropin.uncovered(dropin.needs_of(made(NOVA)), unit)) == []
+    assert list(dropin.uncovered(dropin.needs_of(bound(NOVA)), unit)) == []

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import booted
 import pytest
+from policies import Policy
 
 ALICE = 1234
 
@@ -70,7 +71,8 @@ def test_manual_page_and_completion_have_each_option(machine: booted.Machine) ->
 def test_counters_file_is_written_for_node_exporter(machine: booted.Machine) -> None:
     """Where the policy says, readable by its user, and the drop-in lets the service write there."""
     machine.run("mkdir", "-p", "/var/lib/exporter")
-    machine.grant("/srv/images", ALICE, '[service]\nmetrics = "/var/lib/exporter/convertd.prom"')
+    exported = Policy(service={"metrics": "/var/lib/exporter/convertd.prom"})
+    machine.grant("/srv/images", ALICE, exported)
     machine.run("qemu-img", "create", "-q", "-f", "raw", "/srv/images/m.raw", "1M")
     dest = "/srv/images/m.qcow2"
     machine.run("convertctl", "convert", "/srv/images/m.raw", dest, "-O", "qcow2", uid=ALICE)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import booted
 import pytest
+from policies import Policy
 
 ALICE = 1234
 IMAGES = "/srv/images"
@@ -70,7 +71,7 @@ def left(machine: booted.Machine) -> set[str]:
 def test_systemctl_reload_applies_a_valid_policy(service: booted.Machine) -> None:
     """Without a restart: the broker stays."""
     before = main_pid(service)
-    service.write("/etc/convertd/policy.toml", "[limits]\njobs = 3\n")
+    service.write(booted.POLICY_PATH, str(Policy(limits={"jobs": 3})))
     service.run("systemctl", "reload", SERVICE)
     booted.wait_for(
         lambda: "jobs at once  3" in service.access(ALICE),
@@ -84,7 +85,7 @@ def test_systemctl_reload_keeps_the_old_policy_if_the_new_one_is_invalid(
     service: booted.Machine,
 ) -> None:
     """The old one stays in force, and status and journal say which key is wrong."""
-    service.write("/etc/convertd/policy.toml", "[limits]\njobs = 0\n")
+    service.write(booted.POLICY_PATH, str(Policy(limits={"jobs": 0})))
     service.run("systemctl", "reload", SERVICE)
     booted.wait_for(lambda: "NOT reloaded" in status(service), "the status")
     assert "limits.jobs" in status(service)
@@ -184,7 +185,7 @@ def waiting(machine: booted.Machine) -> int:
 
 def test_service_stop_cancels_running_jobs_after_the_grace_period(service: booted.Machine) -> None:
     """The grace over, the conversion is cancelled: no file, no process, and a record of it."""
-    service.grant(IMAGES, ALICE, '[limits]\nstop_grace = "1 s"')
+    service.grant(IMAGES, ALICE, Policy(limits={"stop_grace": "1 s"}))
     with begin(service, "stopped.raw") as running:
         before = left(service)
         service.run("systemctl", "stop", SERVICE)
@@ -213,7 +214,7 @@ def test_idle_exit_stops_the_service_and_the_next_call_starts_it(
     service: booted.Machine,
 ) -> None:
     """The socket stays."""
-    service.grant(IMAGES, ALICE, '[service]\nidle_exit = "1 s"')
+    service.grant(IMAGES, ALICE, Policy(service={"idle_exit": "1 s"}))
     booted.wait_for(
         lambda: service.show(SERVICE, "ActiveState")["ActiveState"] == "inactive", "its end"
     )
@@ -224,8 +225,8 @@ def test_idle_exit_stops_the_service_and_the_next_call_starts_it(
 def test_unit_sandbox_limits_a_policy_without_its_drop_in(service: booted.Machine) -> None:
     """A policy that was edited alone reaches no further: the kernel says no."""
     service.run("mkdir", "-p", "/srv/other")
-    policy = service.say("cat", "/etc/convertd/policy.toml").replace(IMAGES, "/srv/other")
-    service.write("/etc/convertd/policy.toml", policy)
+    policy = service.say("cat", booted.POLICY_PATH).replace(IMAGES, "/srv/other")
+    service.write(booted.POLICY_PATH, policy)
     service.run("qemu-img", "create", "-q", "-f", "raw", "/srv/other/a.raw", "1M")
     service.run("systemctl", "reload", SERVICE)
     booted.wait_for(lambda: "/srv/other" in service.access(ALICE), "the new policy")

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from policies import Policy
+
 from harness import processes, programs, waiting
 from harness.agent import Agent
 from harness.callers import Caller
@@ -47,7 +49,7 @@ class Daemon:
     session, so that whatever it ever started can be told from everything else.
     """
 
-    def __init__(self, policy: str) -> None:
+    def __init__(self, policy: Policy | str) -> None:
         """Write the policy. `start` starts the daemon."""
         self.home = Path(tempfile.mkdtemp(prefix="convertd-test-", dir="/run"))
         self.home.chmod(0o755)
@@ -55,7 +57,7 @@ class Daemon:
         self.private = self.home / "convertd.sock.private"
         self.log_path = self.home / "log"
         self.policy_path = self.home / "policy.toml"
-        self.policy_path.write_text(policy, encoding="utf-8")
+        self.policy_path.write_text(str(policy), encoding="utf-8")
         self._process: subprocess.Popen[bytes] | None = None
         self._notified: socket.socket | None = None
         self._agents: dict[Caller, Agent] = {}
@@ -210,10 +212,10 @@ class Daemon:
         self._forget_notices()
         os.kill(self.pid, number)
 
-    def reload(self, policy: str) -> None:
+    def reload(self, policy: Policy | str) -> None:
         """Replace the policy file, as an editor does, and have it read; wait until that is done."""
         new = self.policy_path.with_suffix(".new")
-        new.write_text(policy, encoding="utf-8")
+        new.write_text(str(policy), encoding="utf-8")
         new.rename(self.policy_path)
         self.signal(signal.SIGHUP)
         self.await_notice("READY=1")

@@ -1,8 +1,7 @@
 """A pytest plugin: the fixtures of whatever tests the whole daemon.
 
-A module that uses `daemon` has its policy as text in `POLICY`, in which {scratch} and {library}
-stand for two directories, and {volumes} for one of block devices. The roots that it names in there
-are made.
+A module that uses `daemon` has its policy in `POLICY`. There {scratch} and {library} stand for two
+directories, and {volumes} for one of block devices. The roots in it are created.
 """
 
 from __future__ import annotations
@@ -18,13 +17,15 @@ from pathlib import Path
 import loop_devices
 import pytest
 from loop_devices import Devices
+from policies import Policy
 
 from harness import daemon as daemons
 from harness import images
 from harness.daemon import Daemon
 from harness.mounts import Mounts
 
-MakeDaemon = Callable[[str], Daemon]
+FillIn = Callable[[Policy | str], str]
+MakeDaemon = Callable[[Policy | str], Daemon]
 
 _LOG_CHARACTERS = 20_000
 
@@ -82,23 +83,23 @@ def volumes(scratch: Path) -> Iterator[Devices]:
 
 
 @pytest.fixture(scope="module")
-def fill_in(request: pytest.FixtureRequest, scratch: Path, library: Path) -> Callable[[str], str]:
-    """Put the directories into a policy's text, and make those of its roots that are missing."""
+def fill_in(request: pytest.FixtureRequest, scratch: Path, library: Path) -> FillIn:
+    """Put the directories into a policy, and create those of its roots that are missing."""
 
-    def fill(text: str) -> str:
-        policy = text.replace("{scratch}", str(scratch)).replace("{library}", str(library))
-        if "{volumes}" in policy:
+    def fill(policy: Policy | str) -> str:
+        text = str(policy).replace("{scratch}", str(scratch)).replace("{library}", str(library))
+        if "{volumes}" in text:
             made: Devices = request.getfixturevalue("volumes")
-            policy = policy.replace("{volumes}", str(made.links))
-        for root in tomllib.loads(policy).get("roots", {}).values():
+            text = text.replace("{volumes}", str(made.links))
+        for root in tomllib.loads(text).get("roots", {}).values():
             Path(root["path"]).mkdir(mode=0o755, exist_ok=True)
-        return policy
+        return text
 
     return fill
 
 
 @pytest.fixture(scope="module")
-def daemon(request: pytest.FixtureRequest, fill_in: Callable[[str], str]) -> Iterator[Daemon]:
+def daemon(request: pytest.FixtureRequest, fill_in: FillIn) -> Iterator[Daemon]:
     """The module's daemon. When the module is done it is stopped, and must leave nothing."""
     one = Daemon(fill_in(request.module.POLICY))
     with contextlib.ExitStack() as undo:
@@ -110,7 +111,7 @@ def daemon(request: pytest.FixtureRequest, fill_in: Callable[[str], str]) -> Ite
 
 
 @pytest.fixture
-def make_daemon(fill_in: Callable[[str], str]) -> Iterator[MakeDaemon]:
+def make_daemon(fill_in: FillIn) -> Iterator[MakeDaemon]:
     """Make daemons for one test alone, not started yet.
 
     What runs at its end is stopped, and must leave nothing.
@@ -118,7 +119,7 @@ def make_daemon(fill_in: Callable[[str], str]) -> Iterator[MakeDaemon]:
     made: list[Daemon] = []
     with contextlib.ExitStack() as undo:
 
-        def make(policy: str) -> Daemon:
+        def make(policy: Policy | str) -> Daemon:
             one = Daemon(fill_in(policy))
             undo.callback(one.discard)
             made.append(one)
