@@ -265,7 +265,7 @@ def test_daemon_started_by_a_user_other_than_root_is_refused(daemon: Daemon) -> 
 
 def test_missing_qemu_img_is_reported_with_its_package(make_daemon: MakeDaemon) -> None:
     """A fresh machine has none."""
-    daemon = make_daemon('qemu_img = "/usr/bin/no-such-qemu-img"')
+    daemon = make_daemon(Policy(qemu_img="/usr/bin/no-such-qemu-img"))
     line = refusal(daemon)
     assert line == "/usr/bin/no-such-qemu-img: No such file or directory (package qemu-utils)"
 
@@ -285,7 +285,7 @@ def test_qemu_img_that_others_than_root_can_write_is_refused(
 
 def test_program_that_is_not_qemu_img_fails_the_self_test(make_daemon: MakeDaemon) -> None:
     """64 KiB are converted in the sandbox before anybody is let in."""
-    line = refusal(make_daemon('qemu_img = "/usr/bin/true"'))
+    line = refusal(make_daemon(Policy(qemu_img="/usr/bin/true")))
     assert line.startswith("the self-test failed: ")
 
 
@@ -307,7 +307,7 @@ def test_invalid_policy_is_reported_with_file_and_key(
     make_daemon: MakeDaemon, policy: str, said: str
 ) -> None:
     """As `convertd check` does."""
-    daemon = make_daemon("")
+    daemon = make_daemon(Policy())
     daemon.policy_path.write_text(policy, encoding="utf-8")
     assert refusal(daemon).startswith(f"{daemon.policy_path}: {said}")
 

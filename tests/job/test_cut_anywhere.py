@@ -8,7 +8,6 @@ between; with CONVERTD_TEST_CUTS=all every one.
 from __future__ import annotations
 
 import contextlib
-import logging
 import mmap
 import os
 import random
@@ -17,7 +16,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -76,15 +75,6 @@ class Instants:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.fixture
-def heard(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[[], str]]:
-    """What the job logs, which keeps of our descriptors the standard ones alone."""
-    handler = logging.StreamHandler(os.fdopen(2, "w", closefd=False))
-    logging.getLogger().addHandler(handler)
-    yield lambda: capfd.readouterr().err
-    logging.getLogger().removeHandler(handler)
-
-
 def instants(events: Instants) -> list[int]:
     """All of them; or where something new returns, and some from each part of the job."""
     if CUTS == "all":
@@ -98,7 +88,7 @@ def instants(events: Instants) -> list[int]:
 @pytest.mark.timeout(7200 if CUTS == "all" else 900)
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_sigterm_at_any_instruction_leaves_a_whole_result_or_none(
-    area: Path, heard: Callable[[], str], *, overwrite: bool
+    area: Path, capfd: pytest.CaptureFixture[str], *, overwrite: bool
 ) -> None:
     """The result is whole or is not there, nothing else lies about, and the log has no traceback.
 
@@ -120,8 +110,8 @@ def test_sigterm_at_any_instruction_leaves_a_whole_result_or_none(
         events = Instants(instant)
         with events.counted():
             whole_job.run(rules.convert(asked))
-        said = heard()
-        assert "Traceback" not in said, (instant, said)
+        log = capfd.readouterr().err
+        assert "Traceback" not in log, (instant, log)
         assert set(os.listdir(area)) <= there | {dest.name}, instant
         if not dest.exists():
             return events, "absent"

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+import children
 import grants
 import pytest
 import whole_job
@@ -247,7 +248,7 @@ class TestDirtyImages:
         source = damaged(area / "in", os.urandom(20 * MIB), not_closed, "-o", "cluster_size=512")
         zero_all_counts(source)
         os.truncate(source, source.stat().st_size // 2)
-        with whole_job.logging_to_stderr(logging.INFO):
+        with children.logging_to_stderr(logging.INFO):
             said = converted(source, accept=False)
         assert said.reason == "IMAGE_REFUSED"
         logged = capfd.readouterr().err

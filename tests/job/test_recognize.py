@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 import encrypting
+import children
 import grants
 import pytest
 import whole_job
@@ -295,7 +296,7 @@ class TestExternalData:
         """Older versions take a name for any driver at all: they never see it."""
         image_format, data, reason = NAMING[kind]
         (area / "in").write_bytes(data)
-        with whole_job.logging_to_stderr(logging.DEBUG):
+        with children.logging_to_stderr(logging.DEBUG):
             found = [act(area / "in", image_format) for act in (inspected, converted)]
         assert [said.reason for said in found] == [reason, reason]
         assert ("run command=" in capfd.readouterr().err) == (reason == "done")

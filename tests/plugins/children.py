@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import logging
 import os
 import pickle
 import traceback
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 T = TypeVar("T")
 
@@ -46,7 +48,8 @@ def in_child(act: Callable[[], T]) -> T:
 def _answer(write_end: int, act: Callable[[], object]) -> None:
     answer: tuple[bool, object] = (False, "no answer")
     try:
-        answer = (True, act())
+        with logging_to_stderr():
+            answer = (True, act())
     except BaseException:  # noqa: BLE001 - pytest.fail() is one, too
         answer = (False, traceback.format_exc())
     finally:
@@ -55,6 +58,25 @@ def _answer(write_end: int, act: Callable[[], object]) -> None:
                 pickle.dump(answer, pipe)
         finally:
             os._exit(0)
+
+
+@contextlib.contextmanager
+def logging_to_stderr(level: int | None = None) -> Iterator[None]:
+    """Log to descriptor 2 and nowhere else; processes that are forked in the block still do.
+
+    The test runner's own handlers write to descriptors that a child may have closed or given to
+    others, and their locks and buffers are copied in whatever state they are.
+    """
+    root = logging.getLogger()
+    before, handlers = root.level, root.handlers[:]
+    with open(2, "w", closefd=False, encoding="utf-8") as stderr:
+        root.handlers[:] = [logging.StreamHandler(stderr)]
+        root.setLevel(before if level is None else level)
+        try:
+            yield
+        finally:
+            root.handlers[:] = handlers
+            root.setLevel(before)
 
 
 def errno_of(act: Callable[[], object]) -> str:

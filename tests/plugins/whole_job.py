@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import logging
 import os
 from typing import TYPE_CHECKING, Final
+
+import children
 
 from convertd_core import conditions, messages, results, values
 from convertd_daemon import channel, loop
@@ -74,32 +75,15 @@ def started(
 ) -> Iterator[tuple[process.JobProcess, channel.Channel]]:
     """Fork a job; gives it, and the front's end of its channel. Afterwards it is gone."""
     with secret_pipes.holding(list(passphrases)) as held:
-        spare = process.PreforkedJob(loop.Loop(), setup(), lambda: False)
-        job = spare.begin("job-1", grant)
+        prefork = process.PreforkedJob(loop.Loop(), setup(), lambda: False)
+        with children.logging_to_stderr():
+            job = prefork.begin("job-1", grant)
         secret_pipes.hand_on(held, job.channel)
     try:
         yield job, job.channel
     finally:
         job.close()
         os.waitpid(job.pid, 0)
-
-
-@contextlib.contextmanager
-def logging_to_stderr(level: int) -> Iterator[None]:
-    """Have jobs log to descriptor 2, which a job keeps, and nowhere else.
-
-    The test runner's own handlers write to descriptors whose numbers a job has given to others.
-    """
-    root = logging.getLogger()
-    before, handlers = root.level, root.handlers[:]
-    with open(2, "w", closefd=False, encoding="utf-8") as stderr:
-        root.handlers[:] = [logging.StreamHandler(stderr)]
-        root.setLevel(level)
-        try:
-            yield
-        finally:
-            root.handlers[:] = handlers
-            root.setLevel(before)
 
 
 def run(grant: values.ConvertGrant | values.InspectGrant, *passphrases: bytes) -> Said:

@@ -33,7 +33,7 @@ def started(make_daemon: MakeDaemon, scratch: Path, word: bytes, other: bytes) -
 
 def test_get_access_lists_all_formats_that_qemu_img_has(make_daemon: MakeDaemon) -> None:
     """The system's own."""
-    daemon = make_daemon("")
+    daemon = make_daemon(Policy())
     daemon.start()
     helped = subprocess.run([QEMU_IMG, "--help"], check=True, capture_output=True, text=True)
     (line,) = (line for line in helped.stdout.splitlines() if line.startswith("Supported formats:"))
