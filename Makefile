@@ -63,7 +63,7 @@ check: $(ENV)/.installed docs
 	$(ENV)/bin/buf breaking --against proto/convertd-v1.binpb
 	$(ENV)/bin/deptry core daemon client
 	$(ENV)/bin/codespell
-	$(ENV)/bin/pytest --quiet tests/house/test_documentation.py tests/house/test_documented_commands.py
+	$(ENV)/bin/pytest --quiet tests/repository/test_documentation.py tests/repository/test_documented_commands.py
 
 # The documentation as a site, which needs no network: build/docs/index.html. Each page is read anew,
 # for Sphinx does not repeat the warnings of a page that has not changed.

@@ -14,7 +14,7 @@ from typing import IO, Any, Final
 
 import pytest
 from harness import waiting
-from harness.callers import CONVERTCTL, Caller, Ran, let_everybody_reach
+from harness.callers import CONVERTCTL, Caller, Ran, make_reachable
 
 HERE: Final = Path(__file__).parent
 
@@ -134,7 +134,7 @@ class Fake:
 @pytest.fixture
 def absent(tmp_path: Path) -> Iterator[Fake]:
     """A fake daemon that is not started yet."""
-    let_everybody_reach(tmp_path)
+    make_reachable(tmp_path)
     fake = Fake(tmp_path)
     with contextlib.ExitStack() as undo:
         undo.callback(fake.kill)

@@ -18,7 +18,7 @@ import convertd_client
 from convertd_client import results
 
 
-class OfTheCaller(Exception):
+class CallerError(Exception):
     """An exception of the caller's own."""
 
 
@@ -27,18 +27,18 @@ def main() -> None:
     order = json.load(sys.stdin)
     seen: list[results.Progress] = []
 
-    def hear(progress: results.Progress) -> None:
+    def on_progress(progress: results.Progress) -> None:
         seen.append(progress)
-        say({"phase": progress.phase})
+        report({"phase": progress.phase})
         if progress.phase == order.get("stop_at"):
-            raise OfTheCaller
+            raise CallerError
         if progress.phase == order.get("cancel_at"):
             task = asyncio.current_task()
             assert task is not None
             task.cancel()
 
     if order["method"] == "convert":
-        order["options"]["on_progress"] = hear
+        order["options"]["on_progress"] = on_progress
     began = time.monotonic()
     end: dict[str, Any]
     try:
@@ -53,15 +53,15 @@ def main() -> None:
             "message": error.message,
             "metadata": dict(error.metadata),
         }
-    except (OfTheCaller, KeyboardInterrupt, asyncio.CancelledError) as error:
+    except (CallerError, KeyboardInterrupt, asyncio.CancelledError) as error:
         end = {"error": type(error).__name__}
     end["seconds"] = time.monotonic() - began
-    say(end)
+    report(end)
 
 
-def say(told: dict[str, Any]) -> None:
+def report(message: dict[str, Any]) -> None:
     """Tell the test something."""
-    sys.stdout.write(json.dumps(told, default=str) + "\n")
+    sys.stdout.write(json.dumps(message, default=str) + "\n")
     sys.stdout.flush()
 
 

@@ -114,7 +114,7 @@ def test_socket_without_a_listener_is_reported(kind: str, absent: Fake) -> None:
 
 
 @both
-def test_listener_that_never_answers_is_reported(kind: str, absent: Fake) -> None:
+def test_listener_that_never_replies_is_reported(kind: str, absent: Fake) -> None:
     """As systemd's socket is when the service behind it does not start."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(absent.socket))
@@ -238,7 +238,7 @@ def test_client_timeout_cancels_the_call_at_the_daemon(kind: str, fake: Fake, la
 def test_exception_in_on_progress_cancels_the_job_and_is_raised(kind: str, fake: Fake) -> None:
     """The caller sees its own exception."""
     end = fake.convert(kind, "hang", stop_at="converting")
-    assert end["error"] == "OfTheCaller"
+    assert end["error"] == "CallerError"
     fake.await_noted("ended")
 
 

@@ -117,7 +117,7 @@ def test_parent_references_above_the_root_end_at_the_root(monkeypatch: pytest.Mo
     assert conversion.absolute("../../../a") == "/a"
 
 
-def test_a_relative_path_without_a_working_directory_is_refused(
+def test_relative_path_without_a_working_directory_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was removed."""
@@ -130,7 +130,7 @@ def test_a_relative_path_without_a_working_directory_is_refused(
     assert conversion.absolute("/a") == "/a"
 
 
-def test_an_empty_path_is_refused() -> None:
+def test_empty_path_is_refused() -> None:
     """It is not the working directory."""
     with pytest.raises(errors.InvalidArgument):
         conversion.absolute("")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from harness import images, waiting
-from harness.callers import ALICE, CONVERTCTL, let_everybody_reach
+from harness.callers import ALICE, CONVERTCTL, make_reachable
 
 if TYPE_CHECKING:
     from tests.client.conftest import Fake
@@ -370,7 +370,7 @@ def _threads_of(process: subprocess.Popen[bytes]) -> int:
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     """A directory of the user's own with an image that takes a minute at 1 MiB/s."""
-    let_everybody_reach(tmp_path)
+    make_reachable(tmp_path)
     images.bulky(tmp_path / "a.raw")
     for path in (tmp_path, tmp_path / "a.raw"):
         os.chown(path, ALICE.uid, ALICE.gid)

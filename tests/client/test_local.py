@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import pytest
 from harness import images, waiting
-from harness.callers import ALICE, CONVERTCTL, Ran, let_everybody_reach, owner_of
+from harness.callers import ALICE, CONVERTCTL, Ran, make_reachable, owner_of
 
 from convertd_client import errors, job
 from convertd_core import messages
@@ -53,7 +53,7 @@ print(json.dumps(end, default=str))
 @pytest.fixture
 def home(tmp_path: Path) -> Iterator[Path]:
     """A directory of the user's own, with an image in it."""
-    let_everybody_reach(tmp_path)
+    make_reachable(tmp_path)
     images.small(tmp_path / "a.raw")
     for path in (tmp_path, tmp_path / "a.raw"):
         os.chown(path, ALICE.uid, ALICE.gid)

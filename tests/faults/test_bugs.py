@@ -20,7 +20,7 @@ MIB: Final = 1024 * 1024
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS])
-def test_crashed_job_is_answered_internal_with_an_id_that_is_in_the_log(
+def test_crashed_job_is_reported_as_internal_with_an_id_in_the_log(
     daemon: Daemon, library: Path, images_dir: Path, number: signal.Signals
 ) -> None:
     """Nothing of what happened is told but that; nothing is left, and the next one is done."""
@@ -38,7 +38,7 @@ def test_crashed_job_is_answered_internal_with_an_id_that_is_in_the_log(
     error_id = refusal.metadata["error_id"]
     assert refusal.message == f"internal error; the log has it as {error_id}"
     daemon.await_logged(f"id={error_id}")
-    daemon.await_calm()
+    daemon.await_idle()
     assert os.listdir(images_dir) == []
     waiting.until(lambda: not agent.jobs(), "its place is free")
     done = agent.convert(conversion(library / "small.raw", images_dir / "next.qcow2")).result()

@@ -55,7 +55,7 @@ def alone(daemon: Daemon, scratch: Path) -> Iterator[Mounts]:
     """File systems of one test's own: it breaks them."""
     with Mounts(scratch) as made:
         yield made
-        daemon.await_calm()
+        daemon.await_idle()
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_thin_disk_that_runs_out_of_space_publishes_nothing(
         dest = disk / "dest"
         request = conversion(bulky, dest, dest_format=image_format, cache_mode=CACHES[cache])
         check_failed(daemon.agent(ALICE).convert(request).refusal(), dest)
-        daemon.await_calm()
+        daemon.await_idle()
         assert names_in(disk) == set()
 
 
@@ -110,7 +110,7 @@ def test_thin_device_out_of_space_is_reported_with_its_content_undefined(
     with device_on(pool) as device:
         request = conversion(bulky, device, dest_format="raw", cache_mode=CACHES[cache])
         refusal = daemon.agent(ALICE).convert(request).refusal()
-        daemon.await_calm()
+        daemon.await_idle()
     assert (refusal.status, refusal.reason) == ("DATA_LOSS", "WRITE_FAILED")
     assert refusal.metadata["path"] == refusal.metadata["device"] == str(device)
     assert refusal.metadata["device_content"] == "undefined"
@@ -177,7 +177,7 @@ def test_file_system_shut_down_during_a_write_keeps_the_old_file(
         daemon.await_one(QEMU_IMG)
         stop(disk)
         refusal = call.refusal()
-        daemon.await_calm()
+        daemon.await_idle()
         check_failed(refusal, dest)
         assert refusal.metadata["problem"] in GONE
         subprocess.run(["umount", str(disk)], check=True)

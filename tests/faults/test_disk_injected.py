@@ -88,7 +88,7 @@ def refused(daemon: Daemon, fault: Fault, request: pb.ConvertRequest) -> Refusal
     """Ask while a fault is in force. It must have come, and the daemon must serve afterwards."""
     with Tracer(daemon.traced(), fault.inject, fault.about) as tracer:
         refusal = daemon.agent(ALICE).convert(request).refusal()
-        daemon.await_calm()
+        daemon.await_idle()
     assert tracer.injected, tracer.text
     assert (refusal.status, refusal.reason) == fault.ends
     for value in refusal.metadata.values():
@@ -96,7 +96,7 @@ def refused(daemon: Daemon, fault: Fault, request: pb.ConvertRequest) -> Refusal
     return refusal
 
 
-def check_told(refusal: Refusal, path: Path, error: str) -> None:
+def check_reported(refusal: Refusal, path: Path, error: str) -> None:
     """See that the error has the path, and the numbers or the kernel's words."""
     assert refusal.metadata["path"] == str(path)
     if refusal.reason == "NO_SPACE":
@@ -143,7 +143,7 @@ def test_failing_system_call_of_the_job_publishes_nothing_at(
     if overwrite:
         old_file(dest)
     refusal = refused(daemon, fault, conversion(source, dest, overwrite=overwrite))
-    check_told(refusal, dest, error)
+    check_reported(refusal, dest, error)
     check_untouched(dest, overwrite=overwrite)
 
 
@@ -161,7 +161,7 @@ def test_failing_overwrite_step_keeps_the_old_file_and_no_temporary(
     )
     dest = old_file(images_dir / "dest.qcow2")
     refusal = refused(daemon, fault, conversion(source, dest, overwrite=True))
-    check_told(refusal, dest, error)
+    check_reported(refusal, dest, error)
     check_untouched(dest, overwrite=True)
 
 
@@ -176,7 +176,7 @@ def test_file_system_without_rename_exchange_is_overwritten_by_rename(
         assert daemon.agent(ALICE).convert(request).result().replaced
         images_dir.chmod(0o1777)
         refusal = daemon.agent(ALICE).convert(request).refusal()
-        daemon.await_calm()
+        daemon.await_idle()
     assert tracer.injected, tracer.text
     assert (refusal.status, refusal.reason) == ("UNIMPLEMENTED", "UNSUPPORTED")
     assert os.listdir(images_dir) == [dest.name]
@@ -194,7 +194,7 @@ def test_failed_fsync_of_the_directory_is_reported_with_the_result_in_place(
     if overwrite:
         old_file(dest)
     refusal = refused(daemon, fault, conversion(source, dest, overwrite=overwrite))
-    check_told(refusal, dest, error)
+    check_reported(refusal, dest, error)
     assert os.listdir(images_dir) == [dest.name]
     assert images.identical(source, dest)
     assert owner_of(dest) == (ALICE.uid, ALICE.gid, 0o600)
@@ -206,7 +206,7 @@ def test_source_that_can_not_be_opened_is_reported_with_its_path(
     """With its own path, not the destination's."""
     dest = images_dir / "dest.qcow2"
     fault = Fault(calls="openat2", error="EIO", ends=READ_FAILED, about=source.parent)
-    check_told(refused(daemon, fault, conversion(source, dest)), source, "EIO")
+    check_reported(refused(daemon, fault, conversion(source, dest)), source, "EIO")
     check_untouched(dest, overwrite=False)
 
 
@@ -234,7 +234,7 @@ def test_failing_system_call_of_qemu_img_publishes_nothing_at(
     request = conversion(
         source, dest, dest_format=image_format, overwrite=True, cache_mode=CACHES[cache]
     )
-    check_told(refused(daemon, fault, request), dest, error)
+    check_reported(refused(daemon, fault, request), dest, error)
     check_untouched(dest, overwrite=True)
 
 
@@ -252,7 +252,7 @@ def test_failed_space_reservation_is_reported(
         preallocation=pb.PREALLOCATION_FALLOC,
         cache_mode=CACHES[cache],
     )
-    check_told(refused(daemon, fault, request), dest, "ENOSPC")
+    check_reported(refused(daemon, fault, request), dest, "ENOSPC")
     check_untouched(dest, overwrite=False)
 
 
@@ -264,7 +264,7 @@ def test_source_read_error_is_reported_with_its_path(
     dest = images_dir / f"dest.{image_format}"
     fault = Fault(calls="pread64,preadv", error="EIO", ends=READ_FAILED, about=source)
     request = conversion(source, dest, dest_format=image_format, cache_mode=pb.CACHE_MODE_WRITEBACK)
-    check_told(refused(daemon, fault, request), source, "EIO")
+    check_reported(refused(daemon, fault, request), source, "EIO")
     check_untouched(dest, overwrite=False)
 
 
@@ -276,7 +276,7 @@ def test_destination_open_error_of_qemu_img_is_reported(
     opened = re.findall(r" (/proc/self/fd/\d+)$", daemon.log, re.MULTILINE)[-1]
     fault = Fault(calls="openat", error="EIO", ends=WRITE_FAILED, about=Path(opened))
     dest = images_dir / "dest.qcow2"
-    check_told(refused(daemon, fault, conversion(source, dest)), dest, "EIO")
+    check_reported(refused(daemon, fault, conversion(source, dest)), dest, "EIO")
     assert os.listdir(images_dir) == ["first.qcow2"]
 
 
@@ -305,7 +305,7 @@ def test_device_write_error_is_reported_with_its_content_undefined(
     fault = Fault(calls=call, error=error, ends=WRITE_FAILED, about=device.resolve())
     request = conversion(source, device, dest_format="raw", cache_mode=CACHES[cache])
     refusal = refused(daemon, fault, request)
-    check_told(refusal, device, error)
+    check_reported(refusal, device, error)
     assert refusal.metadata["device"] == str(device)
     assert refusal.metadata["device_content"] == "undefined"
 
@@ -320,7 +320,7 @@ def test_failed_zeroing_of_the_rest_of_a_device_is_reported(
     daemon.await_one(QEMU_IMG)
     with Tracer([daemon.await_one(JOB)], "ioctl:error=EIO", follow=False) as tracer:
         refusal = call.refusal()
-        daemon.await_calm()
+        daemon.await_idle()
     assert tracer.injected
     assert (refusal.status, refusal.reason) == WRITE_FAILED
     assert refusal.metadata["device_content"] == "undefined"

@@ -36,7 +36,7 @@ def disk(daemon: Daemon, scratch: Path) -> Iterator[Path]:
     """A file system of a test's own, in which the daemon may write."""
     with Mounts(scratch / "images") as made:
         yield made.on_a_loop("ext4", "disk", 300)
-        daemon.await_calm()
+        daemon.await_idle()
 
 
 @contextlib.contextmanager
@@ -95,9 +95,9 @@ def test_job_on_frozen_storage_is_not_counted_as_a_call_of_the_next_front(
     daemon: Daemon, disk: Path, library: Path, images_dir: Path
 ) -> None:
     """Which counts its calls anew, and whose first is not refused as one that has a job already."""
-    end_front(daemon)
+    replace_front(daemon)
     with frozen(disk, daemon, library):
-        end_front(daemon)
+        replace_front(daemon)
         dest = images_dir / "another.qcow2"
         other = daemon.agent(ALICE).convert(conversion(library / "small.raw", dest))
         other.await_queued()
@@ -105,7 +105,7 @@ def test_job_on_frozen_storage_is_not_counted_as_a_call_of_the_next_front(
     daemon.await_none(QEMU_IMG)
 
 
-def end_front(daemon: Daemon) -> None:
+def replace_front(daemon: Daemon) -> None:
     """Have another front, that nobody has called yet."""
     front = daemon.await_one(FRONT)
     os.kill(front, signal.SIGKILL)
@@ -124,7 +124,7 @@ def test_stop_does_not_wait_for_a_job_on_frozen_storage(
         assert call.end().status in {"CANCELLED", "UNAVAILABLE", "DEADLINE_EXCEEDED"}
         assert daemon.wait() == 0
         assert os.path.exists(f"/proc/{left}")  # one thread of it is over, another is not
-    daemon.check_gone()
+    daemon.check_nothing_is_left()
     daemon.start()
 
 
@@ -142,7 +142,7 @@ def unanswered(daemon: Daemon, scratch: Path) -> Iterator[tuple[Path, subprocess
         waiting.until(lambda: os.path.ismount(lower), "bindfs serves")
         with Mounts(scratch / "images") as made:
             yield made.by_fuse(lower, "upper", "-o", "direct_io"), server
-            daemon.await_calm()
+            daemon.await_idle()
     finally:
         server.send_signal(signal.SIGCONT)
         server.terminate()
@@ -164,7 +164,7 @@ def test_validation_on_frozen_storage_ends_with_a_stall_error(
     call = agent.convert(
         conversion(source, images_dir / "dest", source_format="qcow2", validate_only=True)
     )
-    waiting.until(lambda: "check" in qemu_img_said(daemon), "the image is examined")
+    waiting.until(lambda: "check" in qemu_img_argv(daemon), "the image is examined")
     server.send_signal(signal.SIGSTOP)
     try:
         pid = daemon.await_one(QEMU_IMG)
@@ -176,7 +176,7 @@ def test_validation_on_frozen_storage_ends_with_a_stall_error(
     daemon.await_none(QEMU_IMG)
 
 
-def qemu_img_said(daemon: Daemon) -> list[str]:
+def qemu_img_argv(daemon: Daemon) -> list[str]:
     """What the one qemu-img was started with."""
     with contextlib.suppress(OSError):
         return processes.argv(daemon.await_one(QEMU_IMG))

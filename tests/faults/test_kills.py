@@ -59,7 +59,7 @@ def test_killed_client_cancels_its_job(daemon: Daemon, library: Path, images_dir
     """The kernel closes its connection, and that is the cancel."""
     begin(daemon, library, images_dir / "dest.qcow2")
     daemon.kill_agent(ALICE)
-    daemon.await_calm()
+    daemon.await_idle()
     check_serves(daemon, library, images_dir)
 
 
@@ -72,7 +72,7 @@ def test_killed_front_cancels_all_jobs_and_is_replaced(
     os.kill(front, signal.SIGKILL)
     ended = call.end()
     assert (ended.status, ended.details) == ("UNAVAILABLE", ())
-    daemon.await_calm()
+    daemon.await_idle()
     check_serves(daemon, library, images_dir)
     assert daemon.await_one(FRONT) != front
 
@@ -85,7 +85,7 @@ def test_killed_job_ends_its_qemu_img(
     os.kill(daemon.await_one(JOB), signal.SIGKILL)
     refusal = call.refusal()
     assert (refusal.status, refusal.reason) == ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY")
-    daemon.await_calm()
+    daemon.await_idle()
     assert alice.jobs() == []
     check_serves(daemon, library, images_dir)
 
@@ -106,7 +106,7 @@ def test_qemu_img_killed_by_a_signal_publishes_nothing(
     call = begin(daemon, library, images_dir / "dest.qcow2")
     os.kill(daemon.await_one(QEMU_IMG), number)
     assert call.refusal().reason == reason
-    daemon.await_calm()
+    daemon.await_idle()
     check_serves(daemon, library, images_dir)
 
 
@@ -159,7 +159,7 @@ def test_kill_in_any_phase_leaves_a_whole_destination_or_none(
             break
     call.end()
     waiting.until(lambda: not any(map(processes.exists, killed)), "what was killed is gone")
-    daemon.await_calm()
+    daemon.await_idle()
     daemon.await_one(FRONT)
     if name == FRONT:
         daemon.kill_agent(ALICE)  # whose connection may not know yet that nobody is at its end
@@ -201,7 +201,7 @@ def test_named_temporary_of_a_killed_job_is_removed_by_the_next_job(
     call = begin(daemon, library, by_fuse / "dest.qcow2")
     os.kill(daemon.await_one(JOB), signal.SIGKILL)
     assert call.refusal().reason == "OUT_OF_MEMORY"
-    daemon.await_calm()
+    daemon.await_idle()
     (left,) = [name for name in os.listdir(by_fuse) if not name.startswith(".fuse_hidden")]
     assert left.startswith(".convertd-")
     dest = by_fuse / "next.qcow2"
@@ -218,7 +218,7 @@ def test_named_temporary_is_removed_by_a_surviving_job(
     call = begin(daemon, library, by_fuse / "dest.qcow2")
     os.kill(daemon.await_one(name), signal.SIGKILL)
     call.end()
-    daemon.await_calm()
+    daemon.await_idle()
     # libfuse hides what is removed while it is open, until it hears of the last close.
     waiting.until(lambda: os.listdir(by_fuse) == [], "no file")
 
@@ -241,7 +241,7 @@ def test_job_killed_during_an_overwrite_leaves_whole_files(
     request = conversion(source, dest, dest_format="raw", overwrite=True)
     with Tracer(daemon.traced(), f"{call}:signal=KILL:when=1"):
         assert daemon.agent(ALICE).convert(request).refusal().reason == "OUT_OF_MEMORY"
-        daemon.await_calm()
+        daemon.await_idle()
     (left,) = [images_dir / name for name in os.listdir(images_dir) if name != dest.name]
     new, old = (dest, left) if is_new else (left, dest)
     assert images.identical(source, new)
@@ -268,7 +268,7 @@ def test_file_of_another_user_left_by_a_killed_exchange_is_kept(
         waiting.until(lambda: owner_of(dest)[0] == ALICE.uid, "the names are exchanged")
         os.kill(job, signal.SIGKILL)
         call.end()
-        daemon.await_calm()
+        daemon.await_idle()
     (left,) = [images_dir / name for name in os.listdir(images_dir) if name != dest.name]
     assert left.read_bytes() == b"precious"
     for _ in range(2):

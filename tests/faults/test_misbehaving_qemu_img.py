@@ -48,10 +48,10 @@ def alice(daemon: Daemon, scratch: Path) -> Agent:
     return daemon.agent(ALICE)
 
 
-def ordered(alice: Agent, directory: Path, order: str, *, old: bool = True) -> Call:
+def convert_with(alice: Agent, directory: Path, behaviour: str, *, old: bool = True) -> Call:
     """Convert an image that tells the stand-in what to do, over a file that is there."""
     source, dest = directory / "source.raw", directory / "dest.raw"
-    source.write_bytes(order.encode().ljust(IMAGE_BYTES, b"\0"))
+    source.write_bytes(behaviour.encode().ljust(IMAGE_BYTES, b"\0"))
     if old:
         dest.write_bytes(OLD)
         os.chown(dest, ALICE.uid, ALICE.gid)
@@ -60,7 +60,7 @@ def ordered(alice: Agent, directory: Path, order: str, *, old: bool = True) -> C
 
 def check_nothing_came_of_it(daemon: Daemon, directory: Path) -> None:
     """See that the old file is there, nothing else is, and nothing runs."""
-    daemon.await_calm()
+    daemon.await_idle()
     assert sorted(os.listdir(directory)) == ["dest.raw", "source.raw"]
     assert (directory / "dest.raw").read_bytes() == OLD
 
@@ -86,78 +86,82 @@ LIMITS: Final = {"STALLED": {"stall": "3 s"}, "DURATION_EXCEEDED": {"duration": 
 """What the policy says while a test is about it. What a test is not about has all the time."""
 
 
-@pytest.mark.parametrize("order", FAILING)
-def test_misbehaving_qemu_img_publishes_nothing_when_told_to(
-    daemon: Daemon, alice: Agent, images_dir: Path, order: str
+@pytest.mark.parametrize("behaviour", FAILING)
+def test_misbehaving_qemu_img_publishes_nothing(
+    daemon: Daemon, alice: Agent, images_dir: Path, behaviour: str
 ) -> None:
     """And nothing of it is left running."""
-    with daemon.limited(**LIMITS.get(FAILING[order][1], {})):
-        refusal = ordered(alice, images_dir, order).refusal()
-    assert (refusal.status, refusal.reason) == FAILING[order]
+    with daemon.limited(**LIMITS.get(FAILING[behaviour][1], {})):
+        refusal = convert_with(alice, images_dir, behaviour).refusal()
+    assert (refusal.status, refusal.reason) == FAILING[behaviour]
     check_nothing_came_of_it(daemon, images_dir)
 
 
 SUCCEEDING: Final = ("progress without end", "flood stderr", "complain and succeed", "behave")
 
 
-@pytest.mark.parametrize("order", SUCCEEDING)
-def test_misbehaving_qemu_img_output_is_harmless_when_told_to(
-    daemon: Daemon, alice: Agent, images_dir: Path, order: str
+@pytest.mark.parametrize("behaviour", SUCCEEDING)
+def test_misbehaving_qemu_img_output_is_harmless(
+    daemon: Daemon, alice: Agent, images_dir: Path, behaviour: str
 ) -> None:
     """Progress goes up from 0 to 100, warnings are few and short, and the image is whole."""
-    call = ordered(alice, images_dir, order)
+    call = convert_with(alice, images_dir, behaviour)
     percents = [event.progress.percent for event in call.events() if event.HasField("progress")]
     assert percents == sorted(percents)
     assert all(0 <= percent <= 100 for percent in percents)
     warnings = call.result().warnings
     assert len(warnings) <= 16
     assert all(0 < len(warning.message) <= 512 for warning in warnings)
-    assert bool(warnings) == (order in {"flood stderr", "complain and succeed"})
-    daemon.await_calm()
+    assert bool(warnings) == (behaviour in {"flood stderr", "complain and succeed"})
+    daemon.await_idle()
     assert (images_dir / "dest.raw").read_bytes() == (images_dir / "source.raw").read_bytes()
     assert sorted(os.listdir(images_dir)) == ["dest.raw", "source.raw"]
 
 
-def encrypted(alice: Agent, directory: Path, order: str) -> Call:
+def encrypted(alice: Agent, directory: Path, behaviour: str) -> Call:
     """The same, to an encrypted image that is not there yet."""
     source = directory / "source.raw"
-    source.write_bytes(order.encode().ljust(IMAGE_BYTES, b"\0"))
+    source.write_bytes(behaviour.encode().ljust(IMAGE_BYTES, b"\0"))
     request = conversion(source, directory / "dest.raw", dest_format="luks")
     request.dest.encryption.passphrase = b"passphrase"
     return alice.convert(request)
 
 
-def test_an_encrypted_conversion_is_begun_anew_where_time_was_not_measured(
+def test_encrypted_conversion_is_repeated_if_cpu_time_was_not_measured(
     daemon: Daemon, alice: Agent, images_dir: Path
 ) -> None:
     """As on a busy machine, up to four times; the passphrase is there each time."""
     encrypted(alice, images_dir, "not measured four times").result()
-    daemon.await_calm()
+    daemon.await_idle()
     assert sorted(os.listdir(images_dir)) == ["dest.raw", "source.raw"]
 
 
-def test_it_is_not_begun_for_ever(daemon: Daemon, alice: Agent, images_dir: Path) -> None:
+def test_number_of_repeated_conversions_is_limited(
+    daemon: Daemon, alice: Agent, images_dir: Path
+) -> None:
     """And the caller is told what to do."""
     refusal = encrypted(alice, images_dir, "not measured five times").refusal()
     assert refusal.reason == "CONVERSION_FAILED"
     assert "try again when the machine is less busy" in refusal.message
-    daemon.await_calm()
+    daemon.await_idle()
     assert os.listdir(images_dir) == ["source.raw"]
 
 
-def test_nothing_else_is_begun_anew(daemon: Daemon, alice: Agent, images_dir: Path) -> None:
+def test_conversion_that_fails_otherwise_is_not_repeated(
+    daemon: Daemon, alice: Agent, images_dir: Path
+) -> None:
     """The same words, where nothing is encrypted."""
-    refusal = ordered(alice, images_dir, "not measured to raw").refusal()
+    refusal = convert_with(alice, images_dir, "not measured to raw").refusal()
     assert refusal.reason == "CONVERSION_FAILED"
     check_nothing_came_of_it(daemon, images_dir)
 
 
-@pytest.mark.parametrize("order", ["hang", "ignore signals", "close outputs and hang"])
-def test_cancel_ends_a_misbehaving_qemu_img_at_once_when_told_to(
-    daemon: Daemon, alice: Agent, images_dir: Path, order: str
+@pytest.mark.parametrize("behaviour", ["hang", "ignore signals", "close outputs and hang"])
+def test_cancel_ends_a_misbehaving_qemu_img_at_once(
+    daemon: Daemon, alice: Agent, images_dir: Path, behaviour: str
 ) -> None:
     """Nobody asks it: SIGKILL can't be ignored."""
-    call = ordered(alice, images_dir, order)
+    call = convert_with(alice, images_dir, behaviour)
     pid = daemon.await_one(QEMU_IMG)
     call.cancel()
     assert call.end().status == "CANCELLED"
@@ -170,7 +174,7 @@ def test_qemu_img_that_writes_without_end_is_stopped_by_the_time_limit(
 ) -> None:
     """It moves, so it does not stall; the duration ends it."""
     with daemon.limited(**LIMITS["DURATION_EXCEEDED"]):
-        refusal = ordered(alice, images_dir, "write for ever").refusal()
+        refusal = convert_with(alice, images_dir, "write for ever").refusal()
     assert (refusal.status, refusal.reason) == ("DEADLINE_EXCEEDED", "DURATION_EXCEEDED")
     check_nothing_came_of_it(daemon, images_dir)
 
@@ -181,10 +185,10 @@ def test_missing_qemu_img_during_operation_is_reported(
     """As when a package is being upgraded. Afterwards it is there again."""
     program, away = scratch / "bin" / "qemu-img", scratch / "bin" / "away"
     program.rename(away)
-    refusal = ordered(alice, images_dir, "behave").refusal()
+    refusal = convert_with(alice, images_dir, "behave").refusal()
     assert (refusal.status, refusal.reason) == ("UNIMPLEMENTED", "UNSUPPORTED")
     away.rename(program)
-    ordered(alice, images_dir, "behave").result()
+    convert_with(alice, images_dir, "behave").result()
 
 
 def test_qemu_img_that_is_not_an_elf_file_is_reported(
@@ -195,7 +199,7 @@ def test_qemu_img_that_is_not_an_elf_file_is_reported(
     program.rename(away)
     program.write_text('#!/bin/sh\nexec /usr/bin/qemu-img "$@"\n', encoding="utf-8")
     program.chmod(0o755)
-    refusal = ordered(alice, images_dir, "behave").refusal()
+    refusal = convert_with(alice, images_dir, "behave").refusal()
     assert (refusal.status, refusal.reason) == ("UNIMPLEMENTED", "UNSUPPORTED")
     assert "ELF" in refusal.message
     check_nothing_came_of_it(daemon, images_dir)

@@ -52,6 +52,6 @@ def test_result_of_unknown_size_that_does_not_fit_reports_the_free_space(
         assert refusal.metadata["mount_point"] == str(small)
         assert int(refusal.metadata["free_bytes"]) == free
         assert int(refusal.metadata["needed_bytes"]) > free
-        daemon.await_calm()
+        daemon.await_idle()
         assert os.listdir(small) == []
         waiting.until(lambda: free_bytes(small) == free, "all is free again")

@@ -233,12 +233,12 @@ def test_power_cut_leaves_a_whole_image_or_none(
         attempt = Attempt(name="image" if overwrite else f"image-{number}", old=before, new=new)
         usual_s, copies = converted(alice, disk, attempt, chance, usual_s)
         for copy in copies:
-            found, temporaries = look(disk, copy, attempt)
+            found, temporaries = state_after_cut(disk, copy, attempt)
             tally[found.value] += 1
             tally["with a temporary"] += temporaries
             assert found in {Found.ABSENT if before is None else Found.OLD, Found.NEW}
             assert overwrite or not temporaries
-        found, _ = look(disk, disk.cut(), attempt)
+        found, _ = state_after_cut(disk, disk.cut(), attempt)
         tally["after the call"] += 1
         assert found is Found.NEW, "the call had returned"
         if overwrite:
@@ -272,7 +272,7 @@ def converted(
     return call.result().elapsed_seconds, copies
 
 
-def look(disk: Disk, copy: Path, attempt: Attempt) -> tuple[Found, int]:
+def state_after_cut(disk: Disk, copy: Path, attempt: Attempt) -> tuple[Found, int]:
     """What a cut left under the destination's name, and how many temporaries.
 
     A temporary is what an overwriting job has linked and not yet exchanged, or what it replaced:

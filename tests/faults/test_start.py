@@ -35,11 +35,11 @@ def refusal(daemon: Daemon, *wrapper: str) -> str:
     before = sorted(os.listdir(daemon.home))
     with pytest.raises(DidNotStart) as refused:
         daemon.start(wrapper=wrapper, options=())
-    assert refused.value.status == 1, refused.value.said
+    assert refused.value.status == 1, refused.value.output
     left = set(os.listdir(daemon.home)) - {*before, "log", "notify"}
     assert left == set()
     daemon.await_none("")
-    (line,) = refused.value.said.splitlines()
+    (line,) = refused.value.output.splitlines()
     assert line.startswith("convertd: ")
     return line.removeprefix("convertd: ")
 
@@ -179,7 +179,7 @@ def test_socket_passed_by_systemd_is_served_and_kept(
     daemon.signal(signal.SIGTERM)
     assert daemon.wait() == 0
     daemon.socket.unlink()
-    daemon.check_gone()
+    daemon.check_nothing_is_left()
 
 
 def test_socket_passed_by_systemd_must_be_a_listening_stream_socket(daemon: Daemon) -> None:
@@ -189,7 +189,7 @@ def test_socket_passed_by_systemd_must_be_a_listening_stream_socket(daemon: Daem
             start_activated(daemon, sock)
         assert refused.value.status == 1
         said = "what systemd passed is not a listening AF_UNIX stream socket"
-        assert said in refused.value.said
+        assert said in refused.value.output
 
 
 # --- what must be there -------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def begin(daemon: Daemon, source: Path, dest: Path) -> Call:
 def check_stopped(daemon: Daemon) -> None:
     """See that it ends with 0, and leaves nothing."""
     assert daemon.wait() == 0
-    daemon.check_gone()
+    daemon.check_nothing_is_left()
 
 
 # --- SIGTERM ------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def test_stop_finishes_running_jobs_and_refuses_queued_ones(
 ) -> None:
     """A caller whose request had not begun is told to come again, and with what reason."""
     running = begin(daemon, library / "slow.raw", images_dir / "dest.qcow2")
-    with daemon.held(QEMU_IMG):
+    with daemon.stopped(QEMU_IMG):
         request = conversion(library / "small.raw", images_dir / "b.qcow2")
         queued = daemon.agent(ALICE).convert(request)
         queued.await_queued()
@@ -78,7 +78,7 @@ def test_stopping_daemon_accepts_no_connection_and_refuses_new_requests(
 ) -> None:
     """While what runs is finished."""
     running = begin(daemon, library / "slow.raw", images_dir / "dest.qcow2")
-    with daemon.held(QEMU_IMG):
+    with daemon.stopped(QEMU_IMG):
         daemon.signal(signal.SIGTERM)
         daemon.await_notice("STOPPING=1")
         waiting.until(lambda: not daemon.socket.exists(), "the socket is gone")
@@ -173,7 +173,7 @@ def test_daemon_exits_when_its_front_dies_repeatedly(daemon: Daemon) -> None:
     last = daemon.log.splitlines()[-1]
     assert last.startswith("convertd: the front ended repeatedly")
     assert len(seen) > 1
-    daemon.check_gone()
+    daemon.check_nothing_is_left()
 
 
 def test_daemon_exits_when_its_front_can_not_start(make_daemon: MakeDaemon, tmp_path: Path) -> None:
@@ -182,12 +182,12 @@ def test_daemon_exits_when_its_front_can_not_start(make_daemon: MakeDaemon, tmp_
         "import os, sys\nif sys.orig_argv[2:4] == ['-m', 'convertd_daemon.front']:\n os._exit(1)"
     )
     (tmp_path / "sitecustomize.py").write_text(crash, encoding="utf-8")
-    callers.let_everybody_reach(tmp_path)
+    callers.make_reachable(tmp_path)
     daemon = make_daemon(POLICY)
     with pytest.raises(DidNotStart) as ended:
         daemon.start(wrapper=("env", f"PYTHONPATH={tmp_path}"))
     assert ended.value.status == 1
-    last = ended.value.said.splitlines()[-1]
+    last = ended.value.output.splitlines()[-1]
     assert last.startswith("convertd: the front ended repeatedly")
 
 
@@ -274,7 +274,7 @@ def test_reload_of_a_policy_that_others_can_write_keeps_the_old_one(
         ("pipe2:error=EMFILE", "can't be checked: Too many open files"),
     ],
 )
-def test_a_policy_that_can_not_be_checked_now_is_not_taken(
+def test_reload_keeps_the_old_policy_if_the_new_one_can_not_be_checked(
     daemon: Daemon, library: Path, images_dir: Path, inject: str, reason: str
 ) -> None:
     """No process, or no descriptor, is to be had: what runs goes on, under the policy in force."""
@@ -293,8 +293,8 @@ def test_repeated_reloads_leave_no_process_behind(daemon: Daemon, fill_in: FillI
     named = POLICY.for_users(ALICE.uid, "root", "no-such-user")
     for _ in range(10):
         daemon.reload(fill_in(named))
-    daemon.await_calm()
-    waiting.until(lambda: len(daemon.processes()) == 4, "broker, front, spare, and who waits")
+    daemon.await_idle()
+    waiting.until(lambda: len(daemon.processes()) == 4, "broker, front, preforked job and child")
     assert "there is no user no-such-user" in daemon.log
 
 

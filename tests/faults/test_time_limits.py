@@ -44,7 +44,7 @@ def test_stalled_conversion_is_ended(daemon: Daemon, library: Path, images_dir: 
     refusal = call.refusal()
     assert (refusal.status, refusal.reason) == ("DEADLINE_EXCEEDED", "STALLED")
     assert refusal.metadata == {"stall_s": "4.0"}
-    daemon.await_calm()
+    daemon.await_idle()
     assert os.listdir(images_dir) == []
 
 
@@ -74,7 +74,7 @@ def test_conversion_is_ended_at_its_time_limit(
     refusal = daemon.agent(ALICE).convert(request).refusal()
     assert (refusal.status, refusal.reason) == ("DEADLINE_EXCEEDED", "DURATION_EXCEEDED")
     assert refusal.metadata == {"duration_s": "1.0"}
-    daemon.await_calm()
+    daemon.await_idle()
     assert os.listdir(images_dir) == []
 
 
@@ -94,6 +94,6 @@ def test_job_that_ignores_sigterm_is_killed(
     daemon.agent(ALICE).cancel_job(started.job_id)
     refusal = call.refusal()
     assert (refusal.status, refusal.reason) == ("CANCELLED", "CANCELLED_BY_CALLER")
-    daemon.await_calm()
+    daemon.await_idle()
     assert os.listdir(images_dir) == []
     assert daemon.agent(ALICE).jobs() == []

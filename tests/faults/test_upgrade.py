@@ -109,9 +109,7 @@ def test_old_client_converts_with_a_new_daemon(
     assert images.identical(source, dest)
 
 
-def test_old_client_is_answered_in_all_other_calls(
-    alice: Agent, older: Version, library: Path
-) -> None:
+def test_old_client_can_make_all_other_calls(alice: Agent, older: Version, library: Path) -> None:
     """And a job that is not there is an old condition, too."""
     source = {"path": str(library / "small.qcow2")}
     image = answer(alice, older, "Inspect", source=source)

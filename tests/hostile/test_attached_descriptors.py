@@ -21,9 +21,9 @@ import pytest
 from harness import images, processes, waiting
 from harness.agent import conversion
 from harness.callers import ALICE, BOB, MALLORY
-from harness.daemon import FRONT, SPARE, Daemon
+from harness.daemon import FRONT, PREFORKED_JOB, Daemon
 from harness.fixtures import FillIn, MakeDaemon
-from hostile import false_front, http2, lingering
+from hostile import compromised_front, http2, lingering
 from policies import IMAGES, LIBRARY, Grant, Policy
 
 from convertd_core import codec, messages
@@ -55,7 +55,7 @@ def attacked(kernel: str, fill_in: FillIn) -> Iterator[Daemon]:
     try:
         one.start(wrapper=wrapper(kernel))
         yield one
-        one.await_calm()
+        one.await_idle()
         one.stop()
     finally:
         one.discard()
@@ -74,8 +74,8 @@ def test_descriptors_attached_by_strangers_do_not_block_other_callers(
     """
     agent = attacked.agent(BOB)
     agent.access()
-    before = false_front.descriptors_of(attacked.pid)
-    in_front = false_front.descriptors_of(attacked.await_one(FRONT))
+    before = compromised_front.descriptors_of(attacked.pid)
+    in_front = compromised_front.descriptors_of(attacked.await_one(FRONT))
     with lingering.attacking(attacked, how, 20) as attack:
         while not attack.is_heard:
             assert lingering.seconds_of(agent.access) < lingering.SOON_S
@@ -84,11 +84,12 @@ def test_descriptors_attached_by_strangers_do_not_block_other_callers(
     # One over the cap may be ended before it has sent anything.
     assert ("sent" in outcomes) == (kernel == UNKNOWN)
     waiting.until(
-        lambda: false_front.descriptors_of(attacked.pid) <= before, "the broker's descriptors close"
+        lambda: compromised_front.descriptors_of(attacked.pid) <= before,
+        "the broker's descriptors close",
     )
     waiting.until(
         lambda: (
-            false_front.descriptors_of(attacked.await_one(FRONT))
+            compromised_front.descriptors_of(attacked.await_one(FRONT))
             <= in_front + processes.LAZY_DESCRIPTORS
         ),
         "the front's descriptors close",
@@ -107,7 +108,7 @@ def test_descriptors_attached_by_strangers_do_not_block_conversions(
             dest = images_dir / f"dest-{next(numbers)}"
             call = agent.convert(conversion(library / "small.raw", dest))
             assert lingering.seconds_of(call.result) < lingering.SOON_S
-    attacked.await_calm()
+    attacked.await_idle()
 
 
 def test_front_that_dies_with_unread_descriptors_does_not_block_the_broker(
@@ -119,11 +120,11 @@ def test_front_that_dies_with_unread_descriptors_does_not_block_the_broker(
     with lingering.attacking(attacked, "and does not wait", 6) as attack:
         outcomes = attack.outcomes
         # The broker has taken them all in when it has one that came after them.
-        accepted = false_front.descriptors_of(attacked.pid)
+        accepted = compromised_front.descriptors_of(attacked.pid)
         with socket.socket(socket.AF_UNIX) as last:
             last.connect(str(attacked.socket))
             waiting.until(
-                lambda: false_front.descriptors_of(attacked.pid) > accepted, "it is accepted"
+                lambda: compromised_front.descriptors_of(attacked.pid) > accepted, "it is accepted"
             )
         os.kill(pid, signal.SIGKILL)
         began = time.monotonic()
@@ -156,7 +157,7 @@ def test_descriptors_sent_before_the_daemon_started_do_not_block_it(
             daemon.start(wrapper=(*wrapper(kernel), *activated), pass_fds=(listening.fileno(),))
             agent = daemon.agent(BOB)
             assert lingering.seconds_of(agent.access) < lingering.SOON_S
-            daemon.await_calm()
+            daemon.await_idle()
             daemon.signal(signal.SIGTERM)
             assert lingering.seconds_of(daemon.wait) < lingering.SOON_S
     daemon.socket.unlink()
@@ -175,7 +176,7 @@ def test_descriptors_in_the_backlog_do_not_delay_the_stop(
     call = agent.convert(slow)
     call.await_started()
     # Its end would be a signal to the broker, which ends a close that lingers.
-    daemon.await_none(SPARE)
+    daemon.await_none(PREFORKED_JOB)
     os.kill(daemon.pid, signal.SIGSTOP)
     with lingering.attacking(daemon, "and does not wait", 20) as attack:
         assert attack.outcomes == ["sent"] * 20
@@ -186,7 +187,7 @@ def test_descriptors_in_the_backlog_do_not_delay_the_stop(
         call.cancel()
         call.end()
         assert lingering.seconds_of(daemon.wait) < lingering.SOON_S
-    daemon.check_gone()
+    daemon.check_nothing_is_left()
 
 
 def test_broker_takes_no_descriptor_from_a_compromised_front(
@@ -197,16 +198,16 @@ def test_broker_takes_no_descriptor_from_a_compromised_front(
     home = daemon.home / "front"
     home.mkdir()
     message = codec.encode(messages.Request(call=1, connection=2**40, body=messages.ListJobs()))
-    with false_front.started(daemon, home, *wrapper(kernel)) as front:
-        before = false_front.descriptors_of(daemon.pid)
+    with compromised_front.started(daemon, home, *wrapper(kernel)) as front:
+        before = compromised_front.descriptors_of(daemon.pid)
         sock, others = lingering.lingering()
         if kernel == REFUSED:
             with pytest.raises(PermissionError):
-                front.line.sock.sendmsg([message], lingering.attached(sock))
+                front.channel.sock.sendmsg([message], lingering.attached(sock))
         else:
             first = daemon.await_one(FRONT)
             for _ in range(3):
-                front.line.sock.sendmsg([message], lingering.attached(sock))
+                front.channel.sock.sendmsg([message], lingering.attached(sock))
             sock.close()
             began = time.monotonic()
             waiting.until(lambda: not processes.exists(first), "the front is killed")
@@ -215,7 +216,7 @@ def test_broker_takes_no_descriptor_from_a_compromised_front(
             assert time.monotonic() - began < lingering.SOON_S
         assert front.quiet()
         waiting.until(
-            lambda: front.quiet() and false_front.descriptors_of(daemon.pid) <= before,
+            lambda: front.quiet() and compromised_front.descriptors_of(daemon.pid) <= before,
             "the broker's descriptors close",
         )
         for one in (*others, sock):  # its own end gone first, nothing lingers
@@ -229,7 +230,7 @@ def test_connection_with_attached_descriptors_counts_until_it_is_closed(
     daemon = make_daemon(POLICY.with_limits(connections_per_user=3))
     home = daemon.home / "front"
     home.mkdir()
-    with false_front.started(daemon, home, *lingering.as_before_6_16()) as front:
+    with compromised_front.started(daemon, home, *lingering.as_before_6_16()) as front:
         numbers = []
         with lingering.attacking(daemon, "at once", 3):
             for _ in range(3):
@@ -241,9 +242,9 @@ def test_connection_with_attached_descriptors_counts_until_it_is_closed(
             assert sock.recv(1) == b""
         assert f"too many connections uid={MALLORY.uid} own=3" in daemon.log
         for number in numbers:
-            front.line.send(messages.Released(connection=number))
+            front.channel.send(messages.Released(connection=number))
         assert front.quiet()
-        with false_front.connected(daemon, MALLORY):
+        with compromised_front.connected(daemon, MALLORY):
             message, held = front.await_message(messages.Connected)
             scm_rights.close_all(held)
             assert message.uid == MALLORY.uid
@@ -253,7 +254,7 @@ IN_FLIGHT: Final = 2000
 MAY_BE_OPEN: Final = 500
 
 
-def test_sockets_on_their_way_elsewhere_end_no_daemon(make_daemon: MakeDaemon) -> None:
+def test_too_many_descriptors_in_flight_do_not_stop_the_daemon(make_daemon: MakeDaemon) -> None:
     """The kernel counts all of root's, of whoever is root in a container too, and then refuses."""
     daemon = make_daemon(POLICY)
     daemon.start()

@@ -17,7 +17,7 @@ import pytest
 from harness.agent import conversion
 from harness.callers import ALICE
 from harness.daemon import Daemon
-from hostile import asking, forged
+from hostile import forged, simple_calls
 from hostile.forged import Qcow2
 from hostile.secret import Secret
 from loop_devices import Devices
@@ -67,7 +67,7 @@ def test_control_bare_qemu_img_reads_the_file_named_on_a_volume(
     out = scratch / "bare.raw"
     argv = ["qemu-img", "convert", "-O", "raw", str(volume[0]), str(out)]
     subprocess.run(argv, check=False, capture_output=True)
-    assert asking.holds(out, secret.marker)
+    assert simple_calls.contains(out, secret.marker)
     out.unlink(missing_ok=True)
 
 
@@ -79,9 +79,11 @@ def test_volume_with_an_image_header_is_read_as_stated_or_refused(
     os.chown(images_dir, ALICE.uid, ALICE.gid)
     link, header = volume
     out = images_dir / "out.raw"
-    answer = asking.convert(daemon, link, out, stated)
-    assert secret.marker not in answer.said + asking.inspect(daemon, link, stated).said
-    assert not asking.holds(out, secret.marker)
+    answer = simple_calls.convert(daemon, link, out, stated)
+    assert (
+        secret.marker not in answer.received + simple_calls.inspect(daemon, link, stated).received
+    )
+    assert not simple_calls.contains(out, secret.marker)
     if stated == "raw":
         assert out.read_bytes().startswith(header)
     assert secret.unchanged()
@@ -93,9 +95,9 @@ def test_writing_to_a_volume_with_an_image_header_changes_no_other_file(
     """The destination is raw, whatever was on it."""
     link, _ = volume
     content = os.urandom(2 * MIB)
-    image = asking.given_to(ALICE, images_dir / "image.raw", content)
+    image = simple_calls.file_of(ALICE, images_dir / "image.raw", content)
     request = conversion(image, link, dest_format="raw")
-    assert asking.answer_of(daemon.agent(ALICE).convert(request)).is_ok
+    assert simple_calls.outcome_of(daemon.agent(ALICE).convert(request)).is_ok
     assert volumes.bytes_on(link) == content + bytes(2 * MIB)
     assert secret.unchanged()
 
@@ -105,9 +107,9 @@ def test_existing_destination_with_an_image_header_is_replaced_unopened(
 ) -> None:
     """Nothing that bears the destination's name is ever given to qemu-img."""
     os.chown(images_dir, ALICE.uid, ALICE.gid)
-    old = asking.given_to(ALICE, images_dir / "out", Qcow2(data_file=str(secret.raw)).data())
-    image = asking.given_to(ALICE, images_dir / "image.raw", os.urandom(MIB))
+    old = simple_calls.file_of(ALICE, images_dir / "out", Qcow2(data_file=str(secret.raw)).data())
+    image = simple_calls.file_of(ALICE, images_dir / "image.raw", os.urandom(MIB))
     for dest_format in ("raw", "qcow2"):
         request = conversion(image, old, dest_format=dest_format, overwrite=True)
-        assert asking.answer_of(daemon.agent(ALICE).convert(request)).is_ok
+        assert simple_calls.outcome_of(daemon.agent(ALICE).convert(request)).is_ok
     assert secret.unchanged()

@@ -17,7 +17,7 @@ from harness.agent import conversion
 from harness.callers import ALICE, BOB
 from harness.daemon import FRONT, QEMU_IMG, Daemon
 from harness.fixtures import MakeDaemon
-from hostile import asking, forged
+from hostile import forged, simple_calls
 from hostile.forged import CLUSTER, Qcow2
 from policies import IMAGES, Grant, Policy
 
@@ -50,7 +50,7 @@ def unimpressed(daemon: Daemon) -> Iterator[None]:
     assert time.monotonic() - began < BOUND_S
     after = [processes.anonymous_kib(pid) for pid in pids]
     assert all(now < then + 16 * MIB for now, then in zip(after, before, strict=True))
-    daemon.await_calm()
+    daemon.await_idle()
 
 
 @pytest.fixture
@@ -195,12 +195,12 @@ def test_image_with_excessive_header_values_ends_in_a_result_or_a_condition(
     is_stated: bool,  # noqa: FBT001 - a parameter of the test
 ) -> None:
     """In time, and in the memory that there is. What comes of it is a condition, or a result."""
-    image = asking.given_to(ALICE, own_dir / "bomb.img", make(own_dir))
+    image = simple_calls.file_of(ALICE, own_dir / "bomb.img", make(own_dir))
     stated = image_format if is_stated else ""
     out = own_dir / "out.raw"
     for answer in (
-        asking.inspect(daemon, image, stated),
-        asking.convert(daemon, image, out, stated),
+        simple_calls.inspect(daemon, image, stated),
+        simple_calls.convert(daemon, image, out, stated),
     ):
         assert answer.status in ANSWERS
     if out.exists():
@@ -210,21 +210,21 @@ def test_image_with_excessive_header_values_ends_in_a_result_or_a_condition(
 
 def test_raw_file_larger_than_the_policy_allows_is_refused(daemon: Daemon, own_dir: Path) -> None:
     """It takes no block on the disk."""
-    image = asking.given_to(ALICE, own_dir / "bomb.img", b"")
+    image = simple_calls.file_of(ALICE, own_dir / "bomb.img", b"")
     os.truncate(image, 2**40)
-    assert asking.convert(daemon, image, own_dir / "out", "raw").reason == "IMAGE_TOO_LARGE"
+    assert simple_calls.convert(daemon, image, own_dir / "out", "raw").reason == "IMAGE_TOO_LARGE"
 
 
 def test_backing_chain_with_a_loop_is_refused(daemon: Daemon, own_dir: Path) -> None:
     """By one member, by two, and by another name of the same file."""
     for name, backing in (("a", "a"), ("b", "c"), ("c", "b"), ("d", "e")):
         data = Qcow2(backing=backing, backing_format="qcow2").data()
-        asking.given_to(ALICE, own_dir / name, data)
+        simple_calls.file_of(ALICE, own_dir / name, data)
     os.link(own_dir / "d", own_dir / "e")
     for name in ("a", "b", "d"):
-        answer = asking.convert(daemon, own_dir / name, own_dir / "out", "qcow2")
+        answer = simple_calls.convert(daemon, own_dir / name, own_dir / "out", "qcow2")
         assert answer.reason == "BACKING_REFUSED"
-        assert asking.inspect(daemon, own_dir / name, "qcow2").is_ok
+        assert simple_calls.inspect(daemon, own_dir / name, "qcow2").is_ok
 
 
 def test_backing_chain_over_the_depth_limit_is_refused(
@@ -235,9 +235,9 @@ def test_backing_chain_over_the_depth_limit_is_refused(
     daemon.start()
     for number in range(100):
         data = Qcow2(backing=f"{number + 1}", backing_format="qcow2").data()
-        asking.given_to(ALICE, own_dir / f"{number}", data)
-    asking.given_to(ALICE, own_dir / "100", Qcow2().data())
-    answer = asking.convert(daemon, own_dir / "0", own_dir / "out", "qcow2")
+        simple_calls.file_of(ALICE, own_dir / f"{number}", data)
+    simple_calls.file_of(ALICE, own_dir / "100", Qcow2().data())
+    answer = simple_calls.convert(daemon, own_dir / "0", own_dir / "out", "qcow2")
     assert answer.reason == "BACKING_REFUSED"
     assert "more than" in answer.message
 
@@ -256,16 +256,18 @@ def test_key_derivation_with_excessive_iterations_ends_with_the_job(
     data = patched(path.read_bytes(), 208 + 4, struct.pack(">I", 2**32 - 1))
     path.unlink()
     key.unlink()
-    image = asking.given_to(ALICE, own_dir / "bomb.img", data)
+    image = simple_calls.file_of(ALICE, own_dir / "bomb.img", data)
     request = conversion(image, own_dir / "out", source_format="luks", dest_format="raw")
     request.source.encryption.passphrase = b"key"
-    assert asking.answer_of(daemon.agent(ALICE).convert(request)).reason == "DURATION_EXCEEDED"
+    assert (
+        simple_calls.outcome_of(daemon.agent(ALICE).convert(request)).reason == "DURATION_EXCEEDED"
+    )
     daemon.await_none(QEMU_IMG)
 
 
 def test_qemu_img_has_resource_limits(daemon: Daemon, own_dir: Path) -> None:
     """Address space, descriptors, core dumps; and it waits behind whatever else runs."""
-    image = asking.given_to(ALICE, own_dir / "slow.raw", os.urandom(8 * images.MIB))
+    image = simple_calls.file_of(ALICE, own_dir / "slow.raw", os.urandom(8 * images.MIB))
     request = conversion(
         image, own_dir / "out", dest_format="raw", rate_limit_bytes_per_second=images.MIB
     )

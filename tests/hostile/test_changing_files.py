@@ -19,7 +19,7 @@ from harness.agent import conversion
 from harness.callers import ALICE, BOB, PYTHON
 from harness.daemon import JOB, Daemon
 from harness.tracing import Tracer
-from hostile import asking, forged, racing
+from hostile import forged, racing, simple_calls
 from hostile.forged import Qcow2
 from hostile.secret import Secret
 from policies import IMAGES, Grant, Policy
@@ -71,11 +71,11 @@ def hammer(daemon: Daemon, source: Path, stated: str, marker: bytes) -> Counter[
     ends: Counter[str] = Counter()
     for number in range(ROUNDS):
         out = source.parent / f"out-{number}.raw"
-        answer = asking.convert(daemon, source, out, stated)
+        answer = simple_calls.convert(daemon, source, out, stated)
         ends[answer.reason or answer.status] += 1
         assert out.exists() is answer.is_ok
-        assert not asking.holds(out, marker)
-        assert marker not in answer.said
+        assert not simple_calls.contains(out, marker)
+        assert marker not in answer.received
         out.unlink(missing_ok=True)
     return ends
 
@@ -85,7 +85,7 @@ def bare_leaks(image: Path, marker: bytes) -> bool:
     out = image.with_suffix(".bare")
     argv = ["qemu-img", "convert", "-O", "raw", str(image), str(out)]
     subprocess.run(argv, check=False, capture_output=True)
-    found = asking.holds(out, marker)
+    found = simple_calls.contains(out, marker)
     out.unlink(missing_ok=True)
     return found
 
@@ -101,7 +101,7 @@ def test_header_rewritten_after_the_probe_gives_access_to_no_other_file(
         "backing file": Qcow2(backing=name, backing_format="raw"),
         "data file": Qcow2(data_file=name),
     }[kind].data()
-    image = asking.given_to(ALICE, own_dir / "image.qcow2", evil)
+    image = simple_calls.file_of(ALICE, own_dir / "image.qcow2", evil)
     assert bare_leaks(image, secret.marker)
     with racing.rewriting(ALICE, image, evil, honest) as count:
         ends = hammer(daemon, image, stated, secret.marker)
@@ -118,12 +118,12 @@ def test_header_rewritten_after_the_probe_gives_access_to_no_system_file(
     """
     name, marker = system_file
     honest, evil = honest_qcow2(own_dir), Qcow2(data_file=str(name)).data()
-    image = asking.given_to(ALICE, own_dir / "image.qcow2", evil)
+    image = simple_calls.file_of(ALICE, own_dir / "image.qcow2", evil)
     assert bare_leaks(image, marker)
     with racing.rewriting(ALICE, image, evil, honest):
         hammer(daemon, image, "qcow2", marker)
     image.unlink()
-    descriptor = asking.given_to(ALICE, own_dir / "image.vmdk", forged.flat_vmdk(str(name)))
+    descriptor = simple_calls.file_of(ALICE, own_dir / "image.vmdk", forged.flat_vmdk(str(name)))
     assert bare_leaks(descriptor, marker)
     hammer(daemon, descriptor, "vmdk", marker)
 
@@ -132,7 +132,7 @@ def test_source_name_swapped_during_open_gives_the_file_or_a_refusal(
     daemon: Daemon, secret: Secret, own_dir: Path
 ) -> None:
     """File, link to a secret, directory, FIFO, device: in turn, under one name."""
-    image = asking.given_to(ALICE, own_dir / "image.raw", HONEST)
+    image = simple_calls.file_of(ALICE, own_dir / "image.raw", HONEST)
     (own_dir / "link").symlink_to(secret.raw)
     (own_dir / "directory").mkdir()
     os.mkfifo(own_dir / "fifo")
@@ -150,14 +150,14 @@ def test_directory_swapped_during_path_resolution_does_not_lead_out_of_the_root(
     """For the source and for the destination: nothing is read from there, nothing made there."""
     (own_dir / "way").mkdir()
     os.chown(own_dir / "way", ALICE.uid, ALICE.gid)
-    asking.given_to(ALICE, own_dir / "way" / "disk.raw", HONEST)
+    simple_calls.file_of(ALICE, own_dir / "way" / "disk.raw", HONEST)
     (own_dir / "link").symlink_to(secret.directory)
     assert bare_leaks(own_dir / "link" / "disk.raw", secret.marker)
     with racing.swapping(ALICE, own_dir, "way", "link") as count:
         ends: Counter[str] = Counter()
         for number in range(ROUNDS):
             source, dest = own_dir / "way" / "disk.raw", own_dir / "way" / f"out-{number}.raw"
-            answer = asking.overwrite(daemon, source, dest)
+            answer = simple_calls.overwrite(daemon, source, dest)
             ends[answer.reason or answer.status] += 1
     assert count.changes > 10 * ROUNDS
     assert ends.keys() <= {"OK", "SYMLINK_IN_PATH"}
@@ -172,9 +172,9 @@ def test_destination_name_swapped_during_a_job_is_replaced_or_left_unchanged(
     daemon: Daemon, secret: Secret, own_dir: Path
 ) -> None:
     """Nothing is written through a link, into a directory or to a FIFO; and no temporary stays."""
-    image = asking.given_to(ALICE, own_dir / "image.raw", HONEST)
+    image = simple_calls.file_of(ALICE, own_dir / "image.raw", HONEST)
     names = {"image.raw", "out", "link", "directory", "fifo"}
-    asking.given_to(ALICE, own_dir / "out", b"old")
+    simple_calls.file_of(ALICE, own_dir / "out", b"old")
     (own_dir / "link").symlink_to(secret.raw)
     (own_dir / "directory").mkdir()
     os.mkfifo(own_dir / "fifo")
@@ -183,7 +183,7 @@ def test_destination_name_swapped_during_a_job_is_replaced_or_left_unchanged(
     with racing.swapping(ALICE, own_dir, "out", "link", "directory", "fifo") as count:
         ends: Counter[str] = Counter()
         for _ in range(ROUNDS):
-            answer = asking.overwrite(daemon, image, own_dir / "out")
+            answer = simple_calls.overwrite(daemon, image, own_dir / "out")
             ends[answer.reason or answer.status] += 1
     assert count.changes > 10 * ROUNDS
     allowed = {"OK", "SYMLINK_IN_PATH", "NOT_AN_IMAGE", "DEST_EXISTS", "NAME_REPLACED"}
@@ -226,9 +226,9 @@ def test_sticky_directory_file_of_another_user_is_not_replaced_after_a_swap(
     shared = images_dir / "shared"
     shared.mkdir()
     shared.chmod(0o1777)
-    image = asking.given_to(ALICE, images_dir / "image.raw", HONEST)
-    out = asking.given_to(ALICE, shared / "out", b"old")
-    theirs = asking.given_to(BOB, shared / "bobs", f"precious {round_number}".encode())
+    image = simple_calls.file_of(ALICE, images_dir / "image.raw", HONEST)
+    out = simple_calls.file_of(ALICE, shared / "out", b"old")
+    theirs = simple_calls.file_of(BOB, shared / "bobs", f"precious {round_number}".encode())
     before = theirs.stat()
     request = conversion(image, out, source_format="raw", dest_format="raw", overwrite=True)
     hold = f"/^rename:delay_enter={int(HELD_S * 1e6)}"
@@ -238,8 +238,8 @@ def test_sticky_directory_file_of_another_user_is_not_replaced_after_a_swap(
         waiting.until(lambda: processes.is_about_to_rename(job), "the job is about to rename")
         assert ALICE.run(["mv", str(out), str(shared / "aside")]).status == 0
         assert BOB.run(["mv", str(theirs), str(out)]).status == 0
-        answer = asking.answer_of(call)
-        daemon.await_calm()
+        answer = simple_calls.outcome_of(call)
+        daemon.await_idle()
     assert answer.reason == "NOT_YOURS"
     assert os.path.samestat(out.stat(), before)
     assert out.read_bytes() == f"precious {round_number}".encode()
@@ -253,14 +253,14 @@ def test_sticky_directory_race_never_replaces_a_file_of_another_user(
     shared = images_dir / "shared"
     shared.mkdir()
     shared.chmod(0o1777)
-    image = asking.given_to(ALICE, images_dir / "image.raw", HONEST)
-    precious = asking.given_to(BOB, shared / "bobs", b"precious").stat()
-    asking.given_to(ALICE, shared / "alices", b"old")
+    image = simple_calls.file_of(ALICE, images_dir / "image.raw", HONEST)
+    precious = simple_calls.file_of(BOB, shared / "bobs", b"precious").stat()
+    simple_calls.file_of(ALICE, shared / "alices", b"old")
     out = shared / "out"
     ends: Counter[str] = Counter()
     with racing.taking_turns(shared, "out", (ALICE, "alices"), (BOB, "bobs")) as count:
         for _ in range(ROUNDS * 4):
-            answer = asking.overwrite(daemon, image, out)
+            answer = simple_calls.overwrite(daemon, image, out)
             ends[answer.reason or answer.status] += 1
     print(count.changes, ends)  # noqa: T201 - the figures of a long run
     assert count.lost == 0

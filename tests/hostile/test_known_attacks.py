@@ -16,7 +16,7 @@ from typing import Final
 import pytest
 from harness.callers import ALICE
 from harness.daemon import Daemon
-from hostile import asking, forged, secret
+from hostile import forged, secret, simple_calls
 from hostile.forged import Qcow2
 from hostile.secret import Secret
 from policies import IMAGES, Grant, Policy, Root
@@ -143,8 +143,8 @@ def forge(attack: Attack, secret: Secret, images_dir: Path) -> tuple[Path, Path]
     data = attack.make(secret.directory)
     twin = data.replace(secret.directory.name.encode(), secret.absent.name.encode())
     assert twin != data
-    named = asking.given_to(ALICE, images_dir / "a.img", data)
-    return named, asking.given_to(ALICE, images_dir / "b.img", twin)
+    named = simple_calls.file_of(ALICE, images_dir / "a.img", data)
+    return named, simple_calls.file_of(ALICE, images_dir / "b.img", twin)
 
 
 def test_control_bare_qemu_img_is_vulnerable_to(
@@ -154,7 +154,7 @@ def test_control_bare_qemu_img_is_vulnerable_to(
     out = forge[0].with_suffix(".out")
     argv = ["qemu-img", "convert", "-f", attack.format, "-O", "raw", str(forge[0]), str(out)]
     subprocess.run(argv, check=False, capture_output=True)
-    assert asking.holds(out, secret.marker) is attack.falls
+    assert simple_calls.contains(out, secret.marker) is attack.falls
 
 
 @pytest.mark.parametrize("stated", ["right", "unstated", "raw", "wrong"])
@@ -171,10 +171,10 @@ def test_convertd_is_not_vulnerable_to(
     out = named.with_suffix(".raw")
     answers = []
     for image in (named, twin):
-        converted = asking.convert(daemon, image, out, formats[stated])
-        assert not asking.holds(out, secret.marker)
-        inspected = asking.inspect(daemon, image, formats[stated])
-        assert secret.marker not in converted.said + inspected.said
+        converted = simple_calls.convert(daemon, image, out, formats[stated])
+        assert not simple_calls.contains(out, secret.marker)
+        inspected = simple_calls.inspect(daemon, image, formats[stated])
+        assert secret.marker not in converted.received + inspected.received
         assert converted.is_ok is (stated == "raw")
         answers.append((converted, inspected))
         out.unlink(missing_ok=True)

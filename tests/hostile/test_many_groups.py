@@ -10,7 +10,7 @@ from typing import Final
 from harness import images, processes, waiting
 from harness.agent import conversion
 from harness.callers import PYTHON, Caller
-from harness.daemon import SPARE, Daemon
+from harness.daemon import PREFORKED_JOB, Daemon
 from policies import IMAGES, LIBRARY, Grant, Policy
 
 from convertd.v1 import convert_pb2 as pb
@@ -104,9 +104,11 @@ def test_groups_of_a_queued_request_count_in_the_policy_and_use_no_memory(
         call.end()
 
 
-def test_a_job_for_them_takes_nobody_elses_process(daemon: Daemon, library: Path) -> None:
+def test_job_of_a_caller_in_many_groups_does_not_use_the_preforked_job(
+    daemon: Daemon, library: Path
+) -> None:
     """Their groups do not fit into a message to the one forked ahead, so it is not tried."""
-    spare = daemon.await_one(SPARE)
+    preforked = daemon.await_one(PREFORKED_JOB)
     asked = pb.InspectRequest(source=pb.Source(path=str(library / "small.raw"), format="raw"))
     assert daemon.agent(CROWDED).call("Inspect", asked).end().status == "OK"
-    assert daemon.await_one(SPARE) == spare
+    assert daemon.await_one(PREFORKED_JOB) == preforked

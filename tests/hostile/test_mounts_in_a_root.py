@@ -12,7 +12,7 @@ import pytest
 from harness import processes, waiting
 from harness.callers import ALICE
 from harness.daemon import Daemon
-from hostile import asking, silent_fuse
+from hostile import simple_calls, unresponsive_fuse
 from policies import IMAGES, Grant, Policy
 
 POLICY: Final = Policy(grants=[Grant(read=[IMAGES], write=[IMAGES])])
@@ -25,8 +25,8 @@ AT_ONCE_S: Final = 60.0
 def own_dir(images_dir: Path) -> Path:
     """A directory of the caller's, with a source and a former result in it."""
     os.chown(images_dir, ALICE.uid, ALICE.gid)
-    asking.given_to(ALICE, images_dir / "image.raw", b"x" * 65536)
-    asking.given_to(ALICE, images_dir / "out.raw", b"old")
+    simple_calls.file_of(ALICE, images_dir / "image.raw", b"x" * 65536)
+    simple_calls.file_of(ALICE, images_dir / "out.raw", b"old")
     (images_dir / "directory").mkdir()
     return images_dir
 
@@ -47,24 +47,24 @@ def test_unresponsive_fuse_mount_in_a_root_blocks_no_job(
 ) -> None:
     """It is not entered, so it is not asked."""
     began = time.monotonic()
-    with silent_fuse.mounted(own_dir / point):
-        answer = asking.overwrite(daemon, own_dir / source, own_dir / dest)
+    with unresponsive_fuse.mounted(own_dir / point):
+        answer = simple_calls.overwrite(daemon, own_dir / source, own_dir / dest)
         assert answer.reason == "OUTSIDE_ROOT"
         assert time.monotonic() - began < AT_ONCE_S
-        daemon.await_calm()
+        daemon.await_idle()
 
 
 def test_unresponsive_fuse_mount_named_as_a_temporary_blocks_no_overwrite(
     daemon: Daemon, own_dir: Path
 ) -> None:
     """Whoever overwrites looks through the directory for what a killed job left."""
-    left_over = asking.given_to(ALICE, own_dir / ".convertd-0123456789abcdef.tmp", b"")
-    other = asking.given_to(ALICE, own_dir / ".convertd-fedcba9876543210.tmp", b"")
+    left_over = simple_calls.file_of(ALICE, own_dir / ".convertd-0123456789abcdef.tmp", b"")
+    other = simple_calls.file_of(ALICE, own_dir / ".convertd-fedcba9876543210.tmp", b"")
     began = time.monotonic()
-    with silent_fuse.mounted(left_over):
-        assert asking.overwrite(daemon, own_dir / "image.raw", own_dir / "out.raw").is_ok
+    with unresponsive_fuse.mounted(left_over):
+        assert simple_calls.overwrite(daemon, own_dir / "image.raw", own_dir / "out.raw").is_ok
         assert time.monotonic() - began < AT_ONCE_S
-        daemon.await_calm()
+        daemon.await_idle()
     assert left_over.exists()
     assert not other.exists()
 
@@ -74,10 +74,10 @@ def test_control_unresponsive_fuse_mount_blocks_a_process_that_opens_it(own_dir:
     point = own_dir / "directory"
     argv = ["stat", str(point)]
     with (
-        silent_fuse.mounted(point) as asked,
+        unresponsive_fuse.mounted(point) as asked,
         subprocess.Popen(argv, stderr=subprocess.DEVNULL) as asking_it,
     ):
         assert asked.read(1)
         asking_it.kill()
         waiting.until(lambda: processes.state(asking_it.pid) == "D", "stat can't be killed")
-        silent_fuse.unmount(point)
+        unresponsive_fuse.unmount(point)

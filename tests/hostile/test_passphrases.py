@@ -16,7 +16,7 @@ from harness import processes, waiting
 from harness.agent import Call, conversion
 from harness.callers import ALICE, BOB, ROOT
 from harness.daemon import FRONT, JOB, QEMU_IMG, Daemon
-from hostile import asking, forged
+from hostile import forged, simple_calls
 from hostile.forged import Qcow2
 from policies import IMAGES, Grant, Policy
 
@@ -34,7 +34,7 @@ MIB: Final = 1024 * 1024
 def own_dir(images_dir: Path) -> Path:
     """A directory of the caller's, with a raw image in it."""
     os.chown(images_dir, ALICE.uid, ALICE.gid)
-    asking.given_to(ALICE, images_dir / "image.raw", os.urandom(2 * MIB))
+    simple_calls.file_of(ALICE, images_dir / "image.raw", os.urandom(2 * MIB))
     return images_dir
 
 
@@ -86,17 +86,17 @@ def seen(daemon: Daemon, directory: Path, passphrase: bytes) -> list[str]:
     ]
     for caller in (ALICE, ROOT):
         listed = daemon.agent(caller).call("ListJobs", pb.ListJobsRequest())
-        if passphrase in asking.answer_of(listed).said:
+        if passphrase in simple_calls.outcome_of(listed).received:
             slots.append("the list of jobs")
-    if passphrase in asking.answer_of(daemon.agent(ROOT).call("GetStats", b"")).said:
+    if passphrase in simple_calls.outcome_of(daemon.agent(ROOT).call("GetStats", b"")).received:
         slots.append("the statistics")
     return slots
 
 
 def finish(call: Call, passphrase: bytes) -> str:
     """Wait for the end; what was said on the way must not have it either."""
-    answer = asking.answer_of(call)
-    assert passphrase not in answer.said
+    answer = simple_calls.outcome_of(call)
+    assert passphrase not in answer.received
     return answer.reason or answer.status
 
 
@@ -121,7 +121,7 @@ def test_passphrase_is_not_readable_during_or_after_a_conversion(
     waiting.until(lambda: daemon.processes(QEMU_IMG), "qemu-img runs")
     assert seen(daemon, own_dir, one) + seen(daemon, own_dir, other) == []
     assert finish(call, other) == "OK"
-    daemon.await_calm()
+    daemon.await_idle()
     assert seen(daemon, own_dir, one) + seen(daemon, own_dir, other) == []
 
 
@@ -130,7 +130,7 @@ def test_control_the_passphrase_search_finds_a_planted_passphrase(
 ) -> None:
     """The control."""
     in_a_file, in_memory = secrets.token_hex(), secrets.token_hex()
-    asking.given_to(ALICE, own_dir / "leak", b"there: " + in_a_file.encode())
+    simple_calls.file_of(ALICE, own_dir / "leak", b"there: " + in_a_file.encode())
     assert seen(daemon, own_dir, in_a_file.encode()) == [str(own_dir / "leak")]
     with BOB.popen(["sleep", "60"], env={"SECRET": in_memory}) as process:
         # execve(2) closes what Popen waits for before it has set up what /proc shows.
@@ -161,7 +161,7 @@ def test_passphrase_is_in_no_error_message(
     request = encrypting(own_dir / "image.raw", out, "luks", wrong)
     request.dest.encryption.cipher_alg = "rot13"
     assert finish(agent.convert(request), wrong) == "BAD_OPTION"
-    daemon.await_calm()
+    daemon.await_idle()
     assert seen(daemon, own_dir, wrong) == []
 
 
@@ -174,15 +174,15 @@ def test_image_that_names_descriptors_can_not_read_the_passphrase(
         name = f"/proc/self/fd/{number}"
         data_file, flat = Qcow2(data_file=name).data(), forged.flat_vmdk(name)
         for text, image_format in ((data_file, "qcow2"), (flat, "vmdk")):
-            image = asking.given_to(ALICE, own_dir / "evil", text)
+            image = simple_calls.file_of(ALICE, own_dir / "evil", text)
             out = own_dir / "out"
             request = encrypting(image, out, "luks", other)
             request.source.format = image_format
             if image_format == "qcow2":
                 request.source.encryption.passphrase = one
             finish(daemon.agent(ALICE).convert(request), other)
-            assert not asking.holds(out, one)
-            assert not asking.holds(out, other)
+            assert not simple_calls.contains(out, one)
+            assert not simple_calls.contains(out, other)
             out.unlink(missing_ok=True)
 
 
@@ -262,5 +262,5 @@ def test_job_list_shows_nothing_about_encryption(
     assert one not in job.SerializeToString()
     call.cancel()
     call.end()
-    daemon.await_calm()
+    daemon.await_idle()
     assert processes.exists(daemon.pid)

@@ -16,7 +16,7 @@ from harness.callers import ALICE, BOB
 from harness.daemon import Daemon
 from harness.fixtures import MakeDaemon
 from harness.mounts import Mounts
-from hostile import asking, forged, racing
+from hostile import forged, racing, simple_calls
 from hostile.forged import Qcow2
 from policies import Grant, Policy, Root
 
@@ -53,8 +53,8 @@ def outer(scratch: Path) -> Iterator[Path]:
     closed.mkdir()
     os.chown(closed, BOB.uid, BOB.gid)
     closed.chmod(0o700)
-    asking.given_to(BOB, closed / "disk.raw", (MARKER * forged.SIZE)[: forged.SIZE])
-    asking.given_to(ALICE, path / "own.raw", b"x" * forged.SIZE)
+    simple_calls.file_of(BOB, closed / "disk.raw", (MARKER * forged.SIZE)[: forged.SIZE])
+    simple_calls.file_of(ALICE, path / "own.raw", b"x" * forged.SIZE)
     yield path
     subprocess.run(["rm", "-r", str(path)], check=True)
 
@@ -88,15 +88,15 @@ def test_renamed_nested_root_stays_closed(daemon: Daemon, outer: Path, move: Mov
     """As a source, as the source of an overlay, to be looked at, and to be written to."""
     moved = move(outer)
     out = outer / "out.raw"
-    assert asking.convert(daemon, moved / "disk.raw", out, "raw").reason == "OUTSIDE_ROOT"
-    assert asking.inspect(daemon, moved / "disk.raw", "raw").reason == "OUTSIDE_ROOT"
+    assert simple_calls.convert(daemon, moved / "disk.raw", out, "raw").reason == "OUTSIDE_ROOT"
+    assert simple_calls.inspect(daemon, moved / "disk.raw", "raw").reason == "OUTSIDE_ROOT"
     backing = Qcow2(backing=str(moved / "disk.raw"), backing_format="raw").data()
-    overlay = asking.given_to(ALICE, outer / "overlay.qcow2", backing)
-    assert asking.convert(daemon, overlay, out, "qcow2").reason == "BACKING_REFUSED"
+    overlay = simple_calls.file_of(ALICE, outer / "overlay.qcow2", backing)
+    assert simple_calls.convert(daemon, overlay, out, "qcow2").reason == "BACKING_REFUSED"
     assert not out.exists()
-    assert asking.overwrite(daemon, outer / "own.raw", moved / "new").reason == "OUTSIDE_ROOT"
+    assert simple_calls.overwrite(daemon, outer / "own.raw", moved / "new").reason == "OUTSIDE_ROOT"
     assert os.listdir(moved) == ["disk.raw"]
-    assert asking.overwrite(daemon, outer / "own.raw", out).is_ok
+    assert simple_calls.overwrite(daemon, outer / "own.raw", out).is_ok
 
 
 def test_nested_root_that_swaps_names_continuously_stays_closed(
@@ -105,14 +105,14 @@ def test_nested_root_that_swaps_names_continuously_stays_closed(
     """The directory that was judged is the one that is gone on in."""
     (outer / "mine").mkdir()
     os.chown(outer / "mine", ALICE.uid, ALICE.gid)
-    asking.given_to(ALICE, outer / "mine" / "disk.raw", b"y" * forged.SIZE)
+    simple_calls.file_of(ALICE, outer / "mine" / "disk.raw", b"y" * forged.SIZE)
     ends: Counter[str] = Counter()
     with racing.swapping(ALICE, outer, "mine", "closed") as count:
         for number in range(ROUNDS):
             out = outer / f"out-{number}.raw"
-            answer = asking.convert(daemon, outer / "mine" / "disk.raw", out, "raw")
+            answer = simple_calls.convert(daemon, outer / "mine" / "disk.raw", out, "raw")
             ends[answer.reason or answer.status] += 1
-            assert not asking.holds(out, MARKER)
+            assert not simple_calls.contains(out, MARKER)
     assert count.changes > 10 * ROUNDS
     assert ends.keys() <= {"OK", "OUTSIDE_ROOT"}
     assert len(ends) > 1, "the race was never lost: it tests nothing"
@@ -126,7 +126,7 @@ def test_nested_root_that_is_mounted_a_second_time_stays_closed(
         again = mounts.bound(outer / "closed", "again")
         daemon = make_daemon(POLICY)
         daemon.start()
-        answer = asking.convert(daemon, again / "disk.raw", outer / "out.raw", "raw")
+        answer = simple_calls.convert(daemon, again / "disk.raw", outer / "out.raw", "raw")
         assert answer.reason == "OUTSIDE_ROOT"
         daemon.stop()
 
@@ -146,13 +146,13 @@ def test_renamed_nested_root_on_overlayfs_stays_closed(
         as_alice = ["setpriv", f"--reuid={ALICE.uid}", f"--regid={ALICE.gid}", "--clear-groups"]
         moved = merged / "c2"
         subprocess.run([*as_alice, "mv", str(merged / "closed"), str(moved)], check=True)
-        answer = asking.convert(daemon, moved / "disk.raw", merged / "out.raw", "raw")
+        answer = simple_calls.convert(daemon, moved / "disk.raw", merged / "out.raw", "raw")
         assert answer.reason == "OUTSIDE_ROOT"
-        assert asking.overwrite(daemon, merged / "own.raw", merged / "out.raw").is_ok
+        assert simple_calls.overwrite(daemon, merged / "own.raw", merged / "out.raw").is_ok
         daemon.stop()
 
 
-def test_a_nested_root_in_a_snapshot_stays_closed(scratch: Path, make_daemon: MakeDaemon) -> None:
+def test_nested_root_in_a_snapshot_stays_closed(scratch: Path, make_daemon: MakeDaemon) -> None:
     """On btrfs whoever owns a subvolume can make one. A root that is a snapshot can be granted."""
     with Mounts(scratch) as mounts:
         btrfs = mounts.on_a_loop("btrfs", "btrfs")
@@ -162,8 +162,8 @@ def test_a_nested_root_in_a_snapshot_stays_closed(scratch: Path, make_daemon: Ma
         (outer / "closed").mkdir(mode=0o700)
         os.chown(outer / "closed", BOB.uid, BOB.gid)
         os.chown(outer, ALICE.uid, ALICE.gid)
-        asking.given_to(BOB, outer / "closed" / "disk.raw", MARKER)
-        asking.given_to(ALICE, outer / "own.raw", b"x" * forged.SIZE)
+        simple_calls.file_of(BOB, outer / "closed" / "disk.raw", MARKER)
+        simple_calls.file_of(ALICE, outer / "own.raw", b"x" * forged.SIZE)
         granted = btrfs / "granted"
         subprocess.run([*subvolume, "snapshot", str(outer), str(granted)], check=True)
         policy = granting(
@@ -177,11 +177,13 @@ def test_a_nested_root_in_a_snapshot_stays_closed(scratch: Path, make_daemon: Ma
         snapshot = outer / "snapshot"
         subprocess.run([*as_alice, *subvolume, "snapshot", str(outer), str(snapshot)], check=True)
         for copy in (snapshot, granted):
-            answer = asking.convert(daemon, copy / "closed" / "disk.raw", outer / "out.raw", "raw")
+            answer = simple_calls.convert(
+                daemon, copy / "closed" / "disk.raw", outer / "out.raw", "raw"
+            )
             assert answer.reason == "OUTSIDE_ROOT"
         out = outer / "out.raw"
-        assert asking.convert(daemon, snapshot / "own.raw", out, "raw").is_ok
-        assert asking.convert(daemon, granted / "own.raw", outer / "out-2.raw", "raw").is_ok
+        assert simple_calls.convert(daemon, snapshot / "own.raw", out, "raw").is_ok
+        assert simple_calls.convert(daemon, granted / "own.raw", outer / "out-2.raw", "raw").is_ok
         daemon.stop()
 
 
@@ -195,7 +197,7 @@ def test_nested_root_moved_to_the_path_of_another_root_stays_closed(
     daemon.start()
     granted.rename(outer / "aside")
     (outer / "closed").rename(granted)
-    answer = asking.convert(daemon, granted / "disk.raw", outer / "out.raw", "raw")
+    answer = simple_calls.convert(daemon, granted / "disk.raw", outer / "out.raw", "raw")
     assert answer.reason == "OUTSIDE_ROOT"
     assert scratch.is_dir()
 
@@ -208,7 +210,7 @@ def test_one_directory_bind_mounted_twice_is_two_roots(
         granted = mounts.bound(outer / "closed", "granted")
         daemon = make_daemon(granting(GRANTED))
         daemon.start()
-        assert asking.convert(daemon, granted / "disk.raw", outer / "out.raw", "raw").is_ok
+        assert simple_calls.convert(daemon, granted / "disk.raw", outer / "out.raw", "raw").is_ok
         daemon.stop()
 
 
@@ -240,10 +242,10 @@ def test_nested_root_is_closed_in_each_spelling_that_the_file_system_accepts(
     for name in ("CLOSED", "Closed"):
         source = without_case / name / "disk.raw"
         assert source.exists()
-        answer = asking.convert(daemon, source, outer / "out.raw", "raw")
+        answer = simple_calls.convert(daemon, source, outer / "out.raw", "raw")
         assert answer.reason == "OUTSIDE_ROOT"
     spelt = without_case / "OPEN" / "disk.raw"
-    assert asking.convert(daemon, spelt, outer / "out.raw", "raw").is_ok
+    assert simple_calls.convert(daemon, spelt, outer / "out.raw", "raw").is_ok
     daemon.stop()
 
 
@@ -256,5 +258,5 @@ def test_file_that_its_owner_moves_into_a_root_is_in_the_root(daemon: Daemon, ou
     (home / "roots.raw").chmod(0o600)
     moved = ALICE.run(["mv", str(home / "roots.raw"), str(outer)])
     assert moved.status == 0
-    assert asking.convert(daemon, outer / "roots.raw", outer / "out.raw", "raw").is_ok
+    assert simple_calls.convert(daemon, outer / "roots.raw", outer / "out.raw", "raw").is_ok
     home.rmdir()

@@ -1,4 +1,4 @@
-"""What docs/threat-model.md names is there. Its links, tests/house/test_documentation.py checks."""
+"""What docs/threat-model.md names exists. Its links are checked with those of the other pages."""
 
 from __future__ import annotations
 

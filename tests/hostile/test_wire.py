@@ -14,7 +14,7 @@ from harness import processes
 from harness.agent import Agent
 from harness.callers import ALICE, BOB, MALLORY, SERVICE, Caller
 from harness.daemon import FRONT, Daemon
-from hostile import asking, http2
+from hostile import http2, simple_calls
 from hostile.http2 import Kind
 from policies import IMAGES, Grant, Policy
 
@@ -51,23 +51,25 @@ def base(pick: random.Random) -> bytes:
 
 def mutated(pick: random.Random, data: bytes) -> bytes:
     """With some of its bytes changed, doubled, dropped or moved."""
-    spoilt = bytearray(data)
+    corrupted = bytearray(data)
     for _ in range(pick.choice((1, 2, 8))):
-        at = pick.randrange(len(spoilt))
-        part = spoilt[at : at + pick.choice((1, 9, 40))]
+        at = pick.randrange(len(corrupted))
+        part = corrupted[at : at + pick.choice((1, 9, 40))]
         match pick.randrange(5):
             case 0:
-                spoilt[at] ^= 1 << pick.randrange(8)
+                corrupted[at] ^= 1 << pick.randrange(8)
             case 1:
-                spoilt[at : at + 4] = struct.pack(">I", pick.choice((0, 1, 2**31 - 1, 2**32 - 1)))
+                corrupted[at : at + 4] = struct.pack(
+                    ">I", pick.choice((0, 1, 2**31 - 1, 2**32 - 1))
+                )
             case 2:
-                spoilt[at:at] = part
+                corrupted[at:at] = part
             case 3:
-                del spoilt[at : at + len(part)]
+                del corrupted[at : at + len(part)]
             case 4:
-                spoilt += part * pick.choice((1, 100))
-        spoilt = spoilt or bytearray(b"\0")
-    return bytes(spoilt)
+                corrupted += part * pick.choice((1, 100))
+        corrupted = corrupted or bytearray(b"\0")
+    return bytes(corrupted)
 
 
 def random_frames(pick: random.Random) -> bytes:
@@ -168,7 +170,7 @@ METHODS: Final = ("Convert", "Inspect", "ListJobs", "CancelJob", "GetAccess", "G
 
 def checked(agent: Agent, method: str, data: bytes) -> str:
     """How a call with any bytes ended. A refusal has exactly one reason, and is no bug."""
-    return asking.answer_of(agent.call(method, data)).status
+    return simple_calls.outcome_of(agent.call(method, data)).status
 
 
 def valid(pick: random.Random) -> bytes:

@@ -30,7 +30,7 @@ def having(path: Path, attribute: str) -> Iterator[None]:
         subprocess.run(["chattr", f"-{attribute}", str(path)], check=True)
 
 
-def job(directory: Path, *, overwrite: bool) -> whole_job.Said:
+def job(directory: Path, *, overwrite: bool) -> whole_job.JobEvents:
     """Convert `in` to `out`."""
     (directory / "in").write_bytes(os.urandom(65536))
     rules = grants.Rules(roots=(grants.files(directory),), overwrite=values.OverwriteScope.ANY)

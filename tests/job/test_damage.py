@@ -100,7 +100,9 @@ def damaged(path: Path, data: bytes, how: Callable[[Tables], object], *options: 
     return path
 
 
-def converted(source: Path, *, accept: bool, allow: bool = True, **asked: object) -> whole_job.Said:
+def converted(
+    source: Path, *, accept: bool, allow: bool = True, **asked: object
+) -> whole_job.JobEvents:
     """Convert it to `out`."""
     request = grants.request(source, source.parent / "out", "qcow2")
     accepting = dataclasses.replace(request.source, accept_damaged=accept)
@@ -241,7 +243,7 @@ class TestDirtyImages:
         assert converted(source, accept=True).reason == "IMAGE_REFUSED"
         assert not (area / "out").exists()
 
-    def test_what_an_image_has_qemu_img_say_does_not_fill_the_log(
+    def test_qemu_img_messages_about_an_image_do_not_fill_the_log(
         self, area: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
         """The beginning and the end of it are enough for whoever reads it."""

@@ -65,7 +65,7 @@ def image(volumes: Devices, size_bytes: int, image_format: str = "raw") -> Path:
 
 def converted(
     volumes: Devices, source: Path, dest: Path, source_format: str = "raw", **asked: object
-) -> whole_job.Said:
+) -> whole_job.JobEvents:
     """Convert, by a whole job."""
     request = grants.to(grants.request(source, dest, source_format), **asked)
     return whole_job.run(rules_of(volumes).convert(request))
@@ -363,9 +363,7 @@ class TestOpeningADevice:
         with device_dest.open_dest(grant, WORKER) as dest:
             yield dest
 
-    def test_destination_device_is_held_exclusively_while_it_is_open(
-        self, volumes: Devices
-    ) -> None:
+    def test_destination_device_is_opened_exclusively(self, volumes: Devices) -> None:
         """Nobody can mount it meanwhile, nor open it as we do."""
         device = volumes.add("lv", SIZE)
         with self.opened(volumes, device) as dest:

@@ -50,7 +50,7 @@ def source(path: Path, size_bytes: int) -> Path:
 
 def converted(
     area: Path, image_format: str, options: str, size_bytes: int, **asked: object
-) -> whole_job.Said:
+) -> whole_job.JobEvents:
     """Convert such a source to `out`."""
     request = grants.request(source(area / "in", size_bytes), area / "out", "qcow2", image_format)
     pairs = (option.split("=") for option in options.split(",") if option)

@@ -66,7 +66,7 @@ def words() -> bytes:
 
 def converted(
     source: Path, image_format: str, *passphrases: bytes, dest: Path | None = None, **asked: object
-) -> whole_job.Said:
+) -> whole_job.JobEvents:
     """Convert an image to `out` beside it, by a whole job."""
     devices = () if dest is None else (grants.devices(dest.parent),)
     roots = (grants.files(source.parent), *devices)
@@ -83,7 +83,7 @@ def cut(path: Path, size: int) -> Path:
     return path
 
 
-class TestWholeImages:
+class TestCompleteImages:
     """None is refused that qemu itself would convert right."""
 
     @pytest.mark.parametrize("data", [noise(), words()], ids=["noise", "words"])
@@ -249,7 +249,7 @@ class TestLargeParallelsImages:
         subprocess.run(argv, check=True, capture_output=True)
         return source
 
-    def asked(self, source: Path) -> whole_job.Said:
+    def asked(self, source: Path) -> whole_job.JobEvents:
         """Have all its checks done. To write 3 TiB, even of nothing, takes longer."""
         limits = grants.limits(virtual_size_bytes=2**63 - 1)
         rules = grants.Rules(roots=(grants.files(source.parent),), limits=limits)

@@ -375,7 +375,7 @@ class TestFailedPublishing:
         assert names_in(area) == {"other"}
 
 
-class TestOwnRights:
+class TestLocalGrants:
     """Without a daemon."""
 
     def test_local_publishing_leaves_the_group_from_the_directory(self, area: Path) -> None:

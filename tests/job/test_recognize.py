@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-import encrypting
 import children
+import encrypting
 import grants
 import pytest
 import whole_job
@@ -30,7 +30,7 @@ DISK: Final = random.Random(1).randbytes(MIB)  # noqa: S311 - the same in each r
 
 def converted(
     source: Path, stated: str = "", formats: tuple[str, ...] = tuple(values.FORMATS)
-) -> whole_job.Said:
+) -> whole_job.JobEvents:
     """Convert an image to `out` beside it, by a whole job."""
     rules = grants.Rules(roots=(grants.files(source.parent),), read_formats=formats)
     return whole_job.run(rules.convert(grants.request(source, source.parent / "out", stated)))
@@ -38,13 +38,13 @@ def converted(
 
 def inspected(
     source: Path, stated: str = "", formats: tuple[str, ...] = tuple(values.FORMATS)
-) -> whole_job.Said:
+) -> whole_job.JobEvents:
     """Look at an image, by a whole job."""
     rules = grants.Rules(roots=(grants.files(source.parent),), read_formats=formats)
     return whole_job.run(rules.inspect(values.Source(path=str(source), format=stated)))
 
 
-def failure_of(said: whole_job.Said) -> conditions.Failure:
+def failure_of(said: whole_job.JobEvents) -> conditions.Failure:
     """What it failed of."""
     assert said.failure is not None
     return said.failure
@@ -126,7 +126,7 @@ class TestOnlyAllowedDrivers:
     @pytest.mark.parametrize("image_format", BROKEN)
     @pytest.mark.parametrize("act", [converted, inspected])
     def test_image_of_a_format_not_allowed_is_not_opened(
-        self, area: Path, image_format: str, act: Callable[..., whole_job.Said]
+        self, area: Path, image_format: str, act: Callable[..., whole_job.JobEvents]
     ) -> None:
         """Its format is told, not that it could not be opened."""
         (area / "in").write_bytes(BROKEN[image_format])
@@ -282,7 +282,9 @@ class TestExternalData:
         assert (area / "out").read_bytes() == DISK
 
     @pytest.mark.parametrize("more", [1, 100, 511])
-    def test_one_segment_is_seen_wherever_qemu_sees_it(self, area: Path, more: int) -> None:
+    def test_dmg_segment_is_recognized_wherever_qemu_recognizes_it(
+        self, area: Path, more: int
+    ) -> None:
         """Its trailer may have something behind it."""
         whole = containers.dmg(DISK, segments=2)
         (area / "in").write_bytes(whole + b"\n" * more)
@@ -290,7 +292,7 @@ class TestExternalData:
         assert converted(area / "in", "dmg").reason == "IMAGE_REFUSED"
 
     @pytest.mark.parametrize("kind", NAMING)
-    def test_qemu_is_not_run_on_what_names_other_files(
+    def test_qemu_img_is_not_run_on_an_image_that_names_other_files(
         self, area: Path, kind: str, capfd: pytest.CaptureFixture[str]
     ) -> None:
         """Older versions take a name for any driver at all: they never see it."""
@@ -359,7 +361,7 @@ class TestVhdSizes:
         (area / "in").write_bytes(large.sparse({}))
         assert inspected(area / "in", "vpc").inspected.warnings == ()
 
-    def test_what_is_beyond_the_size_of_a_fixed_vhd_is_told(self, area: Path) -> None:
+    def test_data_beyond_the_size_of_a_fixed_vhd_is_reported(self, area: Path) -> None:
         """It is no part of the disk, and whoever put it there may think so."""
         (area / "in").write_bytes(Vhd(size=MIB, geometry=(30, 4, 17)).fixed(DISK + DISK))
         (warning,) = converted(area / "in", "vpc").published.warnings
@@ -461,7 +463,7 @@ class TestContainers:
         assert whole_job.run(rules.convert(request)).reason == "done"
         assert converted(area / "mid").reason == "AMBIGUOUS_FORMAT"
 
-    def test_base_that_looks_like_another_format_is_not_read_as_raw(self, area: Path) -> None:
+    def test_base_with_the_signature_of_another_format_is_not_read_as_raw(self, area: Path) -> None:
         """Where its overlay does not say that it is."""
         (area / "in").write_bytes(containers.packed(DISK)["gzip"])
         failure = failure_of(converted(overlay(area / "top", ""), "qcow2"))

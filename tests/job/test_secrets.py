@@ -24,7 +24,7 @@ Pair = tuple[channel.Channel, channel.Channel]
 
 
 @pytest.fixture
-def line() -> Iterator[Pair]:
+def ends() -> Iterator[Pair]:
     """The front's end of a job's channel, and the job's."""
     here, there = channel.Channel.pair()
     with here, there:
@@ -32,7 +32,7 @@ def line() -> Iterator[Pair]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left_open() -> Iterator[None]:
+def no_descriptor_is_left_open() -> Iterator[None]:
     """See that every pipe is closed in the end, also those that are refused."""
     with none_left_open():
         yield
@@ -55,10 +55,10 @@ class TestReceivingPassphrases:
         ],
     )
     def test_source_and_destination_get_their_own_passphrase(
-        self, line: Pair, source: bytes, dest: bytes, expected: secrets.Secrets
+        self, ends: Pair, source: bytes, dest: bytes, expected: secrets.Secrets
     ) -> None:
         """In the order of the request; any bytes are fine."""
-        fronts, jobs = line
+        fronts, jobs = ends
         for secret in filter(None, (source, dest)):
             fronts.send_bytes(messages.PASSPHRASE + secret)
         assert secrets.take(jobs, source=bool(source), dest=bool(dest)) == expected
@@ -66,10 +66,12 @@ class TestReceivingPassphrases:
     @pytest.mark.parametrize(
         "data", [b"", b"x" * (validation.MAX_PASSPHRASE_BYTES + 1)], ids=["empty", "long"]
     )
-    def test_invalid_passphrase_is_refused_and_not_repeated(self, line: Pair, data: bytes) -> None:
+    def test_invalid_passphrase_is_refused_and_not_repeated(
+        self, ends: Pair, data: bytes
+    ) -> None:
         """With the field, and the bounds."""
-        line[0].send_bytes(messages.PASSPHRASE + data)
-        failure = refusals.refusal_of(lambda: secrets.take(line[1], source=False, dest=True))
+        ends[0].send_bytes(messages.PASSPHRASE + data)
+        failure = refusals.refusal_of(lambda: secrets.take(ends[1], source=False, dest=True))
         assert failure is not None
         assert failure.message == "dest.encryption.passphrase: must have 1 to 4096 bytes"
 
@@ -78,10 +80,10 @@ class TestReceivingPassphrases:
         [b"s", b'["Ready",{}]', messages.PASSPHRASE + b"x" * 9000],
         ids=["short", "a-message", "long"],
     )
-    def test_message_that_is_not_a_passphrase_is_refused(self, line: Pair, data: bytes) -> None:
+    def test_message_that_is_not_a_passphrase_is_refused(self, ends: Pair, data: bytes) -> None:
         """Whoever took the front over can send anything."""
-        line[0].send_bytes(data)
-        reason = refusals.reason_of(lambda: secrets.take(line[1], source=True, dest=False))
+        ends[0].send_bytes(data)
+        reason = refusals.reason_of(lambda: secrets.take(ends[1], source=True, dest=False))
         assert reason == "BAD_MESSAGE"
 
     def test_passphrase_with_a_descriptor_is_refused_without_receiving_it(self) -> None:
@@ -93,18 +95,18 @@ class TestReceivingPassphrases:
             assert reason == "BAD_MESSAGE"
 
     def test_missing_passphrase_ends_in_a_timeout(
-        self, line: Pair, monkeypatch: pytest.MonkeyPatch
+        self, ends: Pair, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A front that was taken over could hold the job for ever."""
         monkeypatch.setattr(secrets, "LIMIT_S", 0.01)
-        reason = refusals.reason_of(lambda: secrets.take(line[1], source=True, dest=False))
+        reason = refusals.reason_of(lambda: secrets.take(ends[1], source=True, dest=False))
         assert reason == "BAD_MESSAGE"
 
-    def test_disconnected_front_ends_the_wait_for_a_passphrase(self, line: Pair) -> None:
+    def test_disconnected_front_ends_the_wait_for_a_passphrase(self, ends: Pair) -> None:
         """Nobody waits for the result any more."""
-        line[0].close()
+        ends[0].close()
         with pytest.raises(channel.Closed):
-            secrets.take(line[1], source=True, dest=False)
+            secrets.take(ends[1], source=True, dest=False)
 
     def test_passphrases_are_not_in_repr_or_traceback(self) -> None:
         """Not in a traceback either."""

@@ -95,7 +95,7 @@ def by_alice(what: str, path: Path) -> None:
 
 def converted_while(
     what: str, changed: Path, source: Path, image_format: str, **asked: object
-) -> whole_job.Said:
+) -> whole_job.JobEvents:
     """Convert slowly to `out`, and have a file changed when a part of it has been read."""
     request = grants.request(source, source.parent / "out", image_format)
     request = dataclasses.replace(request, **asked)  # type: ignore[arg-type]
@@ -104,21 +104,21 @@ def converted_while(
 
 def run_while(
     what: str, changed: Path, request: values.ConvertRequest, *roots: values.Root
-) -> whole_job.Said:
+) -> whole_job.JobEvents:
     """Do what is asked, slowly, and have a file changed as soon as it is being read."""
     grant = grants.Rules(roots=roots).convert(grants.slowly(request))
     events: list[object] = []
     phases: list[values.Phase] = []
-    with whole_job.started(grant) as (_, line), contextlib.suppress(channel.Closed):
+    with whole_job.started(grant) as (_, job_channel), contextlib.suppress(channel.Closed):
         while True:
-            event, _ = line.receive(*messages.FROM_JOB)
+            event, _ = job_channel.receive(*messages.FROM_JOB)
             events.append(event)
             if isinstance(event, messages.Progressed):
                 phase = event.progress.phase
                 if phase is values.Phase.CONVERTING and phase not in phases:
                     by_alice(what, changed)
                 phases.append(phase)
-    return whole_job.Said(events=tuple(events))
+    return whole_job.JobEvents(events=tuple(events))
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def own_area(area: Path) -> Path:
     return area
 
 
-def check_refused(said: whole_job.Said, path: Path) -> None:
+def check_refused(said: whole_job.JobEvents, path: Path) -> None:
     """See that it was told of the file, and that nothing was published."""
     assert said.reason == "SOURCE_CHANGED", said.failure
     assert said.failure is not None

@@ -8,7 +8,7 @@ import sysconfig
 from typing import TYPE_CHECKING
 
 import pytest
-from intruder import WORKER, Intruder
+from compromised import WORKER, CompromisedProgram
 
 from convertd_daemon.sandbox import (
     landlock,
@@ -36,13 +36,13 @@ def qemu_img() -> Iterator[int]:
 
 
 @pytest.fixture
-def intruder(compiled: bytes) -> Iterator[Intruder]:
+def compromised(compiled: bytes) -> Iterator[CompromisedProgram]:
     """Give a Python in the sandbox of qemu-img, with nothing but its own standard library."""
     library = sysconfig.get_path("stdlib")
     program = os.open(os.path.realpath(sys.executable), os.O_RDONLY | os.O_CLOEXEC)
     # READ_DIR too: importlib lists the directories that it finds modules in.
     rules = (landlock.Rule(where=library, access=landlock.READ_BENEATH),)
-    yield Intruder(
+    yield CompromisedProgram(
         program=program,
         confinement=spawn.Confinement(
             identity=WORKER,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from children import errno_of, in_child
+from compromised import CompromisedProgram, output_of
 from harness import processes, waiting
-from intruder import Intruder, output_of
 
 from convertd_daemon.sandbox import (
     confine,
@@ -51,7 +51,7 @@ def confinement(compiled: bytes) -> Confinement:
     return Confinement(identity=OTHER, filter=compiled)
 
 
-def test_the_child_becomes_the_program(qemu_img: int, confinement: Confinement) -> None:
+def test_preforked_child_becomes_the_program(qemu_img: int, confinement: Confinement) -> None:
     """No other process is forked, and the slot is empty afterwards."""
 
     def act() -> tuple[tuple[bool, str], bool]:
@@ -65,7 +65,7 @@ def test_the_child_becomes_the_program(qemu_img: int, confinement: Confinement) 
     assert nobody
 
 
-def test_the_child_holds_nothing(compiled: bytes) -> None:
+def test_preforked_child_has_no_descriptor_but_its_channel(compiled: bytes) -> None:
     """Its end of a socket, and the standard three, of which input is nobody's."""
 
     def act() -> dict[int, str]:
@@ -74,19 +74,19 @@ def test_the_child_holds_nothing(compiled: bytes) -> None:
         slot.fork()
         pid = child_pid()
         waiting.until(lambda: comm(pid) == "convertd-child", "the child waits")
-        held = processes.descriptors(pid)
+        found = processes.descriptors(pid)
         slot.close()
         os.close(kept)
-        return held
+        return found
 
-    held = in_child(act)
-    (line,) = held.keys() - {0, 1, 2}
-    assert held[line].startswith("socket:")
-    assert held[0] == "/dev/null"
+    found = in_child(act)
+    (line,) = found.keys() - {0, 1, 2}
+    assert found[line].startswith("socket:")
+    assert found[0] == "/dev/null"
 
 
 @pytest.mark.parametrize("order", ["forked first", "bound first"])
-def test_a_job_can_kill_the_child_and_the_program_that_it_becomes(
+def test_job_can_kill_its_preforked_child_before_and_after_exec(
     qemu_img: int, confinement: Confinement, order: str
 ) -> None:
     """With all layers that a job has; but it signals nobody else."""
@@ -109,8 +109,8 @@ def test_a_job_can_kill_the_child_and_the_program_that_it_becomes(
     assert in_child(act) == ("EPERM", -signal.SIGKILL)
 
 
-def test_a_landlock_layer_of_the_job_binds_the_child_too(
-    intruder: Intruder, tmp_path: Path
+def test_landlock_layer_of_the_job_applies_to_its_preforked_child(
+    compromised: CompromisedProgram, tmp_path: Path
 ) -> None:
     """What its own confinement allows, and the job may not any more, it can't do."""
     (tmp_path / "file").write_text("x")
@@ -118,7 +118,7 @@ def test_a_landlock_layer_of_the_job_binds_the_child_too(
 
     def reads(*, is_narrowed: bool) -> int:
         image = os.open(tmp_path / "file", os.O_RDONLY)
-        own = intruder.but(identity=None).confinement
+        own = compromised.but(identity=None).confinement
         own = dataclasses.replace(own, read=(image,))
         slot = PreforkSlot(own.filter)
         slot.fork()
@@ -126,17 +126,17 @@ def test_a_landlock_layer_of_the_job_binds_the_child_too(
         assert waiting_now is not None
         if is_narrowed:
             # As a job of which only who waits is left to be bound.
-            made = landlock.ruleset((*runtime.rules(intruder.program), *own.extra))
+            made = landlock.ruleset((*runtime.rules(compromised.program), *own.extra))
             waiting_now.add_landlock_layer(made)
         argv = ["python", "-I", "-S", "-B", "-c", script]
-        with spawn.spawn(intruder.program, argv, confinement=own, child=waiting_now) as child:
+        with spawn.spawn(compromised.program, argv, confinement=own, child=waiting_now) as child:
             return child.wait()
 
     assert in_child(lambda: reads(is_narrowed=False)) == 0
     assert in_child(lambda: reads(is_narrowed=True)) == 1
 
 
-def test_a_killed_child_is_replaced(qemu_img: int, confinement: Confinement) -> None:
+def test_killed_preforked_child_is_replaced(qemu_img: int, confinement: Confinement) -> None:
     """Another is forked, and nothing of the first is left."""
 
     def act() -> tuple[bool, str]:
@@ -155,7 +155,7 @@ def test_a_killed_child_is_replaced(qemu_img: int, confinement: Confinement) -> 
 
 
 @pytest.mark.parametrize("how", ["killed", "ended", "closed"])
-def test_the_child_does_not_outlive_its_job(compiled: bytes, how: str) -> None:
+def test_preforked_child_ends_with_its_job(compiled: bytes, how: str) -> None:
     """Whichever way that ends."""
 
     def act() -> int:
@@ -184,7 +184,7 @@ def test_the_child_does_not_outlive_its_job(compiled: bytes, how: str) -> None:
 
 
 @pytest.mark.parametrize("standard", [0, 1, 2])
-def test_no_child_is_forked_where_a_standard_descriptor_is_closed(
+def test_no_child_is_preforked_with_a_closed_standard_descriptor(
     compiled: bytes, standard: int
 ) -> None:
     """The socket would get its number."""
@@ -198,7 +198,9 @@ def test_no_child_is_forked_where_a_standard_descriptor_is_closed(
     assert in_child(act) == ("EBADF", "")
 
 
-def test_a_child_with_another_filter_is_refused(qemu_img: int, confinement: Confinement) -> None:
+def test_preforked_child_with_another_filter_is_refused(
+    qemu_img: int, confinement: Confinement
+) -> None:
     """The filter is fixed at the fork; the child is killed and reaped."""
 
     def act() -> list[str]:
@@ -210,13 +212,13 @@ def test_a_child_with_another_filter_is_refused(qemu_img: int, confinement: Conf
     assert in_child(act) == []
 
 
-def test_inherited_descriptors_keep_their_numbers(intruder: Intruder) -> None:
+def test_inherited_descriptors_keep_their_numbers(compromised: CompromisedProgram) -> None:
     """Whichever way they are numbered where they come from."""
     script = "import os; print(*(os.pread(n, 9, 0).decode() for n in (3, 4, 5, 200, 699)))"
 
     def act() -> str:
         numbers = (5, 699, 3, 200, 4)
-        kept = os.dup(intruder.program), os.dup(0)
+        kept = os.dup(compromised.program), os.dup(0)
         contents = []
         for number in numbers:
             memory = os.memfd_create("image")
@@ -229,7 +231,7 @@ def test_inherited_descriptors_keep_their_numbers(intruder: Intruder) -> None:
         for number, memory in zip(numbers, moved, strict=False):
             os.dup2(os.open(f"/proc/self/fd/{memory}", os.O_RDONLY), number)
         argv = ["python", "-I", "-S", "-B", "-c", script]
-        own = intruder.confinement
+        own = compromised.confinement
         with spawn.spawn(program, argv, confinement=own, inherit=numbers) as child:
             return output_of(child)
 

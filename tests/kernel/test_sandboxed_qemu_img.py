@@ -311,7 +311,7 @@ def test_leaving_the_context_kills_and_reaps_the_program(
 
     def act() -> tuple[int, list[str], set[tuple[int, str]]]:
         confine_broker.narrow_broker()
-        before = descriptors.held()
+        before = descriptors.open_descriptors()
         argv = ["qemu-img", "bench", "-f", "raw", "-c", "1000000000"]
         argv.append(f"/proc/self/fd/{images.source}")
         inherit = (images.source,)
@@ -323,7 +323,7 @@ def test_leaving_the_context_kills_and_reaps_the_program(
             left = []
         else:
             left = ["a child"]
-        return child.wait(), left, descriptors.held() - before
+        return child.wait(), left, descriptors.open_descriptors() - before
 
     assert in_child(act) == (-signal.SIGKILL, [], set())
 

@@ -157,7 +157,7 @@ class TestPeer:
 
     @pytest.mark.parametrize("count", [0, 1, 255, 256, 257, 3000])
     def test_peer_groups_are_complete_whatever_their_number(self, count: int) -> None:
-        """Python's own getsockopt() ends at 256."""
+        """Python's own getsockopt() pair at 256."""
         groups = tuple(range(10_000, 10_000 + count))
 
         def connect() -> tuple[peercred.Credentials, frozenset[int], int]:
@@ -341,17 +341,17 @@ class TestReceivedDescriptors:
     """SCM_RIGHTS."""
 
     @pytest.fixture
-    def ends(self) -> Iterator[tuple[socket.socket, socket.socket]]:
-        """Both ends of a channel."""
+    def pair(self) -> Iterator[tuple[socket.socket, socket.socket]]:
+        """Both pair of a channel."""
         here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with here, there:
             yield here, there
 
     def test_received_descriptor_is_close_on_exec(
-        self, ends: tuple[socket.socket, socket.socket], tmp_path: Path
+        self, pair: tuple[socket.socket, socket.socket], tmp_path: Path
     ) -> None:
         """Whatever it was where it came from."""
-        here, there = ends
+        here, there = pair
         with (tmp_path / "sent").open("wb") as sent:
             os.set_inheritable(sent.fileno(), True)
             scm_rights.send(here, b"text", [sent.fileno()])
@@ -365,12 +365,12 @@ class TestReceivedDescriptors:
     @pytest.mark.parametrize(("most_bytes", "most_descriptors"), [(3, 4), (4, 2)])
     def test_oversized_message_leaves_no_descriptor_open(
         self,
-        ends: tuple[socket.socket, socket.socket],
+        pair: tuple[socket.socket, socket.socket],
         most_bytes: int,
         most_descriptors: int,
     ) -> None:
         """It is no message then."""
-        here, there = ends
+        here, there = pair
         scm_rights.send(here, b"text", [0, 0, 0])
         before = set(os.listdir("/proc/self/fd"))
         with pytest.raises(OSError, match="Message too long"):

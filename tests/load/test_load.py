@@ -111,7 +111,7 @@ def unchanged(daemon: Daemon, *, front_may_keep_kib: int = FRONT_MAY_KEEP_KIB) -
     """See that the daemon has as many descriptors as before, and hardly more memory."""
     before = footprint(daemon)
     yield
-    daemon.await_calm()
+    daemon.await_idle()
     for number in range(2):
         most = before.descriptors[number] + processes.LAZY_DESCRIPTORS
         waiting.until(
@@ -163,7 +163,7 @@ def check_health(agent: Agent) -> None:
 
 
 @pytest.mark.parametrize("wave", [1, 2])
-def test_daemon_holds_and_releases_many_connections(
+def test_daemon_serves_and_releases_many_connections(
     daemon: Daemon, alice: Agent, library: Path, images_dir: Path, wave: int
 ) -> None:
     """Each is greeted; meanwhile others are served; and afterwards nothing of them is left."""
@@ -354,7 +354,7 @@ PINGS: Final = 3
 
 
 @pytest.mark.timeout(600)
-def test_watchdog_is_answered_under_a_flood_of_connections(
+def test_watchdog_is_notified_under_a_flood_of_connections(
     make_daemon: MakeDaemon,
 ) -> None:
     """Whoever connects and is gone at once, as fast as it can, keeps its backlog full."""

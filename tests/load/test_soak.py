@@ -157,7 +157,7 @@ class Work:
         for end, call in zip(ends, calls, strict=True):
             self.bring_about(end, call)
         outcomes = [call.end().status for call in calls]
-        self.daemon.await_calm()
+        self.daemon.await_idle()
         for path in self.directory.iterdir():
             assert path.suffix == ".qcow2", path
             path.unlink()

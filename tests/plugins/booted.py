@@ -72,16 +72,16 @@ class Machine:
         )
 
     def run(
-        self, *command: str, uid: int = 0, check: bool = True, said: str = ""
+        self, *command: str, uid: int = 0, check: bool = True, stdin: str = ""
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command in it, with `said` on its standard input.
+        """Run a command in it, with `stdin` on its standard input.
 
         Raises:
             AssertionError: it failed, and `check` is true. Shows what it printed.
         """
         with self.start(*command, uid=uid) as running:
             try:
-                out, err = running.communicate(said, timeout=WAIT_S)
+                out, err = running.communicate(stdin, timeout=WAIT_S)
             except BaseException:
                 running.kill()
                 raise
@@ -90,7 +90,7 @@ class Machine:
             raise AssertionError(f"{shlex.join(command)}: {done.returncode}\n{out}{err}")
         return done
 
-    def say(self, *command: str, uid: int = 0) -> str:
+    def output_of(self, *command: str, uid: int = 0) -> str:
         """What a command prints."""
         return self.run(*command, uid=uid).stdout.strip()
 
@@ -107,7 +107,7 @@ class Machine:
 
     def write(self, path: str, text: str, mode: int = 0o644) -> None:
         """Write a file in it, directories included."""
-        self.run("install", "-D", "-m", f"{mode:04o}", "/dev/stdin", path, said=text)
+        self.run("install", "-D", "-m", f"{mode:04o}", "/dev/stdin", path, stdin=text)
 
     def grant(self, root: str, uid: int, policy: Policy = NOTHING_ELSE) -> None:
         """Let a user convert in a directory, and the service write there.
@@ -133,13 +133,13 @@ class Machine:
 
     def show(self, unit: str, *properties: str) -> Mapping[str, str]:
         """What systemd says of a unit."""
-        lines = self.say("systemctl", "show", unit, f"--property={','.join(properties)}")
+        lines = self.output_of("systemctl", "show", unit, f"--property={','.join(properties)}")
         return dict(line.split("=", 1) for line in lines.splitlines())
 
     def journal(self, *matches: str) -> list[dict[str, Any]]:
         """The journal's entries, as journalctl exports them."""
         self.run("journalctl", "--sync")
-        lines = self.say("journalctl", "--output=json", "--all", "--no-pager", *matches)
+        lines = self.output_of("journalctl", "--output=json", "--all", "--no-pager", *matches)
         return [json.loads(line) for line in lines.splitlines()]
 
     def changes(self) -> set[str]:

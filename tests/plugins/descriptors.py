@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-def held() -> set[tuple[int, str]]:
+def open_descriptors() -> set[tuple[int, str]]:
     """Give each descriptor of this process with what it refers to; a socket or a pipe by its inode.
 
     Subtract an earlier answer to see what is new. To count won't do: what another test left to
@@ -26,6 +26,6 @@ def held() -> set[tuple[int, str]]:
 @contextlib.contextmanager
 def none_left_open() -> Iterator[None]:
     """See that the block, if it ends well, leaves no descriptor that was not there before."""
-    before = held()
+    before = open_descriptors()
     yield
-    assert held() - before == set()
+    assert open_descriptors() - before == set()

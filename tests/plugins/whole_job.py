@@ -32,7 +32,7 @@ def setup() -> Setup:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Said:
+class JobEvents:
     """All that a job said, in order."""
 
     events: tuple[object, ...]
@@ -86,11 +86,11 @@ def started(
         os.waitpid(job.pid, 0)
 
 
-def run(grant: values.ConvertGrant | values.InspectGrant, *passphrases: bytes) -> Said:
+def run(grant: values.ConvertGrant | values.InspectGrant, *passphrases: bytes) -> JobEvents:
     """Run a job to its end, and give all that it said."""
     events: list[object] = []
     with started(grant, *passphrases) as (_, line), contextlib.suppress(channel.Closed):
         while True:
             event, _ = line.receive(*messages.FROM_JOB)
             events.append(event)
-    return Said(events=tuple(events))
+    return JobEvents(events=tuple(events))

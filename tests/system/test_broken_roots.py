@@ -16,7 +16,7 @@ from harness.daemon import Daemon
 from harness.fixtures import MakeDaemon
 from harness.mounts import Mounts
 from harness.tracing import Tracer
-from hostile import asking, silent_fuse
+from hostile import simple_calls, unresponsive_fuse
 from policies import Grant, Policy, Root
 
 from convertd.v1 import convert_pb2 as pb
@@ -101,11 +101,11 @@ def see_others_go_on(daemon: Daemon, roots: Path) -> None:
     whole = roots / "whole"
     for caller in (ALICE, BOB):
         out = whole / "out.raw"
-        answer = asking.convert(daemon, whole / "overlay.qcow2", out, "qcow2", caller)
+        answer = simple_calls.convert(daemon, whole / "overlay.qcow2", out, "qcow2", caller)
         assert answer.is_ok, answer
         assert images.identical(out, whole / "base.raw")
         out.unlink()
-        assert asking.inspect(daemon, whole / "overlay.qcow2", "", caller).is_ok
+        assert simple_calls.inspect(daemon, whole / "overlay.qcow2", "", caller).is_ok
 
 
 @pytest.mark.parametrize(("breaking", "reason"), BROKEN)
@@ -118,9 +118,9 @@ def test_broken_root_is_reported_to_callers_of_that_root_only(
         see_others_go_on(daemon, roots)
         inside = roots / "broken" / "disk.raw"
         out = roots / "whole" / "out.raw"
-        assert asking.convert(daemon, inside, out, "raw").reason == reason
-        assert asking.inspect(daemon, inside).reason == reason
-        as_dest = asking.convert(daemon, roots / "whole" / "base.raw", inside, "raw")
+        assert simple_calls.convert(daemon, inside, out, "raw").reason == reason
+        assert simple_calls.inspect(daemon, inside).reason == reason
+        as_dest = simple_calls.convert(daemon, roots / "whole" / "base.raw", inside, "raw")
         assert as_dest.reason == reason.replace("SOURCE", "DIRECTORY")
         assert as_dest.status != "INTERNAL"
         daemon.stop()
@@ -151,7 +151,7 @@ def test_root_that_a_caller_may_not_enter_affects_no_other_request(
     """Nor the caller, elsewhere."""
     (roots / "users").chmod(0o700)
     see_others_go_on(daemon, roots)
-    answer = asking.inspect(daemon, roots / "users" / "disk.raw")
+    answer = simple_calls.inspect(daemon, roots / "users" / "disk.raw")
     assert answer.reason == "ACCESS_REFUSED"
 
 
@@ -173,7 +173,7 @@ def test_root_on_a_dead_file_system_affects_no_other_request(
         # For a second the kernel still knows the directory's attributes.
         waiting.until(lambda: not os.path.exists(point), "the kernel asks a server that is gone")
         see_others_go_on(daemon, roots)
-        answer = asking.inspect(daemon, point / "disk.raw")
+        answer = simple_calls.inspect(daemon, point / "disk.raw")
         assert (answer.status, answer.reason) == ("FAILED_PRECONDITION", "ROOT_UNUSABLE")
         daemon.reload(daemon.policy_path.read_text(encoding="utf-8") + "\n")
         assert "policy reloaded" in daemon.log
@@ -187,7 +187,7 @@ def test_unresponsive_root_does_not_block_a_reload_or_other_callers(
     daemon: Daemon, roots: Path
 ) -> None:
     """Whoever asks it for anything waits in state D: only a child of the daemon's ever does."""
-    with silent_fuse.mounted(roots / "broken"):
+    with unresponsive_fuse.mounted(roots / "broken"):
         see_others_go_on(daemon, roots)
         daemon.reload(daemon.policy_path.read_text(encoding="utf-8") + "\n")
         assert "policy reloaded" in daemon.log
@@ -204,8 +204,8 @@ def test_image_without_a_backing_file_opens_no_other_root(
         whole / "base.raw", whole / "alone", "raw" if stated == "raw" else "qcow2"
     )
     with Tracer(daemon.traced(), "openat2:delay_enter=0") as traced:
-        assert asking.convert(daemon, image, whole / "out.raw", stated).is_ok
-        assert asking.convert(daemon, whole / "overlay.qcow2", whole / "2.raw", "qcow2").is_ok
+        assert simple_calls.convert(daemon, image, whole / "out.raw", stated).is_ok
+        assert simple_calls.convert(daemon, whole / "overlay.qcow2", whole / "2.raw", "qcow2").is_ok
     first, _, second = traced.text.partition("overlay.qcow2")
     assert str(roots / "broken") not in first
     assert str(roots / "broken") in second

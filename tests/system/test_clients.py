@@ -141,7 +141,7 @@ def test_interrupted_convertctl_cancels_the_job_and_leaves_nothing(
     _, err = process.communicate(timeout=waiting.DEADLINE_S)
     assert process.returncode == 128 + (2 if number == signal.SIGINT else 15)
     assert b"nothing" in err
-    daemon.await_calm()
+    daemon.await_idle()
     assert os.listdir(images_dir) == []
 
 

@@ -301,7 +301,7 @@ def test_overwrite_of_a_missing_file_creates_it(
     assert images.identical(source, dest)
 
 
-def test_overwrite_of_another_users_file_needs_leave_of_the_policy(
+def test_overwrite_of_another_users_file_needs_permission_in_the_policy(
     daemon: Daemon, alice: Agent, source: Path, images_dir: Path
 ) -> None:
     """`overwrite = "own"` for the one, "any" for the other."""

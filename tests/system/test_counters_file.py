@@ -12,7 +12,7 @@ import pytest
 from harness.callers import ALICE, MALLORY, owner_of
 from harness.daemon import Daemon
 from harness.fixtures import MakeDaemon
-from hostile import silent_fuse
+from hostile import unresponsive_fuse
 from policies import Policy
 
 from convertd_daemon.service import counters_file
@@ -118,11 +118,11 @@ def test_unresponsive_counters_file_system_does_not_block_the_daemon(
 ) -> None:
     """Whoever writes there waits; callers are answered, and the daemon ends."""
     assert scratch.is_dir()
-    with silent_fuse.mounted(export) as asked:
+    with unresponsive_fuse.mounted(export) as asked:
         daemon.start()
         assert asked.read(1)
         assert daemon.agent(ALICE).access().uid == ALICE.uid
-        silent_fuse.unmount(export)
+        unresponsive_fuse.unmount(export)
     daemon.stop()
 
 
@@ -142,7 +142,7 @@ def test_stale_counters_temporary_is_removed_and_nothing_else(daemon: Daemon, ex
     assert {*export.iterdir()} == {export / "convertd.prom", new, theirs, other}
 
 
-def test_a_crowd_of_names_costs_root_no_memory(export: Path) -> None:
+def test_directory_with_many_names_uses_no_memory_of_root(export: Path) -> None:
     """Every 15 s a process of root's looks for what a killed daemon left."""
     for number in range(20_000):
         (export / f".convertd-counters-{number:016x}.tmp").touch()

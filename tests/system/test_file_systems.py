@@ -216,7 +216,7 @@ def test_file_system_without_exclusive_link_or_rename_gets_no_result(
     request = conversion(source, by_fuse / "dest.raw", dest_format="raw")
     with Tracer(daemon.traced(), refused) as tracer:
         refusal = daemon.agent(ALICE).convert(request).refusal()
-        daemon.await_calm()
+        daemon.await_idle()
     assert tracer.injected == 2, tracer.text
     assert (refusal.status, refusal.reason) == ("UNIMPLEMENTED", "UNSUPPORTED")
     waiting.until(lambda: os.listdir(by_fuse) == [], "no file")
@@ -281,7 +281,7 @@ def end(call: Call, daemon: Daemon) -> None:
     """Cancel a conversion, and wait until its processes are gone."""
     call.cancel()
     assert call.end().status == "CANCELLED"
-    daemon.await_calm()
+    daemon.await_idle()
 
 
 # --- space --------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def test_qemu_img_that_lists_no_formats_fails_the_self_test(
     """What it can do would be a guess."""
     with pytest.raises(DidNotStart) as refused:
         started(make_daemon, scratch, b"Supported formats:", b"Supported drivers:")
-    assert refused.value.said == (
+    assert refused.value.output == (
         "convertd: the self-test failed: conversion is not supported: "
         "qemu-img --help lists no format that convertd knows\n"
     )

@@ -49,7 +49,7 @@ def labels(daemon: Daemon, library: Path, images_dir: Path) -> Iterator[list[str
         call.cancel()
     for call in calls:
         call.end()
-    daemon.await_calm()
+    daemon.await_idle()
 
 
 def pages(agent: Agent, size: int) -> list[list[str]]:
@@ -63,7 +63,9 @@ def pages(agent: Agent, size: int) -> list[list[str]]:
         request.page_token = page.next_page_token
 
 
-def test_job_list_pages_hold_each_job_once_and_in_order(daemon: Daemon, labels: list[str]) -> None:
+def test_job_list_pages_contain_each_job_once_and_in_order(
+    daemon: Daemon, labels: list[str]
+) -> None:
     """As many as were asked for, or as fit."""
     alice = daemon.agent(ALICE)
     by_five = pages(alice, 5)

@@ -19,7 +19,7 @@ import pytest
 from harness import images, processes, waiting
 from harness.agent import conversion
 from harness.callers import ALICE
-from harness.daemon import FRONT, GATE, QEMU_IMG, SPARE, Daemon
+from harness.daemon import FRONT, PREFORKED_CHILD, PREFORKED_JOB, QEMU_IMG, Daemon
 from harness.fixtures import MakeDaemon
 from policies import IMAGES, LIBRARY, Grant, Policy
 
@@ -121,7 +121,7 @@ def test_front_does_not_load_openssl(daemon: Daemon) -> None:
     assert not [path for path in front if "libssl" in path]
 
 
-def test_broker_holds_no_descriptor_of_a_running_job(daemon: Daemon, running: Running) -> None:
+def test_broker_has_no_descriptor_of_a_running_job(daemon: Daemon, running: Running) -> None:
     """Nor a directory of anybody's: what a job opens is gone with the job."""
     found = processes.descriptors(daemon.pid)
     files = {path for path in found.values() if path.startswith("/")}
@@ -309,7 +309,11 @@ def test_finished_conversion_leaves_no_process_behind(
     expected = {daemon.pid, daemon.await_one(FRONT), running.job, running.qemu_img}
     waiting.until(
         lambda: (
-            {one.pid for one in processes.of_session(daemon.pid) if one.name not in {SPARE, GATE}}
+            {
+                one.pid
+                for one in processes.of_session(daemon.pid)
+                if one.name not in {PREFORKED_JOB, PREFORKED_CHILD}
+            }
             == expected
         ),
         "the processes of the other conversion only",

@@ -10,7 +10,7 @@ import pytest
 from harness import processes, waiting
 from harness.agent import Call, conversion
 from harness.callers import ALICE, BOB, PYTHON, Caller
-from harness.daemon import FRONT, GATE, SPARE, Daemon
+from harness.daemon import FRONT, PREFORKED_CHILD, PREFORKED_JOB, Daemon
 from harness.fixtures import MakeDaemon
 from policies import IMAGES, LIBRARY, Grant, Policy
 
@@ -31,7 +31,7 @@ POLICY: Final = Policy(
 MIB: Final = 1024 * 1024
 
 
-class Line:
+class Queue:
     """Conversions that take a minute each, by name."""
 
     def __init__(self, daemon: Daemon, library: Path, directory: Path) -> None:
@@ -92,101 +92,101 @@ class Line:
         """Cancel all."""
         for name in tuple(self.calls):
             self.end(name)
-        self.daemon.await_calm()
+        self.daemon.await_idle()
 
 
 @pytest.fixture
-def line(daemon: Daemon, library: Path, images_dir: Path) -> Line:
+def queue(daemon: Daemon, library: Path, images_dir: Path) -> Queue:
     """Nobody asks for anything yet."""
-    return Line(daemon, library, images_dir)
+    return Queue(daemon, library, images_dir)
 
 
-def test_queue_is_fair_between_users(line: Line) -> None:
+def test_queue_is_fair_between_users(queue: Queue) -> None:
     """Who asks often waits behind nobody but himself, and is told as he moves."""
-    line.join(ALICE, "a1")
-    line.join(ALICE, "a2")
-    line.join(ALICE, "a3")
-    line.await_state(["a1"], ["a2", "a3"])
-    line.join(BOB, "b1")
-    line.join(BOB, "b2")
-    line.await_state(["a1"], ["a2", "b1", "a3", "b2"])
+    queue.join(ALICE, "a1")
+    queue.join(ALICE, "a2")
+    queue.join(ALICE, "a3")
+    queue.await_state(["a1"], ["a2", "a3"])
+    queue.join(BOB, "b1")
+    queue.join(BOB, "b2")
+    queue.await_state(["a1"], ["a2", "b1", "a3", "b2"])
     served = []
     for _ in range(4):
-        (name,) = line.running()
+        (name,) = queue.running()
         served.append(name)
-        line.end(name)
-        waiting.until(lambda gone=name: line.running() not in ([], [gone]), "the next one runs")  # type: ignore[misc]
-    served += line.running()
+        queue.end(name)
+        waiting.until(lambda gone=name: queue.running() not in ([], [gone]), "the next one runs")  # type: ignore[misc]
+    served += queue.running()
     assert served == ["a1", "a2", "b1", "a3", "b2"]
-    line.end_all()
+    queue.end_all()
 
 
-def test_queue_positions_move_up_when_a_job_leaves_the_queue(line: Line) -> None:
+def test_queue_positions_move_up_when_a_job_leaves_the_queue(queue: Queue) -> None:
     """By CancelJob, by ending the call: the others are told their new positions."""
-    line.join(ALICE, "a1")
+    queue.join(ALICE, "a1")
     for name in ("a2", "a3"):
-        line.join(ALICE, name)
-    line.join(BOB, "b1")
-    line.await_state(["a1"], ["a2", "b1", "a3"])
-    (job,) = [job for job in line.jobs() if job.label == "a2"]
-    line.daemon.agent(ALICE).cancel_job(job.job_id)
-    refusal = line.calls.pop("a2").refusal()
+        queue.join(ALICE, name)
+    queue.join(BOB, "b1")
+    queue.await_state(["a1"], ["a2", "b1", "a3"])
+    (job,) = [job for job in queue.jobs() if job.label == "a2"]
+    queue.daemon.agent(ALICE).cancel_job(job.job_id)
+    refusal = queue.calls.pop("a2").refusal()
     assert (refusal.status, refusal.reason) == ("CANCELLED", "CANCELLED_BY_CALLER")
-    line.await_state(["a1"], ["a3", "b1"])
-    line.end("a3")
-    line.await_state(["a1"], ["b1"])
-    line.end_all()
+    queue.await_state(["a1"], ["a3", "b1"])
+    queue.end("a3")
+    queue.await_state(["a1"], ["b1"])
+    queue.end_all()
 
 
-def test_disconnected_caller_leaves_the_queue(line: Line) -> None:
+def test_disconnected_caller_leaves_the_queue(queue: Queue) -> None:
     """Killed, without a word: the connection tells."""
-    line.join(BOB, "b1")
-    line.join(ALICE, "a1")
-    line.join(BOB, "b2")
-    line.daemon.kill_agent(ALICE)
-    del line.calls["a1"]
-    line.await_state(["b1"], ["b2"])
-    line.end_all()
+    queue.join(BOB, "b1")
+    queue.join(ALICE, "a1")
+    queue.join(BOB, "b2")
+    queue.daemon.kill_agent(ALICE)
+    del queue.calls["a1"]
+    queue.await_state(["b1"], ["b2"])
+    queue.end_all()
 
 
-def test_caller_is_told_each_change_of_its_queue_position(line: Line) -> None:
+def test_caller_is_sent_each_change_of_its_queue_position(queue: Queue) -> None:
     """0 for the next, as the contract says; then it runs."""
-    line.join(BOB, "b1")
-    line.join(BOB, "b2")
-    third = line.ask(BOB, "b3")
+    queue.join(BOB, "b1")
+    queue.join(BOB, "b2")
+    third = queue.ask(BOB, "b3")
     position = third.await_queued().queue_position
     assert position == 1
-    line.end("b2")
+    queue.end("b2")
     assert third.await_queued().queue_position == 0
-    line.end("b1")
+    queue.end("b1")
     started = third.await_started()
     assert started.job_id
-    line.end_all()
+    queue.end_all()
 
 
-def test_full_queue_refuses_one_user_and_all_users_at_their_limits(line: Line) -> None:
+def test_full_queue_refuses_one_user_and_all_users_at_their_limits(queue: Queue) -> None:
     """Who is refused is told how many wait, and how many may."""
     for name in ("a1", "a2", "a3", "a4"):
-        line.join(ALICE, name)
-    refusal = line.ask(ALICE, "a5").refusal()
-    del line.calls["a5"]
+        queue.join(ALICE, name)
+    refusal = queue.ask(ALICE, "a5").refusal()
+    del queue.calls["a5"]
     assert (refusal.status, refusal.reason) == ("RESOURCE_EXHAUSTED", "QUEUE_FULL")
     assert refusal.metadata == {"waiting": "3", "limit": "3", "whom": "uid 1234"}
-    line.join(BOB, "b1")
-    refusal = line.ask(BOB, "b2").refusal()
-    del line.calls["b2"]
+    queue.join(BOB, "b1")
+    refusal = queue.ask(BOB, "b2").refusal()
+    del queue.calls["b2"]
     assert refusal.metadata == {"waiting": "4", "limit": "4", "whom": "the daemon"}
-    line.end_all()
+    queue.end_all()
 
 
 def test_requests_other_than_conversions_do_not_wait_in_the_queue(
-    line: Line, library: Path, images_dir: Path
+    queue: Queue, library: Path, images_dir: Path
 ) -> None:
     """Inspect, a validation, lists and GetAccess are answered with every place taken."""
-    line.join(ALICE, "a1")
+    queue.join(ALICE, "a1")
     for name in ("b1", "b2", "b3"):
-        line.join(BOB, name)
-    agent = line.daemon.agent(BOB)
+        queue.join(BOB, name)
+    agent = queue.daemon.agent(BOB)
     source = library / "small.qcow2"
     inspect = pb.InspectRequest(source=pb.Source(path=str(source)))
     answer = agent.ask("Inspect", inspect, pb.InspectResponse)
@@ -196,8 +196,8 @@ def test_requests_other_than_conversions_do_not_wait_in_the_queue(
     )
     assert not agent.convert(request).result().published
     assert agent.access().uid == BOB.uid
-    line.await_state(["a1"], ["b1", "b2", "b3"])
-    line.end_all()
+    queue.await_state(["a1"], ["b1", "b2", "b3"])
+    queue.end_all()
 
 
 def test_user_can_not_take_more_job_slots_than_its_limit(
@@ -206,26 +206,26 @@ def test_user_can_not_take_more_job_slots_than_its_limit(
     """A free place is kept for the next user, and given to him at once."""
     daemon = make_daemon(POLICY.with_limits(jobs=2))
     daemon.start()
-    line = Line(daemon, library, images_dir)
-    line.join(ALICE, "a1")
-    line.join(ALICE, "a2")
-    line.await_state(["a1"], ["a2"])
-    line.join(BOB, "b1")
-    line.await_state(["a1", "b1"], ["a2"])
-    line.end_all()
+    queue = Queue(daemon, library, images_dir)
+    queue.join(ALICE, "a1")
+    queue.join(ALICE, "a2")
+    queue.await_state(["a1"], ["a2"])
+    queue.join(BOB, "b1")
+    queue.await_state(["a1", "b1"], ["a2"])
+    queue.end_all()
 
 
-def test_job_cancelled_during_its_fork_ends_without_the_daemon(line: Line) -> None:
+def test_job_cancelled_during_its_fork_ends_without_the_daemon(queue: Queue) -> None:
     """A forked process has its parent's handlers at first: the daemon must not stop with it."""
-    agent = line.daemon.agent(ALICE)
+    agent = queue.daemon.agent(ALICE)
     for number in range(40):
-        calls = [line.ask(ALICE, f"{kind}{number}") for kind in ("first", "second")]
+        calls = [queue.ask(ALICE, f"{kind}{number}") for kind in ("first", "second")]
         calls[0].await_event(lambda event: bool(event.progress.job_id))
         for call in calls:
             call.cancel()
         assert {call.end().status for call in calls} == {"CANCELLED"}
     assert agent.access().uid == ALICE.uid
-    line.daemon.await_calm()
+    queue.daemon.await_idle()
 
 
 # --- connections --------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ DAVE: Final = Caller(uid=1237, gid=1237)
 
 def test_user_over_the_connection_limit_is_refused_until_one_closes(daemon: Daemon) -> None:
     """The others are closed at once; when the first are gone, there is room again."""
-    daemon.await_calm()
+    daemon.await_idle()
     quiet = len(processes.descriptors(daemon.pid))
     for _ in range(3):
         assert connect(CAROL, daemon, 8) == [True] * 6 + [False] * 2
@@ -307,10 +307,10 @@ def test_many_calls_leak_no_descriptor_process_or_memory(
     """200 of all kinds, after some to warm up, with connections that come and go."""
     front = daemon.await_one(FRONT)
     work(daemon, library, images_dir / "first", 10)
-    daemon.await_calm()
+    daemon.await_idle()
     before = [state(daemon.pid), state(front)]
     work(daemon, library, images_dir / "second", 50)
-    daemon.await_calm()
+    daemon.await_idle()
     most = [descriptors + processes.LAZY_DESCRIPTORS for descriptors, _ in before]
     waiting.until(
         lambda: all(
@@ -318,7 +318,7 @@ def test_many_calls_leak_no_descriptor_process_or_memory(
         ),
         "as many descriptors as before",
     )
-    ahead = {daemon.await_one(SPARE), daemon.await_one(GATE)}
+    ahead = {daemon.await_one(PREFORKED_JOB), daemon.await_one(PREFORKED_CHILD)}
     assert {one.pid for one in processes.of_session(daemon.pid)} == {daemon.pid, front, *ahead}
     grown = [state(pid)[1] - item[1] for pid, item in zip((daemon.pid, front), before, strict=True)]
     assert grown[0] < 512, "KiB that the broker grew by"
@@ -350,4 +350,4 @@ def work(daemon: Daemon, library: Path, directory: Path, rounds: int) -> None:
         dest.unlink()
         if number % 10 == 0:
             connect(CAROL, daemon, 5)
-    daemon.await_calm()
+    daemon.await_idle()

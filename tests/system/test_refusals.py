@@ -82,7 +82,7 @@ def nothing_is_left(daemon: Daemon, scratch: Path, images_dir: Path) -> Iterator
     """No process, and no file but those that a test made as its bad input."""
     assert images_dir.exists()
     yield
-    daemon.await_calm()
+    daemon.await_idle()
     names = [name for _, _, files in os.walk(scratch) for name in files]
     assert "dest.qcow2" not in names
     assert not [name for name in names if name.startswith(".convertd")]
@@ -381,7 +381,7 @@ def test_root_user_has_only_the_rights_of_the_policy(
     assert (refusal.status, refusal.metadata["uid"]) == ("PERMISSION_DENIED", "0")
 
 
-def test_listed_user_is_told_its_grants(daemon: Daemon, scratch: Path) -> None:
+def test_get_access_lists_the_grants_of_the_caller(daemon: Daemon, scratch: Path) -> None:
     """As the kernel names it, with the groups it connected with."""
     access = daemon.agent(ALICE).access()
     assert (access.uid, access.gid, list(access.groups)) == (1234, 1234, [1300, 1400])
@@ -933,7 +933,7 @@ def test_destination_of_another_job_of_the_same_caller_is_refused(
     first.await_started()
     check(alice.convert(conversion(source, dest)).refusal(), "ABORTED", "DEST_BUSY", path=str(dest))
     first.cancel()
-    daemon.await_calm()
+    daemon.await_idle()
     assert alice.convert(conversion(source, dest)).result().published
     dest.unlink()
 
@@ -949,7 +949,7 @@ def test_job_is_cancelled_by_its_caller_in_another_call(
     assert job.dest_path == str(images_dir / "dest.qcow2")
     assert alice.cancel_job(job_id).job_id == job_id
     check(call.refusal(), "CANCELLED", "CANCELLED_BY_CALLER")
-    daemon.await_calm()
+    daemon.await_idle()
     assert alice.jobs() == []
 
 
@@ -989,7 +989,7 @@ def test_ended_call_cancels_its_job(daemon: Daemon, alice: Agent, slow: Request,
         call.cancel()
     expected = {"cancel": "CANCELLED", "deadline": "DEADLINE_EXCEEDED"}[how]
     assert call.end().status == expected
-    daemon.await_calm()
+    daemon.await_idle()
     assert alice.jobs() == []
 
 
@@ -1000,7 +1000,7 @@ def test_destination_created_during_the_job_is_not_overwritten(
     dest = images_dir / "there.qcow2"
     request = conversion(library / "slow.raw", dest, rate_limit_bytes_per_second=MIB)
     call = alice.convert(request)
-    with daemon.held(QEMU_IMG):
+    with daemon.stopped(QEMU_IMG):
         dest.write_bytes(b"another's")
     check(call.refusal(), "ALREADY_EXISTS", "DEST_EXISTS", path=str(dest))
     assert dest.read_bytes() == b"another's"
@@ -1016,7 +1016,7 @@ def test_destination_replaced_by_another_user_during_the_job_is_not_overwritten(
     request = conversion(library / "slow.raw", dest, rate_limit_bytes_per_second=MIB)
     request.dest.overwrite = True
     call = alice.convert(request)
-    with daemon.held(QEMU_IMG):
+    with daemon.stopped(QEMU_IMG):
         os.chown(dest, BOB.uid, BOB.gid)
     check(call.refusal(), "FAILED_PRECONDITION", "NOT_YOURS", path=str(dest))
     assert dest.read_bytes() == b"own"
@@ -1032,7 +1032,7 @@ def test_destination_directory_removed_during_the_job_discards_the_result(
     dest = directory / "dest.qcow2"
     request = conversion(library / "slow.raw", dest, rate_limit_bytes_per_second=MIB)
     call = alice.convert(request)
-    with daemon.held(QEMU_IMG):
+    with daemon.stopped(QEMU_IMG):
         directory.rmdir()
     refusal = call.refusal()
     assert (refusal.status, refusal.reason) == ("NOT_FOUND", "DIRECTORY_NOT_FOUND")

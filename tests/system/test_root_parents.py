@@ -14,7 +14,7 @@ import pytest
 from harness.callers import ALICE, BOB, owner_of
 from harness.daemon import Daemon, DidNotStart
 from harness.fixtures import MakeDaemon
-from hostile import asking, forged
+from hostile import forged, simple_calls
 from policies import Grant, Policy, Root
 
 from convertd_daemon.admin import check
@@ -231,18 +231,18 @@ def test_root_whose_parent_changed_owner_after_the_load_is_refused(
     """Each job looks again; and when it was taken back, goes on."""
     images = parent / "images"
     os.chown(images, ALICE.uid, ALICE.gid)
-    source = asking.given_to(BOB, images / "disk.raw", b"x" * forged.SIZE)
+    source = simple_calls.file_of(BOB, images / "disk.raw", b"x" * forged.SIZE)
     daemon = make_daemon(POLICY)
     daemon.start()
     owned(parent)
     for answer in (
-        asking.convert(daemon, source, images / "out.raw", "raw"),
-        asking.inspect(daemon, source, "raw"),
+        simple_calls.convert(daemon, source, images / "out.raw", "raw"),
+        simple_calls.inspect(daemon, source, "raw"),
     ):
         assert (answer.status, answer.reason) == ("FAILED_PRECONDITION", "ROOT_UNUSABLE")
         assert f"{parent} can be changed by uid 1234" in answer.message
     os.chown(parent, 0, 0)
-    assert asking.convert(daemon, source, images / "out.raw", "raw").is_ok
+    assert simple_calls.convert(daemon, source, images / "out.raw", "raw").is_ok
 
 
 def test_named_owner_of_the_parent_directory_can_convert(
@@ -252,8 +252,8 @@ def test_named_owner_of_the_parent_directory_can_convert(
     images = parent / "images"
     os.chown(parent, ALICE.uid, ALICE.gid)
     os.chown(images, ALICE.uid, ALICE.gid)
-    source = asking.given_to(BOB, images / "disk.raw", b"x" * forged.SIZE)
+    source = simple_calls.file_of(BOB, images / "disk.raw", b"x" * forged.SIZE)
     daemon: Daemon = make_daemon(allowing(ALICE.uid))
     daemon.start()
-    assert asking.convert(daemon, source, images / "out.raw", "raw").is_ok
+    assert simple_calls.convert(daemon, source, images / "out.raw", "raw").is_ok
     assert owner_of(images / "out.raw")[:2] == (ALICE.uid, ALICE.gid)

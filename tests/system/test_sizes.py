@@ -40,4 +40,4 @@ def test_raw_result_has_the_exact_size_of_the_disk(
         assert result.dest_cache.mode == pb.CACHE_MODE_NONE
         assert result.verified
         assert (here / "dest").read_bytes() == data
-        daemon.await_calm()
+        daemon.await_idle()

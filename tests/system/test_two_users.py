@@ -65,7 +65,7 @@ def test_queued_job_does_not_block_a_directory_its_caller_may_not_enter(
     assert owner_of(dest)[0] == BOB.uid
     running.cancel()
     assert waiting.refusal().reason == "ACCESS_REFUSED"
-    daemon.await_calm()
+    daemon.await_idle()
 
 
 def test_same_destination_of_two_users_goes_to_the_first_job_to_finish(
@@ -76,7 +76,7 @@ def test_same_destination_of_two_users_goes_to_the_first_job_to_finish(
     first = begin(daemon, library / "slow.raw", dest)
     first.await_started()
     bob = daemon.agent(BOB)
-    with daemon.held(QEMU_IMG):
+    with daemon.stopped(QEMU_IMG):
         assert bob.convert(conversion(source, dest)).result().published
         refusal = bob.convert(conversion(source, dest)).refusal()
     assert (refusal.status, refusal.reason) == ("ALREADY_EXISTS", "DEST_EXISTS")
@@ -84,7 +84,7 @@ def test_same_destination_of_two_users_goes_to_the_first_job_to_finish(
     ended = first.refusal()
     assert (ended.status, ended.reason) == ("ALREADY_EXISTS", "DEST_EXISTS")
     assert images.identical(dest, source)
-    daemon.await_calm()
+    daemon.await_idle()
 
 
 def test_device_is_locked_by_the_running_job_and_not_by_queued_ones(
@@ -102,7 +102,7 @@ def test_device_is_locked_by_the_running_job_and_not_by_queued_ones(
     refusal = bob.convert(conversion(source, volume, dest_format="raw")).refusal()
     assert (refusal.status, refusal.reason) == ("FAILED_PRECONDITION", "IMAGE_IN_USE")
     waiting.cancel()
-    daemon.await_calm()
+    daemon.await_idle()
     assert bob.convert(conversion(source, volume, dest_format="raw")).result().published
 
 
@@ -118,4 +118,4 @@ def test_second_job_of_one_user_for_the_same_destination_is_refused_at_once(
     jobs = daemon.agent(ALICE).jobs()
     assert [job.state for job in jobs] == [pb.JOB_STATE_RUNNING]
     first.cancel()
-    daemon.await_calm()
+    daemon.await_idle()

@@ -60,9 +60,11 @@ class Asked:
         now = metrics.Now(running=0, queued=0, connections=1)
         reporter = reporting.Reporter(a_loop.after, lambda: now)
         setup = Setup(path="/usr/bin/qemu-img", identity=None, seccomp=b"")
-        spare = process.PreforkedJob(a_loop, setup, lambda: False)
+        preforked = process.PreforkedJob(a_loop, setup, lambda: False)
         self.jobs = jobs.Jobs(values.DEFAULT_LIMITS)
-        supervisor = job_supervisor.JobSupervisor(a_loop, self.jobs, spare, self.front, reporter)
+        supervisor = job_supervisor.JobSupervisor(
+            a_loop, self.jobs, preforked, self.front, reporter
+        )
         handlers = dispatch.Handlers(RULES.policy, VERSIONS, TESTED, supervisor, reporter)
         self.dispatcher = dispatch.Dispatcher(handlers, table, self.front, reporter)
 
@@ -89,7 +91,7 @@ def test_each_request_has_a_row() -> None:
     assert set(dispatch.ROWS) == set(get_args(messages.RequestBody))
 
 
-def test_an_answer_is_whole(asked: Asked) -> None:
+def test_reply_is_complete(asked: Asked) -> None:
     """The last of it says so."""
     assert asked.answers(messages.ListJobs()) == [messages.ReplyComplete()]
     access, complete = asked.answers(messages.GetAccess())
@@ -100,7 +102,7 @@ def test_an_answer_is_whole(asked: Asked) -> None:
     assert complete == messages.ReplyComplete()
 
 
-def test_a_refusal_is_the_whole_answer_and_on_record(
+def test_refusal_is_the_only_reply_and_is_recorded(
     asked: Asked, caplog: pytest.LogCaptureFixture
 ) -> None:
     """By what it is called on record, and by whom it came."""

@@ -191,7 +191,7 @@ def test_reloaded_limits_apply_to_queued_jobs() -> None:
     assert len(a_lane) == 0
 
 
-def test_user_over_its_queue_limit_is_told_its_own_limit() -> None:
+def test_refusal_over_the_queue_limit_of_a_user_names_that_limit() -> None:
     """Not of how many others wait."""
     a_lane: queue.JobQueue[Item] = queue.JobQueue(bounds(1, 1, 9, 2))
     joined(a_lane, 1, 2, 2)

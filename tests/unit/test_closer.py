@@ -35,14 +35,14 @@ def run_until_reaped(
 ) -> None:
     """Serve until a process was forked, beside others, and has ended."""
 
-    def look() -> None:
+    def reap() -> None:
         for pid in closing.processes - others:
             if os.waitpid(pid, os.WNOHANG)[0]:
                 assert closing.ended(pid)
                 a_loop.stop()
-        a_loop.after(0.01, look)
+        a_loop.after(0.01, reap)
 
-    look()
+    reap()
     a_loop.run()
 
 
@@ -95,11 +95,11 @@ def test_sockets_to_close_are_queued_while_too_many_children_hang(
     closing.close(hostile)
     held: list[bool] = []
 
-    def one_ends() -> None:
+    def end_one() -> None:
         held.append(closing.processes == hanging and closing.is_full)
         closing.processes.clear()
 
-    a_loop.after(4 * closer.BATCH_S, one_ends)
+    a_loop.after(4 * closer.BATCH_S, end_one)
     run_until_reaped(a_loop, closing, hanging)
     assert held == [True]
     assert not closing.is_full

@@ -89,7 +89,7 @@ def test_decoded_message_equals_the_encoded_one(message: object) -> None:
 
 
 @pytest.mark.parametrize("kind", [Inner, Other])
-def test_one_of_several_dataclasses_stays_what_it_is(kind: type[Inner | Other]) -> None:
+def test_union_member_keeps_its_type(kind: type[Inner | Other]) -> None:
     """Though its fields are those of the other."""
     example = Example(either=kind(number=1))
     assert codec.decode(codec.encode(example), Example) == example

@@ -24,14 +24,14 @@ MIB = 1024 * KIB
 DEADLINE_S = 60.0
 
 
-def as_it_is(data: bytes) -> Iterable[header_filter.Piece]:
+def unchanged(data: bytes) -> Iterable[header_filter.Piece]:
     """All of it passes, and is no call."""
     return (header_filter.Piece(data, begins_call=False),)
 
 
-def unscreened(_calls: streams.Streams) -> relay.Filtered:
+def unfiltered(_calls: streams.Streams) -> relay.Filtered:
     """What passes is of no interest here; tests of the filter tell."""
-    return as_it_is
+    return unchanged
 
 
 class Upstream:
@@ -82,7 +82,7 @@ def path() -> Iterator[Path]:
 @contextlib.asynccontextmanager
 async def carried(path: Path) -> AsyncIterator[tuple[relay.Relay, Peer, socket.socket, str]]:
     """A connection that is carried: the relay, both far ends, and the name gRPC has for it."""
-    upstream, peer, a_relay = Upstream(path), Peer(), relay.Relay(str(path), unscreened)
+    upstream, peer, a_relay = Upstream(path), Peer(), relay.Relay(str(path), unfiltered)
     with contextlib.closing(upstream.sock), contextlib.closing(peer):
         a_relay.carry(7, peer.descriptor, 1234, lambda: None)
         there, name = await upstream.accept()
@@ -166,7 +166,7 @@ def test_relay_socket_names_are_never_reused(path: Path) -> None:
     """Even of one peer, one after the other."""
 
     async def test() -> None:
-        upstream, a_relay = Upstream(path), relay.Relay(str(path), unscreened)
+        upstream, a_relay = Upstream(path), relay.Relay(str(path), unfiltered)
         names = {}
         with contextlib.closing(upstream.sock):
             for number in range(20):
@@ -225,7 +225,7 @@ def test_data_with_a_descriptor_ends_its_own_connection_only(path: Path) -> None
     """It is never read, so that nobody waits for its close; then the broker hears of the end."""
 
     async def test() -> None:
-        upstream, peer, a_relay = Upstream(path), Peer(), relay.Relay(str(path), unscreened)
+        upstream, peer, a_relay = Upstream(path), Peer(), relay.Relay(str(path), unfiltered)
         released = asyncio.Event()
         with contextlib.closing(upstream.sock), contextlib.closing(peer):
             a_relay.carry(7, peer.descriptor, 1234, released.set)
@@ -245,7 +245,7 @@ def test_relay_waits_for_a_full_server_backlog_without_blocking_others(path: Pat
     """AF_UNIX answers EAGAIN; the peer's bytes wait meanwhile, and nobody else does."""
 
     async def test() -> None:
-        upstream, a_relay = Upstream(path, backlog=0), relay.Relay(str(path), unscreened)
+        upstream, a_relay = Upstream(path, backlog=0), relay.Relay(str(path), unfiltered)
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.closing(upstream.sock))
             peers = [stack.enter_context(contextlib.closing(Peer())) for _ in range(8)]
@@ -272,7 +272,7 @@ def test_connection_of_a_departed_peer_does_not_reach_the_server(path: Path) -> 
     """Nor one that leaves while it waits for room: neither costs more than a look."""
 
     async def test() -> None:
-        upstream, a_relay = Upstream(path, backlog=0), relay.Relay(str(path), unscreened)
+        upstream, a_relay = Upstream(path, backlog=0), relay.Relay(str(path), unfiltered)
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.closing(upstream.sock))
             gone, first, waiting = (
@@ -426,7 +426,7 @@ def test_connection_without_a_server_is_closed(path: Path) -> None:
     """It is not kept for one that may come."""
 
     async def test() -> None:
-        a_relay, peer = relay.Relay(str(path), unscreened), Peer()
+        a_relay, peer = relay.Relay(str(path), unfiltered), Peer()
         with contextlib.closing(peer):
             a_relay.carry(1, peer.descriptor, 1234, lambda: None)
             assert await peer.receive() == b""
@@ -442,7 +442,7 @@ def test_connection_is_closed_when_no_descriptor_is_free(path: Path) -> None:
     async def scene() -> None:
         upstream, a_relay, peer, late = (
             Upstream(path),
-            relay.Relay(str(path), unscreened),
+            relay.Relay(str(path), unfiltered),
             Peer(),
             Peer(),
         )

@@ -327,7 +327,7 @@ st.register_type_strategy(Mapping, st.dictionaries(st.text(), st.text()))
 
 @pytest.mark.parametrize(("message", "kind"), REPLIES.items(), ids=lambda kind: kind.__name__)
 @given(st.data())
-def test_a_reply_that_becomes_a_message_is_read_as_the_same(
+def test_reply_round_trip_preserves_its_values(
     message: type[Message], kind: type[Any], data: st.DataObject
 ) -> None:
     """Each field at every depth, whatever its value."""

@@ -118,7 +118,7 @@ class TestCommand:
         assert command[:4] == ("qemu-img", "convert", "--object", "secret,id=dest,file=PASSPHRASE")
         assert command[-4:] == ("-f", "qcow2", "/images/in.qcow2", "/images/out")
 
-    def test_for_people_it_reads_all_of_a_vhd_too(self) -> None:
+    def test_displayed_command_reads_the_full_vhd(self) -> None:
         """A format alone would have the last sectors cut off; and a comma is in the path."""
         info = dataclasses.replace(INFO, format="vpc")
         request = dataclasses.replace(

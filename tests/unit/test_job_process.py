@@ -1,4 +1,4 @@
-"""When the next spare is forked: once, however often it is asked for, and at the earliest time."""
+"""When the next job is preforked: once, however often it is asked for, and at the earliest time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LONE_S: Final = process.FORK_AFTER_S[1]
 
 
 class Asked:
-    """A spare that may never be forked, and when it would have been, in seconds from now."""
+    """A preforked job that may never be forked, and when it would have been, in s from now."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -41,7 +41,7 @@ class Asked:
 def test_preforked_job_is_forked_once_at_the_set_time(jobs: int) -> None:
     """By how many jobs there are."""
     asked = Asked()
-    asked.spare.schedule_fork(jobs)
+    asked.preforked.schedule_fork(jobs)
     (time_s,) = asked.run()
     assert time_s >= process.FORK_AFTER_S[min(jobs, 2)]
 
@@ -51,7 +51,7 @@ def test_preforked_job_is_forked_at_the_earlier_of_two_times(jobs: tuple[int, ..
     """The time set for a job that has ended would lie in the midst of the next one."""
     asked = Asked()
     for count in jobs:
-        asked.spare.schedule_fork(count)
+        asked.preforked.schedule_fork(count)
     seen_by_then: list[int] = []
     earliest_s = min(process.FORK_AFTER_S[count] for count in jobs)
     asked.loop.after(earliest_s, lambda: seen_by_then.append(len(asked.times)))
@@ -62,16 +62,16 @@ def test_preforked_job_is_forked_at_the_earlier_of_two_times(jobs: tuple[int, ..
 def test_preforked_job_is_not_postponed_by_consecutive_jobs() -> None:
     """A busy daemon would never have one."""
     asked = Asked()
-    asked.spare.schedule_fork(1)
+    asked.preforked.schedule_fork(1)
     for part in range(1, 4):
-        asked.loop.after(LONE_S * part / 4, lambda: asked.spare.schedule_fork(1))
+        asked.loop.after(LONE_S * part / 4, lambda: asked.preforked.schedule_fork(1))
     assert len(asked.run()) == 1
 
 
 def test_preforked_job_can_be_requested_again() -> None:
     """Forked, or not allowed to be: later it is wanted again."""
     asked = Asked()
-    asked.spare.schedule_fork(0)
-    asked.loop.after(LONE_S / 2, lambda: asked.spare.schedule_fork(0))
+    asked.preforked.schedule_fork(0)
+    asked.loop.after(LONE_S / 2, lambda: asked.preforked.schedule_fork(0))
     _, second_s = asked.run()
     assert second_s >= LONE_S / 2

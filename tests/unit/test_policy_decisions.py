@@ -367,7 +367,7 @@ def decided_to(path: str, **changes: object) -> str:
     return refusals.reason_of(lambda: decide.decide(wide, PEER, asked))
 
 
-def test_zero_claim_for_a_device_needs_leave_of_its_root() -> None:
+def test_zero_claim_for_a_device_needs_permission_of_its_root() -> None:
     """And nowhere else: a wrong claim would show a former tenant's blocks."""
     assert decided_to("/dev/v/lv", is_zero=True) == "done"
     assert decided_to("/dev/w/lv", is_zero=True) == "CLAIM_NOT_ALLOWED"

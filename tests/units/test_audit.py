@@ -33,7 +33,7 @@ def records(machine: booted.Machine, *matches: str) -> list[dict[str, Any]]:
     """The records that match, as systemd.journal.Reader gives them."""
     machine.run("journalctl", "--sync")
     python = "/usr/local/lib/convertd/bin/python3"
-    found: list[dict[str, Any]] = json.loads(machine.say(python, "-c", READER, *matches))
+    found: list[dict[str, Any]] = json.loads(machine.output_of(python, "-c", READER, *matches))
     return found
 
 
@@ -115,6 +115,6 @@ def test_journal_catalog_explains_a_record(images: booted.Machine) -> None:
     """`journalctl -x` tells a newcomer what a record means."""
     images.run("convertctl", "info", "/etc/gshadow", uid=ALICE, check=False)
     images.run("journalctl", "--sync")
-    said = images.say("journalctl", "-x", "--no-pager", "CONVERTD_SOURCE=/etc/gshadow")
+    said = images.output_of("journalctl", "-x", "--no-pager", "CONVERTD_SOURCE=/etc/gshadow")
     assert "Subject: A request to convertd was refused" in said
     assert f"(convertctl) of uid {ALICE} asked convertd to" in said

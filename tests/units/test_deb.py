@@ -64,7 +64,7 @@ def test_debian_package_is_installed_upgraded_removed_and_purged(
     before = machine.changes()
     # Installed: the socket is enabled, the first call starts the service, nobody may do anything.
     dpkg(machine, "--install", put(machine, package))
-    assert machine.say("systemctl", "is-enabled", "convertd.socket") == "enabled"
+    assert machine.output_of("systemctl", "is-enabled", "convertd.socket") == "enabled"
     assert "you may convert nothing" in machine.access(ALICE)
     assert machine.run("convertd", "check").stderr == ""
     # Used.
@@ -72,19 +72,19 @@ def test_debian_package_is_installed_upgraded_removed_and_purged(
     machine.run("qemu-img", "create", "-q", "-f", "raw", "/srv/images/a.raw", "1M")
     convert = ("convertctl", "convert", "/srv/images/a.raw")
     machine.run(*convert, "/srv/images/a.qcow2", "-O", "qcow2", uid=ALICE)
-    granted = machine.say("cat", "/etc/convertd/policy.toml")
+    granted = machine.output_of("cat", "/etc/convertd/policy.toml")
     # Upgraded: the policy stays, the daemon is another, a disabled socket would stay disabled.
     pid = machine.show("convertd.service", "MainPID")["MainPID"]
     machine.run("systemctl", "disable", "convertd.socket")
     dpkg(machine, "--install", "--force-confold", put(machine, newer))
-    assert machine.say("cat", "/etc/convertd/policy.toml") == granted
+    assert machine.output_of("cat", "/etc/convertd/policy.toml") == granted
     assert machine.show("convertd.socket", "UnitFileState") == {"UnitFileState": "disabled"}
     machine.run(*convert, "/srv/images/b.qcow2", "-O", "qcow2", uid=ALICE)
     assert machine.show("convertd.service", "MainPID")["MainPID"] not in {"0", pid}
     # Removed: nothing runs, the policy is kept. Purged: nothing is left.
     dpkg(machine, "--remove", "convertd")
     assert machine.run("test", "-e", "/run/convertd", check=False).returncode == 1
-    assert machine.say("cat", "/etc/convertd/policy.toml") == granted
+    assert machine.output_of("cat", "/etc/convertd/policy.toml") == granted
     dpkg(machine, "--purge", "convertd")
     left = {path for path in machine.changes() - before if "convertd" in path}
     assert {path for path in left if not path.startswith("/var/tmp")} == set()  # noqa: S108

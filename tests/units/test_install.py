@@ -44,7 +44,7 @@ def test_installed_policy_grants_nothing(machine: booted.Machine) -> None:
     refused = machine.run("convertctl", "info", "/etc/hostname", uid=ALICE, check=False)
     assert refused.returncode == 1
     assert "PERMISSION_DENIED" in refused.stderr
-    assert "nobody may convert anything" in machine.say("convertd", "check")
+    assert "nobody may convert anything" in machine.output_of("convertd", "check")
 
 
 @pytest.mark.parametrize("page", ["convertd.8", "convertctl.1", "convertd-policy.5"])
@@ -58,7 +58,7 @@ def test_manual_pages_render_without_warnings(machine: booted.Machine, page: str
 
 def test_manual_page_and_completion_have_each_option(machine: booted.Machine) -> None:
     """Of convertd; convertctl's are made by itself."""
-    told = machine.say("convertd", "--help")
+    told = machine.output_of("convertd", "--help")
     options = set(re.findall(r"--[a-z]+", told))
     assert {"--policy", "--socket"} < options
     page = booted.REPOSITORY / "docs" / "man" / "convertd.8.md"

@@ -65,7 +65,7 @@ def begin(machine: booted.Machine, name: str) -> subprocess.Popen[str]:
 
 def left(machine: booted.Machine) -> set[str]:
     """What lies in the root of images."""
-    return set(machine.say("ls", "-A", IMAGES).split())
+    return set(machine.output_of("ls", "-A", IMAGES).split())
 
 
 def test_systemctl_reload_applies_a_valid_policy(service: booted.Machine) -> None:
@@ -122,7 +122,7 @@ def test_watchdog_restarts_a_daemon_with_a_frozen_process(
 ) -> None:
     """A ping takes a health check through the public socket, so either process's silence counts."""
     broker = main_pid(watched)
-    front = watched.say("pgrep", "--parent", str(broker), "--full", "convertd_daemon.front")
+    front = watched.output_of("pgrep", "--parent", str(broker), "--full", "convertd_daemon.front")
     # It pings: it outlives the limit. A fact that takes time to come true.
     began = watched.show(SERVICE, "WatchdogTimestampMonotonic")
     booted.wait_for(lambda: watched.show(SERVICE, "WatchdogTimestampMonotonic") != began, "a ping")
@@ -179,7 +179,7 @@ def waiting(machine: booted.Machine) -> int:
 
     Machines that run meanwhile have sockets of that name in the same list, at which nobody waits.
     """
-    lines = machine.say("ss", "-xlH", "src", "/run/convertd/convertd.sock").splitlines()
+    lines = machine.output_of("ss", "-xlH", "src", "/run/convertd/convertd.sock").splitlines()
     return max(int(line.split()[2]) for line in lines)
 
 
@@ -225,7 +225,7 @@ def test_idle_exit_stops_the_service_and_the_next_call_starts_it(
 def test_unit_sandbox_limits_a_policy_without_its_drop_in(service: booted.Machine) -> None:
     """A policy that was edited alone reaches no further: the kernel says no."""
     service.run("mkdir", "-p", "/srv/other")
-    policy = service.say("cat", booted.POLICY_PATH).replace(IMAGES, "/srv/other")
+    policy = service.output_of("cat", booted.POLICY_PATH).replace(IMAGES, "/srv/other")
     service.write(booted.POLICY_PATH, policy)
     service.run("qemu-img", "create", "-q", "-f", "raw", "/srv/other/a.raw", "1M")
     service.run("systemctl", "reload", SERVICE)

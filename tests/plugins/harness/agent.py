@@ -63,14 +63,14 @@ class Ended:
                 details contradict the status.
         """
         assert len(self.details) == 1, self
-        told = status_pb2.Status.FromString(self.details[0])
-        (info,) = _of_kind(told, error_details_pb2.ErrorInfo)
+        status = status_pb2.Status.FromString(self.details[0])
+        (info,) = _of_kind(status, error_details_pb2.ErrorInfo)
         assert info.domain == DOMAIN
-        assert told.message == self.message
-        assert told.code == _NUMBERS[self.status]
-        bad_requests = _of_kind(told, error_details_pb2.BadRequest)
-        preconditions = _of_kind(told, error_details_pb2.PreconditionFailure)
-        assert len(told.details) == 1 + len(bad_requests) + len(preconditions)
+        assert status.message == self.message
+        assert status.code == _NUMBERS[self.status]
+        bad_requests = _of_kind(status, error_details_pb2.BadRequest)
+        preconditions = _of_kind(status, error_details_pb2.PreconditionFailure)
+        assert len(status.details) == 1 + len(bad_requests) + len(preconditions)
         return Refusal(
             status=self.status,
             reason=info.reason,
@@ -118,7 +118,7 @@ class Agent:
         """Start it. It connects with its first call."""
         self.caller = caller
         self._numbers = itertools.count(1)
-        self._heard: dict[int, deque[dict[str, Any]]] = {}
+        self._received: dict[int, deque[dict[str, Any]]] = {}
         self._rest = b""
         with log.open("ab") as stderr:
             self._process = caller.popen(
@@ -140,8 +140,8 @@ class Agent:
         """Begin a call. `method` is one of the service's, or a full path."""
         number = next(self._numbers)
         data = request if isinstance(request, bytes) else request.SerializeToString()
-        self._heard[number] = deque()
-        self._order(
+        self._received[number] = deque()
+        self._send(
             id=number,
             method=method if method.startswith("/") else f"/{callers.SERVICE}/{method}",
             data=base64.b64encode(data).decode(),
@@ -195,22 +195,22 @@ class Agent:
 
     # --- for Call ----------------------------------------------------------------------------
 
-    def call_off(self, number: int) -> None:
+    def cancel_call(self, number: int) -> None:
         """Cancel a call, as gRPC does."""
-        self._order(id=number)
+        self._send(id=number)
 
     def next(self, number: int, deadline_s: float) -> dict[str, Any]:
-        """Wait for the next thing that is said of a call."""
+        """Wait for the next thing that is event of a call."""
         end = time.monotonic() + deadline_s
-        while not self._heard[number]:
-            self._listen(end - time.monotonic())
-        return self._heard[number].popleft()
+        while not self._received[number]:
+            self._receive(end - time.monotonic())
+        return self._received[number].popleft()
 
-    def _order(self, **order: object) -> None:
+    def _send(self, **order: object) -> None:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(order).encode() + b"\n")
 
-    def _listen(self, patience_s: float) -> None:
+    def _receive(self, patience_s: float) -> None:
         assert self._process.stdout is not None
         ready, _, _ = select.select([self._process.stdout], [], [], max(patience_s, 0))
         assert ready, "a call went on for too long"
@@ -218,8 +218,8 @@ class Agent:
         assert data, "the calling process ended"
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
-            said = json.loads(line)
-            self._heard[said["id"]].append(said)
+            event = json.loads(line)
+            self._received[event["id"]].append(event)
 
 
 class Call:
@@ -234,7 +234,7 @@ class Call:
 
     def cancel(self) -> None:
         """Call it off."""
-        self._agent.call_off(self._number)
+        self._agent.cancel_call(self._number)
 
     def events(self) -> Iterator[pb.ConvertResponse]:
         """The events of a conversion, as they come, until it ends."""
@@ -289,14 +289,14 @@ class Call:
         return event.result
 
     def _take(self, deadline_s: float) -> None:
-        said = self._agent.next(self._number, deadline_s)
-        if "message" in said:
-            self.messages.append(base64.b64decode(said["message"]))
+        event = self._agent.next(self._number, deadline_s)
+        if "message" in event:
+            self.messages.append(base64.b64decode(event["message"]))
             return
         self._ended = Ended(
-            status=said["code"],
-            message=said["text"],
-            details=tuple(base64.b64decode(item) for item in said["details"]),
+            status=event["code"],
+            message=event["text"],
+            details=tuple(base64.b64decode(item) for item in event["details"]),
         )
 
 

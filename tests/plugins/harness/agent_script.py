@@ -29,9 +29,9 @@ OPTIONS = (
 calls: dict[int, Any] = {}
 
 
-def tell(number: int, **said: object) -> None:
+def report(number: int, **event: object) -> None:
     """Write one line."""
-    sys.stdout.write(json.dumps({"id": number, **said}) + "\n")
+    sys.stdout.write(json.dumps({"id": number, **event}) + "\n")
     sys.stdout.flush()
 
 
@@ -45,41 +45,41 @@ def as_bytes(data: bytes) -> bytes:
     return data
 
 
-def begin(channel: grpc.aio.Channel, order: dict[str, Any]) -> None:
-    """Make one call. The next order may call it off."""
-    method = channel.unary_stream(order["method"], as_bytes, as_bytes)
-    data = base64.b64decode(order["data"])
-    calls[order["id"]] = method(data, timeout=order["timeout"], wait_for_ready=True)
+def begin(channel: grpc.aio.Channel, command: dict[str, Any]) -> None:
+    """Make one call. The next command may call it off."""
+    method = channel.unary_stream(command["method"], as_bytes, as_bytes)
+    data = base64.b64decode(command["data"])
+    calls[command["id"]] = method(data, timeout=command["timeout"], wait_for_ready=True)
 
 
-async def listen(number: int) -> None:
+async def receive(number: int) -> None:
     """Tell all that is heard of a call."""
     call = calls[number]
     with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
         async for message in call:
-            tell(number, message=as_text(message))
+            report(number, message=as_text(message))
     trailing = await call.trailing_metadata() or ()
     details = [as_text(value) for key, value in trailing if isinstance(value, bytes)]
     code, text = await call.code(), await call.details()
-    tell(number, code=code.name, text=text or "", details=details)
+    report(number, code=code.name, text=text or "", details=details)
     del calls[number]
 
 
 async def main(socket: str) -> None:
     """Obey until standard input ends."""
-    orders = asyncio.StreamReader(limit=2**24)
+    commands = asyncio.StreamReader(limit=2**24)
     await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(orders), sys.stdin
+        lambda: asyncio.StreamReaderProtocol(commands), sys.stdin
     )
     tasks = set()
     async with grpc.aio.insecure_channel(f"unix:{socket}", OPTIONS) as channel:
-        async for line in orders:
-            order = json.loads(line)
-            if "method" in order:
-                begin(channel, order)
-                tasks.add(asyncio.create_task(listen(order["id"])))
-            elif order["id"] in calls:
-                calls[order["id"]].cancel()
+        async for line in commands:
+            command = json.loads(line)
+            if "method" in command:
+                begin(channel, command)
+                tasks.add(asyncio.create_task(receive(command["id"])))
+            elif command["id"] in calls:
+                calls[command["id"]].cancel()
 
 
 if __name__ == "__main__":

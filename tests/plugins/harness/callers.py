@@ -116,7 +116,7 @@ def owner_of(path: Path) -> tuple[int, int, int]:
     return status.st_uid, status.st_gid, status.st_mode & 0o7777
 
 
-def let_everybody_reach(tmp_path: Path) -> None:
+def make_reachable(tmp_path: Path) -> None:
     """Open the way to one of pytest's directories, which are root's alone."""
     for directory in (tmp_path, *tmp_path.parents):
         directory.chmod(0o755)

@@ -25,8 +25,8 @@ COMMAND: Final = programs.CONVERTD
 
 FRONT: Final = "convertd-front"
 JOB: Final = "convertd-job"
-SPARE: Final = "convertd-idle"
-GATE: Final = "convertd-child"  # the spare's own, which will be its first qemu-img
+PREFORKED_JOB: Final = "convertd-idle"
+PREFORKED_CHILD: Final = "convertd-child"  # of the preforked job; becomes its first qemu-img
 QEMU_IMG: Final = "qemu-img"
 
 LIVE: Final[set[Daemon]] = set()
@@ -36,10 +36,10 @@ LIVE: Final[set[Daemon]] = set()
 class DidNotStart(Exception):
     """The daemon ended before it served."""
 
-    def __init__(self, status: int, said: str) -> None:
-        super().__init__(f"exit status {status}: {said}")
+    def __init__(self, status: int, output: str) -> None:
+        super().__init__(f"exit status {status}: {output}")
         self.status = status
-        self.said = said
+        self.output = output
 
 
 class Daemon:
@@ -113,8 +113,8 @@ class Daemon:
                 start_new_session=True,
             )
         self.await_notice("READY=1")
-        self.await_one(SPARE)
-        self.await_one(GATE)
+        self.await_one(PREFORKED_JOB)
+        self.await_one(PREFORKED_CHILD)
 
     def await_notice(self, notice: str, deadline_s: float = waiting.DEADLINE_S) -> None:
         """Wait until it tells its manager something.
@@ -171,7 +171,7 @@ class Daemon:
         return found[0].pid if len(found) == 1 else 0
 
     @contextlib.contextmanager
-    def held(self, name: str) -> Iterator[int]:
+    def stopped(self, name: str) -> Iterator[int]:
         """Stop the one process of that name for the length of the block."""
         pid = self.await_one(name)
         os.kill(pid, signal.SIGSTOP)
@@ -184,14 +184,14 @@ class Daemon:
         """Wait until no process of that name is left."""
         waiting.until(lambda: not self.processes(name), f"no process {name}")
 
-    def await_calm(self) -> None:
+    def await_idle(self) -> None:
         """Wait until there is nothing but broker, front, and what is forked for the next job.
 
         A job that has ended holds its place, and its destination, until the broker has noticed.
         """
         waiting.until(lambda: not self._at_work(), "no job, and none that was not waited for")
-        self.await_one(SPARE)
-        self.await_one(GATE)
+        self.await_one(PREFORKED_JOB)
+        self.await_one(PREFORKED_CHILD)
 
     def _at_work(self) -> list[Process]:
         found = processes.of_session(self.pid)
@@ -199,7 +199,7 @@ class Daemon:
 
     def traced(self) -> tuple[int, ...]:
         """What to trace to see all jobs: the broker, which forks them, and what is forked ahead."""
-        return self.pid, self.await_one(SPARE), self.await_one(GATE)
+        return self.pid, self.await_one(PREFORKED_JOB), self.await_one(PREFORKED_CHILD)
 
     def await_logged(self, text: str) -> None:
         """Wait until the log has that text."""
@@ -250,9 +250,9 @@ class Daemon:
         if self._process.poll() is None:
             self.signal(signal.SIGTERM)
         assert self.wait() == 0, self.log
-        self.check_gone()
+        self.check_nothing_is_left()
 
-    def check_gone(self) -> None:
+    def check_nothing_is_left(self) -> None:
         """See that no process, no socket and no private directory is left."""
         self.await_none("")
         assert not self.socket.exists()

@@ -106,7 +106,7 @@ def daemon(request: pytest.FixtureRequest, fill_in: FillIn) -> Iterator[Daemon]:
         undo.callback(one.discard)
         one.start()
         yield one
-        one.await_calm()
+        one.await_idle()
         one.stop()
 
 

@@ -1,4 +1,4 @@
-"""Images of each format, spoilt in their headers and tables as AFL would. All by a seed."""
+"""Images of each format, corrupted in their headers and tables as AFL would. All by a seed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Seed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Spoilt:
+class Corrupted:
     """One image of the fuzz, which its seed's name and its number tell again."""
 
     seed: Seed
@@ -157,7 +157,7 @@ def _naming(directory: Path, secret: Secret) -> Iterator[Seed]:
         yield Seed(name=title, format=image_format, data=data, names_a_secret=True)
 
 
-def spoilt(all_of_them: tuple[Seed, ...], seed: int, number: int) -> Spoilt:
+def corrupted(all_of_them: tuple[Seed, ...], seed: int, number: int) -> Corrupted:
     """The image of that number."""
     pick = random.Random(f"{seed}:{number}")  # noqa: S311 - to be repeated
     begun = all_of_them[number % len(all_of_them)]
@@ -167,7 +167,7 @@ def spoilt(all_of_them: tuple[Seed, ...], seed: int, number: int) -> Spoilt:
         _spoil(pick, data, slots, all_of_them)
     if pick.random() < 0.9:
         begun.repair(data)
-    return Spoilt(seed=begun, number=number, data=bytes(data))
+    return Corrupted(seed=begun, number=number, data=bytes(data))
 
 
 def _spoil(

@@ -1,8 +1,8 @@
 """Whatever bytes an image has, the bytes of a secret file never reach a result; nothing breaks.
 
-Spoilt images of each format go through Inspect and Convert on a real daemon. How many is told by
+Corrupted images of each format go through Inspect and Convert on a real daemon. How many is told by
 CONVERTD_FUZZ_IMAGES, how long at most by CONVERTD_FUZZ_SECONDS; CONVERTD_FUZZ_SEED tells which. An
-image is made again from seed and number: `mutation.spoilt(seeds, seed, number)`.
+image is made again from seed and number: `mutation.corrupted(seeds, seed, number)`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from harness import processes, waiting
 from harness.agent import Call, conversion
 from harness.callers import ALICE, BOB
 from harness.daemon import FRONT, Daemon
-from hostile import asking, mutation
+from hostile import mutation, simple_calls
 from hostile import secret as secrets
-from hostile.mutation import Seed, Spoilt
+from hostile.mutation import Corrupted, Seed
 from hostile.secret import Secret
 from policies import IMAGES, Grant, Policy
 
@@ -84,7 +84,7 @@ class Figures:
     crashes: list[str] = field(default_factory=list)
     slowest_s: float = 0.0
 
-    def count(self, image: Spoilt, what: str, answer: asking.Answer) -> None:
+    def count(self, image: Corrupted, what: str, answer: simple_calls.Outcome) -> None:
         """Take in how one call ended."""
         self.ends[f"{what} {answer.reason or answer.status}"] += 1
         if "qemu-img crashed" in answer.message or "ended by SIG" in answer.message:
@@ -101,27 +101,27 @@ class Run:
         self.marker = marker
         self.figures = Figures()
 
-    def through(self, images: list[Spoilt]) -> None:
+    def through(self, images: list[Corrupted]) -> None:
         """Inspect and convert them all, and look for the secret in whatever comes back."""
         began = time.monotonic()
         asked = [(image, *self.begin(place, image)) for place, image in enumerate(images)]
         for image, out, inspecting, converting in asked:
             for what, call in (("inspect", inspecting), ("convert", converting)):
-                answer = asking.answer_of(call)
-                assert self.marker not in answer.said, f"{SEED}:{image.number} {what}"
+                answer = simple_calls.outcome_of(call)
+                assert self.marker not in answer.received, f"{SEED}:{image.number} {what}"
                 self.figures.count(image, what, answer)
-            assert not asking.holds(out, self.marker), f"{SEED}:{image.number}"
+            assert not simple_calls.contains(out, self.marker), f"{SEED}:{image.number}"
             out.unlink(missing_ok=True)
             self.figures.images += 1
         self.figures.slowest_s = max(self.figures.slowest_s, time.monotonic() - began)
 
-    def begin(self, place: int, image: Spoilt) -> tuple[Path, Call, Call]:
-        """Ask for both. The format of a spoilt image is stated, unstated or stated wrong."""
+    def begin(self, place: int, image: Corrupted) -> tuple[Path, Call, Call]:
+        """Ask for both. The format of a corrupted image is stated, unstated or stated wrong."""
         pick = random.Random(f"{SEED}:{image.number}:asked")  # noqa: S311 - to be repeated
         stated = pick.choice((image.seed.format, image.seed.format, "", pick.choice(FORMATS)))
         if image.data == image.seed.data:
             stated = image.seed.format
-        path = asking.given_to(ALICE, self.directory / f"{place}.img", image.data)
+        path = simple_calls.file_of(ALICE, self.directory / f"{place}.img", image.data)
         out = self.directory / f"{place}.out"
         agent = self.daemon.agent(ALICE)
         look = pb.InspectRequest(source=pb.Source(path=str(path), format=stated))
@@ -153,19 +153,19 @@ def test_corrupted_image_reveals_no_secret_and_does_not_end_the_daemon(
     honest = [seed for seed in seeds if not seed.names_a_secret]
     # One by one: beside the others one might not be done in the time that each has.
     for seed in honest:
-        run.through([Spoilt(seed=seed, number=-1, data=seed.data)])
+        run.through([Corrupted(seed=seed, number=-1, data=seed.data)])
     assert run.figures.ends["convert OK"] == len(honest)
-    run.through([mutation.spoilt(seeds, SEED, number) for number in range(AT_ONCE)])
+    run.through([mutation.corrupted(seeds, SEED, number) for number in range(AT_ONCE)])
     pids = {"broker": daemon.pid, "front": front}
     before = {name: processes.anonymous_kib(pid) for name, pid in pids.items()}
-    daemon.await_calm()
+    daemon.await_idle()
     open_before = {name: len(processes.descriptors(pid)) for name, pid in pids.items()}
     number = AT_ONCE
     while number < COUNT and time.monotonic() < end:
         last = min(number + AT_ONCE, COUNT)
-        run.through([mutation.spoilt(seeds, SEED, n) for n in range(number, last)])
+        run.through([mutation.corrupted(seeds, SEED, n) for n in range(number, last)])
         number = last
-    daemon.await_calm()
+    daemon.await_idle()
     assert daemon.await_one(FRONT) == front
     after = {name: processes.anonymous_kib(pid) for name, pid in pids.items()}
     _tell(run.figures, before, after)

@@ -98,7 +98,7 @@ def test_job_sandbox_and_kernel_import_only_the_standard_library_and_own_code() 
     assert imported - sys.stdlib_module_names == {"convertd_core", "convertd_daemon"}
 
 
-def test_no_module_imports_itself_by_way_of_others() -> None:
+def test_there_is_no_import_cycle() -> None:
     """Not for types alone either: whoever reads one must not have to read the other."""
     graph = grimp.build_graph("convertd_core", *PACKAGES, cache_dir=None)
     imported = {name: graph.find_modules_directly_imported_by(name) for name in graph.modules}

@@ -67,7 +67,7 @@ def refusal_of(grant: values.ConvertGrant) -> conditions.Failure:
     return failure
 
 
-def look_of(descriptor: int) -> tuple[int, int, int]:
+def owner_and_mode(descriptor: int) -> tuple[int, int, int]:
     """Uid, gid and permission bits."""
     status = os.fstat(descriptor)
     return status.st_uid, status.st_gid, status.st_mode & 0o7777
@@ -92,19 +92,19 @@ class TestUnnamedTemporary:
     ) -> None:
         """It counts to the owner's quota; the worker owns nothing, and so can't chmod it."""
         with created(grant_to(area)) as dest:
-            assert look_of(dest.fd) == (CALLER.uid, WORKER.gid, 0o060)
+            assert owner_and_mode(dest.fd) == (CALLER.uid, WORKER.gid, 0o060)
 
     def test_unnamed_temporary_without_a_worker_is_private_to_the_caller(self, area: Path) -> None:
         """Without a daemon qemu-img has the caller's own uid."""
         with created(grant_to(area), WITHOUT_WORKER) as dest:
-            assert look_of(dest.fd) == (0, 0, 0o600)
+            assert owner_and_mode(dest.fd) == (0, 0, 0o600)
 
     def test_unnamed_temporary_ignores_the_default_acl_of_the_directory(self, area: Path) -> None:
         """It would mask the worker's bits, and let others read what is being written."""
         setfacl = ["setfacl", "-d", "-m", "u:1666:rwx,g::r,m::r,o::r", str(area)]
         subprocess.run(setfacl, check=True)
         with created(grant_to(area)) as dest:
-            assert look_of(dest.fd) == (CALLER.uid, WORKER.gid, 0o060)
+            assert owner_and_mode(dest.fd) == (CALLER.uid, WORKER.gid, 0o060)
             assert "system.posix_acl_access" not in os.listxattr(dest.fd)
 
     def test_temporary_is_locked_while_it_exists(self, area: Path) -> None:
@@ -163,7 +163,7 @@ class TestNamedTemporary:
             assert os.listdir(fuse) == [dest.temporary]
             assert dest.temporary.startswith(".convertd-")
             assert len(dest.temporary) > 24
-            assert look_of(dest.fd) == (CALLER.uid, WORKER.gid, 0o060)
+            assert owner_and_mode(dest.fd) == (CALLER.uid, WORKER.gid, 0o060)
         assert os.listdir(fuse) == []
 
     def test_missing_named_temporary_after_publishing_is_no_error(self, fuse: Path) -> None:
@@ -208,7 +208,7 @@ class TestNamedTemporary:
         with created(grant_to(fuse, root=grants.files(fuse, access=access))) as dest:
             assert os.listdir(fuse) == [dest.temporary]
 
-    def test_one_that_another_sweep_looks_at_is_removed(self, fuse: Path) -> None:
+    def test_temporary_examined_by_another_sweep_is_removed(self, fuse: Path) -> None:
         """Its lock is one for readers: NFS gives no other on what is open for reading alone."""
         (fuse / LEFT).touch()
         os.chown(fuse / LEFT, CALLER.uid, CALLER.gid)
@@ -425,7 +425,7 @@ class TestRefusals:
         with created(
             grant_to(area, root=grants.files(area, access=values.RootAccess.CALLER))
         ) as dest:
-            assert look_of(dest.fd) == (CALLER.uid, WORKER.gid, 0o060)
+            assert owner_and_mode(dest.fd) == (CALLER.uid, WORKER.gid, 0o060)
 
     def test_read_only_file_system_is_refused_for_a_result(
         self, area: Path, mounts: Mounts

@@ -100,7 +100,7 @@ def test_linked_test_in_the_documentation_exists(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_a_source_file_that_a_page_names_is_there(page: Path) -> None:
+def test_source_file_named_in_the_documentation_exists(page: Path) -> None:
     """As in docs/architecture.md, and in the commands of docs/reliability.md."""
     code = (part.content for part in inline(page.read_text("utf-8")) if part.type == "code_inline")
     for path in re.findall(SOURCE, "\n".join(code), re.MULTILINE):

@@ -26,7 +26,7 @@ def output_of(child: spawn.ConfinedProgram) -> str:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Intruder:
+class CompromisedProgram:
     """A Python that runs where qemu-img would, confined as qemu-img is."""
 
     program: int
@@ -39,7 +39,7 @@ class Intruder:
         identity: spawn.Identity | None = WORKER,
         keep_read_search: bool = False,
         write: tuple[int, ...] = (),
-    ) -> Intruder:
+    ) -> CompromisedProgram:
         """Change the confinement."""
         changed = dataclasses.replace(
             self.confinement,
@@ -48,7 +48,7 @@ class Intruder:
             keep_read_search=keep_read_search,
             write=write,
         )
-        return Intruder(program=self.program, confinement=changed)
+        return CompromisedProgram(program=self.program, confinement=changed)
 
     def start(self, script: str, *, inherit: tuple[int, ...] = ()) -> spawn.ConfinedProgram:
         """Execute a script in the sandbox."""

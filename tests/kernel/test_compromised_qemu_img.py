@@ -18,7 +18,7 @@ from convertd_daemon.linux import capabilities
 from convertd_daemon.sandbox import confine_broker, spawn
 
 if TYPE_CHECKING:
-    from intruder import Intruder
+    from compromised import CompromisedProgram
 
 
 # The scripts below make system calls by number.
@@ -33,7 +33,7 @@ RIGHTS = pytest.mark.parametrize("read_search", [False, True], ids=["no cap", "r
 @pytest.fixture
 def public() -> Iterator[Path]:
     """Give a directory in which everybody may do everything, as far as its mode goes."""
-    directory = Path("/var/tmp") / f"convertd-intruder-{os.getpid()}"  # noqa: S108
+    directory = Path("/var/tmp") / f"convertd-compromised-{os.getpid()}"  # noqa: S108
     directory.mkdir(mode=0o777)
     directory.chmod(0o777)
     file = directory / "file"
@@ -53,7 +53,7 @@ def public() -> Iterator[Path]:
 @ALL_ABIS
 @RIGHTS
 def test_compromised_qemu_img_can_open_no_file(
-    intruder: Intruder, public: Path, abi: int | None, *, read_search: bool
+    compromised: CompromisedProgram, public: Path, abi: int | None, *, read_search: bool
 ) -> None:
     """Neither by name, nor by number, nor its metadata; even one that the uid owns."""
     script = f"""
@@ -88,7 +88,7 @@ attempt("memfd", lambda: os.memfd_create("m"))
     opening = {
         "read", "write", "read /etc/passwd", "read /proc", "list", "create", "unnamed",
     }  # fmt: skip
-    outcomes = intruder.but(keep_read_search=read_search, abi=abi).tries(script)
+    outcomes = compromised.but(keep_read_search=read_search, abi=abi).tries(script)
     assert len(outcomes) == 24
     assert outcomes == {name: "EACCES" if name in opening else "EPERM" for name in outcomes}
     assert (public / "file").read_text() == "x"
@@ -98,7 +98,7 @@ attempt("memfd", lambda: os.memfd_create("m"))
 @ALL_ABIS
 @RIGHTS
 def test_compromised_qemu_img_can_read_no_metadata_but_stat(
-    intruder: Intruder, public: Path, abi: int | None, *, read_search: bool
+    compromised: CompromisedProgram, public: Path, abi: int | None, *, read_search: bool
 ) -> None:
     """Of no file by name, descriptor or handle, with CAP_DAC_READ_SEARCH either."""
     secret = public / "secret"
@@ -129,14 +129,14 @@ attempt("where we are", lambda: os.readlink("/proc/self/cwd"))
 attempt("statfs", lambda: os.statvfs(b"/"))
 attempt("ustat", lambda: call(136, os.makedev(0, 1), out))
 """
-    outcomes = intruder.but(keep_read_search=read_search, abi=abi).tries(script)
+    outcomes = compromised.but(keep_read_search=read_search, abi=abi).tries(script)
     assert outcomes == dict.fromkeys(outcomes, "EPERM")
     assert len(outcomes) == 16
 
 
 @ALL_ABIS
 def test_compromised_qemu_img_can_flush_only_its_own_descriptors(
-    intruder: Intruder, public: Path, abi: int | None
+    compromised: CompromisedProgram, public: Path, abi: int | None
 ) -> None:
     """Whoever writes a lot would wait with it; its own descriptors are its own to flush."""
     descriptor = os.open(public / "file", os.O_RDWR)
@@ -149,7 +149,7 @@ attempt("btrfs start sync", lambda: fcntl.ioctl({descriptor}, 0x80089418, bytes(
 attempt("own", lambda: os.fsync({descriptor}))
 attempt("own data", lambda: os.fdatasync({descriptor}))
 """
-    changed = intruder.but(abi=abi, write=(descriptor,))
+    changed = compromised.but(abi=abi, write=(descriptor,))
     outcomes = changed.tries(script, inherit=(descriptor,))
     os.close(descriptor)
     assert outcomes == {
@@ -159,7 +159,7 @@ attempt("own data", lambda: os.fdatasync({descriptor}))
 
 
 def test_compromised_qemu_img_can_make_no_system_call_that_is_not_listed(
-    intruder: Intruder,
+    compromised: CompromisedProgram,
 ) -> None:
     """Whichever it is: those that nobody needs are not there to be thought of one by one."""
     script = """
@@ -173,20 +173,20 @@ attempt("working directory", lambda: os.chdir("/"))
 attempt("uselib", lambda: call(134, b"/etc/passwd"))
 attempt("younger than all", lambda: call(4000))
 """
-    outcomes = intruder.tries(script)
+    outcomes = compromised.tries(script)
     assert outcomes == dict.fromkeys(outcomes, "ENOSYS")
     assert len(outcomes) == 9
 
 
 @ALL_ABIS
 def test_compromised_qemu_img_can_not_access_memory_of_another_job(
-    intruder: Intruder, abi: int | None
+    compromised: CompromisedProgram, abi: int | None
 ) -> None:
     """A qemu-img that runs for somebody else, of the same uid and in a sandbox of its own."""
 
     def act() -> dict[str, str]:
         wait, go = os.pipe()
-        one = intruder.start(
+        one = compromised.start(
             f"import os; print(1, flush=True); os.read({wait}, 1)", inherit=(wait,)
         )
         with one as victim:
@@ -205,7 +205,7 @@ attempt("read", lambda: call(310, victim, None, 0, None, 0, 0))
 attempt("descriptor", lambda: call(438, 3, 1, 0))
 attempt("link", lambda: os.readlink(f"/proc/{{victim}}/exe"))
 """
-            outcomes = intruder.but(abi=abi).tries(script)
+            outcomes = compromised.but(abi=abi).tries(script)
             os.write(go, b"x")
             assert victim.wait() == 0
         return outcomes
@@ -218,7 +218,7 @@ attempt("link", lambda: os.readlink(f"/proc/{{victim}}/exe"))
 
 @ALL_ABIS
 def test_compromised_qemu_img_can_not_access_other_processes(
-    intruder: Intruder, abi: int | None
+    compromised: CompromisedProgram, abi: int | None
 ) -> None:
     """Not even one of the same uid, which another job's qemu-img is."""
     victim = os.fork()
@@ -252,7 +252,7 @@ attempt("signal of a pipe", lambda: call(72, 1, 10, 9))
 attempt("owner by ioctl", lambda: call(16, 1, 0x8901, limit))
 """
     try:
-        outcomes = intruder.but(abi=abi).tries(script)
+        outcomes = compromised.but(abi=abi).tries(script)
     finally:
         os.kill(victim, signal.SIGKILL)
         _, status = os.waitpid(victim, 0)
@@ -263,7 +263,7 @@ attempt("owner by ioctl", lambda: call(16, 1, 0x8901, limit))
 
 @ALL_ABIS
 def test_compromised_qemu_img_can_not_use_sockets(
-    intruder: Intruder, public: Path, abi: int | None
+    compromised: CompromisedProgram, public: Path, abi: int | None
 ) -> None:
     """None can be made; Landlock does not govern one that has a path."""
     script = f"""
@@ -277,13 +277,13 @@ attempt("tcp", lambda: connect(socket.AF_INET, ("127.0.0.1", 22)))
 attempt("netlink", lambda: socket.socket(socket.AF_NETLINK))
 attempt("pair", lambda: socket.socketpair())
 """
-    outcomes = intruder.but(abi=abi).tries(script)
+    outcomes = compromised.but(abi=abi).tries(script)
     assert outcomes == dict.fromkeys(["path", "abstract", "tcp", "netlink", "pair"], "EPERM")
 
 
 @ALL_ABIS
 def test_compromised_qemu_img_can_not_execute_another_program(
-    intruder: Intruder, abi: int | None
+    compromised: CompromisedProgram, abi: int | None
 ) -> None:
     """Whatever the way; descriptor 700 is gone and can't come back."""
     script = """
@@ -309,7 +309,7 @@ attempt("user namespace", lambda: call(272, 0x10000000))
 attempt("io_uring", lambda: call(425, 8, None))
 attempt("thread", lambda: threading.Thread(target=id, args=(1,)).start())
 """
-    assert intruder.but(abi=abi).tries(script) == {
+    assert compromised.but(abi=abi).tries(script) == {
         "execve": "EPERM",
         "execve itself": "EPERM",
         "execveat, no descriptor": "EPERM",
@@ -332,7 +332,7 @@ attempt("thread", lambda: threading.Thread(target=id, args=(1,)).start())
 
 @pytest.mark.parametrize(("abi", "expected"), [(4, "ENOTTY"), (5, "EACCES"), (None, "EACCES")])
 def test_compromised_qemu_img_can_make_no_ioctl_on_other_devices(
-    intruder: Intruder, abi: int | None, expected: str
+    compromised: CompromisedProgram, abi: int | None, expected: str
 ) -> None:
     """By Landlock from ABI 5; those that reach furthest by seccomp, always."""
     script = """
@@ -347,7 +347,7 @@ attempt("reserve", lambda: fcntl.ioctl(null, 0x401070C9, bytes(16)))
 attempt("lease", lambda: fcntl.fcntl(null, 1024, 0))
 attempt("a disk", lambda: os.open("/dev/loop0", os.O_RDONLY))
 """
-    assert intruder.but(abi=abi, keep_read_search=True).tries(script) == {
+    assert compromised.but(abi=abi, keep_read_search=True).tries(script) == {
         "size": expected,
         "push input": "EPERM",
         **dict.fromkeys(["scsi", "nvme", "loop", "reserve", "lease"], "EPERM"),
@@ -356,7 +356,7 @@ attempt("a disk", lambda: os.open("/dev/loop0", os.O_RDONLY))
 
 
 def test_compromised_qemu_img_inherits_no_environment_descriptor_or_handler(
-    intruder: Intruder,
+    compromised: CompromisedProgram,
 ) -> None:
     """Neither environment, nor descriptors but its own, nor handlers."""
     ours, theirs = os.open("/dev/zero", os.O_RDONLY), os.open("/dev/zero", os.O_RDONLY)
@@ -374,7 +374,7 @@ print(json.dumps([dict(os.environ), descriptors, os.read(0, 1).decode()]))
 
     def act() -> str:
         os.environ["OURS"] = "x"
-        with intruder.start(script, inherit=(theirs,)) as child:
+        with compromised.start(script, inherit=(theirs,)) as child:
             child.wait()
             return os.read(child.stdout, 65536).decode()
 
@@ -389,7 +389,7 @@ print(json.dumps([dict(os.environ), descriptors, os.read(0, 1).decode()]))
 @RIGHTS
 @pytest.mark.parametrize("whose", ["worker", "root without a right", "caller"])
 def test_sandbox_of_a_compromised_qemu_img_is_visible_in_proc(
-    intruder: Intruder, whose: str, *, read_search: bool
+    compromised: CompromisedProgram, whose: str, *, read_search: bool
 ) -> None:
     """/proc/PID/status and limits: uid, capabilities, no_new_privs, seccomp, signals, limits."""
     groups = (1600, 1700)
@@ -406,7 +406,7 @@ def test_sandbox_of_a_compromised_qemu_img_is_visible_in_proc(
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
         wait, go = os.pipe()
         script = f"import os; print(1, flush=True); os.read({wait}, 1)"
-        changed = intruder.but(identity=whom, keep_read_search=read_search)
+        changed = compromised.but(identity=whom, keep_read_search=read_search)
         with changed.start(script, inherit=(wait,)) as child:
             os.set_blocking(child.stdout, True)
             assert os.read(child.stdout, 9) == b"1\n"
@@ -443,7 +443,7 @@ def test_sandbox_of_a_compromised_qemu_img_is_visible_in_proc(
 
 
 def test_write_access_of_qemu_img_does_not_allow_chmod_or_execution(
-    intruder: Intruder, public: Path
+    compromised: CompromisedProgram, public: Path
 ) -> None:
     """The inode can be written and cut through its descriptor, and not renamed or chmod-ed."""
     descriptor = os.open(public / "file", os.O_RDWR)
@@ -456,7 +456,7 @@ attempt("chown", lambda: os.fchown({descriptor}, 1500, 1500))
 attempt("setxattr", lambda: os.setxattr({descriptor}, "user.a", b"x"))
 attempt("run", lambda: os.execv(name, ["x"]))
 """
-    assert intruder.but(write=(descriptor,)).tries(script, inherit=(descriptor,)) == {
+    assert compromised.but(write=(descriptor,)).tries(script, inherit=(descriptor,)) == {
         "open": "done",
         "cut": "done",
         "chmod": "EPERM",

@@ -17,12 +17,12 @@ from convertd_daemon.broker import connections
 from convertd_daemon.sandbox import closer
 
 
-def none(limits: values.Limits) -> connections.Connections:
+def no_connections(limits: values.Limits) -> connections.Connections:
     """No connections yet."""
     return connections.Connections(limits, closer.Closer(loop.Loop().after))
 
 
-def ends() -> tuple[socket.socket, socket.socket]:
+def socket_pair() -> tuple[socket.socket, socket.socket]:
     """A connection; who made it is each end's peer."""
     return socket.socketpair()
 
@@ -34,9 +34,9 @@ def test_peer_credentials_come_from_the_kernel() -> None:
         os.setgroups([1300, 1400])
         os.setresgid(1235, 1235, 1235)
         os.setresuid(1234, 1234, 1234)
-        ours, theirs = ends()
+        ours, theirs = socket_pair()
         with ours, theirs:
-            connection = none(values.DEFAULT_LIMITS).admit(ours)
+            connection = no_connections(values.DEFAULT_LIMITS).admit(ours)
             assert connection is not None
             assert connection.pid == os.getpid()
             return connection.peer()
@@ -47,10 +47,10 @@ def test_peer_credentials_come_from_the_kernel() -> None:
 
 def test_connection_number_is_never_reused() -> None:
     """A front that speaks of a connection that ended speaks of nobody."""
-    table = none(values.DEFAULT_LIMITS)
+    table = no_connections(values.DEFAULT_LIMITS)
     numbers = []
     for _ in range(3):
-        ours, theirs = ends()
+        ours, theirs = socket_pair()
         connection = table.admit(ours)
         assert connection is not None
         assert table.find(connection.number) is connection
@@ -75,8 +75,8 @@ def test_connection_over_the_limit_is_closed_and_logged(
     limits: values.Limits, caplog: pytest.LogCaptureFixture
 ) -> None:
     """At once, with a word in the journal; when one of the others ends, there is room again."""
-    table = none(limits)
-    pairs = [ends() for _ in range(4)]
+    table = no_connections(limits)
+    pairs = [socket_pair() for _ in range(4)]
     admitted = [table.admit(ours) for ours, _ in pairs[:2]]
     with caplog.at_level(logging.WARNING):
         assert table.admit(pairs[2][0]) is None
@@ -90,23 +90,23 @@ def test_connection_over_the_limit_is_closed_and_logged(
             end.close()
 
 
-def test_who_comes_again_and_again_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_repeated_refused_connections_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
     """One line in a while says that somebody has too many connections."""
-    table = none(grants.limits(connections_per_user=0))
+    table = no_connections(grants.limits(connections_per_user=0))
     with caplog.at_level(logging.WARNING):
         for _ in range(100):
-            ours, theirs = ends()
+            ours, theirs = socket_pair()
             assert table.admit(ours) is None
             theirs.close()
     assert 1 <= caplog.text.count("too many connections uid=0") < 10
 
 
 @pytest.mark.parametrize("half", [True, False], ids=["half", "all"])
-def test_one_whose_peer_has_gone_while_it_waited_is_closed(*, half: bool) -> None:
+def test_connection_whose_peer_left_the_backlog_is_closed(*, half: bool) -> None:
     """Nobody carries it, and nothing is logged of it."""
-    table = none(values.DEFAULT_LIMITS)
+    table = no_connections(values.DEFAULT_LIMITS)
     with none_left_open():
-        ours, theirs = ends()
+        ours, theirs = socket_pair()
         with theirs:
             if half:
                 theirs.shutdown(socket.SHUT_WR)
@@ -119,7 +119,7 @@ def test_one_whose_peer_has_gone_while_it_waited_is_closed(*, half: bool) -> Non
 
 def test_connection_with_unknown_credentials_is_closed() -> None:
     """It is nobody's, and takes nobody's place."""
-    table = none(values.DEFAULT_LIMITS)
+    table = no_connections(values.DEFAULT_LIMITS)
     with none_left_open(), pytest.raises(OSError, match="not connected"):
         table.admit(socket.socket(socket.AF_UNIX))
     assert len(table) == 0

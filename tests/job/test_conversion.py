@@ -370,10 +370,10 @@ class TestQemuImgFailures:
         assert failure.message.startswith("/dev/vg/lv: ")
 
 
-class TestWholeRun:
+class TestConversion:
     """With the real program."""
 
-    def converted(self, area: Path, *passphrases: bytes, **asked: object) -> whole_job.Said:
+    def converted(self, area: Path, *passphrases: bytes, **asked: object) -> whole_job.JobEvents:
         """Convert `in` to `out`, by a whole job."""
         rules = grants.Rules(roots=(grants.files(area),))
         source = asked.pop("source", None) or values.Source(path=str(area / "in"), format="raw")
@@ -435,8 +435,8 @@ class TestWholeRun:
         (area / "in").write_bytes(os.urandom(16 * MIB))
         rules = grants.Rules(roots=(grants.files(area),))
         slow = grants.slowly(grants.request(area / "in", area / "out"))
-        with whole_job.started(rules.convert(slow)) as (_, line):
-            while not isinstance(line.receive(*messages.FROM_JOB)[0], messages.Planned):
+        with whole_job.started(rules.convert(slow)) as (_, job_channel):
+            while not isinstance(job_channel.receive(*messages.FROM_JOB)[0], messages.Planned):
                 pass
         assert os.listdir(area) == ["in"]
 
@@ -445,13 +445,15 @@ class TestWholeRun:
         (area / "in").write_bytes(os.urandom(16 * MIB))
         rules = grants.Rules(roots=(grants.files(area),))
         slow = grants.slowly(grants.request(area / "in", area / "out"))
-        with whole_job.started(rules.convert(slow)) as (job, line):
-            while not isinstance(line.receive(*messages.FROM_JOB)[0], messages.Planned):
+        with whole_job.started(rules.convert(slow)) as (job, job_channel):
+            while not isinstance(job_channel.receive(*messages.FROM_JOB)[0], messages.Planned):
                 pass
             os.kill(job.pid, signal.SIGTERM)
             with contextlib.suppress(channel.Closed):
                 while True:
-                    assert not isinstance(line.receive(*messages.FROM_JOB)[0], messages.Failed)
+                    assert not isinstance(
+                        job_channel.receive(*messages.FROM_JOB)[0], messages.Failed
+                    )
         assert os.listdir(area) == ["in"]
 
     def test_job_over_its_time_limit_is_ended(self, area: Path) -> None:

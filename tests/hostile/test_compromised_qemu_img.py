@@ -18,7 +18,7 @@ import pytest
 from harness.callers import ALICE, BOB
 from harness.daemon import Daemon
 from harness.fixtures import FillIn
-from hostile import asking, program
+from hostile import program, simple_calls
 from hostile.program import Behaviour
 from hostile.secret import Secret
 from policies import IMAGES, Grant, Policy
@@ -61,7 +61,7 @@ def attacked(place: Path, fill_in: FillIn) -> Iterator[Daemon]:
     one = Daemon(fill_in(POLICY))
     one.start()
     yield one
-    one.await_calm()
+    one.await_idle()
     one.discard()
 
 
@@ -70,7 +70,7 @@ def image(images_dir: Path) -> Path:
     """An image of Alice's, which begins so that qemu-img is asked about a qcow2."""
     os.chown(images_dir, ALICE.uid, ALICE.gid)
     data = b"QFI\xfb\0\0\0\3".ljust(65536, b"x")
-    return asking.given_to(ALICE, images_dir / "image.qcow2", data)
+    return simple_calls.file_of(ALICE, images_dir / "image.qcow2", data)
 
 
 def said(**changes: Any) -> Behaviour:  # noqa: ANN401 - whatever JSON has
@@ -136,7 +136,7 @@ def test_compromised_qemu_img_report_about_an_image_is_validated(
     program.write(place, info=info, otherwise=Behaviour(status=1))
     out = image.with_suffix(".raw")
     with attacked.limited(**LIMITS.get(expected, {})):
-        assert asking.convert(attacked, image, out, "").reason == expected
+        assert simple_calls.convert(attacked, image, out, "").reason == expected
     assert not out.exists()
     assert attacked.agent(BOB).access().uid == BOB.uid
 
@@ -192,7 +192,7 @@ def test_compromised_qemu_img_list_of_snapshots_and_bitmaps_is_validated(
 ) -> None:
     """Snapshots and bitmaps are told by Inspect alone: as they can be, or not at all."""
     program.write(place, info=info, otherwise=Behaviour(status=1))
-    answer = asking.inspect(attacked, image, "")
+    answer = simple_calls.inspect(attacked, image, "")
     assert (answer.reason or answer.status) == expected
     assert attacked.agent(BOB).access().uid == BOB.uid
 
@@ -223,10 +223,10 @@ def test_compromised_qemu_img_output_of_a_conversion_is_validated(
     program.write(place, info=said(), otherwise=run)
     out = image.with_suffix(".raw")
     with attacked.limited(**LIMITS.get(expected, {})):
-        answer = asking.convert(attacked, image, out, "raw")
+        answer = simple_calls.convert(attacked, image, out, "raw")
     assert answer.reason == expected
-    assert b"shadow" not in answer.said
-    assert b"Permission" not in answer.said
+    assert b"shadow" not in answer.received
+    assert b"Permission" not in answer.received
     assert os.listdir(image.parent) == [image.name]
 
 
@@ -283,9 +283,9 @@ def test_compromised_qemu_img_report_about_image_tables_is_validated(
     if info is MAPPED:
         image.write_bytes(VDI.ljust(65536, b"\0"))
     with attacked.limited(**LIMITS.get(expected, {})):
-        answer = asking.convert(attacked, image, image.with_suffix(".raw"), "")
+        answer = simple_calls.convert(attacked, image, image.with_suffix(".raw"), "")
     assert answer.reason == expected
-    assert b"shadow" not in answer.said
+    assert b"shadow" not in answer.received
     assert os.listdir(image.parent) == [image.name]
 
 
@@ -302,5 +302,5 @@ def test_compromised_qemu_img_can_name_only_backing_files_its_caller_may_read(
     for name, is_refused in ((str(secret.raw), True), ("absent.raw", True), (image.name, True)):
         lie = said(**{"backing-filename": name, "backing-filename-format": "raw"})
         program.write(place, info=lie, otherwise=Behaviour(status=1))
-        answer = asking.convert(attacked, image, image.with_suffix(".raw"), "")
+        answer = simple_calls.convert(attacked, image, image.with_suffix(".raw"), "")
         assert (answer.reason == "BACKING_REFUSED") is is_refused

@@ -149,7 +149,7 @@ class TestQemuImgProgram:
         reason = f"{theirs} can be changed by {by_whom}, who could so replace it"
         assert complaint_of(lambda: preflight.check_program(named)) == f"{named}: {reason}"
 
-    def test_links_that_never_end_are_told(self, directory: Path) -> None:
+    def test_endless_symlinks_are_reported(self, directory: Path) -> None:
         """As the kernel does."""
         (directory / "qemu-img").symlink_to("qemu-img")
         complaint = complaint_of(lambda: preflight.check_program(str(directory / "qemu-img")))

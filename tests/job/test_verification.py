@@ -373,7 +373,7 @@ def refused_at(grant: values.ConvertGrant) -> Path | None:
     return Path(dict(failure.values)["path"])
 
 
-class TestOwnRights:
+class TestLocalGrants:
     """The grant of who needs no daemon."""
 
     def test_local_grant_for_a_conversion_allows_everything_with_own_ids(self) -> None:
@@ -393,7 +393,7 @@ class TestOwnRights:
         assert isinstance(grant, values.InspectGrant)
         assert grant.source.path == "/a/b"
 
-    def test_is_not_given_for_a_bad_request(self) -> None:
+    def test_local_grant_is_refused_for_an_invalid_request(self) -> None:
         """What can't be meant is refused as by a daemon."""
         order = messages.LocalRequest(qemu_img="", request=grants.request("a", "/b"))
         assert refusals.reason_of(lambda: local_grant.grant(order)) == "BAD_PATH"

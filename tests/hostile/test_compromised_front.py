@@ -21,8 +21,8 @@ from harness import processes, waiting
 from harness.callers import ALICE, BOB, MALLORY, Caller
 from harness.daemon import JOB, QEMU_IMG, Daemon
 from harness.fixtures import FillIn, MakeDaemon
-from hostile import asking, false_front
-from hostile.false_front import FalseFront
+from hostile import compromised_front, simple_calls
+from hostile.compromised_front import CompromisedFront
 from hostile.secret import Secret
 from policies import IMAGES, Grant, Policy, Root
 
@@ -47,7 +47,7 @@ MESSAGES: Final = int(os.environ.get("CONVERTD_TEST_FRONT_MESSAGES", "1500"))
 """How many random messages the broker is sent."""
 
 SPOILT: Final = int(os.environ.get("CONVERTD_TEST_FRONT_SPOILT", "15"))
-"""How many spoilt ones, of which most cost a front."""
+"""How many corrupted ones, of which most cost a front."""
 
 SEED: Final = int(os.environ.get("CONVERTD_TEST_SEED", "1"))
 
@@ -61,20 +61,20 @@ def broker(fill_in: FillIn) -> Iterator[Daemon]:
 
 
 @pytest.fixture(scope="module")
-def front_of_all(broker: Daemon) -> Iterator[FalseFront]:
+def front_of_all(broker: Daemon) -> Iterator[CompromisedFront]:
     """Its front, once it is started."""
     home = broker.home / "front"
     home.mkdir()
-    with false_front.started(broker, home) as one:
+    with compromised_front.started(broker, home) as one:
         yield one
 
 
 @pytest.fixture
-def front(broker: Daemon, front_of_all: FalseFront) -> Iterator[FalseFront]:
+def front(broker: Daemon, front_of_all: CompromisedFront) -> Iterator[CompromisedFront]:
     """The front. After each test the broker still runs, and no job does."""
     yield front_of_all
     assert broker.is_running
-    broker.await_calm()
+    broker.await_idle()
     assert front_of_all.quiet()
 
 
@@ -82,7 +82,7 @@ def front(broker: Daemon, front_of_all: FalseFront) -> Iterator[FalseFront]:
 def image(images_dir: Path) -> Path:
     """An image of Alice's, large enough to take a while at the least rate."""
     os.chown(images_dir, ALICE.uid, ALICE.gid)
-    return asking.given_to(ALICE, images_dir / "image.raw", os.urandom(16 * values.MIB))
+    return simple_calls.file_of(ALICE, images_dir / "image.raw", os.urandom(16 * values.MIB))
 
 
 def conversion(source: Path, dest: Path) -> values.ConvertRequest:
@@ -95,20 +95,20 @@ def conversion(source: Path, dest: Path) -> values.ConvertRequest:
     )
 
 
-def connection_of(front: FalseFront) -> int:
+def connection_of(front: CompromisedFront) -> int:
     """The number of whoever connected last."""
     message, descriptors = front.await_message(messages.Connected)
     scm_rights.close_all(descriptors)
     return message.connection
 
 
-def await_descriptors(broker: Daemon, front: FalseFront, most: int) -> None:
-    """Wait until the broker has no more: a spare process may be about to be forked.
+def await_descriptors(broker: Daemon, front: CompromisedFront, most: int) -> None:
+    """Wait until the broker has no more: the next job may be about to be preforked.
 
     The front reads meanwhile: people who came and went may still be in the backlog.
     """
     waiting.until(
-        lambda: front.quiet() and false_front.descriptors_of(broker.pid) <= most,
+        lambda: front.quiet() and compromised_front.descriptors_of(broker.pid) <= most,
         "the broker's descriptors close",
     )
 
@@ -150,24 +150,24 @@ def reason(answer: object) -> str:
 )
 def test_compromised_front_can_not_act_for_a_caller_who_is_not_connected(
     broker: Daemon,
-    front: FalseFront,
+    front: CompromisedFront,
     image: Path,
     ask: Callable[[int, int, Path], messages.Request],
 ) -> None:
     """Not over a connection that never was, and not over one that has ended."""
-    with false_front.connected(broker, ALICE):
+    with compromised_front.connected(broker, ALICE):
         ended = connection_of(front)
     waiting.until(
         lambda: reason_of_access(front, ended) == "UNKNOWN_CONNECTION", "the connection ended"
     )
     for number in (ended, ended + 1, 0, -1, 2**64, 10**300):
-        assert reason(front.asks(ask(front.call(), number, image))) == "UNKNOWN_CONNECTION"
+        assert reason(front.ask(ask(front.call(), number, image))) == "UNKNOWN_CONNECTION"
     assert not image.with_suffix(".out").exists()
 
 
-def reason_of_access(front: FalseFront, number: int) -> str:
+def reason_of_access(front: CompromisedFront, number: int) -> str:
     """Why GetAccess is refused over a connection, if it is."""
-    answer = front.asks(
+    answer = front.ask(
         messages.Request(call=front.call(), connection=number, body=messages.GetAccess())
     )
     return answer.failure.reason if isinstance(answer, messages.Refused) else ""
@@ -180,22 +180,22 @@ def test_compromised_front_can_not_use_the_health_probe_connection_of_root(
     daemon = make_daemon(dataclasses.replace(POLICY, operators=[0]))
     home = daemon.home / "front"
     home.mkdir()
-    with false_front.started(daemon, home, "WATCHDOG_USEC=600000") as front:
+    with compromised_front.started(daemon, home, "WATCHDOG_USEC=600000") as front:
         probe, sockets = front.await_message(messages.Probe)
         number = connection_of(front)
         assert reason_of_access(front, number) == "UNKNOWN_CONNECTION"
         request = conversion(image, image.with_suffix(".out"))
         message = messages.Request(call=front.call(), connection=number, body=request)
-        assert reason(front.asks(message)) == "UNKNOWN_CONNECTION"
-        front.line.send(messages.ProbeAnswered(probe=probe.probe))
+        assert reason(front.ask(message)) == "UNKNOWN_CONNECTION"
+        front.channel.send(messages.ProbeAnswered(probe=probe.probe))
         scm_rights.close_all(sockets)
 
 
 def test_compromised_front_is_limited_to_the_grants_of_connected_callers(
-    broker: Daemon, front: FalseFront, image: Path, secret: Secret
+    broker: Daemon, front: CompromisedFront, image: Path, secret: Secret
 ) -> None:
     """Bob is granted another root, Mallory nothing, and nobody what lies outside of all roots."""
-    with false_front.connected(broker, BOB), false_front.connected(broker, MALLORY):
+    with compromised_front.connected(broker, BOB), compromised_front.connected(broker, MALLORY):
         bob, mallory = connection_of(front), connection_of(front)
         out = image.with_suffix(".out")
         tries = [
@@ -207,21 +207,21 @@ def test_compromised_front_is_limited_to_the_grants_of_connected_callers(
             message = messages.Request(
                 call=front.call(), connection=number, body=conversion(source, dest)
             )
-            assert reason(front.asks(message)) == "PERMISSION_DENIED"
+            assert reason(front.ask(message)) == "PERMISSION_DENIED"
             request = values.InspectRequest(source=values.Source(path=str(source)))
             look = messages.Request(call=front.call(), connection=number, body=request)
-            assert reason(front.asks(look)) == "PERMISSION_DENIED"
+            assert reason(front.ask(look)) == "PERMISSION_DENIED"
     assert not out.exists()
 
 
 def test_compromised_front_can_not_keep_the_job_of_a_disconnected_caller(
-    broker: Daemon, front: FalseFront, image: Path
+    broker: Daemon, front: CompromisedFront, image: Path
 ) -> None:
     """Though it holds the job's channel, and says nothing of the kind."""
-    with false_front.connected(broker, ALICE):
+    with compromised_front.connected(broker, ALICE):
         number, call = connection_of(front), front.call()
         request = conversion(image, image.with_suffix(".out"))
-        front.line.send(messages.Request(call=call, connection=number, body=request))
+        front.channel.send(messages.Request(call=call, connection=number, body=request))
         _, job = front.await_message(messages.Started, call)
         broker.await_one(QEMU_IMG)
     ended, _ = front.await_message(messages.Ended)
@@ -232,22 +232,22 @@ def test_compromised_front_can_not_keep_the_job_of_a_disconnected_caller(
 
 
 def test_compromised_front_can_not_list_or_cancel_jobs_of_another_caller(
-    broker: Daemon, front: FalseFront, image: Path
+    broker: Daemon, front: CompromisedFront, image: Path
 ) -> None:
     """By Bob's connection neither; that it can end Alice's by Alice's is what it is for."""
-    with false_front.connected(broker, ALICE), false_front.connected(broker, BOB):
+    with compromised_front.connected(broker, ALICE), compromised_front.connected(broker, BOB):
         alice, bob, call = connection_of(front), connection_of(front), front.call()
         request = conversion(image, image.with_suffix(".out"))
-        front.line.send(messages.Request(call=call, connection=alice, body=request))
+        front.channel.send(messages.Request(call=call, connection=alice, body=request))
         started, job = front.await_message(messages.Started, call)
-        listed = front.asks(
+        listed = front.ask(
             messages.Request(call=front.call(), connection=bob, body=messages.ListJobs())
         )
         assert isinstance(listed, messages.ReplyComplete)
         cancel = messages.Request(
             call=front.call(), connection=bob, body=messages.CancelJob(job_id=started.job_id)
         )
-        assert reason(front.asks(cancel)) == "JOB_NOT_FOUND"
+        assert reason(front.ask(cancel)) == "JOB_NOT_FOUND"
         waiting.until(lambda: broker.processes(JOB), "the job works")
         scm_rights.close_all(job)
 
@@ -256,47 +256,47 @@ def test_compromised_front_can_not_list_or_cancel_jobs_of_another_caller(
 
 
 def test_compromised_front_can_not_exceed_the_job_limits_of_the_policy(
-    broker: Daemon, front: FalseFront, image: Path
+    broker: Daemon, front: CompromisedFront, image: Path
 ) -> None:
     """Two run for Alice, four wait, the others are refused; and to lie that one ended is no use."""
-    with false_front.connected(broker, ALICE):
+    with compromised_front.connected(broker, ALICE):
         number = connection_of(front)
         calls = [front.call() for _ in range(20)]
         for call in calls:
             request = conversion(image, image.with_name(f"out-{call}"))
-            front.line.send(messages.Request(call=call, connection=number, body=request))
+            front.channel.send(messages.Request(call=call, connection=number, body=request))
         refused: set[int] = set()
         jobs: list[int] = []
         while len(refused) < len(calls) - 6 or len(jobs) < 2:
-            message, descriptors = front.hears()
+            message, descriptors = front.receive()
             jobs += descriptors
             match message:
                 case messages.Reply(call=call, body=messages.Refused(failure=failure)):
                     assert failure.reason == "QUEUE_FULL"
                     refused.add(call)
         for call in calls:
-            front.line.send(messages.JobFinished(call=call))
+            front.channel.send(messages.JobFinished(call=call))
         assert front.quiet()
-        waiting.until(lambda: len(jobs_of_its_own(broker)) == 2, "two jobs work")
+        waiting.until(lambda: len(jobs_of_broker(broker)) == 2, "two jobs work")
         scm_rights.close_all(jobs)
 
 
-def jobs_of_its_own(broker: Daemon) -> list[processes.Process]:
+def jobs_of_broker(broker: Daemon) -> list[processes.Process]:
     """The jobs that a broker has, without what they have forked in turn."""
     return [one for one in broker.processes(JOB) if one.parent == broker.pid]
 
 
 def test_compromised_front_can_not_reuse_the_number_of_a_running_call(
-    broker: Daemon, front: FalseFront, image: Path
+    broker: Daemon, front: CompromisedFront, image: Path
 ) -> None:
     """A number that is in use is refused: or its job would be out of reach."""
-    with false_front.connected(broker, ALICE):
+    with compromised_front.connected(broker, ALICE):
         number, call = connection_of(front), front.call()
         request = conversion(image, image.with_suffix(".out"))
         message = messages.Request(call=call, connection=number, body=request)
-        front.line.send(message)
+        front.channel.send(message)
         _, job = front.await_message(messages.Started, call)
-        assert reason(front.asks(message)) == "BAD_MESSAGE"
+        assert reason(front.ask(message)) == "BAD_MESSAGE"
         scm_rights.close_all(job)
 
 
@@ -315,7 +315,7 @@ OPTIONS: Final = (
 
 @pytest.mark.parametrize(("name", "value"), OPTIONS, ids=[f"{n}={v!r}" for n, v in OPTIONS])
 def test_compromised_front_can_not_pass_qemu_img_an_option_with_a_file_name(
-    broker: Daemon, front: FalseFront, image: Path, name: str, value: str
+    broker: Daemon, front: CompromisedFront, image: Path, name: str, value: str
 ) -> None:
     """What a caller can't say by gRPC, it can: the broker looks itself."""
     dest = values.Destination(
@@ -323,11 +323,11 @@ def test_compromised_front_can_not_pass_qemu_img_an_option_with_a_file_name(
         format="qcow2",
         options=(values.CreationOption(name=name, value=value),),
     )
-    with false_front.connected(broker, ALICE):
+    with compromised_front.connected(broker, ALICE):
         request = dataclasses.replace(conversion(image, image), dest=dest)
         number = connection_of(front)
         message = messages.Request(call=front.call(), connection=number, body=request)
-        assert reason(front.asks(message)) == "BAD_OPTION"
+        assert reason(front.ask(message)) == "BAD_OPTION"
 
 
 MAD: Final[dict[str, tuple[dict[str, Any], str]]] = {
@@ -359,14 +359,14 @@ MAD: Final[dict[str, tuple[dict[str, Any], str]]] = {
 
 @pytest.mark.parametrize(("changes", "expected"), MAD.values(), ids=tuple(MAD))
 def test_compromised_front_can_not_send_values_that_grpc_callers_can_not(
-    broker: Daemon, front: FalseFront, image: Path, changes: dict[str, Any], expected: str
+    broker: Daemon, front: CompromisedFront, image: Path, changes: dict[str, Any], expected: str
 ) -> None:
     """Values of the right type that no honest front would send."""
-    with false_front.connected(broker, ALICE):
+    with compromised_front.connected(broker, ALICE):
         request = dataclasses.replace(conversion(image, image.with_suffix(".out")), **changes)
         number = connection_of(front)
         message = messages.Request(call=front.call(), connection=number, body=request)
-        assert reason(front.asks(message)) == expected
+        assert reason(front.ask(message)) == expected
 
 
 @pytest.mark.parametrize(
@@ -375,7 +375,7 @@ def test_compromised_front_can_not_send_values_that_grpc_callers_can_not(
     ids=["nothing", "no passphrase", "an empty one", "one that is too long", "a message"],
 )
 def test_compromised_front_can_not_stall_a_job_with_its_passphrase_channel(
-    broker: Daemon, front: FalseFront, image: Path, sent: tuple[bytes, ...]
+    broker: Daemon, front: CompromisedFront, image: Path, sent: tuple[bytes, ...]
 ) -> None:
     """The call ends at once, or after a few seconds; the broker does not know of any of it."""
     dest = values.Destination(
@@ -383,11 +383,11 @@ def test_compromised_front_can_not_stall_a_job_with_its_passphrase_channel(
         format="luks",
         encryption=values.DestinationEncryption(),
     )
-    before = false_front.descriptors_of(broker.pid)
+    before = compromised_front.descriptors_of(broker.pid)
     policy_allows = dataclasses.replace(conversion(image, image), dest=dest)
-    with false_front.connected(broker, DORA):
+    with compromised_front.connected(broker, DORA):
         number, call = connection_of(front), front.call()
-        front.line.send(messages.Request(call=call, connection=number, body=policy_allows))
+        front.channel.send(messages.Request(call=call, connection=number, body=policy_allows))
         _, (descriptor,) = front.await_message(messages.Started, call)
         with channel.Channel(socket.socket(fileno=descriptor)) as line:
             for data in sent:
@@ -402,8 +402,8 @@ def test_compromised_front_can_not_stall_a_job_with_its_passphrase_channel(
 # --- whether it can bring the broker down --------------------------------------------------------
 
 
-def hello_of(front: FalseFront) -> dict[str, Any]:
-    """A valid request as JSON has it, to be spoilt."""
+def hello_of(front: CompromisedFront) -> dict[str, Any]:
+    """A valid request as JSON has it, to be corrupted."""
     request = conversion(Path("/a/b"), Path("/a/c"))
     message = messages.Request(call=front.call(), connection=1, body=request)
     loaded: dict[str, Any] = json.loads(codec.encode(message))[1]
@@ -443,35 +443,35 @@ NO_MESSAGES: Final[dict[str, bytes]] = {
 
 @pytest.mark.parametrize("data", NO_MESSAGES.values(), ids=tuple(NO_MESSAGES))
 def test_invalid_message_ends_the_front_and_nothing_else(
-    broker: Daemon, front: FalseFront, data: bytes
+    broker: Daemon, front: CompromisedFront, data: bytes
 ) -> None:
     """It no longer speaks our language, so it is no longer ours; another one takes its place."""
-    before = false_front.descriptors_of(broker.pid)
-    front.line.send_bytes(data)
-    await_the_end_of(front)
+    before = compromised_front.descriptors_of(broker.pid)
+    front.channel.send_bytes(data)
+    await_exit(front)
     front.take_over_next(broker)
     assert front.quiet()
     await_descriptors(broker, front, before)
 
 
 def test_front_that_closes_its_channel_but_keeps_running_is_replaced(
-    broker: Daemon, front: FalseFront
+    broker: Daemon, front: CompromisedFront
 ) -> None:
     """Else people would be let in whom nobody ever answers."""
     first = broker.await_one("convertd-front")
-    front.close_line()
+    front.close_channel()
     waiting.until(lambda: not processes.exists(first), "the front is killed")
     front.take_over_next(broker)
     assert front.quiet()
 
 
-def test_front_that_stops_reading_is_replaced(broker: Daemon, front: FalseFront) -> None:
+def test_front_that_stops_reading_is_replaced(broker: Daemon, front: CompromisedFront) -> None:
     """Until then it is not heard either: what it has not read does not fill the broker's memory."""
     first = broker.await_one("convertd-front")
     before = processes.anonymous_kib(broker.pid)
     message = codec.encode(messages.Request(call=1, connection=2**40, body=messages.ListJobs()))
     with contextlib.suppress(channel.Closed):
-        while front.line.send_bytes(message):
+        while front.channel.send_bytes(message):
             pass
     waiting.until(lambda: not processes.exists(first), "the front is killed")
     front.take_over_next(broker)
@@ -479,7 +479,7 @@ def test_front_that_stops_reading_is_replaced(broker: Daemon, front: FalseFront)
     assert processes.anonymous_kib(broker.pid) < before + 16 * 1024
 
 
-class Visitors:
+class Connections:
     """Those who connect, and go when others have: who is gone at once is not let in at all."""
 
     HERE: Final = 100
@@ -489,7 +489,7 @@ class Visitors:
         self._path = str(path)
         self._here: collections.deque[socket.socket] = collections.deque()
 
-    def come(self) -> bool:
+    def connect(self) -> bool:
         """One more connects, if there is room."""
         sock = socket.socket(socket.AF_UNIX)
         sock.setblocking(False)
@@ -508,29 +508,31 @@ class Visitors:
 
 
 def test_front_that_shuts_down_half_its_channel_is_replaced(
-    broker: Daemon, front: FalseFront
+    broker: Daemon, front: CompromisedFront
 ) -> None:
     """It would be sent nothing more, and no event of its descriptor tells of that."""
     first = broker.await_one("convertd-front")
-    before = false_front.descriptors_of(broker.pid)
-    front.line.sock.shutdown(socket.SHUT_RD)
-    with contextlib.closing(Visitors(broker.socket)) as visitors:
+    before = compromised_front.descriptors_of(broker.pid)
+    front.channel.sock.shutdown(socket.SHUT_RD)
+    with contextlib.closing(Connections(broker.socket)) as connections:
         while processes.exists(first):
-            visitors.come()
+            connections.connect()
     front.take_over_next(broker)
     assert front.quiet()
     await_descriptors(broker, front, before)
 
 
-def test_front_that_reads_slowly_receives_all_replies(broker: Daemon, front: FalseFront) -> None:
+def test_front_that_reads_slowly_receives_all_replies(
+    broker: Daemon, front: CompromisedFront
+) -> None:
     """It is not heard while it does not read, and loses nothing by it."""
     first, asked = broker.await_one("convertd-front"), itertools.count()
-    with false_front.connected(broker, ALICE):
+    with compromised_front.connected(broker, ALICE):
         number = connection_of(front)
 
         def is_full() -> bool:
             """The broker sleeps though there is as much for it as the channel holds."""
-            while front.line.send(
+            while front.channel.send(
                 messages.Request(call=0, connection=number, body=messages.GetAccess()), wait=False
             ):
                 next(asked)
@@ -544,25 +546,25 @@ def test_front_that_reads_slowly_receives_all_replies(broker: Daemon, front: Fal
 
 
 def test_broker_accepts_no_connection_while_the_front_does_not_read(
-    broker: Daemon, front: FalseFront
+    broker: Daemon, front: CompromisedFront
 ) -> None:
     """Else whoever connects often enough would be the end of a front that is merely slow."""
     first = broker.await_one("convertd-front")
 
-    visitors = Visitors(broker.socket)
+    connections = Connections(broker.socket)
 
     def is_full() -> bool:
         """The broker sleeps though as many as the backlog holds wait to be let in."""
-        while visitors.come():
+        while connections.connect():
             pass
-        return processes.state(broker.pid) == "S" and not visitors.come()
+        return processes.state(broker.pid) == "S" and not connections.connect()
 
-    with contextlib.closing(visitors):
+    with contextlib.closing(connections):
         waiting.until(is_full, "the broker lets nobody in any more")
     with socket.socket(socket.AF_UNIX) as sock:
         sock.setblocking(False)
         while sock.connect_ex(str(broker.socket)):
-            message, descriptors = front.hears()
+            message, descriptors = front.receive()
             assert isinstance(message, messages.Connected)
             scm_rights.close_all(descriptors)
         assert front.quiet()
@@ -570,10 +572,10 @@ def test_broker_accepts_no_connection_while_the_front_does_not_read(
 
 
 def test_front_that_dies_repeatedly_is_restarted_without_leaks(
-    broker: Daemon, front: FalseFront
+    broker: Daemon, front: CompromisedFront
 ) -> None:
     """As long as each has served. The broker neither gives up nor leaks."""
-    before = false_front.descriptors_of(broker.pid)
+    before = compromised_front.descriptors_of(broker.pid)
     for _ in range(6):
         os.kill(broker.await_one("convertd-front"), signal.SIGKILL)
         front.take_over_next(broker)
@@ -581,7 +583,7 @@ def test_front_that_dies_repeatedly_is_restarted_without_leaks(
     await_descriptors(broker, front, before)
 
 
-class Spoiler:
+class Mutator:
     """Makes messages that are nearly right, or of the right types and mad."""
 
     def __init__(self, seed: int, paths: tuple[str, ...], numbers: tuple[int, ...]) -> None:
@@ -675,21 +677,21 @@ class Spoiler:
 
 
 def test_random_requests_of_a_compromised_front_stay_within_the_policy(
-    broker: Daemon, front: FalseFront, image: Path, secret: Secret
+    broker: Daemon, front: CompromisedFront, image: Path, secret: Secret
 ) -> None:
     """Thousands of them, from a front that knows all numbers and paths, and drops what it hears."""
     outside = (str(secret.raw), str(image.parent.parent.parent / "others" / "a"), "/etc/shadow")
     inside = tuple(str(image.with_name(name)) for name in ("image.raw", "a", "b"))
     image.write_bytes(image.read_bytes()[: 256 * 1024])
-    before = false_front.descriptors_of(broker.pid)
-    with false_front.connected(broker, ALICE), false_front.connected(broker, MALLORY):
+    before = compromised_front.descriptors_of(broker.pid)
+    with compromised_front.connected(broker, ALICE), compromised_front.connected(broker, MALLORY):
         numbers = (connection_of(front), connection_of(front))
-        spoiler = Spoiler(SEED, (*inside, *inside, *outside), numbers)
+        mutator = Mutator(SEED, (*inside, *inside, *outside), numbers)
         for call in range(10, 10 + MESSAGES):
-            data = codec.encode(spoiler.message(call))
-            while not front.line.send_bytes(data, wait=False):
-                _drop_what_came(front)
-            _drop_what_came(front)
+            data = codec.encode(mutator.message(call))
+            while not front.channel.send_bytes(data, wait=False):
+                _discard_received(front)
+            _discard_received(front)
         assert front.quiet()
     assert broker.await_one("convertd-front")
     broker.await_none(QEMU_IMG)
@@ -697,22 +699,22 @@ def test_random_requests_of_a_compromised_front_stay_within_the_policy(
     await_descriptors(broker, front, before)
     assert secret.unchanged()
     assert {path.stat().st_uid for path in image.parent.iterdir()} == {ALICE.uid}
-    assert not any(asking.holds(path, secret.marker) for path in image.parent.iterdir())
+    assert not any(simple_calls.contains(path, secret.marker) for path in image.parent.iterdir())
 
 
 def test_random_requests_cover_every_request_type() -> None:
     """One that is added later is tried as well, or this fails."""
-    spoiler = Spoiler(SEED, ("/a",), (1,))
-    made = [spoiler.message(call) for call in range(1000)]
+    mutator = Mutator(SEED, ("/a",), (1,))
+    made = [mutator.message(call) for call in range(1000)]
     assert {type(message) for message in made} == set(messages.FROM_FRONT)
     bodies = {type(message.body) for message in made if isinstance(message, messages.Request)}
     assert bodies == set(get_args(messages.RequestBody))
 
 
-def _drop_what_came(front: FalseFront) -> None:
+def _discard_received(front: CompromisedFront) -> None:
     try:
         while True:
-            _, descriptors = front.line.receive(
+            _, descriptors = front.channel.receive(
                 *messages.FROM_BROKER, wait=False, most_descriptors=channel.ONE_DESCRIPTOR
             )
             scm_rights.close_all(descriptors)
@@ -720,27 +722,27 @@ def _drop_what_came(front: FalseFront) -> None:
         return
 
 
-def test_mutated_messages_never_end_the_broker(broker: Daemon, front: FalseFront) -> None:
+def test_mutated_messages_never_end_the_broker(broker: Daemon, front: CompromisedFront) -> None:
     """A valid request with one thing in it replaced: each either is answered or ends the front."""
     pick = random.Random(SEED)  # noqa: S311 - a test's, to be repeated
     junk: tuple[Any, ...] = (None, True, -1, 1.5, 10**400)
     junk += ("", "x" * 9000, "\0", "raw", [], [[]], {}, {"a": 1})
-    before = false_front.descriptors_of(broker.pid)
+    before = compromised_front.descriptors_of(broker.pid)
     for _ in range(SPOILT):
-        spoilt = hello_of(front)
-        request = spoilt["body"][1]
-        part: dict[str, Any] = pick.choice((spoilt, request, request["source"], request["dest"]))
+        corrupted = hello_of(front)
+        request = corrupted["body"][1]
+        part: dict[str, Any] = pick.choice((corrupted, request, request["source"], request["dest"]))
         key = pick.choice(tuple(part))
         if pick.random() < 0.2:
             del part[key]
         else:
             part[key] = pick.choice(junk)
-        data = json.dumps(["Request", spoilt]).encode()
-        front.line.send_bytes(data)
+        data = json.dumps(["Request", corrupted]).encode()
+        front.channel.send_bytes(data)
         if is_a_message(data):
             assert front.quiet()
         else:
-            await_the_end_of(front)
+            await_exit(front)
             front.take_over_next(broker)
     assert front.quiet()
     await_descriptors(broker, front, before)
@@ -755,7 +757,7 @@ def is_a_message(data: bytes) -> bool:
     return True
 
 
-def await_the_end_of(front: FalseFront) -> None:
+def await_exit(front: CompromisedFront) -> None:
     """Wait until the broker has had enough of it."""
     with pytest.raises(channel.Closed):
         front.await_message(messages.LocalRequest)

@@ -46,14 +46,16 @@ def confinement(compiled: bytes) -> Confinement:
 
 def failure(act: Callable[[], object]) -> Failed:
     """Give the stage and errno of NotConfined, and what it left behind in this process."""
-    before = descriptors.held()
+    before = descriptors.open_descriptors()
     try:
         act()
     except errors.NotConfined as error:
         outcome = error.stage.name, errno.errorcode.get(error.errno, "0")
     else:
         outcome = "RAN", "0"
-    left = [f"descriptor {number}: {name}" for number, name in descriptors.held() - before]
+    left = [
+        f"descriptor {number}: {name}" for number, name in descriptors.open_descriptors() - before
+    ]
     try:
         os.waitpid(-1, os.WNOHANG)
     except ChildProcessError:
@@ -256,7 +258,7 @@ def test_program_is_not_started_without_free_descriptors(
 
     def act() -> Failed:
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        last = max(number for number, _ in descriptors.held()) + 10
+        last = max(number for number, _ in descriptors.open_descriptors()) + 10
         resource.setrlimit(resource.RLIMIT_NOFILE, (last + 1, hard))
         taken = [os.open("/dev/null", os.O_RDONLY)]
         while taken[-1] < last:

@@ -18,61 +18,65 @@ SLOW_S: Final = 200.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """How a call ended: OK, or a refusal's status, reason and sentence. `said` is all that came."""
+class Outcome:
+    """How a call ended: OK, or a refusal's status, reason and message. `received` is all data."""
 
     status: str
     reason: str
     message: str
-    said: bytes
+    received: bytes
 
     @property
     def is_ok(self) -> bool:
         """Whether it was done."""
         return self.status == "OK"
 
-    def with_name(self, name: str, other: str) -> Answer:
+    def with_name(self, name: str, other: str) -> Outcome:
         """The same answer, had it been about another file."""
-        return Answer(
+        return Outcome(
             status=self.status,
             reason=self.reason,
             message=self.message.replace(name, other),
-            said=self.said.replace(name.encode(), other.encode()),
+            received=self.received.replace(name.encode(), other.encode()),
         )
 
 
-def answer_of(call: Call) -> Answer:
+def outcome_of(call: Call) -> Outcome:
     """Wait for a call's end. A refusal has to be one of the daemon's conditions, and no bug."""
     ended = call.end(SLOW_S)
-    said = b"".join((*call.messages, ended.message.encode(), *ended.details))
+    received = b"".join((*call.messages, ended.message.encode(), *ended.details))
     if ended.status == "OK":
-        return Answer(status="OK", reason="", message="", said=said)
+        return Outcome(status="OK", reason="", message="", received=received)
     refusal = ended.refusal()
     assert refusal.status != "INTERNAL", refusal
-    return Answer(status=refusal.status, reason=refusal.reason, message=refusal.message, said=said)
+    return Outcome(
+        status=refusal.status, reason=refusal.reason, message=refusal.message, received=received
+    )
 
 
 def convert(
     daemon: Daemon, source: Path | str, dest: Path | str, stated: str = "", caller: Caller = ALICE
-) -> Answer:
+) -> Outcome:
     """Convert to raw."""
     request = conversion(source, dest, source_format=stated, dest_format="raw")
-    return answer_of(daemon.agent(caller).convert(request))
+    return outcome_of(daemon.agent(caller).convert(request))
 
 
-def overwrite(daemon: Daemon, source: Path, dest: Path) -> Answer:
+def overwrite(daemon: Daemon, source: Path, dest: Path) -> Outcome:
     """Convert from raw to raw, over what is there."""
     request = conversion(source, dest, source_format="raw", dest_format="raw", overwrite=True)
-    return answer_of(daemon.agent(ALICE).convert(request))
+    return outcome_of(daemon.agent(ALICE).convert(request))
 
 
-def inspect(daemon: Daemon, source: Path | str, stated: str = "", caller: Caller = ALICE) -> Answer:
+def inspect(
+    daemon: Daemon, source: Path | str, stated: str = "", caller: Caller = ALICE
+) -> Outcome:
     """Inspect."""
     request = pb.InspectRequest(source=pb.Source(path=str(source), format=stated))
-    return answer_of(daemon.agent(caller).call("Inspect", request))
+    return outcome_of(daemon.agent(caller).call("Inspect", request))
 
 
-def holds(path: Path, marker: bytes) -> bool:
+def contains(path: Path, marker: bytes) -> bool:
     """Whether a file, which may be sparse, has these bytes in it. No file has none."""
     try:
         fd = os.open(path, os.O_RDONLY)
@@ -98,7 +102,7 @@ def _data_from(fd: int, at: int, end: int) -> int:
         return end
 
 
-def given_to(owner: Caller, path: Path, data: bytes) -> Path:
+def file_of(owner: Caller, path: Path, data: bytes) -> Path:
     """Write a file that is somebody's, and nobody else's to read."""
     path.write_bytes(data)
     path.chmod(0o600)

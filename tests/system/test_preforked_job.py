@@ -11,7 +11,7 @@ import pytest
 from harness import images, processes, waiting
 from harness.agent import conversion
 from harness.callers import ALICE, Caller
-from harness.daemon import JOB, SPARE, Daemon
+from harness.daemon import JOB, PREFORKED_JOB, Daemon
 from harness.fixtures import MakeDaemon
 from policies import IMAGES, LIBRARY, Grant, Policy
 
@@ -36,22 +36,22 @@ def test_job_runs_in_the_process_that_was_preforked(
     daemon: Daemon, library: Path, images_dir: Path
 ) -> None:
     """And there is another one soon."""
-    spare = daemon.await_one(SPARE)
+    preforked = daemon.await_one(PREFORKED_JOB)
     convert(daemon, library, images_dir)
-    assert f" pid={spare}\n" in daemon.log
-    waiting.until(lambda: not processes.exists(spare), "the job is gone")
-    assert daemon.await_one(SPARE) != spare
+    assert f" pid={preforked}\n" in daemon.log
+    waiting.until(lambda: not processes.exists(preforked), "the job is gone")
+    assert daemon.await_one(PREFORKED_JOB) != preforked
 
 
-def test_preforked_job_holds_only_its_own_channels(daemon: Daemon) -> None:
+def test_preforked_job_has_only_its_own_channels_open(daemon: Daemon) -> None:
     """Three, of which no other process has that end, and the way to who waits to be qemu-img.
 
     No connection, no job, no image.
     """
     connected = daemon.agent(ALICE)
     connected.access()
-    held = processes.descriptors(daemon.await_one(SPARE))
-    own = {number: name for number, name in held.items() if number not in STANDARD}
+    opened = processes.descriptors(daemon.await_one(PREFORKED_JOB))
+    own = {number: name for number, name in opened.items() if number not in STANDARD}
     kinds = sorted(name.partition(":")[0] for name in own.values())
     assert kinds == ["anon_inode", "pipe", "socket", "socket", "socket"]
     assert sum(name == "anon_inode:[pidfd]" for name in own.values()) == 1
@@ -76,25 +76,25 @@ def test_killed_preforked_job_does_not_delay_the_next_job(
     daemon: Daemon, library: Path, images_dir: Path, number: signal.Signals
 ) -> None:
     """The next job has a process forked in its own time."""
-    spare = daemon.await_one(SPARE)
-    os.kill(spare, number)
-    waiting.until(lambda: not processes.exists(spare), "the spare is gone")
+    preforked = daemon.await_one(PREFORKED_JOB)
+    os.kill(preforked, number)
+    waiting.until(lambda: not processes.exists(preforked), "the preforked job is gone")
     convert(daemon, library, images_dir)
-    daemon.await_calm()
+    daemon.await_idle()
 
 
 def test_stopped_preforked_job_is_ended_with_its_job(
     daemon: Daemon, library: Path, images_dir: Path
 ) -> None:
     """It takes the order and does nothing; its caller cancels, and the place is free again."""
-    spare = daemon.await_one(SPARE)
-    os.kill(spare, signal.SIGSTOP)
+    preforked = daemon.await_one(PREFORKED_JOB)
+    os.kill(preforked, signal.SIGSTOP)
     granted = daemon.log.count("granted job=")
     call = daemon.agent(ALICE).convert(conversion(library / "small.raw", images_dir / "dest.qcow2"))
     waiting.until(lambda: daemon.log.count("granted job=") > granted, "the job is granted")
     call.cancel()
     assert call.end().status == "CANCELLED"
-    waiting.until(lambda: not processes.exists(spare), "the job is gone")
+    waiting.until(lambda: not processes.exists(preforked), "the job is gone")
     convert(daemon, library, images_dir)
 
 
@@ -106,16 +106,16 @@ def test_assignment_too_large_for_a_message_runs_in_a_new_process(
     daemon.start()
     groups = tuple(range(100_000, 100_000 + MANY_GROUPS))
     caller = Caller(uid=ALICE.uid, gid=ALICE.gid, groups=groups)
-    spare = daemon.await_one(SPARE)
+    preforked = daemon.await_one(PREFORKED_JOB)
     convert(daemon, library, images_dir, caller)
-    assert f" pid={spare}\n" not in daemon.log
-    daemon.await_calm()
+    assert f" pid={preforked}\n" not in daemon.log
+    daemon.await_idle()
 
 
 def test_preforked_job_is_absent_while_every_job_slot_is_taken(
     daemon: Daemon, library: Path, images_dir: Path
 ) -> None:
-    """No job could begin; when one ends, the next has a spare again."""
+    """No job could begin; when one ends, the next is preforked again."""
     slow = [
         daemon.agent(ALICE).convert(
             conversion(
@@ -132,14 +132,14 @@ def test_preforked_job_is_absent_while_every_job_slot_is_taken(
     for call in slow:
         call.cancel()
         call.end()
-    daemon.await_calm()
+    daemon.await_idle()
 
 
 def test_preforked_job_ends_with_a_killed_broker(make_daemon: MakeDaemon) -> None:
     """As every process of the daemon does."""
     daemon = make_daemon(POLICY)
     daemon.start()
-    spare = daemon.await_one(SPARE)
+    preforked = daemon.await_one(PREFORKED_JOB)
     daemon.signal(signal.SIGKILL)
     daemon.wait()
-    waiting.until(lambda: not processes.exists(spare), "the spare is gone")
+    waiting.until(lambda: not processes.exists(preforked), "the preforked job is gone")

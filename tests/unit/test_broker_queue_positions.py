@@ -72,7 +72,7 @@ def waiting() -> Iterator[Waiting]:
         yield Waiting(connection)
 
 
-def test_new_queued_job_is_told_its_position_at_once(waiting: Waiting) -> None:
+def test_new_queued_job_is_sent_its_position_at_once(waiting: Waiting) -> None:
     """Also when somebody was told just before."""
     for number in (1, 2, 3):
         waiting.join(number)
@@ -120,7 +120,7 @@ def test_position_is_sent_when_a_busy_front_has_caught_up(waiting: Waiting) -> N
     assert waiting.told_position == [(1, 1), (2, 2)]
 
 
-def test_job_that_left_the_queue_is_told_no_position(waiting: Waiting) -> None:
+def test_job_that_left_the_queue_is_sent_no_position(waiting: Waiting) -> None:
     """Those behind move up."""
     for number in (1, 2, 3):
         waiting.join(number)

@@ -41,7 +41,7 @@ def alone(fill_in: FillIn) -> Iterator[Daemon]:
         undo.callback(one.discard)
         one.start(wrapper=WITHOUT_A_JOURNAL)
         yield one
-        one.await_calm()
+        one.await_idle()
         one.stop()
 
 

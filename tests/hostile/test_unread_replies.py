@@ -14,7 +14,7 @@ from harness import processes, waiting
 from harness.agent import conversion
 from harness.callers import ALICE, BOB, MALLORY
 from harness.daemon import FRONT, Daemon
-from hostile import http2, untaken
+from hostile import http2, unread_replies
 from hostile.http2 import Kind
 from policies import IMAGES, LIBRARY, Grant, Policy
 
@@ -93,7 +93,7 @@ def queued(daemon: Daemon, library: Path, images_dir: Path) -> Iterator[None]:
         call.cancel()
     for call in calls:
         call.end()
-    daemon.await_calm()
+    daemon.await_idle()
 
 
 def suffer(daemon: Daemon, over: Callable[[float], bool]) -> list[float]:
@@ -128,9 +128,9 @@ def test_unread_job_list_replies_use_little_memory_and_block_no_other_caller(
 ) -> None:
     """Lists of jobs, by a window of 0, on sockets that are read: it was 1.7 GB, and 24 s."""
     calls = (http2.call(stream, path="ListJobs") for stream in STREAMS)
-    with untaken.untaken(ALICE, daemon.socket, *calls) as done:
+    with unread_replies.unread(ALICE, daemon.socket, *calls) as done:
         waits = suffer(daemon, lambda seconds: seconds > 10 and ENDED in daemon.log)
-    assert done.connections > untaken.CONNECTIONS
+    assert done.connections > unread_replies.CONNECTIONS
     # On a machine that other tests keep busy one of a thousand may take longer.
     assert waits[len(waits) * 99 // 100] < 1.0
     assert waits[-1] < 5.0
@@ -141,7 +141,7 @@ def test_other_unread_replies_use_little_memory_and_block_no_other_caller(
     daemon: Daemon, attack: list[bytes]
 ) -> None:
     """Small replies, requests that never come, streams of the services beside ours."""
-    with untaken.untaken(ALICE, daemon.socket, *attack):
+    with unread_replies.unread(ALICE, daemon.socket, *attack):
         waits = suffer(daemon, lambda seconds: seconds > 5)
     assert waits[len(waits) * 9 // 10] < 1.0
 
@@ -166,7 +166,7 @@ def test_unread_health_watch_does_not_block_the_health_checks_of_others(daemon: 
     bob, record = daemon.agent(BOB), "operation=get-access outcome=done uid=1234"
     before = daemon.log.count(record)
     calls = (call_to(WATCH, 1, b""), http2.call(3))
-    with untaken.untaken(ALICE, daemon.socket, *calls, connections=1):
+    with unread_replies.unread(ALICE, daemon.socket, *calls, connections=1):
         waiting.until(lambda: daemon.log.count(record) > before, "what came after it is answered")
         call = bob.call(WATCH, b"")
         reply = health_pb2.HealthCheckResponse.FromString(call.message(SOON_S))
@@ -178,14 +178,14 @@ def test_unread_health_watch_does_not_block_the_health_checks_of_others(daemon: 
 def test_unread_health_watch_is_ended(daemon: Daemon) -> None:
     """As any other reply."""
     seen = daemon.log.count(ENDED)
-    with untaken.untaken(ALICE, daemon.socket, call_to(WATCH, 1, b""), connections=1):
+    with unread_replies.unread(ALICE, daemon.socket, call_to(WATCH, 1, b""), connections=1):
         waiting.until(lambda: daemon.log.count(ENDED) > seen, "it is ended")
 
 
 def test_caller_over_its_call_limit_is_refused_and_other_callers_are_served(daemon: Daemon) -> None:
     """On whichever connection, until those are over."""
     calls = (http2.call(stream) for stream in STREAMS)
-    with untaken.untaken(ALICE, daemon.socket, *calls, connections=16):
+    with unread_replies.unread(ALICE, daemon.socket, *calls, connections=16):
         waiting.until(lambda: refusal_of(daemon) == TOO_MANY, "too many")
         assert daemon.agent(BOB).access().uid == BOB.uid
     waiting.until(lambda: refusal_of(daemon) == "", "room again")

@@ -10,7 +10,7 @@ from typing import Final
 import pytest
 from harness.callers import ALICE, BOB, MALLORY, Caller
 from harness.daemon import Daemon
-from hostile import asking, forged
+from hostile import forged, simple_calls
 from hostile.forged import Qcow2
 from hostile.secret import Secret
 from policies import IMAGES, Grant, Policy, Root
@@ -27,13 +27,13 @@ POLICY: Final = Policy(
 FORMATS: Final = ("raw", "qcow2", "vmdk", "")
 
 
-def answers(
+def outcomes(
     daemon: Daemon, source: Path, dest: Path, stated: str, caller: Caller = ALICE
 ) -> list[tuple[str, str, str]]:
     """What Convert and Inspect say, without the names of the files asked about."""
     given = (
-        asking.convert(daemon, source, dest, stated, caller),
-        asking.inspect(daemon, source, stated, caller),
+        simple_calls.convert(daemon, source, dest, stated, caller),
+        simple_calls.inspect(daemon, source, stated, caller),
     )
     dest.unlink(missing_ok=True)
     return [
@@ -55,10 +55,10 @@ def test_path_without_a_grant_gets_the_same_refusal_whether_it_exists(
         secret.raw / "disk.raw",
         Path("/nowhere/at/all/disk.raw"),
     )
-    told = [answers(daemon, path, out, stated, caller) for path in paths]
+    told = [outcomes(daemon, path, out, stated, caller) for path in paths]
     reasons = {tuple(reason for _, reason, _ in one) for one in told}
     assert reasons == {("PERMISSION_DENIED", "PERMISSION_DENIED")}
-    as_dest = [asking.overwrite(daemon, images_dir / "in", path).reason for path in paths]
+    as_dest = [simple_calls.overwrite(daemon, images_dir / "in", path).reason for path in paths]
     assert set(as_dest) == {"PERMISSION_DENIED"}
 
 
@@ -99,8 +99,8 @@ def test_image_gets_the_same_refusal_whatever_its_backing_path_is(
     )
     told = set()
     for name in names:
-        image = asking.given_to(ALICE, images_dir / "image", make(name))
-        answered = answers(daemon, image, images_dir / "out", stated)
+        image = simple_calls.file_of(ALICE, images_dir / "image", make(name))
+        answered = outcomes(daemon, image, images_dir / "out", stated)
         told.add(tuple((s, r, m.replace(name, "…")) for s, r, m in answered))
     assert len(told) == 1, told
 
@@ -110,17 +110,17 @@ def test_symlink_gets_the_same_refusal_wherever_it_leads(
 ) -> None:
     """As a source, as a destination, and on the way to either."""
     os.chown(images_dir, ALICE.uid, ALICE.gid)
-    asking.given_to(ALICE, images_dir / "in", b"x" * 512)
+    simple_calls.file_of(ALICE, images_dir / "in", b"x" * 512)
     link = images_dir / "link"
     told = set()
     for target in (secret.raw, secret.absent / "disk.raw", secret.directory):
         link.symlink_to(target)
         told.add(
             (
-                asking.convert(daemon, link, images_dir / "out", "raw").reason,
-                asking.convert(daemon, link / "disk.raw", images_dir / "out", "raw").reason,
-                asking.overwrite(daemon, images_dir / "in", link).reason,
-                asking.overwrite(daemon, images_dir / "in", link / "disk.raw").reason,
+                simple_calls.convert(daemon, link, images_dir / "out", "raw").reason,
+                simple_calls.convert(daemon, link / "disk.raw", images_dir / "out", "raw").reason,
+                simple_calls.overwrite(daemon, images_dir / "in", link).reason,
+                simple_calls.overwrite(daemon, images_dir / "in", link / "disk.raw").reason,
             )
         )
         link.unlink()
@@ -133,16 +133,16 @@ def test_names_in_a_directory_the_caller_may_not_search_are_not_revealed(
     """Where the caller's own rights count, the daemon's do not look for him."""
     own = scratch / "own"
     own.chmod(0o1777)
-    asking.given_to(ALICE, own / "in", b"x" * 512)
+    simple_calls.file_of(ALICE, own / "in", b"x" * 512)
     theirs = own / "theirs"
     theirs.mkdir(mode=0o700)
     os.chown(theirs, BOB.uid, BOB.gid)
-    asking.given_to(BOB, theirs / "there", b"x" * 512)
+    simple_calls.file_of(BOB, theirs / "there", b"x" * 512)
     told = {
         (
-            *answers(daemon, theirs / name, own / "out", "raw"),
-            asking.overwrite(daemon, own / "in", theirs / name).reason,
-            asking.convert(daemon, own / "in", theirs / name, "raw").reason,
+            *outcomes(daemon, theirs / name, own / "out", "raw"),
+            simple_calls.overwrite(daemon, own / "in", theirs / name).reason,
+            simple_calls.convert(daemon, own / "in", theirs / name, "raw").reason,
         )
         for name in ("there", "not-there")
     }

@@ -41,7 +41,7 @@ def complaint_of(path: Path) -> str:
     return str(refused.value)
 
 
-class TestOwnListeningSocket:
+class TestListeningSocket:
     """Without systemd."""
 
     def test_own_socket_allows_every_user_to_connect(self, path: Path) -> None:

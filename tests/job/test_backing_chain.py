@@ -64,7 +64,7 @@ def followed(rules: grants.Rules, path: Path, stated: str = "qcow2") -> Found:
 
 def follow(grant: values.ConvertGrant) -> Found:
     """As above, in a child that may start programs."""
-    before = descriptors.held()
+    before = descriptors.open_descriptors()
     try:
         with runner() as run, contextlib.ExitStack() as stack:
             top = stack.enter_context(paths.open_source(grant.source, grant.peer))
@@ -72,9 +72,9 @@ def follow(grant: values.ConvertGrant) -> Found:
             members = tuple((link.member.path, link.member.info.format) for link in links)
             assert all(os.fstat(link.source.fd) for link in links)
     except conditions.ConvertError as error:
-        assert descriptors.held() - before == set()
+        assert descriptors.open_descriptors() - before == set()
         return Found(failure=error.failure())
-    assert descriptors.held() - before == set()
+    assert descriptors.open_descriptors() - before == set()
     return Found(members=members)
 
 

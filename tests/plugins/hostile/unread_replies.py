@@ -92,7 +92,7 @@ class Done:
 
 
 @contextlib.contextmanager
-def untaken(
+def unread(
     caller: Caller,
     path: Path,
     *calls: bytes,

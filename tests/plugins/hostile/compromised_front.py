@@ -54,7 +54,7 @@ with socket.socket(socket.AF_UNIX) as sock:
 """
 
 
-class FalseFront:
+class CompromisedFront:
     """The front's end of the channel, in the test's hands; the next front's after a kill."""
 
     def __init__(self, home: Path) -> None:
@@ -68,7 +68,7 @@ class FalseFront:
         self._listener.listen()
         self._reporter: socket.socket | None = None
         self._calls = 0
-        self.line = channel.Channel(socket.socket())
+        self.channel = channel.Channel(socket.socket())
 
     @property
     def wrapper(self) -> tuple[str, ...]:
@@ -82,16 +82,16 @@ class FalseFront:
         self._reporter, _ = self._listener.accept()
         _, ancillary, _, _ = self._reporter.recvmsg(1, socket.CMSG_SPACE(4))
         (descriptor,) = array.array("i", ancillary[0][2])
-        self.line = channel.Channel(socket.socket(fileno=descriptor))
+        self.channel = channel.Channel(socket.socket(fileno=descriptor))
 
     def take_over_next(self, daemon: Daemon) -> None:
         """Become the front that replaces the one before, and wait until it serves."""
         daemon.await_notice("READY=1")
         self.take_over()
 
-    def close_line(self) -> None:
+    def close_channel(self) -> None:
         """Close the channel, and live on."""
-        self.line.close()
+        self.channel.close()
 
     def close(self) -> None:
         """Be gone."""
@@ -103,15 +103,15 @@ class FalseFront:
         self._calls += 1
         return self._calls
 
-    def hears(self, deadline_s: float = waiting.DEADLINE_S) -> tuple[Any, list[int]]:
+    def receive(self, deadline_s: float = waiting.DEADLINE_S) -> tuple[Any, list[int]]:
         """The next message, and the descriptors that came along.
 
         Raises:
             channel.Closed: the broker has had enough of this front.
         """
-        ready, _, _ = select.select([self.line], [], [], deadline_s)
+        ready, _, _ = select.select([self.channel], [], [], deadline_s)
         assert ready, "the broker said nothing"
-        return self.line.receive(*messages.FROM_BROKER, most_descriptors=channel.ONE_DESCRIPTOR)
+        return self.channel.receive(*messages.FROM_BROKER, most_descriptors=channel.ONE_DESCRIPTOR)
 
     def await_message(self, kind: type[T], call: int = 0) -> tuple[T, list[int]]:
         """The next message of a kind, or what a reply says, to a call if one is given.
@@ -119,7 +119,7 @@ class FalseFront:
         Others are dropped.
         """
         while True:
-            message, descriptors = self.hears()
+            message, descriptors = self.receive()
             told, number = message, 0
             if isinstance(message, messages.Reply):
                 told, number = message.body, message.call
@@ -127,9 +127,9 @@ class FalseFront:
                 return told, descriptors
             scm_rights.close_all(descriptors)
 
-    def asks(self, message: messages.Request) -> object:
+    def ask(self, message: messages.Request) -> object:
         """Ask something, and give the first answer to its call."""
-        self.line.send(message)
+        self.channel.send(message)
         answer, descriptors = self.await_message(object, message.call)
         scm_rights.close_all(descriptors)
         return answer
@@ -137,20 +137,20 @@ class FalseFront:
     def quiet(self) -> bool:
         """Whether the broker has nothing to say, and lives: it answers a harmless question."""
         call = self.call()
-        answer = self.asks(messages.Request(call=call, connection=2**40, body=messages.ListJobs()))
+        answer = self.ask(messages.Request(call=call, connection=2**40, body=messages.ListJobs()))
         return isinstance(answer, messages.Refused)
 
     def _let_go(self) -> None:
-        self.line.close()
+        self.channel.close()
         if self._reporter is not None:
             self._reporter.close()
             self._reporter = None
 
 
 @contextlib.contextmanager
-def started(daemon: Daemon, home: Path, *environment: str) -> Iterator[FalseFront]:
+def started(daemon: Daemon, home: Path, *environment: str) -> Iterator[CompromisedFront]:
     """Start a daemon, and be its front. At the end both go, as they should."""
-    front = FalseFront(home)
+    front = CompromisedFront(home)
     with contextlib.closing(front):
         daemon.start(wrapper=(*front.wrapper, *environment))
         front.take_over()

@@ -12,8 +12,8 @@ from pathlib import Path
 import channels
 import pytest
 import refusals
-from descriptors import held as open_now
 from descriptors import none_left_open
+from descriptors import open_descriptors as open_now
 
 from convertd_core import conditions, messages, results, validation, values
 from convertd_daemon import channel
@@ -47,14 +47,14 @@ def failed(reason: str) -> messages.Failed:
     return messages.Failed(failure=conditions.Failure(reason=reason, message=""))
 
 
-def asking(
+def request_to(
     link: broker_link.BrokerLink, *secrets: int, job_id: str = ""
 ) -> contextlib.AbstractContextManager[broker_link.Call]:
     """Ask the broker something, over connection 5."""
     return link.call(5, messages.CancelJob(job_id=job_id), secrets)
 
 
-def asked(call: int) -> messages.Request:
+def request_of(call: int) -> messages.Request:
     """What the broker hears of it."""
     return messages.Request(call=call, connection=5, body=messages.CancelJob(job_id=""))
 
@@ -62,23 +62,23 @@ def asked(call: int) -> messages.Request:
 class Broker:
     """The broker's end of the channel."""
 
-    def __init__(self, line: channel.Channel) -> None:
-        self.line = line
+    def __init__(self, end: channel.Channel) -> None:
+        self.channel = end
 
-    def hears(self) -> object:
+    def receive(self) -> object:
         """The next thing that the front says."""
-        message, _ = self.line.receive(*messages.FROM_FRONT, wait=False)
+        message, _ = self.channel.receive(*messages.FROM_FRONT, wait=False)
         return message
 
-    def replies(self, call: int, body: messages.ReplyBody) -> None:
+    def reply(self, call: int, body: messages.ReplyBody) -> None:
         """Say something about a call."""
-        self.line.send(messages.Reply(call=call, body=body))
+        self.channel.send(messages.Reply(call=call, body=body))
 
-    def starts_a_job(self, call: int, job_id: str = "job-1") -> channel.Channel:
+    def start_job(self, call: int, job_id: str = "job-1") -> channel.Channel:
         """Say that a call's job runs, and give the job's end of its channel."""
         job, fronts = channel.Channel.pair()
         started = messages.Reply(call=call, body=messages.Started(job_id=job_id))
-        self.line.send(started, fronts.fileno())
+        self.channel.send(started, fronts.fileno())
         fronts.close()
         return job
 
@@ -118,14 +118,14 @@ def run(test: Test) -> None:
 async def until_closed(end: channel.Channel) -> None:
     """Talk until nobody is at the other end any more."""
     while True:
-        await turns()
+        await loop_rounds()
         try:
             end.send(progressed(0.0), wait=False)
         except channel.Closed:
             return
 
 
-async def turns(count: int = 3) -> None:
+async def loop_rounds(count: int = 3) -> None:
     """Let the loop look at its descriptors."""
     for _ in range(count):
         await asyncio.sleep(0)
@@ -135,40 +135,40 @@ def test_broker_reply_reaches_the_call_that_asked() -> None:
     """Two calls at once, answered in the other order."""
 
     async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
-        with asking(a_link) as one, asking(a_link) as two:
-            assert broker.hears() == asked(one.number)
-            assert broker.hears() == asked(two.number)
+        with request_to(a_link) as one, request_to(a_link) as two:
+            assert broker.receive() == request_of(one.number)
+            assert broker.receive() == request_of(two.number)
             for call in (two, one):
-                broker.replies(call.number, COMPLETE)
+                broker.reply(call.number, COMPLETE)
             assert await one.next() == COMPLETE
             assert await two.next() == COMPLETE
 
     run(test)
 
 
-def test_no_more_is_asked_at_once_than_is_soon_answered() -> None:
+def test_unanswered_requests_of_the_front_are_limited() -> None:
     """Of one user: others' requests would come after all of it. What is called off is not asked."""
 
     async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
         with contextlib.ExitStack() as stack:
-            calls = [stack.enter_context(asking(a_link)) for _ in range(unanswered.AT_ONCE)]
+            calls = [stack.enter_context(request_to(a_link)) for _ in range(unanswered.AT_ONCE)]
             for call in calls:
-                assert broker.hears() == asked(call.number)
-            with asking(a_link):
+                assert broker.receive() == request_of(call.number)
+            with request_to(a_link):
                 pass
-            later = stack.enter_context(asking(a_link))
+            later = stack.enter_context(request_to(a_link))
             with pytest.raises(BlockingIOError):
-                broker.hears()
-            broker.replies(calls[0].number, COMPLETE)
+                broker.receive()
+            broker.reply(calls[0].number, COMPLETE)
             await calls[0].next()
-            assert broker.hears() == asked(later.number)
+            assert broker.receive() == request_of(later.number)
             with pytest.raises(BlockingIOError):
-                broker.hears()
+                broker.receive()
 
     run(test)
 
 
-def test_what_one_user_asks_does_not_keep_another_from_asking() -> None:
+def test_requests_of_one_user_do_not_block_those_of_another() -> None:
     """However much waits; and an answer to a call that is over makes room as well."""
     sent: list[bytes] = []
     one = unanswered.Unanswered(sent.append)
@@ -188,10 +188,12 @@ def test_last_messages_of_a_stopping_broker_are_received() -> None:
 
     async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
         with contextlib.ExitStack() as stack:
-            calls = [stack.enter_context(asking(a_link)) for _ in range(3 * broker_link.AT_A_TIME)]
+            calls = [
+                stack.enter_context(request_to(a_link)) for _ in range(3 * broker_link.AT_A_TIME)
+            ]
             for call in calls:
-                broker.replies(call.number, COMPLETE)
-            broker.line.close()
+                broker.reply(call.number, COMPLETE)
+            broker.channel.close()
             a_link.send(messages.Ready())
             for call in calls:
                 assert await call.next() == COMPLETE
@@ -204,15 +206,15 @@ def test_ended_call_is_reported_to_the_broker() -> None:
     """However it is left, the broker is told, unless the call had ended anyway."""
 
     async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
-        with contextlib.suppress(LookupError), asking(a_link) as call:
-            broker.hears()
+        with contextlib.suppress(LookupError), request_to(a_link) as call:
+            broker.receive()
             raise LookupError
-        assert broker.hears() == messages.CallAbandoned(call=call.number)
-        with asking(a_link) as call:
-            broker.hears()
+        assert broker.receive() == messages.CallAbandoned(call=call.number)
+        with request_to(a_link) as call:
+            broker.receive()
             call.over = True
         with pytest.raises(BlockingIOError):
-            broker.hears()
+            broker.receive()
 
     run(test)
 
@@ -221,11 +223,11 @@ def test_message_for_an_ended_call_is_dropped() -> None:
     """And a job that starts for it ends: its channel is closed."""
 
     async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
-        with asking(a_link) as call:
+        with request_to(a_link) as call:
             pass
-        broker.replies(call.number, waiting(1))
-        broker.line.send(messages.Ended(job_id="job-1", failure=FAILURE))
-        job = broker.starts_a_job(call.number)
+        broker.reply(call.number, waiting(1))
+        broker.channel.send(messages.Ended(job_id="job-1", failure=FAILURE))
+        job = broker.start_job(call.number)
         with job:
             await until_closed(job)
         assert a_link.call_of_job("job-1") is None
@@ -237,11 +239,11 @@ def test_request_that_is_too_long_is_refused_by_the_front() -> None:
     """The caller is told, and the next question gets through."""
 
     async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
-        with pytest.raises(channel.TooLong), asking(a_link, job_id="x" * 200_000):
+        with pytest.raises(channel.TooLong), request_to(a_link, job_id="x" * 200_000):
             pass
-        assert isinstance(broker.hears(), messages.CallAbandoned)
-        with asking(a_link) as call:
-            assert broker.hears() == asked(call.number)
+        assert isinstance(broker.receive(), messages.CallAbandoned)
+        with request_to(a_link) as call:
+            assert broker.receive() == request_of(call.number)
 
     run(test)
 
@@ -253,10 +255,10 @@ class TestJobChannels:
         """After what the broker said of the queue."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
-            with asking(a_link) as call:
-                broker.replies(call.number, waiting(1))
+            with request_to(a_link) as call:
+                broker.reply(call.number, waiting(1))
                 assert await call.next() == waiting(1)
-                with broker.starts_a_job(call.number) as job:
+                with broker.start_job(call.number) as job:
                     job.send(progressed(1.0))
                     job.send(failed("NO_SPACE"))
                     assert await call.next() == progressed(1.0)
@@ -270,14 +272,14 @@ class TestJobChannels:
         """A slow reader costs one message; what must arrive does."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
-            with asking(a_link) as call:
+            with request_to(a_link) as call:
                 for position in (9, 8, 7):
-                    broker.replies(call.number, waiting(position))
-                with broker.starts_a_job(call.number) as job:
+                    broker.reply(call.number, waiting(position))
+                with broker.start_job(call.number) as job:
                     for percent in (1.0, 2.0, 3.0):
                         job.send(progressed(percent))
                     job.send(failed("NO_SPACE"))
-                    await turns()
+                    await loop_rounds()
                     assert await call.next() == waiting(7)
                     assert await call.next() == progressed(3.0)
                     assert await call.next() == failed("NO_SPACE")
@@ -288,10 +290,10 @@ class TestJobChannels:
         """Whichever channel is looked at first: it did succeed, and nobody hears otherwise."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
-            with asking(a_link) as call:
-                job = broker.starts_a_job(call.number)
-                await turns()
-                broker.line.send(messages.Ended(job_id="job-1", failure=FAILURE))
+            with request_to(a_link) as call:
+                job = broker.start_job(call.number)
+                await loop_rounds()
+                broker.channel.send(messages.Ended(job_id="job-1", failure=FAILURE))
                 with job:
                     job.send(failed("NO_SPACE"))
                 assert await call.next() == failed("NO_SPACE")
@@ -303,10 +305,10 @@ class TestJobChannels:
         """A channel that closes says nothing of why."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
-            with asking(a_link) as call:
-                broker.starts_a_job(call.number).close()
-                await turns()
-                broker.line.send(messages.Ended(job_id="job-1", failure=FAILURE))
+            with request_to(a_link) as call:
+                broker.start_job(call.number).close()
+                await loop_rounds()
+                broker.channel.send(messages.Ended(job_id="job-1", failure=FAILURE))
                 assert await call.next() == messages.Ended(job_id="job-1", failure=FAILURE)
 
         run(test)
@@ -315,7 +317,7 @@ class TestJobChannels:
         """It was ours once."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
-            with asking(a_link) as call, broker.starts_a_job(call.number) as job:
+            with request_to(a_link) as call, broker.start_job(call.number) as job:
                 job.send_bytes(b"nonsense")
                 await until_closed(job)
 
@@ -326,9 +328,9 @@ class TestJobChannels:
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
             with secret_pipes.holding([b"one", b"x" * validation.MAX_PASSPHRASE_BYTES]) as held:
-                with asking(a_link, *held) as call, broker.starts_a_job(call.number) as job:
+                with request_to(a_link, *held) as call, broker.start_job(call.number) as job:
                     while not call.job_id:
-                        await turns()
+                        await loop_rounds()
                     assert job.receive_passphrase(validation.MAX_PASSPHRASE_BYTES) == b"one"
                     assert (
                         job.receive_passphrase(validation.MAX_PASSPHRASE_BYTES)
@@ -336,8 +338,8 @@ class TestJobChannels:
                     )
                     with pytest.raises(BlockingIOError):
                         job.receive(messages.Ready, wait=False)
-                assert broker.hears() == asked(call.number)
-                assert isinstance(broker.hears(), messages.CallAbandoned)
+                assert broker.receive() == request_of(call.number)
+                assert isinstance(broker.receive(), messages.CallAbandoned)
 
         run(test)
 
@@ -345,10 +347,10 @@ class TestJobChannels:
         """How it ended is for the broker to tell."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
-            with secret_pipes.holding([b"one"]) as held, asking(a_link, *held) as call:
-                broker.starts_a_job(call.number).close()
-                await turns()
-                broker.line.send(messages.Ended(job_id="job-1", failure=FAILURE))
+            with secret_pipes.holding([b"one"]) as held, request_to(a_link, *held) as call:
+                broker.start_job(call.number).close()
+                await loop_rounds()
+                broker.channel.send(messages.Ended(job_id="job-1", failure=FAILURE))
                 assert await call.next() == messages.Ended(job_id="job-1", failure=FAILURE)
 
         run(test)
@@ -357,10 +359,10 @@ class TestJobChannels:
         """Its channel is its life."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
-            with asking(a_link) as call:
-                job = broker.starts_a_job(call.number)
+            with request_to(a_link) as call:
+                job = broker.start_job(call.number)
                 while not call.job_id:
-                    await turns()
+                    await loop_rounds()
             with job, pytest.raises(channel.Closed):
                 job.send(progressed(0.0))
 
@@ -370,10 +372,10 @@ class TestJobChannels:
         """So that its destination is free before its process is gone."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
-            with asking(a_link) as call:
-                broker.hears()
+            with request_to(a_link) as call:
+                broker.receive()
                 call.finish()
-                assert broker.hears() == messages.JobFinished(call=call.number)
+                assert broker.receive() == messages.JobFinished(call=call.number)
                 call.over = True
 
         run(test)
@@ -393,11 +395,11 @@ class TestBroker:
         """What it had said before is heard first."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
-            with asking(a_link) as one, asking(a_link) as two:
-                broker.replies(one.number, COMPLETE)
+            with request_to(a_link) as one, request_to(a_link) as two:
+                broker.reply(one.number, COMPLETE)
                 waiter = asyncio.ensure_future(two.next())
-                await turns()
-                broker.line.close()
+                await loop_rounds()
+                broker.channel.close()
                 await a_link.ended.wait()
                 assert await one.next() == COMPLETE
                 for call in (one.next(), waiter):
@@ -411,8 +413,8 @@ class TestBroker:
         """Before anybody looked whether there is something to read."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
-            broker.line.close()
-            with asking(a_link) as call, pytest.raises(broker_link.BrokerIsGone):
+            broker.channel.close()
+            with request_to(a_link) as call, pytest.raises(broker_link.BrokerIsGone):
                 await call.next()
 
         run(test)
@@ -423,14 +425,14 @@ class TestBroker:
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
             count = 5000
             for number in range(count):
-                a_link.send(asked(number))
+                a_link.send(request_of(number))
             for number in range(count):
                 while True:
                     try:
-                        assert broker.hears() == asked(number)
+                        assert broker.receive() == request_of(number)
                         break
                     except BlockingIOError:
-                        await turns(1)
+                        await loop_rounds(1)
 
         run(test)
 
@@ -440,9 +442,9 @@ class TestBroker:
         """The next message is heard."""
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
-            with asking(a_link) as call:
-                broker.line.send_bytes(b"nonsense")
-                broker.replies(call.number, COMPLETE)
+            with request_to(a_link) as call:
+                broker.channel.send_bytes(b"nonsense")
+                broker.reply(call.number, COMPLETE)
                 assert await call.next() == COMPLETE
 
         run(test)
@@ -453,11 +455,11 @@ class TestBroker:
 
         async def test(_: broker_link.BrokerLink, broker: Broker) -> None:
             here, there = channel.Channel.pair()
-            broker.line.send(messages.Probe(probe=4), there.fileno())
+            broker.channel.send(messages.Probe(probe=4), there.fileno())
             there.close()
             with here:
                 await until_closed(here)
-            assert broker.hears() == messages.ProbeAnswered(probe=4)
+            assert broker.receive() == messages.ProbeAnswered(probe=4)
 
         run(test)
 
@@ -466,7 +468,7 @@ class TestBroker:
 
         async def test(a_link: broker_link.BrokerLink, broker: Broker) -> None:
             here, there = channel.Channel.pair()
-            broker.line.send(messages.Connected(connection=9, uid=1234), there.fileno())
+            broker.channel.send(messages.Connected(connection=9, uid=1234), there.fileno())
             there.close()
             with here:
                 # Nobody listens upstream, so the relay ends the connection.
@@ -553,13 +555,13 @@ def test_relay_with_a_link_connects_peers_to_the_server() -> None:
 
             server = await asyncio.start_unix_server(greet, path)
             here, there = channel.Channel.pair()
-            broker.line.send(messages.Connected(connection=9, uid=1234), there.fileno())
+            broker.channel.send(messages.Connected(connection=9, uid=1234), there.fileno())
             there.close()
             await greeted.wait()
             here.close()
             await a_link.relay.drain(DEADLINE_S)
-            await turns()
-            assert broker.hears() == messages.Released(connection=9)
+            await loop_rounds()
+            assert broker.receive() == messages.Released(connection=9)
             server.close()
             await server.wait_closed()
 
