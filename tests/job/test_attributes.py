@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import failing
 import grants
 import pytest
 import refusals
@@ -102,7 +103,10 @@ def test_append_only_directory_without_o_tmpfile_is_refused(
     """The name could not be taken away. No file system here has attributes and no O_TMPFILE."""
     rules = grants.Rules(roots=(grants.files(area),))
     grant = rules.convert(grants.request(area / "x", area / "new"))
-    with having(area, "a"), paths.open_target(grant) as target:
-        with pytest.raises(conditions.ProtectedByAttribute):
-            file_dest._open_named(target)  # noqa: SLF001 - so it is called
+    with having(area, "a"), paths.open_target(grant) as target, failing.o_tmpfile("EOPNOTSUPP"):
+        with (
+            pytest.raises(conditions.ProtectedByAttribute),
+            file_dest.create(grant, target, SETUP),
+        ):
+            pass
         assert os.listdir(area) == []

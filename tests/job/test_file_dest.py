@@ -15,6 +15,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import failing
 import grants
 import pytest
 import refusals
@@ -456,10 +457,5 @@ class TestRefusals:
         self, area: Path, number: int, expected: str
     ) -> None:
         """A quota, for one."""
-        grant = grant_to(area)
-        error = OSError(number, os.strerror(number))
-        with paths.open_target(grant) as target:
-            reason = refusals.reason_of(
-                lambda: file_dest._raise_for(error, grant, target)  # noqa: SLF001 - see above
-            )
-        assert reason == expected
+        with failing.o_tmpfile(errno.errorcode[number]):
+            assert refusal_of(grant_to(area)).reason == expected

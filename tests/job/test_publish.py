@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import grants
+import moments
 import pytest
 import refusals
 import whole_job
@@ -23,6 +25,7 @@ from convertd_daemon.job.files import (
     file_dest,
     paths,
     publish,
+    replace,
 )
 
 CALLER = grants.CALLER
@@ -258,6 +261,17 @@ class TestOverwriting:
         assert names_in(area) == {"new"}
 
 
+def outcome_after(grant: values.ConvertGrant, act: moments.Act) -> str:
+    """What becomes of a result if another process acts right after it got its name."""
+    with written(grant) as dest, moments.after(replace, "take_name", act):
+        return refusals.reason_of(lambda: publish.assign_name(grant, dest))
+
+
+def run(argv: list[str]) -> None:
+    """Run a program."""
+    subprocess.run(argv, check=True)
+
+
 class TestCheckAfterPublishing:
     """A name that was given is looked at once more."""
 
@@ -265,34 +279,28 @@ class TestCheckAfterPublishing:
         self, area: Path
     ) -> None:
         """Somebody else's file is at the name. The caller must not take it for its own."""
-        with written(grant_to(area)) as dest:
-            put(area / "new", THEIRS, STRANGER.uid)
-            reason = refusals.reason_of(lambda: publish._check_name(dest))  # noqa: SLF001 - the
-            # moment after the name was given, which no test can hit from outside
-        assert reason == "NAME_REPLACED"
+        replaced = functools.partial(
+            put(area / "theirs", THEIRS, STRANGER.uid).rename, area / "new"
+        )
+        assert outcome_after(grant_to(area), replaced) == "NAME_REPLACED"
 
     def test_result_removed_right_after_publishing_is_not_reported_as_success(
         self, area: Path
     ) -> None:
         """There is nothing at the name."""
-        with written(grant_to(area)) as dest:
-            reason = refusals.reason_of(lambda: publish._check_name(dest))  # noqa: SLF001 - as above
-        assert reason == "NAME_REPLACED"
+        assert outcome_after(grant_to(area), (area / "new").unlink) == "NAME_REPLACED"
 
     def test_result_hidden_by_a_mount_after_publishing_is_not_reported_as_success(
         self, area: Path
     ) -> None:
         """What is mounted there is not entered."""
         put(area / "other", THEIRS)
-        with written(grant_to(area)) as dest:
-            publish.assign_name(grant_to(area), dest)
-            point = str(area / "new")
-            subprocess.run(["mount", "--bind", str(area / "other"), point], check=True)
-            try:
-                reason = refusals.reason_of(lambda: publish._check_name(dest))  # noqa: SLF001 - as above
-            finally:
-                subprocess.run(["umount", point], check=True)
-        assert reason == "NAME_REPLACED"
+        point = str(area / "new")
+        hide = ["mount", "--bind", str(area / "other"), point]
+        try:
+            assert outcome_after(grant_to(area), lambda: run(hide)) == "NAME_REPLACED"
+        finally:
+            run(["umount", point])
 
     def test_swapped_temporary_is_not_published_as_the_result(
         self, area: Path, mounts: Mounts
@@ -327,16 +335,12 @@ class TestCheckAfterPublishing:
         """A file system that went away: it may or may not be there."""
         (area / "below").mkdir()
         fuse = mounts.by_fuse(area / "below", "fuse")
-        with written(grant_to(area)) as dest:
-            directory = os.open(fuse, os.O_RDONLY | os.O_DIRECTORY)
-            subprocess.run(["umount", "--lazy", "--force", str(fuse)], check=True)
-            gone = dataclasses.replace(dest.target, directory=directory)
-            reason = refusals.reason_of(
-                lambda: publish._check_name(dataclasses.replace(dest, target=gone))  # noqa: SLF001 - as above
-            )
-            os.close(directory)
-            subprocess.run(["bindfs", str(area / "below"), str(fuse)], check=True)
-        assert reason == "PUBLISHED_BUT_NOT_DURABLE"
+        try:
+            unmount = ["umount", "--lazy", "--force", str(fuse)]
+            outcome = outcome_after(grant_to(fuse), lambda: run(unmount))
+        finally:
+            run(["bindfs", str(area / "below"), str(fuse)])
+        assert outcome == "PUBLISHED_BUT_NOT_DURABLE"
 
 
 class TestFailedPublishing:

@@ -12,9 +12,10 @@ import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import grants
+import moments
 import pytest
 import refusals
 import whole_job
@@ -71,6 +72,16 @@ def put(path: Path, data: bytes, owner: int = CALLER.uid) -> Path:
     return path
 
 
+def lock(disk: IO[bytes]) -> None:
+    """Lock a file as qemu does."""
+    fcntl.fcntl(disk, fcntl.F_OFD_SETLK, WRITE_LOCK)
+
+
+def chattr(change: str, path: Path) -> None:
+    """Change an attribute."""
+    subprocess.run(["chattr", change, str(path)], check=True)
+
+
 @pytest.fixture
 def sticky(area: Path) -> Path:
     """A directory as /tmp, with an old file of the caller's."""
@@ -79,17 +90,14 @@ def sticky(area: Path) -> Path:
     return area
 
 
-@contextlib.contextmanager
-def judged(grant: values.ConvertGrant) -> Iterator[Callable[[], str]]:
-    """A result just after what has the name was judged to be replaceable.
+def outcome_of(grant: values.ConvertGrant, *acts: moments.Act | None) -> str:
+    """What becomes of a result, if other processes act before each renaming in turn.
 
-    Gives what is done next, and says what becomes of it.
+    The first is the exchange with the file that was just judged to be replaceable. If what came out
+    may not be replaced, the second one gives it its name back.
     """
-    with written(grant) as dest, replace._held(grant, dest) as held:  # noqa: SLF001 - the moment
-        # between the judgement and the exchange
-        yield lambda: refusals.reason_of(
-            lambda: replace._put_over(grant, dest, held)  # noqa: SLF001 - as above
-        )
+    with written(grant) as dest, moments.before(replace, "renameat2", *acts):
+        return refusals.reason_of(lambda: publish.assign_name(grant, dest))
 
 
 class TestExchange:
@@ -100,10 +108,8 @@ class TestExchange:
     ) -> None:
         """Its inode, its data, its owner."""
         theirs = put(sticky / "theirs", THEIRS, STRANGER.uid).stat()
-        grant = grant_to(sticky)
-        with judged(grant) as put_over:
-            (sticky / "theirs").rename(sticky / "new")
-            assert put_over() == "NOT_YOURS"
+        swap = functools.partial((sticky / "theirs").rename, sticky / "new")
+        assert outcome_of(grant_to(sticky), swap, None) == "NOT_YOURS"
         assert os.path.samestat(theirs, (sticky / "new").stat())
         assert (sticky / "new").read_bytes() == THEIRS
         assert os.listdir(sticky) == ["new"]
@@ -121,41 +127,40 @@ class TestExchange:
         self, sticky: Path, overwrite: values.OverwriteScope, make: Callable[[Path], object]
     ) -> None:
         """It came at the last moment, too."""
-        grant = grant_to(sticky, overwrite=overwrite)
-        with judged(grant) as put_over:
+        made: list[os.stat_result] = []
+
+        def swap() -> None:
             (sticky / "new").unlink()
             make(sticky / "new")
-            before = (sticky / "new").lstat()
-            assert put_over() == "DEST_EXISTS"
-        assert os.path.samestat(before, (sticky / "new").lstat())
+            made.append((sticky / "new").lstat())
+
+        assert outcome_of(grant_to(sticky, overwrite=overwrite), swap, None) == "DEST_EXISTS"
+        assert os.path.samestat(made[0], (sticky / "new").lstat())
         assert os.listdir(sticky) == ["new"]
 
     def test_exchange_keeps_a_disk_that_qemu_opened_at_the_last_moment(self, sticky: Path) -> None:
         """It would go on writing into the void."""
-        grant = grant_to(sticky)
-        with judged(grant) as put_over, (sticky / "new").open("r+b") as disk:
-            fcntl.fcntl(disk, fcntl.F_OFD_SETLK, WRITE_LOCK)
-            assert put_over() == "IMAGE_IN_USE"
+        with (sticky / "new").open("r+b") as disk:
+            assert outcome_of(grant_to(sticky), lambda: lock(disk), None) == "IMAGE_IN_USE"
             assert os.path.samestat(os.fstat(disk.fileno()), (sticky / "new").stat())
         assert (sticky / "new").read_bytes() == OLD
         assert os.listdir(sticky) == ["new"]
 
     def test_name_removed_at_the_last_moment_is_published_as_a_new_file(self, sticky: Path) -> None:
         """Nothing is there to be exchanged, and what is there next is not replaced unseen."""
-        grant = grant_to(sticky)
-        with judged(grant) as put_over:
-            (sticky / "new").unlink()
-            with pytest.raises(FileNotFoundError):
-                put_over()
-            (name,) = os.listdir(sticky)
-            with paths.open_target(grant) as target:
-                put(sticky / "new", THEIRS, STRANGER.uid)
-                with pytest.raises(FileExistsError):
-                    replace._move(target, name)  # noqa: SLF001 - as above
-                (sticky / "new").unlink()
-                replace._move(target, name)  # noqa: SLF001 - as above
+        remove = (sticky / "new").unlink
+        create = functools.partial(put, sticky / "new", OLD)
+        # The exchange finds nothing, nor does the next one; the renaming in between finds a file.
+        assert outcome_of(grant_to(sticky), remove, create, remove, None) == "done"
         assert os.listdir(sticky) == ["new"]
         assert (sticky / "new").read_bytes() == NEW
+
+    def test_file_created_after_the_name_was_removed_is_not_replaced(self, sticky: Path) -> None:
+        """It is another user's."""
+        create = functools.partial(put, sticky / "new", THEIRS, STRANGER.uid)
+        assert outcome_of(grant_to(sticky), (sticky / "new").unlink, create) == "NOT_YOURS"
+        assert os.listdir(sticky) == ["new"]
+        assert (sticky / "new").read_bytes() == THEIRS
 
     @pytest.mark.parametrize("named", [False, True], ids=["unnamed", "named"])
     def test_name_created_and_removed_in_a_loop_loses_no_file(
@@ -190,10 +195,8 @@ class TestExchange:
         grant = grant_to(
             sticky, access=values.RootAccess.CALLER, overwrite=values.OverwriteScope.ANY
         )
-        with judged(grant) as put_over:
-            (sticky / "theirs").rename(sticky / "new")
-            with pytest.raises(PermissionError):
-                put_over()
+        swap = functools.partial((sticky / "theirs").rename, sticky / "new")
+        assert outcome_of(grant, swap) == "ACCESS_REFUSED"
         assert (sticky / "new").read_bytes() == THEIRS
         assert os.listdir(sticky) == ["new"]
 
@@ -201,49 +204,44 @@ class TestExchange:
 class TestUndoneExchange:
     """The moment after an exchange that has to be undone."""
 
-    @contextlib.contextmanager
-    def held(self, directory: Path) -> Iterator[tuple[file_dest.FileDest, str]]:
-        """A result that has the name, and another user's file that had it."""
+    def outcome_of(self, directory: Path, act: moments.Act, *further: moments.Act | None) -> str:
+        """What becomes of a result if what it was exchanged with is a disk in use by then.
+
+        It is another user's; and `act` happens just before it gets its name back.
+        """
         put(directory / "new", THEIRS, STRANGER.uid)
-        with written(grant_to_any(directory)) as dest:
-            name = temporaries.new_name_to_exchange(os.fstat(dest.fd).st_ino, 1)
-            path = f"/proc/self/fd/{dest.fd}"
-            os.link(path, name, dst_dir_fd=dest.target.directory, follow_symlinks=True)
-            renameat2(dest.target.directory, name, "new", Flag.EXCHANGE)
-            yield dest, name
+        with (directory / "new").open("r+b") as disk:
+            return outcome_of(grant_to_any(directory), lambda: lock(disk), act, *further)
 
     def test_undone_exchange_keeps_a_third_file_at_the_name(
         self, area: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         """Who had the name first has it; the other one's data is whole, and the log says where."""
-        with self.held(area) as (dest, name), caplog.at_level(logging.WARNING):
-            put(area / "third", b"a third one", 1777).rename(area / "new")
-            replace._give_back(grant_to_any(area), dest, name)  # noqa: SLF001 - as above
+        third = put(area / "third", b"a third one", 1777)
+        swap = functools.partial(third.rename, area / "new")
+        with caplog.at_level(logging.WARNING):
+            assert self.outcome_of(area, swap) == "IMAGE_IN_USE"
         assert (area / "new").read_bytes() == THEIRS
+        (name,) = set(os.listdir(area)) - {"new"}
         assert (area / name).read_bytes() == b"a third one"
-        assert sorted(os.listdir(area)) == sorted(["new", name])
         assert name in caplog.text
 
     @pytest.mark.parametrize("access", [values.RootAccess.CALLER, values.RootAccess.DAEMON])
     def test_undone_exchange_replaces_no_file_of_another_user(
-        self, sticky: Path, access: values.RootAccess, monkeypatch: pytest.MonkeyPatch
+        self, sticky: Path, access: values.RootAccess
     ) -> None:
         """In a sticky directory the caller has its disk locked and removes the result in between.
 
         Another user makes a file of that name. The disk is kept, and no sweep removes it.
         """
-        grant = grant_to(sticky, access=access)
-        judge = replace._judge  # noqa: SLF001 - the moment after the exchange
 
-        def judge_late(*arguments: Any) -> int:  # noqa: ANN401 - as they come
+        def swap() -> None:
             (sticky / "new").unlink()
             put(sticky / "new", THEIRS, STRANGER.uid)
-            return judge(*arguments)
 
-        with judged(grant) as put_over, (sticky / "new").open("r+b") as disk:
-            fcntl.fcntl(disk, fcntl.F_OFD_SETLK, WRITE_LOCK)
-            monkeypatch.setattr(replace, "_judge", judge_late)
-            assert put_over() == "WRITE_FAILED"
+        with (sticky / "new").open("r+b") as disk:
+            outcome = outcome_of(grant_to(sticky, access=access), lambda: lock(disk), swap)
+        assert outcome == "WRITE_FAILED"
         assert (sticky / "new").read_bytes() == THEIRS
         (kept,) = set(os.listdir(sticky)) - {"new"}
         with paths.open_target(grant_to(sticky, dest="other")) as target:
@@ -252,35 +250,41 @@ class TestUndoneExchange:
 
     def test_undone_exchange_gives_a_freed_name_back(self, area: Path) -> None:
         """The caller removed the result, which was its own to remove."""
-        with self.held(area) as (dest, name):
-            (area / "new").unlink()
-            replace._give_back(grant_to_any(area), dest, name)  # noqa: SLF001 - as above
+        assert self.outcome_of(area, (area / "new").unlink, None) == "IMAGE_IN_USE"
         assert (area / "new").read_bytes() == THEIRS
         assert os.listdir(area) == ["new"]
 
     def test_undone_exchange_accepts_that_the_owner_removed_the_file(self, area: Path) -> None:
         """There is nothing to be given back."""
-        with self.held(area) as (dest, name):
-            (area / name).unlink()
-            replace._give_back(grant_to_any(area), dest, name)  # noqa: SLF001 - as above
-            assert (area / "new").read_bytes() == NEW
 
-    def test_undone_exchange_that_fails_keeps_the_file_and_logs_its_name(self, area: Path) -> None:
+        def remove() -> None:
+            (name,) = set(os.listdir(area)) - {"new"}
+            (area / name).unlink()
+
+        assert self.outcome_of(area, remove, None) == "IMAGE_IN_USE"
+        assert (area / "new").read_bytes() == NEW
+
+    def test_undone_exchange_that_fails_keeps_the_file_and_logs_its_name(
+        self, area: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         """The directory has become append-only at this very moment."""
-        with self.held(area) as (dest, name):
-            subprocess.run(["chattr", "+a", str(area)], check=True)
-            failure = refusals.refusal_of(
-                lambda: replace._give_back(grant_to_any(area), dest, name)  # noqa: SLF001 - as above
-            )
-            subprocess.run(["chattr", "-a", str(area)], check=True)
-            assert (area / name).read_bytes() == THEIRS
-        assert failure is not None
-        assert failure.reason == "WRITE_FAILED"
-        assert name in failure.message
+        try:
+            make_append_only = functools.partial(chattr, "+a", area)
+            assert self.outcome_of(area, make_append_only) == "WRITE_FAILED"
+        finally:
+            chattr("-a", area)
+        (name,) = set(os.listdir(area)) - {"new"}
+        assert (area / name).read_bytes() == THEIRS
+        assert name in caplog.text
 
     def test_file_left_by_a_killed_exchange_is_never_removed(self, area: Path) -> None:
         """It is not the file that was judged, so it may be anybody's."""
-        with self.held(area) as (dest, name):
+        put(area / "new", THEIRS, STRANGER.uid)
+        with written(grant_to_any(area)) as dest:
+            name = temporaries.new_name_to_exchange(os.fstat(dest.fd).st_ino, 1)
+            path = f"/proc/self/fd/{dest.fd}"
+            os.link(path, name, dst_dir_fd=dest.target.directory, follow_symlinks=True)
+            renameat2(dest.target.directory, name, "new", Flag.EXCHANGE)
             temporaries.sweep(dest.target.directory, STRANGER.uid)
             assert (area / name).read_bytes() == THEIRS
 

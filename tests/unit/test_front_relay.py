@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 
+import descriptors
 import pytest
 from children import in_child
 from descriptors import none_left_open
@@ -101,6 +102,14 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
 
     with none_left_open():
         asyncio.run(bounded())
+
+
+def bound_names() -> int:
+    """How many sockets of this process have a name of the relay's."""
+    ours = {name for _, name in descriptors.open_descriptors()}
+    sockets = [line.split() for line in Path("/proc/net/unix").read_text("utf-8").splitlines()]
+    named = (one for one in sockets if one[-1].startswith("@convertd-"))
+    return sum(f"socket:[{one[6]}]" in ours for one in named)
 
 
 async def until(fact: Callable[[], bool]) -> None:
@@ -253,7 +262,7 @@ def test_relay_waits_for_a_full_server_backlog_without_blocking_others(path: Pat
                 a_relay.carry(number, peer.descriptor, 1234, lambda: None)
                 await peer.send(b"%d" % number)
             # From then on each of them tries to connect, and one has room.
-            await until(lambda: len(a_relay._carried) == len(peers))  # noqa: SLF001 - names that are bound
+            await until(lambda: bound_names() == len(peers))
             await asyncio.sleep(0)
             heard = set()
             for _ in peers:
@@ -451,8 +460,8 @@ def test_connection_is_closed_when_no_descriptor_is_free(path: Path) -> None:
         a_relay.carry(1, peer.descriptor, 1234, lambda: None)
         assert await peer.receive() == b""
         await a_relay.drain(DEADLINE_S)
-        assert a_relay._carried == {}  # noqa: SLF001 - that nothing is left is the point
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert (len(a_relay), bound_names()) == (0, 0)
         a_relay.carry(2, late.descriptor, 1234, lambda: None)
         _, name = await upstream.accept()
         assert a_relay.connection_of(name) == 2

@@ -85,7 +85,7 @@ def convert(
             outcome.status,
             outcome.excerpt,
         )
-        raise _failure(outcome, plan, ends)
+        raise failure_of(outcome, plan, ends)
     return tuple(
         results.Warning(reason="QEMU_IMG", message=line[:MAX_WARNING_CHARACTERS])
         for line in outcome.stderr.splitlines()[:MAX_WARNINGS]
@@ -188,7 +188,7 @@ class Observer:
         return self._seen[:2] != (output_bytes, blocks) or cpu_now_s - cpu_s >= CPU_TICK_S
 
 
-def _failure(
+def failure_of(
     outcome: execution.Outcome, plan: stages.ConversionPlan, ends: Endpoints
 ) -> conditions.ConvertError:
     """Tell from what qemu-img printed, and how it ended, what went wrong.
