@@ -304,12 +304,6 @@ def test_oversized_request_is_refused_by_the_transport(alice: Agent) -> None:
     assert (ended.status, ended.details) == ("RESOURCE_EXHAUSTED", ())
 
 
-def test_unknown_method_is_refused_by_the_transport(alice: Agent) -> None:
-    """As by every gRPC server."""
-    ended = alice.call("Destroy", b"").end()
-    assert (ended.status, ended.details) == ("UNIMPLEMENTED", ())
-
-
 def test_counters_are_refused_to_users_who_are_not_operators(daemon: Daemon, alice: Agent) -> None:
     """They tell what others do."""
     refusal = alice.call("GetStats", pb.GetStatsRequest()).refusal()
