@@ -147,13 +147,13 @@ def test_convertctl_jobs_prints_a_table(fake: Fake) -> None:
 
 def test_convertctl_info_access_and_cancel_print_text(fake: Fake) -> None:
     """What is empty is left out."""
-    said = fake.convertctl("info", "/images/a")
-    info = said.out
+    ran = fake.convertctl("info", "/images/a")
+    info = ran.out
     assert "virtual size  1.00 GiB (1073741824 bytes)" in info
     assert re.search(r"snapshots     before \(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\), after\n", info)
     assert "bitmaps       changed (64.0 KiB a bit, auto)" in info
     assert "state" not in info
-    assert said.err == "convertctl: warning: somebody writes it (IMAGE_IN_USE)\n"
+    assert ran.err == "convertctl: warning: somebody writes it (IMAGE_IN_USE)\n"
     access = fake.convertctl("access").out
     assert "an operator" in access
     assert "you may, by grants[0]:" in access

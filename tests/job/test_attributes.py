@@ -66,11 +66,11 @@ def test_destination_is_refused_before_anything_is_written_in_an(
     """Nothing is left there, and the message says why."""
     (disk / "out").write_bytes(b"old")
     with having(disk / what, attribute):
-        said = job(disk, overwrite=True)
-        assert said.failure is not None
-        assert said.failure.reason == "PROTECTED_BY_ATTRIBUTE"
+        outcome = job(disk, overwrite=True)
+        assert outcome.failure is not None
+        assert outcome.failure.reason == "PROTECTED_BY_ATTRIBUTE"
         path = str(disk / what).rstrip("/")
-        assert dict(said.failure.values) == {"path": path, "attribute": named}
+        assert dict(outcome.failure.values) == {"path": path, "attribute": named}
         assert sorted(os.listdir(disk)) == ["in", "out"]
     assert (disk / "out").read_bytes() == b"old"
 

@@ -395,8 +395,8 @@ class TestConversion:
     def test_run_reports_its_phases_in_order(self, area: Path) -> None:
         """Each of them, and the percentage never falls."""
         (area / "in").write_bytes(os.urandom(4 * MIB))
-        said = self.converted(area, format="qcow2")
-        told = [item.progress for item in said.events if isinstance(item, messages.Progressed)]
+        outcome = self.converted(area, format="qcow2")
+        told = [item.progress for item in outcome.events if isinstance(item, messages.Progressed)]
         phases = list(dict.fromkeys(item.phase for item in told))
         assert phases == [
             values.Phase.PREPARING,

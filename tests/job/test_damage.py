@@ -127,9 +127,9 @@ def test_damaged_image_is_converted_if_the_caller_accepts_it(
     source = damaged(area / "in", data, READABLE[kind])
     before = source.read_bytes()
     assert bare(source) == data
-    said = converted(source, accept=True)
-    assert said.failure is None
-    assert "SOURCE_DAMAGED" in {warning.reason for warning in said.published.warnings}
+    outcome = converted(source, accept=True)
+    assert outcome.failure is None
+    assert "SOURCE_DAMAGED" in {warning.reason for warning in outcome.published.warnings}
     assert (area / "out").read_bytes() == data
     assert source.read_bytes() == before
 
@@ -141,8 +141,8 @@ def test_damaged_image_is_refused_if_the_caller_does_not_accept_it(
 ) -> None:
     """With what there is to say."""
     source = damaged(area / "in", data, READABLE[kind])
-    said = converted(source, accept=False, validate_only=dry)
-    assert said.reason == "IMAGE_DAMAGED"
+    outcome = converted(source, accept=False, validate_only=dry)
+    assert outcome.reason == "IMAGE_DAMAGED"
     assert not (area / "out").exists()
 
 
@@ -152,10 +152,10 @@ def test_damaged_image_is_refused_if_its_root_does_not_allow_it(
 ) -> None:
     """Whatever is asked; and a sound image is converted whatever is asked."""
     source = damaged(area / "in", data, READABLE[kind])
-    said = converted(source, accept=True, allow=False)
-    assert said.reason == "DAMAGE_NOT_ALLOWED"
-    assert said.failure is not None
-    assert str(said.failure.status) == "PERMISSION_DENIED"
+    outcome = converted(source, accept=True, allow=False)
+    assert outcome.reason == "DAMAGE_NOT_ALLOWED"
+    assert outcome.failure is not None
+    assert str(outcome.failure.status) == "PERMISSION_DENIED"
     sound = damaged(area / "sound", data, lambda _: None)
     assert converted(sound, accept=True, allow=False).failure is None
 
@@ -167,8 +167,8 @@ def test_image_with_missing_data_is_refused_even_if_damage_is_accepted(
     """Zeroes, or another's data, in place of a guest's are no conversion."""
     source = damaged(area / "in", data, MISSING[kind])
     assert bare(source) != data
-    said = converted(source, accept=True)
-    assert said.reason == "IMAGE_REFUSED"
+    outcome = converted(source, accept=True)
+    assert outcome.reason == "IMAGE_REFUSED"
     assert not (area / "out").exists()
 
 
@@ -225,9 +225,9 @@ class TestDirtyImages:
     ) -> None:
         """Whatever they say."""
         source = damaged(area / "in", data, lambda image: not_closed(image).count_all(0))
-        said = converted(source, accept=False)
-        assert said.failure is None
-        assert {warning.reason for warning in said.published.warnings} == {"SOURCE_DIRTY"}
+        outcome = converted(source, accept=False)
+        assert outcome.failure is None
+        assert {warning.reason for warning in outcome.published.warnings} == {"SOURCE_DIRTY"}
         assert (area / "out").read_bytes() == data
 
     @pytest.mark.parametrize("kind", MISSING)
@@ -251,8 +251,8 @@ class TestDirtyImages:
         zero_all_counts(source)
         os.truncate(source, source.stat().st_size // 2)
         with children.logging_to_stderr(logging.INFO):
-            said = converted(source, accept=False)
-        assert said.reason == "IMAGE_REFUSED"
+            outcome = converted(source, accept=False)
+        assert outcome.reason == "IMAGE_REFUSED"
         logged = capfd.readouterr().err
         assert "corrupt path=" in logged
         assert len(logged) < 10_000

@@ -82,8 +82,8 @@ class TestWritingADevice:
         """The image from the first byte to its last, and zeroes to the device's end."""
         device = volumes.add("lv", SIZE, sector_bytes=sector_bytes)
         source = image(volumes, 2 * MIB, source_format)
-        said = converted(volumes, source, device, source_format)
-        assert said.published.published
+        outcome = converted(volumes, source, device, source_format)
+        assert outcome.published.published
         expected = (volumes.directory / "source.raw").read_bytes()
         assert volumes.bytes_on(device) == expected.ljust(SIZE, b"\0")
 
@@ -137,10 +137,10 @@ class TestWritingADevice:
     def test_device_that_is_too_small_is_refused_before_a_write(self, volumes: Devices) -> None:
         """With both sizes."""
         device = volumes.add("lv", MIB)
-        said = converted(volumes, image(volumes, MIB + 512), device)
-        assert said.failure is not None
-        assert said.reason == "DEVICE_TOO_SMALL"
-        assert said.failure.message == f"{device}: has 1048576 bytes, the image needs 1049088"
+        outcome = converted(volumes, image(volumes, MIB + 512), device)
+        assert outcome.failure is not None
+        assert outcome.reason == "DEVICE_TOO_SMALL"
+        assert outcome.failure.message == f"{device}: has 1048576 bytes, the image needs 1049088"
         assert volumes.bytes_on(device) == b"\xaa" * MIB
 
     def test_validation_does_not_write_the_device(self, volumes: Devices) -> None:
@@ -148,10 +148,10 @@ class TestWritingADevice:
         device = volumes.add("lv", SIZE)
         request = grants.request(image(volumes, MIB), device)
         grant = rules_of(volumes).convert(dataclasses.replace(request, validate_only=True))
-        said = whole_job.run(grant)
-        assert not said.published.published
-        assert said.published.bytes_per_second == 0.0
-        assert (said.plan.needed_bytes, said.plan.available_bytes) == (0, SIZE)
+        outcome = whole_job.run(grant)
+        assert not outcome.published.published
+        assert outcome.published.bytes_per_second == 0.0
+        assert (outcome.plan.needed_bytes, outcome.plan.available_bytes) == (0, SIZE)
         assert volumes.bytes_on(device) == b"\xaa" * SIZE
 
     def test_failed_write_to_a_device_reports_its_content_as_undefined(
@@ -162,11 +162,11 @@ class TestWritingADevice:
         device = Devices(thin, volumes.links, volumes.undo).add("lv", SIZE, dirty=False)
         source = image(volumes, 4 * MIB)
         source.write_bytes(os.urandom(4 * MIB))
-        said = converted(volumes, source, device)
-        assert said.failure is not None
-        assert said.failure.status is conditions.Status.DATA_LOSS
-        assert said.failure.message.endswith(f"; the content of {device} is undefined now")
-        assert dict(said.failure.values)["device_content"] == "undefined"
+        outcome = converted(volumes, source, device)
+        assert outcome.failure is not None
+        assert outcome.failure.status is conditions.Status.DATA_LOSS
+        assert outcome.failure.message.endswith(f"; the content of {device} is undefined now")
+        assert dict(outcome.failure.values)["device_content"] == "undefined"
 
 
 class TestRefusals:
@@ -199,15 +199,15 @@ class TestRefusals:
 
     def test_missing_device_is_not_created(self, volumes: Devices) -> None:
         """A file in its place would fill /dev."""
-        said = converted(volumes, image(volumes, MIB), volumes.links / "gone")
-        assert said.reason == "SOURCE_NOT_FOUND"
+        outcome = converted(volumes, image(volumes, MIB), volumes.links / "gone")
+        assert outcome.reason == "SOURCE_NOT_FOUND"
         assert os.listdir(volumes.links) == []
 
     def test_device_name_that_is_a_dangling_symlink_is_not_created(self, volumes: Devices) -> None:
         """As udev leaves one for a moment."""
         (volumes.links / "lv").symlink_to("../no-such-device")
-        said = converted(volumes, image(volumes, MIB), volumes.links / "lv")
-        assert said.reason == "SOURCE_NOT_FOUND"
+        outcome = converted(volumes, image(volumes, MIB), volumes.links / "lv")
+        assert outcome.reason == "SOURCE_NOT_FOUND"
         assert not os.path.exists("/dev/no-such-device")
 
     @pytest.mark.parametrize(
@@ -225,15 +225,15 @@ class TestRefusals:
     ) -> None:
         """Links are followed below /dev, and what is found must be a block device."""
         (volumes.links / "lv").symlink_to(target)
-        said = converted(volumes, image(volumes, MIB), volumes.links / "lv")
-        assert said.reason == expected
+        outcome = converted(volumes, image(volumes, MIB), volumes.links / "lv")
+        assert outcome.reason == expected
 
     def test_regular_file_in_a_root_of_devices_is_refused(self, volumes: Devices) -> None:
         """Somebody put it into /dev."""
         (volumes.links / "lv").write_bytes(b"x")
-        said = converted(volumes, image(volumes, MIB), volumes.links / "lv")
-        assert said.failure is not None
-        assert said.failure.message.endswith("is a regular file, not a block device")
+        outcome = converted(volumes, image(volumes, MIB), volumes.links / "lv")
+        assert outcome.failure is not None
+        assert outcome.failure.message.endswith("is a regular file, not a block device")
 
     @pytest.mark.parametrize(
         ("group", "mode"), [(DISK_GROUP, 0o640), (DISK_GROUP, 0o600), (0, 0o660)]
@@ -245,12 +245,12 @@ class TestRefusals:
         device = volumes.add("lv", SIZE)
         os.chown(device, 0, group)
         os.chmod(device, mode)
-        said = converted(volumes, image(volumes, MIB), device)
-        assert said.failure is not None
-        assert said.reason == "DEVICE_NOT_WRITABLE"
+        outcome = converted(volumes, image(volumes, MIB), device)
+        assert outcome.failure is not None
+        assert outcome.reason == "DEVICE_NOT_WRITABLE"
         assert (
             f"the group {group} of the device may not write to it (mode 0{mode:o})"
-            in said.failure.message
+            in outcome.failure.message
         )
         assert volumes.bytes_on(device) == b"\xaa" * SIZE
 
@@ -259,8 +259,8 @@ class TestRefusals:
     ) -> None:
         """What is on a device is its content."""
         device = volumes.add("lv", SIZE)
-        said = converted(volumes, image(volumes, MIB), device, format="qcow2")
-        assert said.reason == "UNSUPPORTED"
+        outcome = converted(volumes, image(volumes, MIB), device, format="qcow2")
+        assert outcome.reason == "UNSUPPORTED"
         assert volumes.bytes_on(device) == b"\xaa" * SIZE
 
     def test_caller_access_refuses_a_device_the_caller_may_not_open(self, volumes: Devices) -> None:
@@ -283,9 +283,9 @@ class TestRefusals:
         with device.open("r+b") as file:
             file.write(content)
         (volumes.links / "alias").symlink_to(os.readlink(device))
-        said = converted(volumes, device, volumes.links / "alias", "qcow2")
-        assert said.failure is not None
-        assert said.failure.message.endswith("/alias' is the source")
+        outcome = converted(volumes, device, volumes.links / "alias", "qcow2")
+        assert outcome.failure is not None
+        assert outcome.failure.message.endswith("/alias' is the source")
         assert volumes.bytes_on(device)[: len(content)] == content
 
     def test_device_that_is_the_backing_file_of_the_source_is_refused(
@@ -298,10 +298,10 @@ class TestRefusals:
         subprocess.run([*argv, str(overlay)], check=True)
         write = ["qemu-io", "-f", "qcow2", "-c", "write -P 1 0 64k", str(overlay)]
         subprocess.run(write, check=True, capture_output=True)
-        said = converted(volumes, overlay, device, "qcow2")
-        assert said.failure is not None
-        assert said.reason == "BACKING_REFUSED"
-        assert "undefined" not in said.failure.message
+        outcome = converted(volumes, overlay, device, "qcow2")
+        assert outcome.failure is not None
+        assert outcome.reason == "BACKING_REFUSED"
+        assert "undefined" not in outcome.failure.message
         assert volumes.bytes_on(device) == b"\xaa" * SIZE
 
 
@@ -313,8 +313,8 @@ class TestReadingADevice:
         """Its size is the disk's."""
         device = volumes.add("lv", 2 * MIB, sector_bytes=sector_bytes)
         device.write_bytes(os.urandom(2 * MIB))
-        said = converted(volumes, device, volumes.directory / "out")
-        assert said.published.virtual_size_bytes == 2 * MIB
+        outcome = converted(volumes, device, volumes.directory / "out")
+        assert outcome.published.virtual_size_bytes == 2 * MIB
         assert (volumes.directory / "out").read_bytes() == volumes.bytes_on(device)
 
     def test_source_device_may_hold_an_image_of_another_format(self, volumes: Devices) -> None:
@@ -333,8 +333,8 @@ class TestReadingADevice:
         overlay = volumes.directory / "overlay"
         argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(device), "-F", "raw"]
         subprocess.run([*argv, str(overlay)], check=True)
-        said = converted(volumes, overlay, volumes.directory / "out", "qcow2")
-        assert [member.path for member in said.plan.chain] == [str(overlay), str(device)]
+        outcome = converted(volumes, overlay, volumes.directory / "out", "qcow2")
+        assert [member.path for member in outcome.plan.chain] == [str(overlay), str(device)]
         assert (volumes.directory / "out").read_bytes() == b"\xaa" * MIB
 
     def test_source_device_is_copied_to_a_device_with_other_sectors(self, volumes: Devices) -> None:

@@ -64,8 +64,8 @@ def last_sector_is_there(path: Path, image_format: str, size_bytes: int) -> bool
     """Whether the result has what the source has."""
     read = f"read -P 7 {size_bytes - SECTOR} {SECTOR}"
     argv = ["qemu-io", "-r", "-f", image_format, "-c", read, str(path)]
-    said = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
-    return "read 512/512" in said and "verification failed" not in said
+    output = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+    return "read 512/512" in output and "verification failed" not in output
 
 
 @pytest.mark.parametrize("kind", LARGEST)
@@ -83,12 +83,12 @@ def test_image_one_sector_over_the_limit_is_refused_with_the_limit(
 ) -> None:
     """Before anything runs, as a request that can't be meant."""
     image_format, options, size = {**LARGEST, **OUT_OF_REACH}[kind]
-    said = converted(area, image_format, options, size + SECTOR, validate_only=validate_only)
-    assert said.reason == "SIZE_NOT_POSSIBLE"
-    assert said.failure is not None
-    values = dict(said.failure.values)
+    outcome = converted(area, image_format, options, size + SECTOR, validate_only=validate_only)
+    assert outcome.reason == "SIZE_NOT_POSSIBLE"
+    assert outcome.failure is not None
+    values = dict(outcome.failure.values)
     assert (values["size_bytes"], values["most_bytes"]) == (str(size + SECTOR), str(size))
-    assert str(said.failure.status) == "INVALID_ARGUMENT"
+    assert str(outcome.failure.status) == "INVALID_ARGUMENT"
     assert not (area / "out").exists()
 
 
@@ -118,13 +118,13 @@ EMPTY: Final = {
 def test_empty_image_is_created_or_refused_as_its_format_allows(area: Path, kind: str) -> None:
     """And refused, with the least that is possible, where qemu could not open it again."""
     image_format, options, is_possible = EMPTY[kind]
-    said = converted(area, image_format, options, 0)
+    outcome = converted(area, image_format, options, 0)
     if is_possible:
-        assert said.failure is None
+        assert outcome.failure is None
         return
-    assert said.reason == "SIZE_NOT_POSSIBLE"
-    assert said.failure is not None
-    assert dict(said.failure.values)["least_bytes"] == "512"
+    assert outcome.reason == "SIZE_NOT_POSSIBLE"
+    assert outcome.failure is not None
+    assert dict(outcome.failure.values)["least_bytes"] == "512"
     assert converted(area, image_format, options, SECTOR).failure is None
 
 
@@ -133,7 +133,7 @@ def test_image_tables_with_an_integer_overflow_in_qemu_are_refused(
     area: Path, options: str
 ) -> None:
     """A qed of which the tables could reach beyond 64 bits: qemu takes its size for 0."""
-    said = converted(area, "qed", options, GIB)
-    assert said.reason == "SIZE_NOT_POSSIBLE"
-    assert said.failure is not None
-    assert dict(said.failure.values)["most_bytes"] == "0"
+    outcome = converted(area, "qed", options, GIB)
+    assert outcome.reason == "SIZE_NOT_POSSIBLE"
+    assert outcome.failure is not None
+    assert dict(outcome.failure.values)["most_bytes"] == "0"

@@ -130,8 +130,8 @@ class TestCompleteImages:
         """Its reference counts are wrong, as its dirty flag says, and its data is right."""
         source = _not_closed(area / "in")
         assert _check_status(source) == 2
-        said = converted(source, "qcow2")
-        assert [warning.reason for warning in said.published.warnings] == ["SOURCE_DIRTY"]
+        outcome = converted(source, "qcow2")
+        assert [warning.reason for warning in outcome.published.warnings] == ["SOURCE_DIRTY"]
         assert (area / "out").read_bytes()[:MIB] == b"\xcd" * MIB
 
     def test_encrypted_image_is_checked_with_its_passphrase(self, area: Path) -> None:
@@ -299,8 +299,8 @@ class TestHostileImages:
         source = _with_snapshots(area / "in", 4000)
         limits = grants.limits(duration_seconds=3.0)
         rules = grants.Rules(roots=(grants.files(area),), limits=limits)
-        said = whole_job.run(rules.convert(grants.request(source, area / "out", "qcow2")))
-        assert said.reason == "DURATION_EXCEEDED"
+        outcome = whole_job.run(rules.convert(grants.request(source, area / "out", "qcow2")))
+        assert outcome.reason == "DURATION_EXCEEDED"
         assert not (area / "out").exists()
 
     def test_image_whose_check_needs_too_much_memory_is_refused(self, area: Path) -> None:

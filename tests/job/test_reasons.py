@@ -47,10 +47,10 @@ def test_image_open_failure_of_qemu_img_is_reported_with_its_reason(area: Path, 
     image_format, offset, data, words = BAD[kind]
     source = changed(area / "in", image_format, offset, data)
     request = grants.request(source, area / "out", image_format)
-    said = whole_job.run(grants.Rules(roots=(grants.files(area),)).convert(request))
-    assert said.reason == "IMAGE_REFUSED"
-    assert said.failure is not None
-    assert words in said.failure.message
+    outcome = whole_job.run(grants.Rules(roots=(grants.files(area),)).convert(request))
+    assert outcome.reason == "IMAGE_REFUSED"
+    assert outcome.failure is not None
+    assert words in outcome.failure.message
 
 
 def test_image_with_an_unreplayed_log_is_reported_as_such() -> None:

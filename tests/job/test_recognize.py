@@ -44,10 +44,10 @@ def inspected(
     return whole_job.run(rules.inspect(values.Source(path=str(source), format=stated)))
 
 
-def failure_of(said: whole_job.JobEvents) -> conditions.Failure:
+def failure_of(outcome: whole_job.JobEvents) -> conditions.Failure:
     """What it failed of."""
-    assert said.failure is not None
-    return said.failure
+    assert outcome.failure is not None
+    return outcome.failure
 
 
 def overlay(path: Path, backing_format: str) -> Path:
@@ -300,7 +300,7 @@ class TestExternalData:
         (area / "in").write_bytes(data)
         with children.logging_to_stderr(logging.DEBUG):
             found = [act(area / "in", image_format) for act in (inspected, converted)]
-        assert [said.reason for said in found] == [reason, reason]
+        assert [outcome.reason for outcome in found] == [reason, reason]
         assert ("run command=" in capfd.readouterr().err) == (reason == "done")
 
 
@@ -321,9 +321,9 @@ class TestVhdSizes:
         vhd = Vhd(creator=creator, disk_type=kind)
         pieces = {n: disk[n * 2 * MIB : (n + 1) * 2 * MIB] for n in range(5)}
         (area / "in").write_bytes(vhd.fixed(disk) if is_fixed else vhd.sparse(pieces))
-        said = converted(area / "in", "vpc")
+        outcome = converted(area / "in", "vpc")
         assert (area / "out").read_bytes() == disk
-        warnings = said.published.warnings
+        warnings = outcome.published.warnings
         assert [warning.reason for warning in warnings] == ["VHD_SIZES_DIFFER"]
         assert f"{301 * 4 * 17 * SECTOR} bytes" in warnings[0].message
         assert f"all {10 * MIB} are read" in warnings[0].message
@@ -335,9 +335,9 @@ class TestVhdSizes:
         """And told of by its own path."""
         disk = DISK.ljust(10 * MIB - SECTOR, b"\0") + b"\xee" * SECTOR
         (area / "in").write_bytes(Vhd().fixed(disk))
-        said = converted(overlay(area / "top", "vpc"), "qcow2")
+        outcome = converted(overlay(area / "top", "vpc"), "qcow2")
         assert (area / "out").read_bytes() == disk
-        (warning,) = said.published.warnings
+        (warning,) = outcome.published.warnings
         assert warning.message.startswith(f"{area}/in: ")
 
     def test_verification_compares_the_full_vhd(self, area: Path) -> None:
@@ -346,8 +346,8 @@ class TestVhdSizes:
         (area / "in").write_bytes(Vhd().fixed(disk))
         rules = grants.Rules(roots=(grants.files(area),))
         request = grants.request(area / "in", area / "out", "vpc", "vpc")
-        said = whole_job.run(rules.convert(dataclasses.replace(request, verify=True)))
-        assert said.published.verified
+        outcome = whole_job.run(rules.convert(dataclasses.replace(request, verify=True)))
+        assert outcome.published.verified
         assert converted_back(area / "out") == disk
 
     def test_vhd_with_matching_sizes_has_no_warning(self, area: Path) -> None:
@@ -548,8 +548,8 @@ class TestRawDisks:
     def test_partitioned_disk_is_recognized_as_raw(self, area: Path, data: bytes) -> None:
         """Whatever is on it. Its size is rounded up to sectors, as qemu does."""
         (area / "in").write_bytes(data)
-        said = converted(area / "in")
-        assert said.reason == "done", said.failure
+        outcome = converted(area / "in")
+        assert outcome.reason == "done", outcome.failure
         assert (area / "out").read_bytes() == _whole_sectors(data)
 
     @pytest.mark.parametrize("command", ["mkfs.ext4", "mkfs.xfs", "mkfs.btrfs"])

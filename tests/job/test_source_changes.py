@@ -128,11 +128,11 @@ def own_area(area: Path) -> Path:
     return area
 
 
-def check_refused(said: whole_job.JobEvents, path: Path) -> None:
+def check_refused(outcome: whole_job.JobEvents, path: Path) -> None:
     """See that it was told of the file, and that nothing was published."""
-    assert said.reason == "SOURCE_CHANGED", said.failure
-    assert said.failure is not None
-    assert dict(said.failure.values)["path"] == str(path)
+    assert outcome.reason == "SOURCE_CHANGED", outcome.failure
+    assert outcome.failure is not None
+    assert dict(outcome.failure.values)["path"] == str(path)
     assert not (path.parent / "out").exists()
 
 
@@ -202,10 +202,10 @@ class TestChangedFiles:
             source = made(own_area / "in", "raw")
             roots = (grants.files(own_area), grants.devices(device.parent))
             request = grants.request(source, device)
-            said = run_while(WRITES["rewritten"], source, request, *roots)
-        assert said.reason == "SOURCE_CHANGED", said.failure
-        assert said.failure is not None
-        assert dict(said.failure.values)["device_content"] == "undefined"
+            outcome = run_while(WRITES["rewritten"], source, request, *roots)
+        assert outcome.reason == "SOURCE_CHANGED", outcome.failure
+        assert outcome.failure is not None
+        assert dict(outcome.failure.values)["device_content"] == "undefined"
 
 
 @contextlib.contextmanager

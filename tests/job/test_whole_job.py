@@ -17,8 +17,8 @@ def test_granted_job_converts_and_reports_its_result(area: Path) -> None:
     (area / "in").write_bytes(os.urandom(MIB))
     rules = grants.Rules(roots=(grants.files(area),))
     grant = rules.convert(grants.request(area / "in", area / "out", dest_format="qcow2"))
-    said = whole_job.run(grant)
-    assert said.plan.source_format == said.published.source_format == "raw"
+    outcome = whole_job.run(grant)
+    assert outcome.plan.source_format == outcome.published.source_format == "raw"
     ends = [str(area / "in"), str(area / "out")]
     compare = ["qemu-img", "compare", "-f", "raw", "-F", "qcow2", *ends]
     subprocess.run(compare, check=True, capture_output=True)

@@ -326,8 +326,8 @@ def attacked(daemon: Daemon, ways: Sequence[str]) -> Iterator[None]:
             assert process.stdout.readline() == b"begun\n"
         yield
         for process in running:
-            said, _ = process.communicate(timeout=PATIENCE_S)
-            assert int(said) > 0
+            output, _ = process.communicate(timeout=PATIENCE_S)
+            assert int(output) > 0
 
 
 CALLS: Final = 60

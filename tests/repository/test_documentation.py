@@ -71,10 +71,10 @@ def test_broken_link_fails_the_documentation_build(copy: Path, tmp_path: Path) -
             file.write(f"\n{mistake}\n")
     built = build(copy, tmp_path / "site")
     assert built.returncode != 0
-    told = re.findall(
+    reported = re.findall(
         rf"^{re.escape(str(copy))}/(.*\.md)(?::\d+)?: WARNING", built.stderr, re.MULTILINE
     )
-    assert sorted(told) == sorted(MISTAKES), built.stderr
+    assert sorted(reported) == sorted(MISTAKES), built.stderr
 
 
 def test_documentation_site_needs_no_network(tmp_path: Path) -> None:

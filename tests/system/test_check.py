@@ -122,9 +122,9 @@ def test_check_of_an_empty_policy_says_that_nobody_is_granted_anything(
 ) -> None:
     """And says so."""
     checked(directory, Policy())
-    told = capsys.readouterr().out
-    assert "Grants\n  none: nobody may convert anything\n" in told
-    assert "nobody: each caller sees and cancels its own jobs only.\n" in told
+    output = capsys.readouterr().out
+    assert "Grants\n  none: nobody may convert anything\n" in output
+    assert "nobody: each caller sees and cancels its own jobs only.\n" in output
 
 
 def test_check_passes_a_policy_with_a_missing_root(
@@ -191,13 +191,13 @@ def test_check_reports_a_root_that_is_a_file_or_behind_a_symlink(
     (directory / "images").rmdir()
     (directory / "images").write_text("", encoding="ascii")
     checked(directory)
-    told = capsys.readouterr().err
-    assert f"roots.images.path: {directory}/images is not a directory\n" in told
+    output = capsys.readouterr().err
+    assert f"roots.images.path: {directory}/images is not a directory\n" in output
     (directory / "images").unlink()
     (directory / "images").mkdir()
     checked(directory)
-    told = capsys.readouterr().err
-    assert f"roots.own.path: {directory}/own has a symbolic link in its path" in told
+    output = capsys.readouterr().err
+    assert f"roots.own.path: {directory}/own has a symbolic link in its path" in output
 
 
 def counters_in(directory: Path) -> Policy:
@@ -228,8 +228,8 @@ def test_check_reports_a_counters_directory_that_can_be_written_by(
     (directory / "own").chmod(mode)
     os.chown(directory / "own", owner, 0)
     assert checked(directory, counters_in(directory / "own")) == 1
-    told = capsys.readouterr().err
-    assert f"service.metrics: {directory}/own {problem}" in told
+    output = capsys.readouterr().err
+    assert f"service.metrics: {directory}/own {problem}" in output
 
 
 def test_check_reports_who_can_rename_the_counters_directory(
@@ -240,8 +240,8 @@ def test_check_reports_who_can_rename_the_counters_directory(
     inner.mkdir()
     os.chown(directory / "own", 1234, 0)
     assert checked(directory, counters_in(inner)) == 0
-    told = capsys.readouterr().err
-    assert f"service.metrics: {directory}/own can be changed by uid 1234" in told
+    output = capsys.readouterr().err
+    assert f"service.metrics: {directory}/own can be changed by uid 1234" in output
 
 
 @pytest.mark.parametrize("kind", ["missing", "link", "file", "taken"])

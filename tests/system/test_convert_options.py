@@ -49,8 +49,8 @@ def info(path: Path) -> dict[str, Any]:
     """What qemu-img says of an image."""
     argv = ["qemu-img", "info", "--output=json", str(path)]
     done = subprocess.run(argv, check=True, capture_output=True)
-    said: dict[str, Any] = json.loads(done.stdout)
-    return said
+    output: dict[str, Any] = json.loads(done.stdout)
+    return output
 
 
 # --- what is said of a conversion ---------------------------------------------------------------

@@ -64,8 +64,10 @@ WAYS: Final = ("Client", "AsyncClient", "local")
 def info(path: Path) -> dict[str, Any]:
     """What qemu-img says of an image."""
     argv = ["qemu-img", "info", "--output=json", str(path)]
-    said: dict[str, Any] = json.loads(subprocess.run(argv, check=True, capture_output=True).stdout)
-    return said
+    output: dict[str, Any] = json.loads(
+        subprocess.run(argv, check=True, capture_output=True).stdout
+    )
+    return output
 
 
 def data(key: str) -> Callable[[Path], object]:

@@ -193,8 +193,8 @@ def test_backing_chain_over_several_roots_and_owners_becomes_one_image(
     flat = images_dir / "flat.qcow2"
     assert images.identical(top, flat)
     argv = ["qemu-img", "info", "--output=json", str(flat)]
-    told = json.loads(subprocess.run(argv, check=True, capture_output=True).stdout)
-    assert "backing-filename" not in told
+    output = json.loads(subprocess.run(argv, check=True, capture_output=True).stdout)
+    assert "backing-filename" not in output
     shown = alice.ask(
         "Inspect", pb.InspectRequest(source=pb.Source(path=str(top))), pb.InspectResponse
     )

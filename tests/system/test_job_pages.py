@@ -78,11 +78,11 @@ def test_job_list_pages_contain_each_job_once_and_in_order(
 
 def test_clients_list_jobs_of_all_pages(daemon: Daemon, labels: list[str]) -> None:
     """The command, which uses Python's; and that for asyncio."""
-    told = ALICE.convertctl(daemon.socket, "jobs", "--json")
-    assert [json.loads(line)["label"] for line in told.out.splitlines()] == labels, told
+    result = ALICE.convertctl(daemon.socket, "jobs", "--json")
+    assert [json.loads(line)["label"] for line in result.out.splitlines()] == labels, result
     argv = [PYTHON, "-I", "-c", ASYNC]
-    said = ALICE.run(argv, env={"CONVERTD_SOCKET": str(daemon.socket)})
-    assert json.loads(said.out) == labels, said
+    ran = ALICE.run(argv, env={"CONVERTD_SOCKET": str(daemon.socket)})
+    assert json.loads(ran.out) == labels, ran
 
 
 @pytest.mark.parametrize(

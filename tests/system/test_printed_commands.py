@@ -188,8 +188,8 @@ def test_local_conversion_failure_shows_the_message_of_qemu_img(
         file.write(bytes([0, 0, 0, 99]))
     argv = (str(image), str(images_dir / "out"), "-f", "qcow2", "-O", "raw")
     assert "Unsupported cluster size" in converted(daemon, *argv, "--local").err
-    said = converted(daemon, *argv).err
-    assert "cluster size" not in said
+    output = converted(daemon, *argv).err
+    assert "cluster size" not in output
 
 
 def test_plan_command_creates_the_same_image(daemon: Daemon, images_dir: Path) -> None:

@@ -254,8 +254,8 @@ class TestEncryption:
 def test_option_table_matches_the_options_of_qemu_img(kind: str) -> None:
     """By the same name: it is asked itself."""
     argv = ["qemu-img", "create", "-f", kind, "-o", "help"]
-    said = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
-    named = set(re.findall(r"^\s+([a-z0-9_]+)=", said, flags=re.MULTILINE))
+    output = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+    named = set(re.findall(r"^\s+([a-z0-9_]+)=", output, flags=re.MULTILINE))
     assert set(creation_options.OPTIONS[kind]) <= named
 
 
@@ -263,5 +263,5 @@ def test_option_table_matches_the_options_of_qemu_img(kind: str) -> None:
 def test_encryption_table_matches_the_options_of_qemu_img(name: str) -> None:
     """By the same name, with dashes."""
     argv = ["qemu-img", "create", "-f", "luks", "-o", "help"]
-    said = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
-    assert f"{name.replace('_', '-')}=" in said
+    output = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+    assert f"{name.replace('_', '-')}=" in output

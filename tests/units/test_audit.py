@@ -115,6 +115,6 @@ def test_journal_catalog_explains_a_record(images: booted.Machine) -> None:
     """`journalctl -x` tells a newcomer what a record means."""
     images.run("convertctl", "info", "/etc/gshadow", uid=ALICE, check=False)
     images.run("journalctl", "--sync")
-    said = images.output_of("journalctl", "-x", "--no-pager", "CONVERTD_SOURCE=/etc/gshadow")
-    assert "Subject: A request to convertd was refused" in said
-    assert f"(convertctl) of uid {ALICE} asked convertd to" in said
+    output = images.output_of("journalctl", "-x", "--no-pager", "CONVERTD_SOURCE=/etc/gshadow")
+    assert "Subject: A request to convertd was refused" in output
+    assert f"(convertctl) of uid {ALICE} asked convertd to" in output

@@ -58,8 +58,8 @@ def test_manual_pages_render_without_warnings(machine: booted.Machine, page: str
 
 def test_manual_page_and_completion_have_each_option(machine: booted.Machine) -> None:
     """Of convertd; convertctl's are made by itself."""
-    told = machine.output_of("convertd", "--help")
-    options = set(re.findall(r"--[a-z]+", told))
+    output = machine.output_of("convertd", "--help")
+    options = set(re.findall(r"--[a-z]+", output))
     assert {"--policy", "--socket"} < options
     page = booted.REPOSITORY / "docs" / "man" / "convertd.8.md"
     completion = booted.REPOSITORY / "packaging" / "completions" / "convertd.bash"

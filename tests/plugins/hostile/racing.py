@@ -140,5 +140,5 @@ def _going_on(caller: Caller, script: str, **order: object) -> Iterator[Count]:
         try:
             yield count
         finally:
-            said, _ = process.communicate(timeout=waiting.DEADLINE_S)
-            count.changes, count.lost = (*map(int, said.split()), 0)[:2]
+            output, _ = process.communicate(timeout=waiting.DEADLINE_S)
+            count.changes, count.lost = (*map(int, output.split()), 0)[:2]

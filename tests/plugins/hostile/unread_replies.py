@@ -118,6 +118,6 @@ def unread(
         try:
             yield done
         finally:
-            said, _ = process.communicate(b"end\n", timeout=waiting.DEADLINE_S)
-            told = json.loads(said)
+            output, _ = process.communicate(b"end\n", timeout=waiting.DEADLINE_S)
+            told = json.loads(output)
             done.connections, done.bytes = told["made"], told["bytes"]
