@@ -293,10 +293,10 @@ def test_system_call_unknown_to_an_old_libseccomp_is_refused_by_number() -> None
 
 WITHOUT_LIBSECCOMP = """
 import ctypes
+from convertd_daemon.sandbox import errors, seccomp
 def missing(name, **_):
     raise OSError(f"{name}: cannot open shared object file")
 ctypes.CDLL = missing
-from convertd_daemon.sandbox import errors, seccomp
 try:
     seccomp.compile_profile(seccomp.QEMU_IMG)
 except errors.FilterMissing as error:
