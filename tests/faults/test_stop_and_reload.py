@@ -14,7 +14,7 @@ from harness import callers, images, processes, waiting
 from harness.agent import Call, conversion
 from harness.callers import ALICE, BOB
 from harness.daemon import FRONT, JOB, QEMU_IMG, Daemon, DidNotStart
-from harness.fixtures import FillIn, MakeDaemon
+from harness.fixtures import FillPolicy, MakeDaemon
 from harness.tracing import Tracer
 from policies import IMAGES, LIBRARY, Grant, Policy
 
@@ -195,7 +195,7 @@ def test_daemon_exits_when_its_front_can_not_start(make_daemon: MakeDaemon, tmp_
 
 
 def test_reloaded_policy_applies_to_the_next_request(
-    daemon: Daemon, fill_in: FillIn, library: Path, images_dir: Path
+    daemon: Daemon, fill_in: FillPolicy, library: Path, images_dir: Path
 ) -> None:
     """Also over a connection that was there before."""
     bob = daemon.agent(BOB)
@@ -209,7 +209,7 @@ def test_reloaded_policy_applies_to_the_next_request(
 
 
 def test_running_job_keeps_the_policy_it_started_with(
-    daemon: Daemon, fill_in: FillIn, library: Path, images_dir: Path
+    daemon: Daemon, fill_in: FillPolicy, library: Path, images_dir: Path
 ) -> None:
     """Even one that would not allow it any more."""
     running = begin(daemon, library / "slow.raw", images_dir / "dest.qcow2")
@@ -220,7 +220,7 @@ def test_running_job_keeps_the_policy_it_started_with(
 
 
 def test_raised_job_limit_after_a_reload_starts_queued_jobs(
-    daemon: Daemon, fill_in: FillIn, library: Path, images_dir: Path
+    daemon: Daemon, fill_in: FillPolicy, library: Path, images_dir: Path
 ) -> None:
     """At once, and not only when a place becomes free."""
     running = begin(daemon, library / "bulky.raw", images_dir / "slow.qcow2")
@@ -288,7 +288,7 @@ def test_reload_keeps_the_old_policy_if_the_new_one_can_not_be_checked(
     assert daemon.agent(ALICE).convert(request).result().published
 
 
-def test_repeated_reloads_leave_no_process_behind(daemon: Daemon, fill_in: FillIn) -> None:
+def test_repeated_reloads_leave_no_process_behind(daemon: Daemon, fill_in: FillPolicy) -> None:
     """Each looks names up in a child."""
     named = POLICY.for_users(ALICE.uid, "root", "no-such-user")
     for _ in range(10):

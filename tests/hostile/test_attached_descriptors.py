@@ -22,7 +22,7 @@ from harness import images, processes, waiting
 from harness.agent import conversion
 from harness.callers import ALICE, BOB, MALLORY
 from harness.daemon import FRONT, PREFORKED_JOB, Daemon
-from harness.fixtures import FillIn, MakeDaemon
+from harness.fixtures import FillPolicy, MakeDaemon
 from hostile import compromised_front, http2, lingering
 from policies import IMAGES, LIBRARY, Grant, Policy
 
@@ -49,7 +49,7 @@ def wrapper(kernel: str) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def attacked(kernel: str, fill_in: FillIn) -> Iterator[Daemon]:
+def attacked(kernel: str, fill_in: FillPolicy) -> Iterator[Daemon]:
     """The module's daemon, on either kernel."""
     one = Daemon(fill_in(POLICY))
     try:

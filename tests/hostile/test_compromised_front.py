@@ -20,7 +20,7 @@ import pytest
 from harness import processes, waiting
 from harness.callers import ALICE, BOB, MALLORY, Caller
 from harness.daemon import JOB, QEMU_IMG, Daemon
-from harness.fixtures import FillIn, MakeDaemon
+from harness.fixtures import FillPolicy, MakeDaemon
 from hostile import compromised_front, simple_calls
 from hostile.compromised_front import CompromisedFront
 from hostile.secret import Secret
@@ -53,7 +53,7 @@ SEED: Final = int(os.environ.get("CONVERTD_TEST_SEED", "1"))
 
 
 @pytest.fixture(scope="module")
-def broker(fill_in: FillIn) -> Iterator[Daemon]:
+def broker(fill_in: FillPolicy) -> Iterator[Daemon]:
     """The module's daemon, which is not started yet."""
     one = Daemon(fill_in(POLICY))
     yield one

@@ -17,7 +17,7 @@ from typing import Any, Final
 import pytest
 from harness.callers import ALICE, BOB
 from harness.daemon import Daemon
-from harness.fixtures import FillIn
+from harness.fixtures import FillPolicy
 from hostile import program, simple_calls
 from hostile.program import Behaviour
 from hostile.secret import Secret
@@ -55,7 +55,7 @@ def place(scratch: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def attacked(place: Path, fill_in: FillIn) -> Iterator[Daemon]:
+def attacked(place: Path, fill_in: FillPolicy) -> Iterator[Daemon]:
     """A daemon that has started."""
     assert place.exists()
     one = Daemon(fill_in(POLICY))

@@ -13,7 +13,7 @@ from harness import waiting
 from harness.agent import conversion
 from harness.callers import ALICE, MALLORY, Caller
 from harness.daemon import Daemon
-from harness.fixtures import FillIn
+from harness.fixtures import FillPolicy
 from policies import IMAGES, LIBRARY, Grant, Policy
 
 from convertd.v1 import convert_pb2 as pb
@@ -34,7 +34,7 @@ FIELD: Final = re.compile(
 
 
 @pytest.fixture(scope="module")
-def alone(fill_in: FillIn) -> Iterator[Daemon]:
+def alone(fill_in: FillPolicy) -> Iterator[Daemon]:
     """A daemon that sees no journal, whatever the machine has."""
     with contextlib.ExitStack() as undo:
         one = Daemon(fill_in(POLICY))

@@ -24,7 +24,7 @@ from harness import images
 from harness.daemon import Daemon
 from harness.mounts import Mounts
 
-FillIn = Callable[[Policy | str], str]
+FillPolicy = Callable[[Policy | str], str]
 MakeDaemon = Callable[[Policy | str], Daemon]
 
 _LOG_CHARACTERS = 20_000
@@ -83,7 +83,7 @@ def volumes(scratch: Path) -> Iterator[Devices]:
 
 
 @pytest.fixture(scope="module")
-def fill_in(request: pytest.FixtureRequest, scratch: Path, library: Path) -> FillIn:
+def fill_in(request: pytest.FixtureRequest, scratch: Path, library: Path) -> FillPolicy:
     """Put the directories into a policy, and create those of its roots that are missing."""
 
     def fill(policy: Policy | str) -> str:
@@ -99,7 +99,7 @@ def fill_in(request: pytest.FixtureRequest, scratch: Path, library: Path) -> Fil
 
 
 @pytest.fixture(scope="module")
-def daemon(request: pytest.FixtureRequest, fill_in: FillIn) -> Iterator[Daemon]:
+def daemon(request: pytest.FixtureRequest, fill_in: FillPolicy) -> Iterator[Daemon]:
     """The module's daemon. When the module is done it is stopped, and must leave nothing."""
     one = Daemon(fill_in(request.module.POLICY))
     with contextlib.ExitStack() as undo:
@@ -111,7 +111,7 @@ def daemon(request: pytest.FixtureRequest, fill_in: FillIn) -> Iterator[Daemon]:
 
 
 @pytest.fixture
-def make_daemon(fill_in: FillIn) -> Iterator[MakeDaemon]:
+def make_daemon(fill_in: FillPolicy) -> Iterator[MakeDaemon]:
     """Make daemons for one test alone, not started yet.
 
     What runs at its end is stopped, and must leave nothing.
