@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,34 +17,21 @@ from harness import images, waiting
 from harness.agent import Agent, conversion
 from harness.callers import ALICE, CONVERTCTL, ROOT, Ran
 from harness.daemon import Daemon
+from harness.fixtures import FillPolicy
 from harness.mounts import Mounts
 from loop_devices import Devices
+from policies import LIBRARY, VOLUMES, Grant, Policy, Root
 
 from convertd.v1 import convert_pb2 as pb
 from convertd_daemon.job.files import paths
 from convertd_daemon.linux import locks
 
-POLICY: Final = """
-[operators]
-users = [0]
-[roots.library]
-path = "{library}"
-access = "daemon"
-[roots.disks]
-path = "{scratch}"
-access = "daemon"
-mounts = true
-[roots.volumes]
-path = "{volumes}"
-kind = "block"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["library", "disks", "volumes"]
-write = ["disks", "volumes"]
-"""
+DISKS: Final = Root("disks", "{scratch}", mounts=True)
+POLICY: Final = Policy(
+    operators=[0], grants=[Grant(read=[LIBRARY, DISKS, VOLUMES], write=[DISKS, VOLUMES])]
+)
 
-FORBIDDEN: Final = POLICY.replace("mounts = true", "mounts = true\nreflink = false")
+FORBIDDEN: Final = POLICY.with_root(dataclasses.replace(DISKS, reflink=False))
 
 ROOMY_MIB: Final = 64
 
@@ -210,7 +198,7 @@ def test_disk_of_a_running_guest_is_refused_with_each_method(
 
 
 def test_policy_forbids_sharing_from_the_next_reload_on(
-    daemon: Daemon, alice: Agent, disk: Path, dest: Path, fill_in: Callable[[str], str]
+    daemon: Daemon, alice: Agent, disk: Path, dest: Path, fill_in: FillPolicy
 ) -> None:
     """A request then gets a copy, or a refusal if it demands sharing."""
     request = to_raw(disk / "in.raw", dest, overwrite=True)
