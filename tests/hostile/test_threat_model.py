@@ -19,7 +19,7 @@ OF_THE_FRONT = re.findall(r"(?<!\[)`(test_\w+)`", SECTION)
 @pytest.mark.parametrize("name", sorted(set(OF_THE_FRONT)))
 def test_each_threat_model_row_about_the_front_names_an_existing_test(name: str) -> None:
     """In the file that the table's head names."""
-    path = ROOT / "tests" / "hostile" / "test_taken_over_front.py"
+    path = ROOT / "tests" / "hostile" / "test_compromised_front.py"
     assert f"def {name}(" in path.read_text(encoding="utf-8")
 
 
