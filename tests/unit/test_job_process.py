@@ -22,7 +22,7 @@ class Asked:
         self.times: list[float] = []
         self.loop = loop.Loop()
         setup = Setup(path="/usr/bin/qemu-img", identity=None, seccomp=b"")
-        self.spare = process.PreforkedJob(self.loop, setup, self.may_fork)
+        self.preforked = process.PreforkedJob(self.loop, setup, self.may_fork)
         self.began = time.monotonic()
 
     def may_fork(self) -> bool:
