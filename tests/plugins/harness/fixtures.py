@@ -91,8 +91,9 @@ def fill_in(request: pytest.FixtureRequest, scratch: Path, library: Path) -> Fil
         if "{volumes}" in text:
             made: Devices = request.getfixturevalue("volumes")
             text = text.replace("{volumes}", str(made.links))
-        for root in tomllib.loads(text).get("roots", {}).values():
-            Path(root["path"]).mkdir(mode=0o755, exist_ok=True)
+        roots = tomllib.loads(text).get("roots", {}).values()
+        for path in sorted(root["path"] for root in roots):  # one in another comes after that
+            Path(path).mkdir(mode=0o755, exist_ok=True)
         return text
 
     return fill
