@@ -66,9 +66,7 @@ class TestReceivingPassphrases:
     @pytest.mark.parametrize(
         "data", [b"", b"x" * (validation.MAX_PASSPHRASE_BYTES + 1)], ids=["empty", "long"]
     )
-    def test_invalid_passphrase_is_refused_and_not_repeated(
-        self, ends: Pair, data: bytes
-    ) -> None:
+    def test_invalid_passphrase_is_refused_and_not_repeated(self, ends: Pair, data: bytes) -> None:
         """With the field, and the bounds."""
         ends[0].send_bytes(messages.PASSPHRASE + data)
         failure = refusals.refusal_of(lambda: secrets.take(ends[1], source=False, dest=True))
