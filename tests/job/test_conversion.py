@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from convertd_core import conditions, messages, results, values
 from convertd_daemon import channel
-from convertd_daemon.job import context, endpoints, stages
+from convertd_daemon.job import context, endpoints, progress, stages
 from convertd_daemon.job.files import device_dest, file_dest, paths
 from convertd_daemon.job.qemu import (
     backing_chain,
@@ -87,13 +87,13 @@ class TestProgress:
     @pytest.fixture(autouse=True)
     def at_any_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Tell it as soon as there is more to tell, but where a test says otherwise."""
-        monkeypatch.setattr(conversion, "PROGRESS_S", 0.0)
+        monkeypatch.setattr(progress, "PROGRESS_S", 0.0)
 
     def test_progress_is_rate_limited(
         self, front: Front, written: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Nobody sees a hundred steps of a second; the end of the writing is told in any case."""
-        monkeypatch.setattr(conversion, "PROGRESS_S", 60.0)
+        monkeypatch.setattr(progress, "PROGRESS_S", 60.0)
         observer = conversion.Observer(front.context, written, 1.0)
         observer.on_output(printed(0.0, 10.0, 20.0))
         observer.on_output(printed(99.0, 100.0))
@@ -104,7 +104,7 @@ class TestProgress:
     ) -> None:
         """What was held back is not made up for: the newest counts."""
         now = 5.0
-        monkeypatch.setattr(conversion, "PROGRESS_S", 0.1)
+        monkeypatch.setattr(progress, "PROGRESS_S", 0.1)
         monkeypatch.setattr(time, "monotonic", lambda: now)
         observer = conversion.Observer(front.context, written, 1.0)
         observer.on_output(printed(1.0, 2.0))

@@ -306,16 +306,3 @@ class TestTimestamps:
             with opened(area / "in") as source:
                 assert time.monotonic() - began < 1
                 source_change.check([source])
-
-    def test_clone_of_the_source_is_not_affected_by_later_writes(self, area: Path) -> None:
-        """It was checked when it was taken."""
-        (area / "in").write_bytes(b"before")
-        with opened(area / "in") as source:
-            with source_change.watched([source], lambda: None) as watch:
-                watch.end()
-                (area / "in").write_bytes(b"afterwards")
-            with (
-                pytest.raises(conditions.SourceChanged),
-                source_change.watched([source], lambda: None),
-            ):
-                pass

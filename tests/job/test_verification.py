@@ -26,7 +26,7 @@ from convertd_daemon.job import (
     secrets,
     stages,
 )
-from convertd_daemon.job.files import clone, paths
+from convertd_daemon.job.files import paths
 from convertd_daemon.job.qemu import (
     backing_chain,
     conversion,
@@ -34,6 +34,7 @@ from convertd_daemon.job.qemu import (
     plan,
     verification,
 )
+from convertd_daemon.job.reflink import sharing
 from convertd_daemon.sandbox.prefork_slot import PreforkSlot
 
 MIB = 1024 * 1024
@@ -48,9 +49,13 @@ class Steps:
     plan: stages.ConversionPlan
     ends: endpoints.Endpoints
     runner: execution.Runner
+    layout: sharing.Layout | None
 
     def convert(self) -> tuple[results.Warning, ...]:
-        """Run qemu-img."""
+        """Run qemu-img, or share blocks, whatever the plan says."""
+        if self.layout is not None:
+            sharing.carry_out(self.grant, self.plan, self.layout, self.runner.context)
+            return ()
         return conversion.convert(self.grant, self.plan, self.ends, NO_SECRETS, self.runner)
 
     def check(self) -> None:
@@ -76,9 +81,10 @@ def planned(grant: values.ConvertGrant) -> Iterator[Steps]:
             chain=backing_chain.follow(grant, source, runner, stack), dest=dest
         )
         made = plan.make(grant, both.members, both.try_out(grant.request.dest.format))
-        made = clone.choose(grant, made, both)
-        dest.check_room(made, source.fd)
-        yield Steps(grant, made, both, runner)
+        prospect = sharing.prepare(grant, both, runner, stack)
+        decision = sharing.choose(grant, made, both, prospect, runner)
+        dest.check_room(decision.plan, source.fd)
+        yield Steps(grant, decision.plan, decision.ends, runner, decision.layout)
 
 
 def grant_in(area: Path, *, verify: bool = False, **asked: object) -> values.ConvertGrant:
@@ -225,7 +231,7 @@ class TestContentComparison:
 
 
 @pytest.fixture(params=["xfs", "btrfs"])
-def sharing(request: pytest.FixtureRequest, mounts: Mounts) -> Path:
+def disk(request: pytest.FixtureRequest, mounts: Mounts) -> Path:
     """A root with an image in it, on a file system that shares blocks."""
     point = mounts.on_a_loop(request.param, "sharing")
     (point / "in").write_bytes(os.urandom(MIB) + bytes(100))
@@ -235,51 +241,52 @@ def sharing(request: pytest.FixtureRequest, mounts: Mounts) -> Path:
 class TestClones:
     """Raw to raw on a file system that shares blocks."""
 
-    def test_clone_has_the_content_of_the_source(self, sharing: Path) -> None:
+    def test_clone_has_the_content_of_the_source(self, disk: Path) -> None:
         """Rounded up to whole sectors, as qemu does; both can be written on their own."""
 
         def act(steps: Steps) -> None:
             assert steps.plan.method is results.Method.REFLINK
+            steps.convert()
             steps.check()
             steps.compare()
             steps.ends.dest.flush(steps.plan)
             steps.ends.dest.assign_name(steps.grant)
 
-        assert outcome_of(grant_in(sharing), act) is None
-        expected = (sharing / "in").read_bytes().ljust(MIB + 512, b"\0")
-        assert (sharing / "out").read_bytes() == expected
-        with (sharing / "in").open("r+b") as source:
+        assert outcome_of(grant_in(disk), act) is None
+        expected = (disk / "in").read_bytes().ljust(MIB + 512, b"\0")
+        assert (disk / "out").read_bytes() == expected
+        with (disk / "in").open("r+b") as source:
             source.write(b"changed")
-        assert (sharing / "out").read_bytes() == expected
+        assert (disk / "out").read_bytes() == expected
 
     @pytest.mark.parametrize(
         ("asked", "reason"),
         [
-            ({"format": "vmdk"}, "only raw"),
+            ({"format": "vmdk"}, "only raw and qcow2"),
             ({"preallocation": values.Preallocation.FULL}, "not possible with preallocation"),
             ({"format": "qcow2", "compression": values.Compression.ZLIB}, "with compression"),
         ],
         ids=["another format", "preallocation", "compression"],
     )
     def test_options_that_require_writing_cause_a_copy(
-        self, sharing: Path, asked: dict[str, object], reason: str
+        self, disk: Path, asked: dict[str, object], reason: str
     ) -> None:
         """Somebody wants bytes to be written."""
-        grant = grant_in(sharing)
+        grant = grant_in(disk)
         request = grants.to(grant.request, **asked)
         assert copied_because(dataclasses.replace(grant, request=request), reason) is None
 
-    def test_request_for_a_copy_gets_one(self, sharing: Path) -> None:
+    def test_request_for_a_copy_gets_one(self, disk: Path) -> None:
         """Blocks of its own."""
-        grant = asking(grant_in(sharing), reflink=values.Reflink.NEVER)
+        grant = asking(grant_in(disk), reflink=values.Reflink.NEVER)
         assert copied_because(grant, "the request asks for a copy") is None
 
     @pytest.mark.parametrize("end", ["source", "dest"])
     def test_policy_that_forbids_sharing_at_one_end_causes_a_copy(
-        self, sharing: Path, end: str
+        self, disk: Path, end: str
     ) -> None:
         """Of whichever root."""
-        grant = grant_in(sharing)
+        grant = grant_in(disk)
         place = getattr(grant, end)
         root = dataclasses.replace(place.root, reflink=False)
         closed = dataclasses.replace(grant, **{end: dataclasses.replace(place, root=root)})
@@ -299,14 +306,14 @@ class TestClones:
         ids=["a-cache-mode", "a-rate"],
     )
     def test_options_about_the_copy_do_not_cause_one(
-        self, sharing: Path, changes: dict[str, object]
+        self, disk: Path, changes: dict[str, object]
     ) -> None:
         """They hold: nothing is read, nothing is in the page cache."""
 
         def act(steps: Steps) -> None:
             assert steps.plan.method is results.Method.REFLINK
 
-        assert outcome_of(asking(grant_in(sharing), **changes), act) is None
+        assert outcome_of(asking(grant_in(disk), **changes), act) is None
 
     def test_copy_is_made_where_the_file_system_does_not_share_blocks(self, mounts: Mounts) -> None:
         """It is tried, and nothing is left of the attempt."""
@@ -316,34 +323,71 @@ class TestClones:
         assert copied_because(grant, "the file system does not share blocks") is None
         assert refused_at(asking(grant, reflink=values.Reflink.ALWAYS)) == point / "out"
 
-    def test_copy_is_made_from_another_file_system(self, sharing: Path, area: Path) -> None:
+    def test_copy_is_made_from_another_file_system(self, disk: Path, area: Path) -> None:
         """Of the same kind or not."""
-        roots = (grants.files(area), grants.files(sharing, name="sharing"))
-        request = grants.request(area / "in", sharing / "out")
+        roots = (grants.files(area), grants.files(disk, name="sharing"))
+        request = grants.request(area / "in", disk / "out")
         grant = grants.Rules(roots=roots).convert(request)
         reason = "source and destination are in different file systems"
         assert copied_because(grant, reason) is None
-        assert refused_at(asking(grant, reflink=values.Reflink.ALWAYS)) == sharing / "out"
+        assert refused_at(asking(grant, reflink=values.Reflink.ALWAYS)) == disk / "out"
 
-    def test_image_larger_than_the_free_space_is_shared(self, sharing: Path) -> None:
+    @pytest.mark.parametrize("reflink", [values.Reflink.AUTO, values.Reflink.ALWAYS])
+    def test_disk_without_space_for_the_metadata_is_full(
+        self, mounts: Mounts, reflink: values.Reflink
+    ) -> None:
+        """The clone fails in the middle; a copy has no space either. Nothing is left."""
+        point = mounts.on_a_loop("xfs", "full")
+        in_pieces(point / "in", 25 * MIB)
+        fill(point, leave_bytes=64 * 1024)
+        failure = outcome_of(asking(grant_in(point), reflink=reflink), Steps.check)
+        assert failure is not None
+        assert failure.reason == "NO_SPACE"
+        assert sorted(os.listdir(point)) == ["fill", "in"]
+
+    def test_image_larger_than_the_free_space_is_shared(self, disk: Path) -> None:
         """It needs no space of its own. A copy is refused."""
-        free = os.statvfs(sharing)
+        free = os.statvfs(disk)
         filler = bytes([1]) * MIB
-        with (sharing / "in").open("ab") as source:
+        with (disk / "in").open("ab") as source:
             for _ in range(free.f_bavail * free.f_frsize * 3 // 5 // MIB):
                 source.write(filler)
 
         def act(steps: Steps) -> None:
             assert steps.plan.method is results.Method.REFLINK
             assert steps.plan.needed_bytes == 0
+            steps.convert()
             steps.check()
             steps.ends.dest.flush(steps.plan)
 
-        assert outcome_of(grant_in(sharing), act) is None
-        copy = asking(grant_in(sharing), reflink=values.Reflink.NEVER)
+        assert outcome_of(grant_in(disk), act) is None
+        copy = asking(grant_in(disk), reflink=values.Reflink.NEVER)
         failure = outcome_of(copy, Steps.check)
         assert failure is not None
         assert failure.reason == "NO_SPACE"
+
+
+def in_pieces(path: Path, data_bytes: int) -> None:
+    """Write a file of data and as many holes, each of one block of 4 KiB, in turn."""
+    path.write_bytes(os.urandom(2 * data_bytes))
+    os.sync()
+    digging = ["fallocate", "--dig-holes", str(path)]
+    with path.open("r+b") as file:
+        for start in range(0, 2 * data_bytes, 8192):
+            os.pwrite(file.fileno(), bytes(4096), start)
+        os.fsync(file.fileno())
+    subprocess.run(digging, check=True)
+
+
+def fill(point: Path, *, leave_bytes: int) -> None:
+    """Take all the space of a file system but that."""
+    with (point / "fill").open("wb", buffering=0) as file:
+        for piece in (bytes(MIB), bytes(4096)):
+            with contextlib.suppress(OSError):
+                while file.write(piece):
+                    pass
+        os.truncate(file.fileno(), os.fstat(file.fileno()).st_size - leave_bytes)
+        os.fsync(file.fileno())
 
 
 def asking(grant: values.ConvertGrant, **changes: object) -> values.ConvertGrant:

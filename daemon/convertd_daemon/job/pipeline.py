@@ -16,11 +16,11 @@ from convertd_daemon.job import (
     confinement,
     context,
     endpoints,
+    progress,
     secrets,
     stages,
 )
 from convertd_daemon.job.files import (
-    clone,
     paths,
     source_change,
 )
@@ -32,6 +32,7 @@ from convertd_daemon.job.qemu import (
     plan,
     verification,
 )
+from convertd_daemon.job.reflink import sharing
 
 
 def convert(
@@ -50,13 +51,15 @@ def convert(
         backing_chain.check_encryption(grant.request.source, links[0])
         both = endpoints.Endpoints(chain=links, dest=dest)
         confinement.to_inodes(grant, both, runner.worker)
-        # 3. Plan.
+        # 3. Plan: share the blocks of a snapshot, if that is possible, or else run qemu-img.
         planned = plan.make(grant, both.members, both.try_out(request.dest.format))
-        planned = clone.choose(grant, planned, both)
-        is_shared = planned.method is results.Method.REFLINK
+        prospect = sharing.prepare(grant, both, runner, stack)
+        whole = integrity.IntegrityCheck(grant, prospect.ends, passphrases, runner)
+        stack.enter_context(whole)
+        decision = sharing.choose(grant, planned, both, prospect, whole.runner())
+        planned, both = decision.plan, decision.ends
         dest.check_room(planned, source.fd)
         context_.send(messages.Planned(plan=planned.told))
-        whole = stack.enter_context(integrity.IntegrityCheck(grant, both, passphrases, runner))
         if request.validate_only or dest.on_device:
             # A device is not written before it is known that the source is whole.
             whole.finish()
@@ -66,29 +69,29 @@ def convert(
             return
         compare = functools.partial(verification.compare, grant, planned, both, passphrases, runner)
         with endpoints.undefined_on_failure(dest, context_):
-            with source_change.watched(both.sources, compare) as watch, whole.required():
-                # 4. Run, and ask meanwhile whether the file holds all of the image.
+            with source_change.watched(both.sources, compare), whole.required():
+                # 4. Make the result, and ask meanwhile whether the file holds all of the image.
                 context_.progress(values.Phase.CONVERTING)
-                warnings = tuple[results.Warning, ...]()
-                if is_shared:
-                    watch.end()
-                else:
+                shared_bytes, warnings = 0, tuple[results.Warning, ...]()
+                if decision.layout is None:
                     beside = whole.runner()
                     warnings = conversion.convert(grant, planned, both, passphrases, beside)
+                else:
+                    shared_bytes = sharing.carry_out(grant, planned, decision.layout, context_)
                 # 5. Check.
                 after = values.Phase.VERIFYING if request.verify else values.Phase.FLUSHING
-                context_.progress(after, conversion.ALL)
+                context_.progress(after, progress.ALL)
                 verification.check(grant, planned, both, runner)
                 if request.verify:
                     compare()
             # 6. Publish.
-            context_.progress(values.Phase.PUBLISHING, conversion.ALL)
+            context_.progress(values.Phase.PUBLISHING, progress.ALL)
             warnings += dest.flush(planned)
             context_.check()
         with context.defer_sigterm():
             replaced = dest.assign_name(grant)
             allocated_bytes = os.fstat(dest.fd).st_blocks * 512
-            shared_bytes = allocated_bytes if is_shared else 0
+            shared_bytes = min(shared_bytes, allocated_bytes)
             result = _result(planned, context_, (*whole.warnings, *warnings))
             seconds = result.elapsed_seconds
             result = dataclasses.replace(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 from convertd_core import conditions, results, values
 from convertd_daemon.job import stages
 from convertd_daemon.job.files import (
+    acl,
     attributes,
     credentials,
     direct_io,
@@ -39,12 +40,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from convertd_daemon.job.files.paths import Target
+    from convertd_daemon.sandbox.identity import Identity
     from convertd_daemon.sandbox.setup import Setup
 
 log = logging.getLogger(__name__)
 
 WITHOUT_TMPFILE: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.ENOSYS, errno.EINVAL})
 """What open(2) says of O_TMPFILE where kernel or file system lacks it."""
+
+SCRATCH_MODE: Final = 0o040
+"""The mode of a file of the job's own. qemu-img may read it, by its group."""
 
 ATTEMPTS: Final = 8
 """How often a temporary is made again because a sweep removed it before it was locked."""
@@ -157,6 +162,31 @@ def create(grant: values.ConvertGrant, target: Target, setup: Setup) -> Iterator
             alias=path,
             expected_warnings=expected,
         )
+
+
+def open_scratch(
+    grant: values.ConvertGrant, dest: NewFile, reader: Identity | None, stack: contextlib.ExitStack
+) -> int:
+    """Make a file of the job's own beside the result, in the same file system; empty.
+
+    `reader` may read it, and nobody but root may otherwise. It is root's, so that it is on nobody's
+    quota. `stack` closes the descriptor, and has it gone then.
+
+    Raises:
+        OSError: it can't be made.
+    """
+    target = dest.target
+    with credentials.acting_for(target.place.root, grant.peer):
+        fd, temporary = _open_new(target)
+    stack.callback(os.close, fd)
+    if temporary:
+        stack.callback(_unlink, grant, target, temporary, fd)
+    if reader is not None:
+        # A list that it inherited would let others read it.
+        acl.remove(fd)
+        os.fchown(fd, os.geteuid(), reader.gid)
+        os.fchmod(fd, SCRATCH_MODE)
+    return fd
 
 
 def _open_new(target: Target) -> tuple[int, str]:

@@ -8,6 +8,8 @@ and again when all has been read. A chmod or a link, which move ctime alone, is 
 The kernel stamps a file with the tick of its clock (1 to 10 ms; finer since Linux 6.13), so that
 two writes within one tick can't be told apart. So reading begins in a later tick than the stamp.
 
+A snapshot can't change, and is not watched: see reflink.snapshot.
+
 What this can't detect: a time set back with utimensat(2); stores into a shared mapping's pages
 that were dirty when the file was opened; block devices, which have no such time.
 """
@@ -18,7 +20,6 @@ import contextlib
 import dataclasses
 import os
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from convertd_core import conditions
@@ -44,18 +45,6 @@ BLAMED: Final = (
     *(conditions.ImageRefused, conditions.FormatMismatch, conditions.WrongSecret),
 )
 """What a conversion may fail of because its source changed."""
-
-
-@dataclass(slots=True)
-class Watch:
-    """The files of a chain, source first, while they are read. `is_over` once that is done."""
-
-    sources: Sequence[Source]
-    is_over: bool = False
-
-    def end(self) -> None:
-        """Check no more: the result was taken in one step, as a clone is, and checked then."""
-        self.is_over = True
 
 
 def opened(fd: int) -> statx.Content:
@@ -94,7 +83,7 @@ def check(sources: Sequence[Source]) -> None:
 
 
 @contextlib.contextmanager
-def watched(sources: Sequence[Source], compare: Callable[[], None]) -> Iterator[Watch]:
+def watched(sources: Sequence[Source], compare: Callable[[], None]) -> Iterator[None]:
     """Have what is done in the block count only if no source changed from its opening to the end.
 
     Where it failed of what was read, and a source changed, that is why. A backing file whose time
@@ -104,14 +93,11 @@ def watched(sources: Sequence[Source], compare: Callable[[], None]) -> Iterator[
     Raises:
         conditions.SourceChanged: one did.
     """
-    watch = Watch(sources)
     try:
-        yield watch
+        yield
     except BLAMED as error:
         _raise_if_changed(sources, error)
         raise
-    if watch.is_over:
-        return
     check(sources[:1])
     if any(_change_of(source) for source in sources[1:]):
         compare_held(sources, compare)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import math
 import os
 import re
 import signal
@@ -13,7 +12,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from convertd_core import conditions, results, values
-from convertd_daemon.job import secrets, stages
+from convertd_daemon.job import progress, secrets, stages
 from convertd_daemon.job.qemu import execution, reasons
 from convertd_daemon.job.qemu import plan as plans
 from convertd_daemon.linux import clock_getcpuclockid
@@ -30,7 +29,6 @@ log = logging.getLogger(__name__)
 
 PROGRESS: Final = re.compile(rb"\((\d{1,3}(?:\.\d+)?)/100%\)")
 
-ALL: Final = 100.0
 LONGEST_LINE: Final = 64
 MAX_WARNINGS: Final = 16
 MAX_WARNING_CHARACTERS: Final = 512
@@ -49,11 +47,6 @@ ATTEMPTS: Final = 5
 IN_USE: Final = ('failed to get "', 'failed to get shared "')
 WRONG_SECRET: Final = ("invalid password", "cannot unlock")
 """What qemu-img says, in lower case, of an image that is locked in one way or the other."""
-
-PROGRESS_S: Final = 0.1
-"""The least time between two progress messages: each costs the front and the caller processor time.
-Half a second of conversion (tmpfs, 2 cores) took 1.04 of qemu-img's own time, 1.18 when all were
-sent."""
 
 CPU_TICK_S: Final = 0.01
 """A program that used less processor time than this since the last tick did nothing."""
@@ -117,9 +110,8 @@ def _could_not_measure(outcome: execution.Outcome, plan: stages.ConversionPlan) 
 class Observer:
     """Follows a conversion: turns qemu-img's `(12.34/100%)` into progress, and notices a stall.
 
-    Progress is told in steps of one per cent, and at most ten times a second. A conversion stalls
-    when nothing moves: no output, no block of the result, no processor time. Flushing may take as
-    long as the job may.
+    A conversion stalls when nothing moves: no output, no block of the result, no processor time.
+    Flushing may take as long as the job may.
     """
 
     def __init__(self, context: JobContext, result: int, stall_s: float) -> None:
@@ -127,8 +119,7 @@ class Observer:
         self.context = context
         self.result = result
         self.stall_s = stall_s
-        self.percent = -1.0
-        self._told = -math.inf
+        self._reporter = progress.PercentReporter(context)
         self._tail = b""
         self._moved = time.monotonic()
         self._output_bytes = 0
@@ -150,7 +141,8 @@ class Observer:
         for line in lines:
             match = PROGRESS.search(line)
             if match:
-                self._report(min(float(match[1]), ALL))
+                # qemu-img says 100 % before it flushes.
+                self._reporter.report(min(float(match[1]), progress.ALL))
 
     def on_tick(self, child: ConfinedProgram) -> None:
         """Compare with the last tick.
@@ -159,21 +151,10 @@ class Observer:
             conditions.Stalled: nothing moved for the stall limit.
         """
         now = time.monotonic()
-        if self._has_moved(child) or self.percent >= ALL:
+        if self._has_moved(child) or self._reporter.percent >= progress.ALL:
             self._moved = now
         elif now - self._moved > self.stall_s:
             raise conditions.Stalled(stall_s=self.stall_s)
-
-    def _report(self, percent: float) -> None:
-        if int(percent) <= int(self.percent):
-            return
-        now = time.monotonic()
-        if percent < ALL and now - self._told < PROGRESS_S:
-            return
-        self.percent, self._told = percent, now
-        # qemu-img says 100 % before it flushes.
-        phase = values.Phase.FLUSHING if percent >= ALL else values.Phase.CONVERTING
-        self.context.progress(phase, percent)
 
     def _has_moved(self, child: ConfinedProgram) -> bool:
         output_bytes, blocks, cpu_s = self._seen

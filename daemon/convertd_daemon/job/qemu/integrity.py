@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 from convertd_core import conditions, values
 from convertd_daemon.job import damage, secrets, stages
-from convertd_daemon.job.qemu import conversion, execution, image_info
+from convertd_daemon.job.qemu import conversion, execution, image_info, image_map
 from convertd_daemon.job.qemu import plan as plans
 from convertd_daemon.sandbox import limits
 
@@ -60,9 +60,6 @@ PIECE_BYTES: Final = {"parallels": 512 * 1024**3}
 
 PIECES: Final = 16
 """How much of a long answer is taken at a glance, in pieces of 64 KiB."""
-
-LONGEST_ENTRY_BYTES: Final = 4096
-"""No line of a `map` comes near it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,27 +300,25 @@ class _Check(_Answer):
 
 
 class _Map(_Answer):
-    """The answer of `map`: a line for each stretch of the disk, with its place in the file."""
+    """The answer of `map`: where in the file the data of each stretch of the disk lies."""
 
     def __init__(
         self, runner: execution.Runner, result: int, stall_s: float, question: Question
     ) -> None:
         super().__init__(runner, result, stall_s, question)
-        self._cut = b""
+        self._reader = image_map.Reader()
         self._end_bytes = 0
 
     def read(self, data: bytes) -> None:
         """Take a piece of the list: it may be longer than what is kept of an output."""
-        *lines, self._cut = (self._cut + data).split(b"\n")
-        for line in lines:
-            self._take(line)
-        if len(self._cut) > LONGEST_ENTRY_BYTES:
-            raise self.refused(image_info.STRANGE)
+        with self._understood():
+            self._take(self._reader.take(data))
 
     def is_conclusive(self, outcome: execution.Outcome) -> bool:
         if outcome.status != 0:
             raise self.failed(outcome)
-        self._take(self._cut)
+        with self._understood():
+            self._take(self._reader.end())
         size = self.question.source.size_bytes
         if self._end_bytes > size:
             raise self.refused(
@@ -331,16 +326,15 @@ class _Map(_Answer):
             )
         return True
 
-    def _take(self, line: bytes) -> None:
-        entry = line.strip(b"[],\r ")
-        if not entry:
-            return
+    @contextlib.contextmanager
+    def _understood(self) -> Iterator[None]:
         try:
-            found = json.loads(entry)
-            # What reads as zero may have a place too, that was never written. Compressed data has
-            # none that qemu-img tells.
-            if found["data"] and "offset" in found:
-                end = int(found["offset"]) + int(found["length"])
-                self._end_bytes = max(self._end_bytes, end)
-        except image_info.NOT_UNDERSTOOD as error:
+            yield
+        except image_map.NotUnderstoodError as error:
             raise self.refused(image_info.STRANGE) from error
+
+    def _take(self, entries: Iterator[image_map.Entry]) -> None:
+        for entry in entries:
+            # What reads as zero may have a place too, that was never written.
+            if entry.data and entry.offset != image_map.NO_OFFSET:
+                self._end_bytes = max(self._end_bytes, entry.offset + entry.length)

@@ -132,14 +132,14 @@ class Stretch:
 
 
 def map_argv(
-    node: Node, *, encrypted: bool = False, stretch: Stretch | None = None
+    *chain: Node, encrypted: bool = False, stretch: Stretch | None = None
 ) -> tuple[str, ...]:
-    """`qemu-img map` of one image, as if nothing were under it: where its data lies."""
+    """`qemu-img map` of a chain, as if nothing were under it: where its data lies."""
     part: tuple[str, ...] = ()
     if stretch:
         start, length = stretch.start_bytes, stretch.length_bytes
         part = (f"--start-offset={start}", f"--max-length={length}")
-    return ("qemu-img", "map", "--output=json", *part, graph((node,), encrypted=encrypted))
+    return ("qemu-img", "map", "--output=json", *part, graph(chain, encrypted=encrypted))
 
 
 def compare_argv(

@@ -7,9 +7,9 @@ import mmap
 import os
 from typing import TYPE_CHECKING, Final
 
-from convertd_core import conditions, values
+from convertd_core import conditions, results, values
 from convertd_daemon.job import secrets, stages
-from convertd_daemon.job.qemu import execution, image_info
+from convertd_daemon.job.qemu import conversion, execution, image_info
 from convertd_daemon.job.qemu import plan as plans
 from convertd_daemon.sandbox import limits
 
@@ -57,11 +57,36 @@ def check(
         return
     if written == 0:
         raise conditions.VerifyFailed(path=path, problem="nothing was written")
+    if plan.method is results.Method.REFLINK:
+        _check_tables(grant, plan, ends, runner)
     if grant.request.verify or runner.context.seconds > LONG_S:
         found = image_info.result_info(ends.dest.fd, plan.dest_format, runner)
         if found != (plan.dest_format, size):
             problem = f"is {found[0] or 'unreadable'} of {found[1]} bytes, not {size}"
             raise conditions.VerifyFailed(path=path, problem=problem)
+
+
+def _check_tables(
+    grant: values.ConvertGrant,
+    plan: stages.ConversionPlan,
+    ends: Endpoints,
+    runner: execution.Runner,
+) -> None:
+    """Have qemu-img follow the tables that were written here.
+
+    Raises:
+        conditions.VerifyFailed: they are not in order.
+    """
+    argv = plans.check_argv(ends.dest_node(plan.dest_format))
+    inodes = execution.Inodes(read=(ends.dest.fd,))
+    bounds = limits.Limits(address_space_bytes=grant.limits.memory_bytes)
+    observer = conversion.Observer(runner.context, ends.dest.fd, grant.limits.stall_s)
+    outcome = runner.run(argv, inodes, bounds, observer)
+    if outcome.status != 0:
+        path = ends.dest.place.path
+        log.error("result damaged path=%r stderr=%r", path, outcome.excerpt)
+        problem = "its tables are not in order, as qemu-img check tells"
+        raise conditions.VerifyFailed(path=path, problem=problem)
 
 
 def compare(
