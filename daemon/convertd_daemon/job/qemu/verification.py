@@ -80,7 +80,7 @@ def _check_tables(
     argv = plans.check_argv(ends.dest_node(plan.dest_format))
     inodes = execution.Inodes(read=(ends.dest.fd,))
     bounds = limits.Limits(address_space_bytes=grant.limits.memory_bytes)
-    observer = conversion.Observer(runner.context, ends.dest.fd, grant.limits.stall_s)
+    observer = conversion.Observer(runner.context, ends.dest.fd, grant.limits.stall_seconds)
     outcome = runner.run(argv, inodes, bounds, observer)
     if outcome.status != 0:
         path = ends.dest.place.path

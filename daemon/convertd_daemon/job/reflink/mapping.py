@@ -82,7 +82,7 @@ class _Map(conversion.Observer):
     def __init__(
         self, grant: values.ConvertGrant, taken: Snapshot, runner: execution.Runner
     ) -> None:
-        super().__init__(runner.context, taken.dest.fd, grant.limits.stall_s)
+        super().__init__(runner.context, taken.dest.fd, grant.limits.stall_seconds)
         self._chain, self._block = taken.ends.chain, taken.block_bytes
         self._size = self._chain[0].info.virtual_size_bytes
         self._extents = ExtentList(taken.scratch)
