@@ -78,7 +78,7 @@ demo: $(ENV)/.installed packages users
 	PATH="$$(readlink -f $(ENV))/bin:$$PATH" examples/demo
 
 # The tests again, measured in every process that they start.
-coverage: $(ENV)/.installed packages users peers
+coverage: $(ENV)/.installed docs packages users peers
 	rm -f .coverage .coverage.*
 	$(ENV)/bin/coverage run -m pytest $(PYTEST_FLAGS)
 	$(ENV)/bin/coverage combine --quiet

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 both = pytest.mark.parametrize("kind", ["sync", "aio"])
 
+WAIT_S = 60.0
+"""What a client would wait for, longer than anything here takes on a busy machine."""
+
 
 @both
 def test_client_conversion_yields_plan_progress_and_result(kind: str, fake: Fake) -> None:
@@ -86,15 +89,15 @@ def test_missing_socket_is_reported_after_the_wait(kind: str, method: str, absen
         end = absent.call(kind, method, init=init)
     assert (end["error"], end["reason"]) == ("Unreachable", "SOCKET_MISSING")
     assert str(absent.socket) in end["message"]
-    assert 0.4 <= end["seconds"] < 5
+    assert end["seconds"] >= 0.4
 
 
 @both
 def test_missing_socket_is_reported_at_once_without_a_wait(kind: str, absent: Fake) -> None:
-    """wait_for_ready=0."""
-    end = absent.convert(kind, wait_for_ready=0)
+    """A call's own wait_for_ready=0 counts, and not the client's."""
+    end = absent.convert(kind, init={"wait_for_ready": WAIT_S}, wait_for_ready=0)
     assert (end["error"], end["reason"]) == ("Unreachable", "SOCKET_MISSING")
-    assert end["seconds"] < 4
+    assert end["seconds"] < WAIT_S
 
 
 @both
@@ -128,10 +131,10 @@ def test_listener_that_never_replies_is_reported(kind: str, absent: Fake) -> Non
 def test_socket_without_permission_is_reported_at_once(kind: str, mode: int, fake: Fake) -> None:
     """Waiting would not help."""
     os.chmod(fake.socket, mode)
-    end = fake.convert(kind, caller=MALLORY, wait_for_ready=30)
+    end = fake.convert(kind, caller=MALLORY, wait_for_ready=WAIT_S)
     assert (end["error"], end["reason"]) == ("Unreachable", "SOCKET_NOT_PERMITTED")
     assert str(MALLORY.uid) in end["message"]
-    assert end["seconds"] < 5
+    assert end["seconds"] < WAIT_S
 
 
 @both

@@ -129,7 +129,8 @@ def test_front_that_dies_with_unread_descriptors_does_not_block_the_broker(
         os.kill(pid, signal.SIGKILL)
         began = time.monotonic()
         attacked.await_notice("READY=1")
-        assert time.monotonic() - began < lingering.SOON_S
+        # To start a front takes a while itself, on a busy machine; one close would take longer.
+        assert time.monotonic() - began < lingering.LINGER_S
     assert len(outcomes) == 6
     assert attacked.agent(BOB).access().uid == BOB.uid
 
@@ -206,14 +207,15 @@ def test_broker_takes_no_descriptor_from_a_compromised_front(
                 front.channel.sock.sendmsg([message], lingering.attached(sock))
         else:
             first = daemon.await_one(FRONT)
-            for _ in range(3):
-                front.channel.sock.sendmsg([message], lingering.attached(sock))
+            with contextlib.suppress(BrokenPipeError):  # the broker may have ended it after one
+                for _ in range(3):
+                    front.channel.sock.sendmsg([message], lingering.attached(sock))
             sock.close()
             began = time.monotonic()
             waiting.until(lambda: not processes.exists(first), "the front is killed")
             front.take_over_next(daemon)
             assert front.quiet()
-            assert time.monotonic() - began < lingering.SOON_S
+            assert time.monotonic() - began < lingering.LINGER_S
         assert front.quiet()
         waiting.until(
             lambda: front.quiet() and compromised_front.descriptors_of(daemon.pid) <= before,

@@ -111,6 +111,15 @@ def suffer(daemon: Daemon, over: Callable[[float], bool]) -> list[float]:
     return sorted(waits)
 
 
+def usual_s(daemon: Daemon) -> float:
+    """How long a call takes without an attack, on a machine as busy as this one: one in ten longer.
+
+    Some milliseconds on one that does nothing else.
+    """
+    waits = suffer(daemon, lambda seconds: seconds > 1)
+    return waits[len(waits) * 9 // 10]
+
+
 MAY_HAVE: Final = 128
 
 TOO_MANY: Final = "TOO_MANY_CALLS"
@@ -128,12 +137,13 @@ def test_unread_job_list_replies_use_little_memory_and_block_no_other_caller(
 ) -> None:
     """Lists of jobs, by a window of 0, on sockets that are read: it was 1.7 GB, and 24 s."""
     calls = (http2.call(stream, path="ListJobs") for stream in STREAMS)
+    most_s = 1.0 + 5 * usual_s(daemon)
     with unread_replies.unread(ALICE, daemon.socket, *calls) as done:
         waits = suffer(daemon, lambda seconds: seconds > 10 and ENDED in daemon.log)
     assert done.connections > unread_replies.CONNECTIONS
     # On a machine that other tests keep busy one of a thousand may take longer.
-    assert waits[len(waits) * 99 // 100] < 1.0
-    assert waits[-1] < 5.0
+    assert waits[len(waits) * 99 // 100] < most_s
+    assert waits[-1] < 5 * most_s
 
 
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=tuple(ATTACKS))
@@ -141,9 +151,10 @@ def test_other_unread_replies_use_little_memory_and_block_no_other_caller(
     daemon: Daemon, attack: list[bytes]
 ) -> None:
     """Small replies, requests that never come, streams of the services beside ours."""
+    most_s = 1.0 + 5 * usual_s(daemon)
     with unread_replies.unread(ALICE, daemon.socket, *attack):
         waits = suffer(daemon, lambda seconds: seconds > 5)
-    assert waits[len(waits) * 9 // 10] < 1.0
+    assert waits[len(waits) * 9 // 10] < most_s
 
 
 def test_call_without_its_request_yet_counts_and_is_refused_over_the_limit(daemon: Daemon) -> None:
