@@ -55,7 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     measuring.add_argument(
         "--directory", type=Path, default=DIRECTORY, help="on the disk that is to be measured"
     )
-    measuring.add_argument("--disks", nargs="+", choices=tuple(DISKS), default=tuple(DISKS))
+    measuring.add_argument(
+        "--disks",
+        nargs="+",
+        choices=tuple(DISKS),
+        default=[key for key, name in DISKS.items() if name in cases.DEFAULT],
+    )
     measuring.add_argument(
         "--parts", nargs="+", choices=measure.PARTS, default=measure.PARTS, help="what to measure"
     )

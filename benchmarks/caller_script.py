@@ -34,10 +34,12 @@ def timed(act: Callable[[], object]) -> float:
     return time.monotonic() - began
 
 
-def convert(socket: str, call: dict[str, Any], number: int = 0) -> float:
-    """Convert one image."""
+def convert(socket: str, call: dict[str, Any], number: int = 0) -> dict[str, Any]:
+    """Convert one image; returns how long it took, and the method."""
     one = client(socket, number)
-    return timed(lambda: one.convert(call["source"], call["dest"], **call["options"]))
+    began = time.monotonic()
+    result = one.convert(call["source"], call["dest"], **call["options"])
+    return {"seconds": time.monotonic() - began, "method": result.method}
 
 
 def timeline(socket: str, call: dict[str, Any]) -> list[float]:
@@ -65,7 +67,7 @@ def concurrently(socket: str, loads: list[list[dict[str, Any]]]) -> dict[str, An
     seconds: list[float] = []
 
     def work(number: int, calls: list[dict[str, Any]]) -> None:
-        seconds.extend(convert(socket, call, number) for call in calls)
+        seconds.extend(convert(socket, call, number)["seconds"] for call in calls)
 
     for number in range(len(loads)):
         client(socket, number).access()

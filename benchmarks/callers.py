@@ -102,9 +102,13 @@ def caller(socket: Path, who: Caller = ALICE) -> Iterator[CallerProcess]:
         process.close()
 
 
-def convert_call(case: Case, dest: Path) -> dict[str, Any]:
+def convert_call(case: Case, dest: Path, reflink: str = "auto") -> dict[str, Any]:
     """A conversion in the form of caller_script.py's commands."""
-    options = {"dest_format": case.row.dest_format, "compression": case.row.compression or None}
+    options = {
+        "dest_format": case.row.dest_format,
+        "compression": case.row.compression or None,
+        "reflink": reflink,
+    }
     if not case.row.undeclared:
         options["source_format"] = case.source.format
     return {"source": str(case.source.path), "dest": str(dest), "options": options}

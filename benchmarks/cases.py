@@ -16,7 +16,8 @@ class Row:
 
     With `undeclared`, callers don't state the source's format. `small` ones take milliseconds. If
     `warm`, the source is in the page cache beforehand, which decides how convertd reads it.
-    `contestants` are those that take part; if there are none, all do that can.
+    `contestants` are those that take part; if there are none, all do that can. `more_rounds` tells
+    how many times as many rounds there are, for a small difference.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Row:
     small: bool = False
     warm: bool = False
     contestants: frozenset[str] = frozenset()
+    more_rounds: int = 1
 
     def with_warm(self) -> tuple[Row, Row]:
         """The row, and the same with a source that is in the page cache."""
@@ -55,9 +57,16 @@ def name(row: str, disk: str) -> str:
 
 OWN: Final = "own disk"
 MEMORY: Final = "memory disk"
+CACHED: Final = "cached disk"
 XFS: Final = "XFS"
 BTRFS: Final = "btrfs"
 """The disks. See disks.py."""
+
+DEFAULT: Final = (OWN, MEMORY, XFS, BTRFS)
+"""Those that are measured unless others are named."""
+
+PLAIN: Final = (OWN, MEMORY, CACHED)
+"""Where everything has to be copied."""
 
 SHARING: Final = (XFS, BTRFS)
 """File systems on which files can share blocks."""
@@ -68,9 +77,11 @@ FILES_TO_RAW: Final = "files qcow2 → raw"
 FILES_TO_QCOW2: Final = "files raw → qcow2"
 ZLIB: Final = "packed raw → qcow2, zlib"
 ZSTD: Final = "packed raw → qcow2, zstd"
+CHAIN_TO_QCOW2: Final = "chain of 3 → qcow2"
 RANDOM: Final = "random raw → qcow2"
 RANDOM_TO_RAW: Final = "random raw → raw"
 CLONE: Final = "empty raw → raw"
+COMPRESSED: Final = "zlib qcow2 → raw"
 SMALL_EXTENTS: Final = "small extents"
 LARGE_EXTENTS: Final = "large extents"
 """Rows that goals are about."""
@@ -92,7 +103,7 @@ COPYING: Final = (
     Row(name="files qcow2 → qcow2", image="files.qcow2", dest_format="qcow2"),
     Row(name="files raw → raw", image="files.raw", dest_format="raw"),
     Row(name="fragmented qcow2 → raw", image="fragmented.qcow2", dest_format="raw"),
-    Row(name="zlib qcow2 → raw", image="zlib.qcow2", dest_format="raw"),
+    Row(name=COMPRESSED, image="zlib.qcow2", dest_format="raw"),
     Row(name=RANDOM, image="random.raw", dest_format="qcow2"),
     Row(name=RANDOM_TO_RAW, image="random.raw", dest_format="raw"),
 )
@@ -114,7 +125,7 @@ SHARED: Final = tuple(
         Row(name=FILES_TO_QCOW2, image="files.raw", dest_format="qcow2"),
         Row(name=FILES_TO_RAW, image="files.qcow2", dest_format="raw"),
         Row(name="files qcow2 → qcow2", image="files.qcow2", dest_format="qcow2"),
-        Row(name="chain of 3 → qcow2", image="chain.qcow2", dest_format="qcow2"),
+        Row(name=CHAIN_TO_QCOW2, image="chain.qcow2", dest_format="qcow2"),
         Row(name="chain of 3 → raw", image="chain.qcow2", dest_format="raw"),
     )
     for row in replace(cold, contestants=QUICK).with_warm()
@@ -139,10 +150,22 @@ CLONED: Final = (
     Row(name=CLONE, image="empty.raw", dest_format="raw", small=True, contestants=QUICK),
 )
 
+NOT_SHARED: Final = (
+    Row(
+        name=COMPRESSED,
+        image="zlib.qcow2",
+        dest_format="raw",
+        contestants=frozenset({"nova argv", "convertd", "convertd, reflink never"}),
+        more_rounds=5,
+    ),
+)
+"""What can't be shared, which costs some time to find out."""
+
 ROWS: Final[Mapping[str, Sequence[Row]]] = {
     OWN: (*SMALL, *COPYING, *COMPRESSING),
     MEMORY: COPYING,
-    XFS: (*SHARED, *EXTENTS, *CLONED),
+    CACHED: COPYING,
+    XFS: (*SHARED, *EXTENTS, *CLONED, *NOT_SHARED),
     BTRFS: (*SHARED, *EXTENTS, *CLONED),
 }
 
@@ -154,7 +177,8 @@ def make(disk: str, rows: Sequence[Row], images: Images, settings: Settings) -> 
             disk=disk,
             row=row,
             source=images.make(row.image),
-            rounds=settings.small_rounds if row.small else settings.large_rounds,
+            rounds=(settings.small_rounds if row.small else settings.large_rounds)
+            * row.more_rounds,
         )
         for row in rows
     )

@@ -27,10 +27,14 @@ class Failed(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Took:
-    """The cost of one conversion. `cpu_s` is the CPU time of all its processes."""
+    """The cost of one conversion. `cpu_s` is the CPU time of all its processes.
+
+    `method` is how convertd did it; others don't say.
+    """
 
     seconds: float
     cpu_s: float
+    method: str = ""
 
 
 def nova_argv(case: Case, dest: Path) -> Commands | None:

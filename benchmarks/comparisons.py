@@ -17,22 +17,30 @@ NONE: Final = "·"
 """Not measured."""
 
 OVERVIEW: Final = (
-    ("qcow2 → raw, on XFS", cases.FILES_TO_RAW, cases.XFS),
-    ("raw → qcow2, on XFS", cases.FILES_TO_QCOW2, cases.XFS),
-    ("image with two overlays → qcow2, on XFS", "chain of 3 → qcow2", cases.XFS),
-    ("qcow2 → raw, on ext4", cases.FILES_TO_RAW, cases.OWN),
-    ("raw → qcow2, on ext4", cases.FILES_TO_QCOW2, cases.OWN),
+    ("qcow2 → raw", cases.FILES_TO_RAW, cases.XFS),
+    ("raw → qcow2", cases.FILES_TO_QCOW2, cases.XFS),
+    ("with two overlays → qcow2", cases.CHAIN_TO_QCOW2, cases.XFS),
+    ("qcow2 → raw", cases.FILES_TO_RAW, cases.OWN),
+    ("raw → qcow2", cases.FILES_TO_QCOW2, cases.OWN),
 )
 """What the first picture shows."""
 
 
 def overview(results: Results) -> list[Pair]:
     """The same disk, converted by convertd and by qemu-img as Nova runs it."""
+    kinds = {disk.name: disk.file_system.split()[0] for disk in results.disks}
+    kinds |= {disk: disk for disk in cases.SHARING}
     return [
-        Pair(name=text, ours_s=_seconds(ours), theirs_s=_seconds(theirs))
+        Pair(name=f"{text}, {kinds[disk]}", ours_s=_seconds(ours), theirs_s=_seconds(theirs))
         for text, row, disk in OVERVIEW
         for ours, theirs in _both(results, cases.name(row, disk), NOVA_ARGV)
     ]
+
+
+def files_disk(results: Results) -> str:
+    """What that disk is."""
+    rows = (cases.FILES_TO_RAW, cases.FILES_TO_QCOW2)
+    return next((case.source for case in results.cases if case.row in rows), "files")
 
 
 def _both(results: Results, case: str, base: str) -> list[tuple[Entry, Entry]]:
@@ -51,7 +59,7 @@ def sharing(results: Results) -> str:
     """Conversions where blocks can be shared: all disks side by side."""
     head = ["conversion"]
     for disk in cases.SHARING:
-        head += [f"{disk}: s", "÷ Nova's", "page cache", "written"]
+        head += [f"{disk}: s", "method", "÷ Nova's", "page cache", "written"]
     rows = [
         [row.name, *(cell for disk in cases.SHARING for cell in _shared(results, row.name, disk))]
         for row in cases.ROWS[cases.XFS]
@@ -67,10 +75,11 @@ def _shared(results: Results, row: str, disk: str) -> list[str]:
             for figure in ("cached_bytes", "written_bytes")
         ]
     except LookupError:
-        return [_failed_or_none(results, case, CONVERTD), NONE, NONE, NONE]
+        return [_failed_or_none(results, case, CONVERTD), NONE, NONE, NONE, NONE]
     ours = figures.entry(results, case, CONVERTD)
     return [
         figures.number(_seconds(ours)),
+        ", ".join(sorted({run.method for run in ours.runs})),
         _ratio_to(results, case, NOVA_ARGV),
         *(f"{figures.number(percent)} %" for percent in percents),
     ]
@@ -78,7 +87,7 @@ def _shared(results: Results, row: str, disk: str) -> list[str]:
 
 def copying(results: Results) -> str:
     """Conversions that copy: disks side by side."""
-    shown = (cases.OWN, cases.MEMORY)
+    shown = [disk.name for disk in results.disks if disk.name in cases.PLAIN]
     head = ["conversion"]
     for disk in shown:
         head += [f"{disk}: s", "÷ Nova's", "÷ the quickest other"]

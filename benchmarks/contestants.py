@@ -20,7 +20,9 @@ NOVA_ARGV: Final = "nova argv"
 SAME_ARGV: Final = "same argv"
 FIO: Final = "fio"
 
-NOT_PEERS: Final = frozenset({CONVERTD, SAME_ARGV, FIO})
+CONVERTD_COPYING: Final = "convertd, reflink never"
+
+NOT_PEERS: Final = frozenset({CONVERTD, CONVERTD_COPYING, SAME_ARGV, FIO})
 """Whom convertd is not compared with, when it is compared with the best of all others."""
 
 RAN: Final = re.compile(r"run command=(qemu-img convert .*)$", re.MULTILINE)
@@ -100,6 +102,8 @@ class Convertd:
     description = "The daemon, called through `convertd_client.Client` by a user without rights."
     copies = True
 
+    _reflink = "auto"
+
     def __init__(self, daemon: Daemon, caller: CallerProcess) -> None:
         self._daemon = daemon
         self._caller = caller
@@ -112,9 +116,28 @@ class Convertd:
     def convert(self, case: Case, dest: Path) -> Took:
         """See Contestant."""
         before = usage.cpu_s(self._daemon.pid)
-        seconds = self._caller.call("convert", callers.convert_call(case, dest))
+        reply = self._caller.call("convert", callers.convert_call(case, dest, self._reflink))
         self._daemon.await_none("qemu-img")
-        return Took(seconds=seconds, cpu_s=usage.cpu_s(self._daemon.pid) - before)
+        return Took(
+            seconds=reply["seconds"],
+            cpu_s=usage.cpu_s(self._daemon.pid) - before,
+            method=reply["method"],
+        )
+
+
+class ConvertdCopying(Convertd):
+    """The same, told not to share blocks. It is measured only where that can't be done anyway."""
+
+    name = CONVERTD_COPYING
+    description = (
+        "The same with `reflink=never`: what it costs to find out that blocks can't be shared."
+    )
+
+    _reflink = "never"
+
+    def takes_part(self, case: Case) -> bool:
+        """See Contestant."""
+        return self.name in case.row.contestants
 
 
 class Nova:

@@ -4,6 +4,7 @@
 |---|---|
 | own disk | the file system of the directory that is named on the command line |
 | memory disk | ext4 on a loop device over a file in memory (tmpfs) |
+| cached disk | ext4 on a loop device over a file on the own disk, through its page cache |
 | XFS, btrfs | on a loop device over a file on the own disk; files can share blocks there |
 
 XFS and btrfs are read and written past the page cache of the file below them: otherwise that one
@@ -72,9 +73,12 @@ def mounted(name: str, home: Path, settings: Settings) -> Iterator[Disk]:
             below = mounts.in_memory("tmpfs", "tmpfs", f"mode=755,size={size_mib}m")
             directory = stack.enter_context(Mounts(below)).on_a_loop("ext4", "ext4", size_mib)
             description = "a loop device over a file in memory"
+        elif name == cases.CACHED:
+            directory = mounts.on_a_loop("ext4", "cached", size_mib)
+            description = "a loop device over a file on the own disk, through the page cache"
         else:
             directory = mounts.on_a_loop(kind, kind, size_mib, direct_io=True)
-            description = "a loop device over a file on the own disk"
+            description = "a loop device over a file on the own disk, past the page cache"
         yield Disk(name=name, description=description, directory=directory)
 
 

@@ -55,7 +55,7 @@ class Choice:
     No texts are all rows.
     """
 
-    disks: tuple[str, ...] = tuple(cases.ROWS)
+    disks: tuple[str, ...] = cases.DEFAULT
     parts: tuple[str, ...] = PARTS
     rows: tuple[str, ...] = ()
 
@@ -163,6 +163,7 @@ class Measurement:
             contestants.Nova(setup.nova),
             contestants.SameArgv(argv),
             contestants.Convertd(setup.daemon, setup.caller),
+            contestants.ConvertdCopying(setup.daemon, setup.caller),
             fio.Fio(),
         )
         self._found.contestants = [

@@ -53,7 +53,10 @@ def draw(results: Results, directory: Path) -> None:
     for picture in directory.glob("*.svg"):
         picture.unlink()
     plots.overview(
-        comparisons.overview(results), "qemu-img, as Nova runs it", directory / "overview.svg"
+        comparisons.overview(results),
+        f"Time to convert a disk of {comparisons.files_disk(results)}",
+        "qemu-img, as Nova runs it",
+        directory / "overview.svg",
     )
     latencies = {name: _samples(results, name) for name in (latency.IDLE, latency.BUSY)}
     measured = {name: samples for name, samples in latencies.items() if samples}
@@ -78,7 +81,7 @@ def _goal(verdict: goals.Verdict) -> tuple[str, ...]:
     goal, measured = verdict.goal, verdict.measured
     limit = f"≤ {goal.limit:g}{goal.unit}"
     if measured is None:
-        return goal.text, limit, "not measured", "**not met**"
+        return goal.text, limit, f"not measured: {verdict.reason}", "**not met**"
     where = f" ({measured.where})" if measured.where else ""
     figure = f"{figures.number(measured.value)}{goal.unit}{where}"
     return goal.text, limit, figure, "met" if verdict.is_met else "**not met**"

@@ -39,7 +39,7 @@ class Pair:
     @property
     def verdict(self) -> str:
         """The daemon's time, and how it compares, in words."""
-        times, seconds = self.theirs_s / self.ours_s, f"{number(self.ours_s)} s"
+        times, seconds = self.theirs_s / self.ours_s, f"{self.ours_s:.2g} s"
         if times >= FASTER:
             return f"{seconds}: {times:.0f} times as fast"
         return f"{seconds}: {times:.1f} times as fast" if times >= EQUAL else seconds
@@ -49,27 +49,28 @@ FASTER: Final = 3
 EQUAL: Final = 1.05
 
 
-def overview(pairs: Sequence[Pair], other: str, file: Path) -> None:
+def overview(pairs: Sequence[Pair], title: str, other: str, file: Path) -> None:
     """Draw two bars for each conversion: convertd's, and that of the other."""
     figure, axes = _picture(len(pairs) * 2 * ROW + 0.7)
     lines = range(len(pairs))
-    theirs = axes.barh(
-        [line - 0.2 for line in lines],
-        [pair.theirs_s for pair in pairs],
-        height=0.38,
-        color=THEIRS,
-        label=other,
-    )
     ours = axes.barh(
-        [line + 0.2 for line in lines],
+        [line - 0.2 for line in lines],
         [pair.ours_s for pair in pairs],
         height=0.38,
         color=OURS,
         label="convertd",
     )
-    axes.bar_label(theirs, [f"{number(pair.theirs_s)} s" for pair in pairs], padding=4)
+    theirs = axes.barh(
+        [line + 0.2 for line in lines],
+        [pair.theirs_s for pair in pairs],
+        height=0.38,
+        color=THEIRS,
+        label=other,
+    )
+    axes.bar_label(theirs, [f"{pair.theirs_s:.2g} s" for pair in pairs], padding=4)
     axes.bar_label(ours, [pair.verdict for pair in pairs], padding=4, color=OURS, weight="bold")
     axes.margins(x=0.2)
+    axes.set_title(title, loc="left", weight="bold")
     axes.xaxis.set_major_formatter("{x:g} s")
     _name_rows(axes, [pair.name for pair in pairs])
     _write(figure, file)

@@ -15,7 +15,8 @@ class Run(Value, frozen=True, kw_only=True):
     """One conversion. `cpu_s` is the CPU time of all its processes.
 
     `cached_bytes` is the growth of source and result in the page cache; `dirty_bytes` the peak of
-    dirty pages; `written_bytes` what the disk was given to write, until all was on it.
+    dirty pages; `written_bytes` what the disk was given to write, until all was on it. `method` is
+    how convertd did it, as its reply says; others don't say.
     """
 
     seconds: float
@@ -23,6 +24,7 @@ class Run(Value, frozen=True, kw_only=True):
     cached_bytes: int
     dirty_bytes: int
     written_bytes: int
+    method: str
 
 
 class Entry(Value, frozen=True, kw_only=True):

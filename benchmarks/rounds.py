@@ -18,8 +18,9 @@ log = logging.getLogger(__name__)
 class Turns:
     """One contestant's runs of a case. Once it fails, it has none, and no further turn."""
 
-    def __init__(self, contestant: Contestant) -> None:
+    def __init__(self, contestant: Contestant, device: usage.Device) -> None:
         self.contestant = contestant
+        self._device = device
         self.runs: list[results.Run] = []
         self.failure = ""
 
@@ -29,7 +30,7 @@ class Turns:
         is_first = not self.runs
         try:
             idle.await_disks(dest.parent, idle_timeout_s)
-            self.runs.append(_run(case, self.contestant, dest))
+            self.runs.append(_run(case, self.contestant, self._device, dest))
             if is_first and self.contestant.copies:
                 compare(case, dest)
         except (Failed, AssertionError, OSError, subprocess.SubprocessError) as error:
@@ -53,7 +54,8 @@ def convert(
 
     Whoever fails, or has a wrong result, is left with the reason instead of figures.
     """
-    everybody = [Turns(one) for one in contestants if takes_part(one, case)]
+    device = usage.Device(case.source.path.parent)
+    everybody = [Turns(one, device) for one in contestants if takes_part(one, case)]
     for number in range(case.rounds):
         shift = number % len(everybody)
         for one in (*everybody[shift:], *everybody[:shift]):
@@ -87,9 +89,8 @@ def prepare(case: Case) -> None:
         usage.read(path) if case.row.warm else usage.drop(path)
 
 
-def _run(case: Case, contestant: Contestant, dest: Path) -> results.Run:
+def _run(case: Case, contestant: Contestant, device: usage.Device, dest: Path) -> results.Run:
     prepare(case)
-    device = usage.Device(dest.parent)
     cached_before, written_before = usage.cached_bytes(*case.source.files), device.written_bytes()
     with usage.DirtyPages() as dirty:
         took = contestant.convert(case, dest)
@@ -103,6 +104,7 @@ def _run(case: Case, contestant: Contestant, dest: Path) -> results.Run:
         cached_bytes=cached,
         dirty_bytes=dirty.most_bytes,
         written_bytes=device.written_bytes() - written_before,
+        method=took.method,
     )
 
 
