@@ -57,8 +57,8 @@ def _set_option(options: Message, option: values.CreationOption) -> None:
     field = options.DESCRIPTOR.fields_by_name[creation_options.field_of(option.name)]
     value: object
     if field.enum_type is not None:
-        prefix = field.enum_type.values[0].name.removesuffix("UNSPECIFIED")
-        name = prefix + creation_options.contract_choice(option.value)
+        choice = creation_options.contract_choice(option.value)
+        name = proto_mapping.prefix_of(field.enum_type) + choice
         value = field.enum_type.values_by_name[name].number
     elif option.value.isdecimal():
         value = int(option.value)

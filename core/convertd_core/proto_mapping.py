@@ -126,7 +126,7 @@ def _member(
     kind: type[enum.StrEnum], number: int, described: Any, unknown: Unknown | None, path: str
 ) -> enum.StrEnum:
     named = described.values_by_number.get(number)
-    name = named.name.removeprefix(_prefix(described)) if named is not None else ""
+    name = named.name.removeprefix(prefix_of(described)) if named is not None else ""
     if name in kind.__members__ and not (unknown and name == UNSPECIFIED):
         return kind[name]
     if unknown is not None:
@@ -136,10 +136,10 @@ def _member(
 
 def number_of(member: enum.StrEnum, described: Any) -> Any:
     """The number that the contract gives a member of an enum."""
-    return described.values_by_name[_prefix(described) + member.name].number
+    return described.values_by_name[prefix_of(described) + member.name].number
 
 
-def _prefix(described: Any) -> str:
+def prefix_of(described: Any) -> str:
     """What all names of an enum begin with. Its first is UNSPECIFIED, as buf demands."""
     return str(described.values[0].name).removesuffix(UNSPECIFIED)
 

@@ -22,6 +22,7 @@ from convertd_daemon.job.files import (
     ownership,
     paths,
 )
+from convertd_daemon.linux import posix_acl
 
 SETUP = whole_job.setup()
 
@@ -116,7 +117,7 @@ def test_unfinished_result_can_not_be_opened_by_users_in_the_default_acl(area: P
     """Only the worker, by its group."""
     set_default(area, "u:1666:rw,g:1700:rw,o::rw")
     with created(area, 0o666) as dest:
-        assert acl.ACCESS not in os.listxattr(dest.fd)
+        assert posix_acl.ACCESS not in os.listxattr(dest.fd)
         path = area / "half-written"
         os.link(f"/proc/self/fd/{dest.fd}", path.name, dst_dir_fd=dest.target.directory)
         assert can_read(path, 1666) is False

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from children import errno_of, in_child
+from children import errno_of, in_child, no_new_privs
 
 from convertd_daemon.linux import capabilities, prctl
 from convertd_daemon.linux import landlock as kernel_landlock
@@ -240,7 +240,7 @@ def in_the_midst_of_threads(act: Callable[[], object]) -> bool:
     threading.Thread(target=threading.Event().wait, daemon=True).start()
     with pytest.raises(ValueError, match="several threads"):
         act()
-    return not prctl.get_no_new_privs()
+    return not no_new_privs()
 
 
 def test_front_with_threads_is_not_confined_but_refused() -> None:

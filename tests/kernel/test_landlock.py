@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from children import errno_of, in_child
+from children import errno_of, in_child, no_new_privs
 from descriptors import none_left_open
 
 from convertd_daemon.linux import landlock as kernel_landlock
-from convertd_daemon.linux import prctl, syscall
+from convertd_daemon.linux import syscall
 from convertd_daemon.linux.landlock import AccessFs, AccessNet, Scope
 from convertd_daemon.sandbox import errors, landlock
 
@@ -263,7 +263,7 @@ def test_enforcing_landlock_sets_no_new_privs() -> None:
 
     def act() -> bool:
         landlock.restrict([])
-        return prctl.get_no_new_privs()
+        return no_new_privs()
 
     assert in_child(act)
 

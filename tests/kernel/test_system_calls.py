@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from children import in_child
+from children import in_child, no_new_privs, pdeathsig
 from harness.mounts import Mounts
 
 from convertd_daemon.linux import (
@@ -258,8 +258,8 @@ class TestIdentity:
             lines = Path("/proc/self/status").read_text().splitlines()
             status = dict(line.split(":\t", 1) for line in lines)
             return status | {
-                "nnp": str(prctl.get_no_new_privs()),
-                "pdeathsig": str(prctl.get_pdeathsig()),
+                "nnp": str(no_new_privs()),
+                "pdeathsig": str(pdeathsig()),
                 "bound": str(prctl.capbset_read(Capability.SYS_ADMIN)),
             }
 
@@ -274,7 +274,7 @@ class TestIdentity:
         def act() -> int:
             prctl.set_pdeathsig(signal.SIGKILL)
             fsuid.setfsuid(1234)
-            return prctl.get_pdeathsig()
+            return pdeathsig()
 
         assert in_child(act) == 0
 
@@ -413,7 +413,7 @@ class TestProcesses:
     def test_process_limits_are_unchanged_after_the_tests(self) -> None:
         """What can't be undone happens in children."""
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[1] > 1000
-        assert not prctl.get_no_new_privs()
+        assert not no_new_privs()
 
 
 class TestFstatfs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import logging
 import os
@@ -86,3 +87,22 @@ def errno_of(act: Callable[[], object]) -> str:
     except OSError as error:
         return errno.errorcode[error.errno or 0]
     return "done"
+
+
+def no_new_privs() -> bool:
+    """Whether no execve(2) of this process can grant privileges any more."""
+    return bool(_prctl(39, None))  # PR_GET_NO_NEW_PRIVS
+
+
+def pdeathsig() -> int:
+    """The signal that this process gets when its parent ends; 0 for none."""
+    number = ctypes.c_int()
+    _prctl(2, ctypes.byref(number))  # PR_GET_PDEATHSIG
+    return number.value
+
+
+def _prctl(operation: int, argument: object) -> int:
+    """Ask, where /proc can't be read. Source: prctl(2), linux/prctl.h."""
+    answer: int = ctypes.CDLL(None).prctl(operation, argument, None, None, None)
+    assert answer >= 0
+    return answer

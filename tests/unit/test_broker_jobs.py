@@ -180,7 +180,7 @@ def test_job_list_shows_when_a_job_started(
     """It is past the queue then, and the broker knows no more."""
     job = add(table, 1, connection, to("/images/b"))
     started = job.queued + datetime.timedelta(seconds=1)
-    job.state, job.started, job.position = jobs.State.RUNNING, started, 2
+    job.state, job.started, job.position = results.JobState.RUNNING, started, 2
     listed = job_list.entry_of(job)
     assert (listed.create_time, listed.start_time) == (job.queued, started)
     assert listed.progress.phase is results.Phase.PREPARING
@@ -190,17 +190,17 @@ def test_job_list_shows_when_a_job_started(
 @pytest.mark.parametrize(
     ("dest", "state", "expected"),
     [
-        ("/dev/vg/lv", jobs.State.RUNNING, True),
-        ("/dev/vg/lv", jobs.State.ENDING, True),
-        ("/dev/vg/lv", jobs.State.WAITING, False),
-        ("/images/b", jobs.State.RUNNING, False),
+        ("/dev/vg/lv", results.JobState.RUNNING, True),
+        ("/dev/vg/lv", results.JobState.CANCELLING, True),
+        ("/dev/vg/lv", results.JobState.QUEUED, False),
+        ("/images/b", results.JobState.RUNNING, False),
     ],
 )
 def test_running_job_marks_its_device_as_possibly_undefined(
     table: jobs.Jobs,
     connection: connections.Connection,
     dest: str,
-    state: jobs.State,
+    state: results.JobState,
     expected: bool,  # noqa: FBT001
 ) -> None:
     """Which is what is said if it then ends without a word."""

@@ -24,11 +24,13 @@ WIDE = 1000
 uids = st.integers(1, 4)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Item:
     """Something that a user waits for."""
 
     uid: int
+    position: int = 0
+    sent_position: int = 0
 
 
 def bounds(slots: int, slots_per_user: int, waiting: int, waiting_per_user: int) -> queue.Bounds:

@@ -26,7 +26,7 @@ class Waiting:
         self.jobs = jobs.Jobs(grants.limits(jobs=9, jobs_per_user=9, queue=100, queue_per_user=100))
         lanes = (self.jobs.conversions, self.jobs.inspections)
         self.positions = queue.Positions(self.loop, lanes, self._send)
-        self.told_position: list[tuple[int, int]] = []
+        self.sent_position: list[tuple[int, int]] = []
         self.deaf = False
         self._is_awaited = False
         self._connection = connection
@@ -54,7 +54,7 @@ class Waiting:
     def _send(self, job: jobs.Job) -> bool:
         if self.deaf:
             return False
-        self.told_position.append((job.call, job.position))
+        self.sent_position.append((job.call, job.position))
         if self._is_awaited:
             self.loop.stop()
         return True
@@ -76,25 +76,25 @@ def test_new_queued_job_is_sent_its_position_at_once(waiting: Waiting) -> None:
     """Also when somebody was told just before."""
     for number in (1, 2, 3):
         waiting.join(number)
-    assert waiting.told_position == [(1, 1), (2, 2), (3, 3)]
+    assert waiting.sent_position == [(1, 1), (2, 2), (3, 3)]
 
 
 def test_position_changes_are_combined_into_the_last_one(waiting: Waiting) -> None:
     """One message for two steps."""
     for number in (1, 2, 3):
         waiting.join(number)
-    waiting.told_position.clear()
+    waiting.sent_position.clear()
     waiting.start(2)
-    assert waiting.told_position == []
+    assert waiting.sent_position == []
     waiting.await_telling()
-    assert waiting.told_position == [(3, 1)]
+    assert waiting.sent_position == [(3, 1)]
 
 
 def test_queue_positions_of_inspections_are_counted_separately(waiting: Waiting) -> None:
     """From one, in each of the two queues."""
     waiting.join(1)
     waiting.join(2, validate_only=True)
-    assert waiting.told_position == [(1, 1), (2, 1)]
+    assert waiting.sent_position == [(1, 1), (2, 1)]
 
 
 def test_position_change_after_a_quiet_time_is_sent_at_once(
@@ -104,9 +104,9 @@ def test_position_change_after_a_quiet_time_is_sent_at_once(
     monkeypatch.setattr(queue, "AGAIN_S", 0.0)
     waiting.join(1)
     waiting.join(2)
-    waiting.told_position.clear()
+    waiting.sent_position.clear()
     waiting.start(1)
-    assert waiting.told_position == [(2, 1)]
+    assert waiting.sent_position == [(2, 1)]
 
 
 def test_position_is_sent_when_a_busy_front_has_caught_up(waiting: Waiting) -> None:
@@ -114,20 +114,20 @@ def test_position_is_sent_when_a_busy_front_has_caught_up(waiting: Waiting) -> N
     waiting.deaf = True
     waiting.join(1)
     waiting.join(2)
-    assert waiting.told_position == []
+    assert waiting.sent_position == []
     waiting.deaf = False
     waiting.positions.notify()
-    assert waiting.told_position == [(1, 1), (2, 2)]
+    assert waiting.sent_position == [(1, 1), (2, 2)]
 
 
 def test_job_that_left_the_queue_is_sent_no_position(waiting: Waiting) -> None:
     """Those behind move up."""
     for number in (1, 2, 3):
         waiting.join(number)
-    waiting.told_position.clear()
+    waiting.sent_position.clear()
     job = waiting.jobs.by_call(1)
     assert job is not None
     waiting.jobs.remove(job)
     waiting.start(1)
     waiting.await_telling()
-    assert waiting.told_position == [(3, 1)]
+    assert waiting.sent_position == [(3, 1)]

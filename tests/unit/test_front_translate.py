@@ -315,7 +315,6 @@ REPLIES = {
     pb.Job: results.Job,
     pb.GetAccessResponse: results.Access,
     pb.Plan: results.Plan,
-    pb.ConversionStats: messages.ConversionStats,
     pb.RefusalStats: messages.RefusalStats,
 }
 # What every number of the contract holds.

@@ -52,8 +52,7 @@ class Config:
     setup: Setup
     versions: results.Versions
     tested: selftest.SelfTest
-    reload: Callable[[], Policy | str]
-    """Gives the new policy, or why the old one stays."""
+    reload: Callable[[], Policy | str]  # the new policy, or why the old one stays
 
 
 class Broker:
@@ -159,7 +158,7 @@ class Broker:
         self._supervisor.on_front_exit()
 
     def on_front_failed(self, why: str) -> None:
-        """Give up: nobody could be served."""
+        """Give up: no caller could be served."""
         self.failed = why
         self._loop.stop()
 
@@ -234,7 +233,7 @@ class Broker:
             self._supervisor.end_all()
             return
         self._is_stopping = self._handlers.is_stopping = self._reporter.stopping = True
-        self._front.keep_no_other()
+        self._front.is_last = True
         grace_s = self._rules.service.stop_grace_s
         ending_s = 2 * job_supervisor.ENDING_S + front_supervisor.STOP_S + STOP_MARGIN_S
         notify.stopping(grace_s + ending_s)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import select
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -128,7 +127,7 @@ class Connections:
         except OSError:
             self._closer.close(sock)
             raise
-        if _is_over(sock):
+        if peercred.has_hung_up(sock):
             self._closer.close(sock)
             return None
         total, own = len(self) + len(self._leaving), self._per_user[peer.uid]
@@ -189,10 +188,3 @@ class Connections:
         self._per_user[connection.uid] -= 1
         if not self._per_user[connection.uid]:
             del self._per_user[connection.uid]
-
-
-def _is_over(sock: socket.socket) -> bool:
-    """Whether the peer has ended a connection, or its own half, which counts for both."""
-    poll = select.poll()
-    poll.register(sock, select.POLLRDHUP)
-    return bool(poll.poll(0))

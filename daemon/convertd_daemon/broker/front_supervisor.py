@@ -35,9 +35,7 @@ systemd's watchdog would replace all of us, jobs included."""
 
 STOP_S: Final = 5.0
 
-TOO_LONG: Final = conditions.Unsupported(
-    what="a reply of this length", why="it does not fit into a message"
-)
+TOO_LONG: Final = conditions.Unsupported(what="a reply this long", why="no message can hold it")
 
 
 class Events(Protocol):
@@ -77,7 +75,10 @@ class FrontProcess:
 
 
 class FrontSupervisor:
-    """Keeps a front alive, and takes and gives its messages."""
+    """Keeps a front alive, and takes and gives its messages.
+
+    `is_last` says that no other is started when this one ends.
+    """
 
     def __init__(
         self, a_loop: loop.Loop, closer: Closer, start: Callable[[], Started], events: Events
@@ -91,7 +92,7 @@ class FrontSupervisor:
         self._timer: loop.Timer | None = None  # while it has not read what there is for it
         self._serves = False
         self._lost = 0
-        self._is_last = False
+        self.is_last = False
         self._is_ending = False
 
     @property
@@ -116,10 +117,6 @@ class FrontSupervisor:
         self._serves = True
         self._lost = 0
 
-    def keep_no_other(self) -> None:
-        """Start none when this one ends."""
-        self._is_last = True
-
     def end(self) -> bool:
         """Have the front say what it still has to say, and end; False if there is none."""
         if self._front is None:
@@ -136,7 +133,7 @@ class FrontSupervisor:
             front.kill()
 
     def _on_start_timeout(self, started: FrontProcess) -> None:
-        if self._front is started and not self._serves and not self._is_last:
+        if self._front is started and not self._serves and not self.is_last:
             log.error("the front did not begin to serve within %d s", START_S)
             started.kill()
 
@@ -180,11 +177,9 @@ class FrontSupervisor:
     def _check_reads(self, front: FrontProcess, sent: int) -> None:
         # There may be room of which epoll says nothing until there is more.
         self._flush(front)
-        if self._timer is None:
-            return
-        if front.outbound.sent > sent:
+        if self._timer is not None and front.outbound.sent > sent:
             self._schedule_read_check(front)
-        else:
+        elif self._timer is not None:
             log.error("the front does not read its messages")
             front.kill()
 
@@ -244,12 +239,11 @@ class FrontSupervisor:
         self._front = None
         self._cancel_timer()
         self._events.on_front_exit()
-        if self._is_last:
+        if self.is_last:
             return True
         self._lost += 1
         if self._lost > RESTARTS:
-            why = "the front ended repeatedly; see its last messages in the journal"
-            self._events.on_front_failed(why)
+            self._events.on_front_failed("the front ended repeatedly; see the journal")
             return True
         log.error("the front ended; starting another")
         self.watch(self._start())

@@ -30,7 +30,7 @@ def entry_of(job: Job) -> results.Job:
     """The job as the list shows it, with what the broker knows of its progress."""
     request = job.grant.request
     dest = request.dest if isinstance(request, values.ConvertRequest) else None
-    is_waiting = job.state is jobs.State.WAITING
+    is_waiting = job.state is results.JobState.QUEUED
     return results.Job(
         job_id=job.job_id,
         uid=job.uid,
@@ -38,7 +38,7 @@ def entry_of(job: Job) -> results.Job:
         source_format=request.source.format,
         dest_path=dest.path if dest else "",
         dest_format=dest.format if dest else "",
-        state=job.state.value,
+        state=job.state,
         label=request.label if isinstance(request, values.ConvertRequest) else "",
         progress=results.Progress(
             job_id=job.job_id,

@@ -6,7 +6,7 @@ import logging
 import signal
 from typing import TYPE_CHECKING, Final
 
-from convertd_core import conditions, messages
+from convertd_core import conditions, messages, results
 from convertd_daemon.broker import jobs, queue
 from convertd_daemon.linux import children, getrandom
 
@@ -158,7 +158,7 @@ class JobSupervisor:
         self._is_draining = True
         self._spare.end()
         for job in self.jobs:
-            if job.state is jobs.State.WAITING:
+            if job.state is results.JobState.QUEUED:
                 self.end(job, conditions.Stopping())
 
     def end_all(self) -> None:
@@ -175,11 +175,11 @@ class JobSupervisor:
         job.ending = why.failure()
         if job.is_writing_a_device:
             job.ending = job.ending.with_undefined(job.writes)
-        if job.state is jobs.State.WAITING:
+        if job.state is results.JobState.QUEUED:
             self._refuse(job, job.ending)
             self.advance()
             return
-        job.state = jobs.State.ENDING
+        job.state = results.JobState.CANCELLING
         job.signal(signal.SIGTERM)
         self._loop.after(ENDING_S, lambda: self._kill(job))
 
@@ -193,7 +193,7 @@ class JobSupervisor:
         if self.jobs.find(job.job_id) is job and job.ending is not None:
             pids = ",".join(str(pid) for pid in sorted(job.processes()))
             log.error("job can't be killed job=%s pids=%s", job.job_id, pids)
-            job.state = jobs.State.UNKILLABLE
+            job.state = results.JobState.UNKILLABLE
             self._front.send(messages.Ended(job_id=job.job_id, failure=job.ending))
 
     def on_exit(self, pid: int, status: int, others: frozenset[int]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import enum
 import os
 import signal
 import time
@@ -33,15 +32,6 @@ def now() -> datetime.datetime:
     return datetime.datetime.now(datetime.UTC)
 
 
-class State(enum.Enum):
-    """How far a job is, for the broker."""
-
-    WAITING = results.JobState.QUEUED
-    RUNNING = results.JobState.RUNNING
-    ENDING = results.JobState.CANCELLING
-    UNKILLABLE = results.JobState.UNKILLABLE
-
-
 @dataclass(slots=True, kw_only=True, eq=False)
 class Job:
     """One request that was granted, until its process is gone, and what that left behind.
@@ -58,9 +48,9 @@ class Job:
     queue: queue.JobQueue[Job]
     order: int = 0
     queued: datetime.datetime = field(default_factory=now)
-    state: State = State.WAITING
+    state: results.JobState = results.JobState.QUEUED
     position: int = 0
-    told_position: int = 0
+    sent_position: int = 0
     pid: int = 0
     started: datetime.datetime | None = None
     finished: bool = False
@@ -75,7 +65,7 @@ class Job:
         on_device = isinstance(self.grant, values.ConvertGrant) and (
             self.grant.dest.root.kind is values.RootKind.BLOCK
         )
-        return on_device and bool(self.writes) and self.state is not State.WAITING
+        return on_device and bool(self.writes) and self.state is not results.JobState.QUEUED
 
     @property
     def uid(self) -> int:
@@ -100,7 +90,7 @@ class Job:
         grant = dataclasses.replace(self.grant, peer=self.connection.peer())
         worker = spare.begin(self.job_id, grant)
         self.pid, self._pipe = worker.pid, worker.outcome_pipe
-        self.state, self.started = State.RUNNING, now()
+        self.state, self.started = results.JobState.RUNNING, now()
         return worker.channel
 
     def record(

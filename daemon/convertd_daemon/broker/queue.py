@@ -21,23 +21,18 @@ AGAIN_S: Final = 0.2
 costs front and caller processor time that conversions need."""
 
 
-class Owned(Protocol):
-    """Anything that is somebody's."""
+class Waiting(Protocol):
+    """What may wait, and where its caller was last told that it stands; 0 is not yet."""
+
+    position: int
+    sent_position: int
 
     @property
     def uid(self) -> int:
         """Whose it is."""
 
 
-class Positioned(Owned, Protocol):
-    """What may wait, and whoever asked for it be told where it stands; 0 is not yet."""
-
-    position: int
-    told_position: int
-
-
-T = TypeVar("T", bound=Owned)
-P = TypeVar("P", bound=Positioned)
+T = TypeVar("T", bound=Waiting)
 
 THE_DAEMON: Final = "the daemon"
 
@@ -146,7 +141,7 @@ class JobQueue(Generic[T]):
             yield from (item for item in turn if item is not None)
 
 
-class Positions(Generic[P]):
+class Positions(Generic[T]):
     """Numbers those that wait, each queue from 1, and has their callers told.
 
     Who is new hears it at once, the others now and then. `send` tells one caller, and says False if
@@ -154,7 +149,7 @@ class Positions(Generic[P]):
     """
 
     def __init__(
-        self, loop: Loop, queues: Iterable[JobQueue[P]], send: Callable[[P], bool]
+        self, loop: Loop, queues: Iterable[JobQueue[T]], send: Callable[[T], bool]
     ) -> None:
         self._loop = loop
         self._queues = tuple(queues)
@@ -168,10 +163,10 @@ class Positions(Generic[P]):
         is_due = now >= self._due
         moved, held_back = self._moved(), False
         for item in moved:
-            if item.told_position and not is_due:
+            if item.sent_position and not is_due:
                 held_back = True
             elif self._send(item):
-                item.told_position = item.position
+                item.sent_position = item.position
             else:
                 return
         if is_due and moved:
@@ -179,13 +174,13 @@ class Positions(Generic[P]):
         elif held_back and self._timer is None:
             self._timer = self._loop.after(self._due - now, self._again)
 
-    def _moved(self) -> list[P]:
+    def _moved(self) -> list[T]:
         """Those whose position is another than they were told."""
         moved = []
         for queue in self._queues:
             for position, item in enumerate(queue.in_order(), start=1):
                 item.position = position
-                if item.told_position != position:
+                if item.sent_position != position:
                     moved.append(item)
         return moved
 

@@ -14,14 +14,13 @@ import contextlib
 import errno
 import functools
 import logging
-import select
 import socket
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
 from convertd_daemon.front import fair_queue, header_filter, streams
-from convertd_daemon.linux import getrandom, scm_rights
+from convertd_daemon.linux import getrandom, peercred, scm_rights
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +179,7 @@ async def _connect(sock: socket.socket, path: str, caller: socket.socket) -> Non
     """
     pause_s = 0.001
     while True:
-        if _is_over(caller):
+        if peercred.has_hung_up(caller):
             raise ConnectionAbortedError(errno.ECONNABORTED, "the peer is gone")
         try:
             sock.connect(path)
@@ -288,13 +287,6 @@ async def _answer(
         answered(data)
         async with answering:
             await loop.sock_sendall(sink, data)
-
-
-def _is_over(sock: socket.socket) -> bool:
-    """Whether the peer has closed its half of a connection; the broker takes that for both."""
-    poll = select.poll()
-    poll.register(sock, select.POLLRDHUP)
-    return bool(poll.poll(0))
 
 
 def _end(sock: socket.socket) -> None:

@@ -40,16 +40,11 @@ def _unknown(field: str, number: int) -> conditions.BadOption:
 
 def secrets(message: pb.ConvertRequest) -> list[bytes]:
     """The passphrases of a request, the source's first. Takes them out of the message."""
-    ends = [message.source.encryption] if message.source.HasField("encryption") else []
-    if message.dest.HasField("encryption"):
-        return [*_taken(ends), *_taken([message.dest.encryption])]
-    return _taken(ends)
-
-
-def _taken(ends: list[pb.SourceEncryption] | list[pb.DestinationEncryption]) -> list[bytes]:
-    found = [end.passphrase for end in ends]
-    for end in ends:
-        end.ClearField("passphrase")
+    found = []
+    for end in (message.source, message.dest):
+        if end.HasField("encryption"):
+            found.append(end.encryption.passphrase)
+            end.encryption.ClearField("passphrase")
     return found
 
 
@@ -79,7 +74,7 @@ def _qemu_value(
     if field.enum_type is None:
         return creation_options.qemu_value(value)
     named = field.enum_type.values_by_number.get(value)
-    prefix = field.enum_type.values[0].name.removesuffix("UNSPECIFIED")
+    prefix = proto_mapping.prefix_of(field.enum_type)
     for choice in option.known:
         if named is not None and named.name == prefix + creation_options.contract_choice(choice):
             return choice

@@ -12,7 +12,6 @@ import logging
 import os
 import socket
 import sys
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from convertd_core import conditions, messages, values
@@ -36,16 +35,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AssignedJob:
-    """A job and its grant, for a process that is forked with it."""
-
-    job_id: str
-    grant: values.ConvertGrant | values.InspectGrant
-
-
 def run_forked(
-    assigned: AssignedJob | None,
+    assigned: messages.StartJob | None,
     assignments: channel.Channel,
     job_channel: outcome.OutcomeReporter,
     setup: Setup,
@@ -77,7 +68,7 @@ def run_forked(
 
 def _wait_for_assignment(
     assignments: channel.Channel, setup: Setup
-) -> tuple[AssignedJob, PreforkSlot]:
+) -> tuple[messages.StartJob, PreforkSlot]:
     """Wait for a job, with a preforked child that will become its first qemu-img.
 
     Raises:
@@ -94,7 +85,7 @@ def _wait_for_assignment(
     except BaseException:
         slot.close()
         raise
-    return AssignedJob(job_id=start.job_id, grant=start.grant), slot
+    return start, slot
 
 
 def main() -> int:

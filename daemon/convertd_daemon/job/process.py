@@ -73,7 +73,7 @@ class JobProcess:
         os.close(self.outcome_pipe)
 
 
-def fork(setup: Setup, begun: job_main.AssignedJob | None = None) -> JobProcess:
+def fork(setup: Setup, begun: messages.StartJob | None = None) -> JobProcess:
     """Fork a worker, that waits for an order unless it has been given one.
 
     Raises:
@@ -149,7 +149,7 @@ class PreforkedJob:
                 worker.end()
             else:
                 return worker
-        worker = fork(self._setup, job_main.AssignedJob(job_id=job_id, grant=grant))
+        worker = fork(self._setup, messages.StartJob(job_id=job_id, grant=grant))
         worker.assignments.close()
         return worker
 

@@ -4,6 +4,7 @@ import array
 import ctypes
 import errno
 import os
+import select
 import socket
 import struct
 from dataclasses import dataclass
@@ -79,3 +80,10 @@ def peer_groups(connection: socket.socket) -> frozenset[int]:
         # keeps the groups that the peer had at connect(2).
         if error != errno.ERANGE or length.value <= len(buffer):
             raise OSError(error, f"SO_PEERGROUPS: {os.strerror(error)}")
+
+
+def has_hung_up(connection: socket.socket) -> bool:
+    """Whether the peer has ended a connection, or its own half, which counts for both."""
+    poll = select.poll()
+    poll.register(connection, select.POLLRDHUP)
+    return bool(poll.poll(0))

@@ -5,7 +5,6 @@ import os
 from typing import Final
 
 _SET_PDEATHSIG: Final = 1
-_GET_PDEATHSIG: Final = 2
 _SET_DUMPABLE: Final = 4
 _SET_KEEPCAPS: Final = 8
 _SET_NAME: Final = 15
@@ -13,7 +12,6 @@ _CAPBSET_READ: Final = 23
 _CAPBSET_DROP: Final = 24
 _SET_CHILD_SUBREAPER: Final = 36
 _SET_NO_NEW_PRIVS: Final = 38
-_GET_NO_NEW_PRIVS: Final = 39
 _CAP_AMBIENT: Final = 47
 _CAP_AMBIENT_RAISE: Final = 2
 _CAP_AMBIENT_CLEAR_ALL: Final = 4
@@ -37,11 +35,6 @@ def set_no_new_privs() -> None:
     _call(_SET_NO_NEW_PRIVS, 1)
 
 
-def get_no_new_privs() -> bool:
-    """Whether no_new_privs is set for the calling thread."""
-    return _call(_GET_NO_NEW_PRIVS) == 1
-
-
 def set_pdeathsig(signal: int) -> None:
     """Have the kernel send `signal` when the parent's thread exits; 0 disarms.
 
@@ -49,13 +42,6 @@ def set_pdeathsig(signal: int) -> None:
     is sent: compare getppid(2) afterwards.
     """
     _call(_SET_PDEATHSIG, signal)
-
-
-def get_pdeathsig() -> int:
-    """Return the parent-death signal, 0 for none."""
-    signal = ctypes.c_int()
-    _call(_GET_PDEATHSIG, ctypes.addressof(signal))
-    return signal.value
 
 
 def set_child_subreaper() -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from convertd_core import conditions, results, values
 from convertd_daemon.job.files import acl, credentials
+from convertd_daemon.linux import posix_acl
 
 if TYPE_CHECKING:
     from convertd_daemon.job.files.paths import Target
@@ -111,7 +112,7 @@ def settle(fd: int, final: Ownership, target: Target) -> tuple[results.Warning, 
     """
     with _refused_here():
         if final.acl:
-            os.setxattr(fd, acl.ACCESS, final.acl)
+            os.setxattr(fd, posix_acl.ACCESS, final.acl)
         else:
             os.fchmod(fd, final.mode)
         status = os.fstat(fd)
