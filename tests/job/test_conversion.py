@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from convertd_core import conditions, messages, results, values
 from convertd_daemon import channel
-from convertd_daemon.job import context, endpoints, progress, stages
+from convertd_daemon.job import context, endpoints, progress
 from convertd_daemon.job.files import device_dest, file_dest, paths
 from convertd_daemon.job.qemu import (
     backing_chain,
@@ -300,17 +300,7 @@ def both(area: Path) -> Iterator[endpoints.Endpoints]:
 
 def failed(both: endpoints.Endpoints, said: str, status: int = 1) -> conditions.Failure:
     """What a run of qemu-img that ended so failed of."""
-    planned = stages.ConversionPlan(
-        chain=both.members,
-        dest_format="raw",
-        compression=values.Compression.NONE,
-        source_cache=CACHE,
-        dest_cache=CACHE,
-        argv=(),
-        command=(),
-        needed_bytes=5,
-        available_bytes=0,
-    )
+    planned = grants.plan_of(0, needed_bytes=5)
     outcome = execution.Outcome(status=status, stdout=b"", stderr=said)
     return conversion.failure_of(outcome, planned, both).failure()
 

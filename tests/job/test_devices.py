@@ -19,9 +19,9 @@ import whole_job
 from harness.mounts import Mounts
 from loop_devices import DISK_GROUP, Devices
 
-from convertd_core import conditions, results, values
+from convertd_core import conditions, values
 from convertd_daemon import channel
-from convertd_daemon.job import context, endpoints, stages
+from convertd_daemon.job import context, endpoints
 from convertd_daemon.job.files import destination, device_dest, paths
 
 MIB = 1024 * 1024
@@ -387,7 +387,7 @@ class TestOpeningADevice:
         device = volumes.add("lv", SIZE)
         with self.opened(volumes, device) as dest:
             lying = dataclasses.replace(dest, size_bytes=2 * SIZE)
-            planned = plan_of(MIB)
+            planned = grants.plan_of(MIB)
             failure = refusals.refusal_of(lambda: lying.flush(planned))
         assert failure is not None
         assert failure.reason == "WRITE_FAILED"
@@ -421,20 +421,3 @@ class TestOpeningADevice:
         place = rules.place("/dev/no-such-group/lv")
         reason = refusals.reason_of(lambda: paths.open_source(place, grants.CALLER).__enter__())
         assert reason == "SOURCE_NOT_FOUND"
-
-
-def plan_of(size_bytes: int) -> stages.ConversionPlan:
-    """A plan for an image of that size."""
-    info = stages.ProbedImage(format="raw", virtual_size_bytes=size_bytes, actual_size_bytes=0)
-    cache = results.CacheChoice(mode=values.CacheMode.NONE, reason="")
-    return stages.ConversionPlan(
-        chain=(stages.ChainMember(path="/a", info=info),),
-        dest_format="raw",
-        compression=values.Compression.NONE,
-        source_cache=cache,
-        dest_cache=cache,
-        argv=(),
-        command=(),
-        needed_bytes=0,
-        available_bytes=0,
-    )

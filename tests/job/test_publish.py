@@ -18,8 +18,8 @@ import refusals
 import whole_job
 from harness.mounts import Mounts
 
-from convertd_core import conditions, results, values
-from convertd_daemon.job import local_grant, stages
+from convertd_core import conditions, values
+from convertd_daemon.job import local_grant
 from convertd_daemon.job.files import (
     device_dest,
     file_dest,
@@ -57,23 +57,6 @@ def written(grant: values.ConvertGrant) -> Iterator[file_dest.FileDest]:
         os.write(dest.fd, NEW)
         publish.flush(dest)
         yield dest
-
-
-def plan_of(grant: values.ConvertGrant) -> stages.ConversionPlan:
-    """A plan; of it only the size counts here, and that for devices alone."""
-    info = stages.ProbedImage(format="raw", virtual_size_bytes=len(NEW), actual_size_bytes=0)
-    cache = results.CacheChoice(mode=values.CacheMode.NONE, reason="")
-    return stages.ConversionPlan(
-        chain=(stages.ChainMember(path=grant.source.path, info=info),),
-        dest_format="raw",
-        compression=values.Compression.NONE,
-        source_cache=cache,
-        dest_cache=cache,
-        argv=(),
-        command=(),
-        needed_bytes=0,
-        available_bytes=0,
-    )
 
 
 def put(path: Path, data: bytes, owner: int = CALLER.uid) -> Path:

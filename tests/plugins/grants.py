@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Final
 
-from convertd_core import values
+from convertd_core import results, values
+from convertd_daemon.job import stages
 from convertd_daemon.policy import decide
 
 CALLER: Final = values.Peer(uid=1234, gid=1234, groups=frozenset({1300, 1400}), pid=1)
@@ -99,3 +100,23 @@ def slowly(asked: values.ConvertRequest) -> values.ConvertRequest:
 def to(asked: values.ConvertRequest, **changes: object) -> values.ConvertRequest:
     """The same request, with another destination."""
     return dataclasses.replace(asked, dest=dataclasses.replace(asked.dest, **changes))  # type: ignore[arg-type]
+
+
+def plan_of(size_bytes: int, *, needed_bytes: int = 0) -> stages.ConversionPlan:
+    """A plan for a raw image of that size, with nothing else in it that counts."""
+    cache = results.CacheChoice(mode=values.CacheMode.NONE, reason="")
+    return stages.ConversionPlan(
+        source_format="raw",
+        dest_format="raw",
+        virtual_size_bytes=size_bytes,
+        dest_cache=cache,
+        source_cache=cache,
+        command=(),
+        chain=(),
+        compression=values.Compression.NONE,
+        needed_bytes=needed_bytes,
+        available_bytes=0,
+        method=results.Method.QEMU_IMG,
+        method_reason="",
+        argv=(),
+    )

@@ -230,6 +230,7 @@ def test_record_and_counters_have_the_method_and_what_is_shared(
             if not item.reason
         }
 
+    daemon.await_idle()
     before = counted().get(pb.METHOD_REFLINK, (0, 0))
     result = alice.convert(to_raw(disk / "in.raw", dest, label="counted")).result()
     expected = (before[0] + 1, before[1] + result.shared_bytes)

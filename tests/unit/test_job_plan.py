@@ -398,7 +398,7 @@ class TestSizeLimits:
         assert failure.reason == "IMAGE_TOO_LARGE"
         assert dict(failure.values)["limit_bytes"] == str(2 * GIB)
         just = dataclasses.replace(INFO, virtual_size_bytes=2 * GIB)
-        assert made(chain=(member(just),)).source.virtual_size_bytes == 2 * GIB
+        assert made(chain=(member(just),)).virtual_size_bytes == 2 * GIB
 
     def test_required_space_is_that_of_the_chain_up_to_the_virtual_size(self) -> None:
         """But never more than the disk has."""

@@ -124,9 +124,9 @@ def _result(
     """The outcome of a request with validate_only."""
     return results.ConvertResult(
         published=False,
-        source_format=planned.source.format,
+        source_format=planned.source_format,
         dest_format=planned.dest_format,
-        virtual_size_bytes=planned.source.virtual_size_bytes,
+        virtual_size_bytes=planned.virtual_size_bytes,
         allocated_size_bytes=0,
         dest_cache=planned.dest_cache,
         source_cache=planned.source_cache,

@@ -5,9 +5,10 @@ Nothing here does anything. Sizes are in bytes.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
-from convertd_core import results, values
+from convertd_core import results
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,45 +65,14 @@ class ChainMember:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ConversionPlan:
-    """Everything that is decided before qemu-img runs. The chain begins with the source itself.
+class ConversionPlan(results.Plan):
+    """A plan, and what only its job needs of it: `argv`, which speaks of descriptors."""
 
-    `argv` speaks of descriptors only; `command` is the same for people, with the caller's paths.
-    `needed_bytes` is what the destination is expected to take, 0 where that can't be known.
-    """
-
-    chain: tuple[ChainMember, ...]
-    dest_format: str
-    compression: values.Compression
-    source_cache: results.CacheChoice
-    dest_cache: results.CacheChoice
     argv: tuple[str, ...]
-    command: tuple[str, ...]
-    needed_bytes: int
-    available_bytes: int
-    method: results.Method = results.Method.QEMU_IMG
-    method_reason: str = ""
     warnings: tuple[results.Warning, ...] = ()
-
-    @property
-    def source(self) -> ProbedImage:
-        """The source itself, whatever lies under it."""
-        return self.chain[0].info
 
     @property
     def told(self) -> results.Plan:
         """What its caller is told of it."""
-        return results.Plan(
-            source_format=self.source.format,
-            dest_format=self.dest_format,
-            virtual_size_bytes=self.source.virtual_size_bytes,
-            dest_cache=self.dest_cache,
-            source_cache=self.source_cache,
-            command=self.command,
-            chain=tuple(member.told for member in self.chain),
-            compression=self.compression,
-            needed_bytes=self.needed_bytes,
-            available_bytes=self.available_bytes,
-            method=self.method,
-            method_reason=self.method_reason,
-        )
+        names = (item.name for item in dataclasses.fields(results.Plan))
+        return results.Plan(**{name: getattr(self, name) for name in names})

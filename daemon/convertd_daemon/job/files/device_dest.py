@@ -87,7 +87,7 @@ class DeviceDest:
         if os.fstat(source).st_rdev == os.fstat(self.fd).st_rdev:
             path = validation.shown(self.place.path)
             raise conditions.BadPath(field="dest.path", path=path, problem="is the source")
-        needed = plan.source.virtual_size_bytes
+        needed = plan.virtual_size_bytes
         if needed > self.size_bytes:
             raise conditions.DeviceTooSmall(
                 path=self.place.path, size_bytes=self.size_bytes, needed_bytes=needed
@@ -99,7 +99,7 @@ class DeviceDest:
 
     def flush(self, plan: stages.ConversionPlan, /) -> tuple[results.Warning, ...]:
         """Zero what lies beyond the image, which qemu-img leaves as it was, and fsync."""
-        end = plan.source.virtual_size_bytes
+        end = plan.virtual_size_bytes
         try:
             if not self.is_zero and end < self.size_bytes:
                 _zero_from(self, end)

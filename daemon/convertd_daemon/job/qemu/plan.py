@@ -87,11 +87,15 @@ def make(
     options = _options(grant, source_cache, dest_cache)
     source = graph(facts.chain, encrypted=grant.request.source.encryption is not None)
     return stages.ConversionPlan(
-        chain=chain,
+        source_format=info.format,
         dest_format=dest.format,
-        compression=dest.compression,
-        source_cache=source_cache,
+        virtual_size_bytes=info.virtual_size_bytes,
         dest_cache=dest_cache,
+        source_cache=source_cache,
+        chain=tuple(member.told for member in chain),
+        compression=dest.compression,
+        method=results.Method.QEMU_IMG,
+        method_reason="",
         argv=(*options, *_dest_arguments(grant, facts), source, _dest_name(facts)),
         command=_command(grant, facts, options, info.format),
         needed_bytes=0 if facts.dest.on_device else _needed_bytes(grant, chain),
@@ -152,7 +156,7 @@ def compare_argv(
         encrypted=request.dest.encryption is not None,
         secret=DEST_SECRET,
         # A device may be larger than the image that is on it.
-        size_bytes=plan.source.virtual_size_bytes if dest.on_device else 0,
+        size_bytes=plan.virtual_size_bytes if dest.on_device else 0,
     )
     read = graph(chain, encrypted=request.source.encryption is not None)
     return ("qemu-img", "compare", "-T", plan.source_cache.mode.value, read, written)

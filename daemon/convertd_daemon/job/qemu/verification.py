@@ -41,7 +41,7 @@ def check(
     """
     if ends.dest.on_device:
         return
-    size, path = plan.source.virtual_size_bytes, ends.dest.place.path
+    size, path = plan.virtual_size_bytes, ends.dest.place.path
     try:
         written = os.fstat(ends.dest.fd).st_size
         padded = {-(-size // block) * block for block in BLOCKS_BYTES}

@@ -141,7 +141,7 @@ def carry_out(
         conditions.NoSpace, conditions.QuotaExceeded, conditions.WriteFailed: there is no room for
             the metadata, or the file system failed.
     """
-    dest, size = layout.snapshot.dest, plan.source.virtual_size_bytes
+    dest, size = layout.snapshot.dest, plan.virtual_size_bytes
     placer = placing.Placer(layout.snapshot, layout.data_bytes, job)
     with publish.write_errors(dest):
         if plan.dest_format == "raw":
