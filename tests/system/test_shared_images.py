@@ -14,21 +14,15 @@ from harness.agent import Agent, conversion
 from harness.callers import ALICE
 from harness.daemon import Daemon
 from harness.mounts import Mounts
+from policies import Grant, Policy, Root
 
 from convertd.v1 import convert_pb2 as pb
 from convertd_daemon.job.files import paths
 
-POLICY: Final = """
-[roots.disks]
-path = "{scratch}"
-access = "daemon"
-mounts = true
-[[grants]]
-users = [1234]
-read = ["disks"]
-write = ["disks"]
-read_formats = ["raw", "qcow2", "vmdk"]
-"""
+DISKS: Final = Root("disks", "{scratch}", mounts=True)
+POLICY: Final = Policy(
+    grants=[Grant(read=[DISKS], write=[DISKS], read_formats=["raw", "qcow2", "vmdk"])]
+)
 
 MIB: Final = images.MIB
 BLOCK: Final = 4096
