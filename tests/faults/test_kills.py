@@ -25,7 +25,7 @@ POLICY: Final = Policy(grants=[Grant(read=[LIBRARY, IMAGES], write=[IMAGES])])
 
 MIB: Final = 1024 * 1024
 
-HELD_MS: Final = 500
+DELAY_MS: Final = 500
 """How long strace holds a job before each renameat2(2)."""
 
 
@@ -260,7 +260,7 @@ def test_file_of_another_user_left_by_a_killed_exchange_is_kept(
         (images_dir / name).write_bytes(data)
         os.chown(images_dir / name, owner.uid, owner.gid)
     request = conversion(source, dest, dest_format="raw", overwrite=True)
-    with Tracer(daemon.traced(), f"renameat2:delay_enter={HELD_MS * 1000}"):
+    with Tracer(daemon.traced(), f"renameat2:delay_enter={DELAY_MS * 1000}"):
         call = daemon.agent(ALICE).convert(request)
         job = daemon.await_one(JOB)
         waiting.until(lambda: processes.is_about_to_rename(job), "the job is about to exchange")

@@ -112,16 +112,16 @@ def test_old_client_converts_with_a_new_daemon(
 def test_old_client_can_make_all_other_calls(alice: Agent, older: Version, library: Path) -> None:
     """And a job that is not there is an old condition, too."""
     source = {"path": str(library / "small.qcow2")}
-    image = answer(alice, older, "Inspect", source=source)
+    image = reply(alice, older, "Inspect", source=source)
     assert image.format == "qcow2"
     # The process of the Inspect above may still be on its way out.
-    waiting.until(lambda: not answer(alice, older, "ListJobs").jobs, "an empty list of jobs")
-    assert answer(alice, older, "GetAccess").uid == ALICE.uid
+    waiting.until(lambda: not reply(alice, older, "ListJobs").jobs, "an empty list of jobs")
+    assert reply(alice, older, "GetAccess").uid == ALICE.uid
     call = alice.call("CancelJob", older.make("CancelJobRequest", job_id="none"))
     assert (call.refusal().status, call.refusal().reason) == ("NOT_FOUND", "JOB_NOT_FOUND")
 
 
-def answer(alice: Agent, version: Version, method: str, **fields: Any) -> Any:  # noqa: ANN401
+def reply(alice: Agent, version: Version, method: str, **fields: Any) -> Any:  # noqa: ANN401
     """The one answer of a call."""
     call = alice.call(method, version.make(f"{method}Request", **fields))
     assert call.end().status == "OK"
@@ -179,7 +179,7 @@ for kind, value, data in json.load(sys.stdin):
     print(repr(proto_mapping.from_message(getattr(results, value), message)))
 """
 
-ANSWERS: Final = {
+REPLIES: Final = {
     "ConvertProgress": "Progress",
     "Plan": "Plan",
     "ConvertResult": "ConvertResult",
@@ -194,14 +194,14 @@ def test_reply_with_fields_unknown_to_the_client_is_read(newer: Version) -> None
     """Each field of each answer set, each enum to a new value, each message with a new field."""
     orders = [
         (kind, reader, filled(newer.make(kind)).SerializeToString().hex())
-        for kind, reader in ANSWERS.items()
+        for kind, reader in REPLIES.items()
     ]
     argv = [PYTHON, "-I", "-c", READ]
     text = json.dumps(orders)
     done = subprocess.run(argv, check=False, input=text, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     read = done.stdout.splitlines()
-    assert len(read) == len(ANSWERS)
+    assert len(read) == len(REPLIES)
     assert not any("what is this?" in line for line in read)
     for line in read:
         assert ("UNSPECIFIED" in line) == ("<" in line), line

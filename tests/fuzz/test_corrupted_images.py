@@ -168,7 +168,7 @@ def test_corrupted_image_reveals_no_secret_and_does_not_end_the_daemon(
     daemon.await_idle()
     assert daemon.await_one(FRONT) == front
     after = {name: processes.anonymous_kib(pid) for name, pid in pids.items()}
-    _tell(run.figures, before, after)
+    _report(run.figures, before, after)
     for name, pid in pids.items():
         most = open_before[name] + processes.LAZY_DESCRIPTORS
         waiting.until(
@@ -178,7 +178,7 @@ def test_corrupted_image_reveals_no_secret_and_does_not_end_the_daemon(
     assert all(after[name] < before[name] + GROWTH_KIB for name in pids), (before, after)
 
 
-def _tell(figures: Figures, before: dict[str, int], after: dict[str, int]) -> None:
+def _report(figures: Figures, before: dict[str, int], after: dict[str, int]) -> None:
     if REPORT:
         told = {
             "images": figures.images,

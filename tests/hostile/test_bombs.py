@@ -40,7 +40,7 @@ MIB: Final = 1024
 
 
 @pytest.fixture(autouse=True)
-def unimpressed(daemon: Daemon) -> Iterator[None]:
+def unaffected(daemon: Daemon) -> Iterator[None]:
     """After each the daemon serves others, and has not grown."""
     pids = (daemon.pid, daemon.await_one(FRONT))
     before = [processes.anonymous_kib(pid) for pid in pids]

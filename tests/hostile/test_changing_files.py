@@ -211,7 +211,7 @@ def test_user_can_not_hard_link_files_of_another_user_into_a_root(
         victim.unlink()
 
 
-HELD_S: Final = 0.5
+DELAY_S: Final = 0.5
 """How long strace holds the job before it renames: a swap takes a hundredth of that."""
 
 
@@ -231,7 +231,7 @@ def test_sticky_directory_file_of_another_user_is_not_replaced_after_a_swap(
     theirs = simple_calls.file_of(BOB, shared / "bobs", f"precious {round_number}".encode())
     before = theirs.stat()
     request = conversion(image, out, source_format="raw", dest_format="raw", overwrite=True)
-    hold = f"/^rename:delay_enter={int(HELD_S * 1e6)}"
+    hold = f"/^rename:delay_enter={int(DELAY_S * 1e6)}"
     with Tracer(daemon.traced(), hold):
         call = daemon.agent(ALICE).convert(request)
         job = daemon.await_one(JOB)

@@ -46,7 +46,7 @@ DORA: Final = Caller(uid=1236, gid=1236)
 MESSAGES: Final = int(os.environ.get("CONVERTD_TEST_FRONT_MESSAGES", "500"))
 """How many random messages the broker is sent."""
 
-SPOILT: Final = int(os.environ.get("CONVERTD_TEST_FRONT_SPOILT", "15"))
+MUTATED: Final = int(os.environ.get("CONVERTD_TEST_FRONT_MUTATED", "15"))
 """How many corrupted ones, of which most cost a front."""
 
 SEED: Final = int(os.environ.get("CONVERTD_TEST_SEED", "1"))
@@ -728,7 +728,7 @@ def test_mutated_messages_never_end_the_broker(broker: Daemon, front: Compromise
     junk: tuple[Any, ...] = (None, True, -1, 1.5, 10**400)
     junk += ("", "x" * 9000, "\0", "raw", [], [[]], {}, {"a": 1})
     before = compromised_front.descriptors_of(broker.pid)
-    for _ in range(SPOILT):
+    for _ in range(MUTATED):
         corrupted = hello_of(front)
         request = corrupted["body"][1]
         part: dict[str, Any] = pick.choice((corrupted, request, request["source"], request["dest"]))

@@ -96,7 +96,7 @@ def queued(daemon: Daemon, library: Path, images_dir: Path) -> Iterator[None]:
     daemon.await_idle()
 
 
-def suffer(daemon: Daemon, over: Callable[[float], bool]) -> list[float]:
+def call_during(daemon: Daemon, over: Callable[[float], bool]) -> list[float]:
     """Have Bob ask who he is, until it is over, and see that the front stays small.
 
     Returns:
@@ -116,7 +116,7 @@ def usual_s(daemon: Daemon) -> float:
 
     Some milliseconds on one that does nothing else.
     """
-    waits = suffer(daemon, lambda seconds: seconds > 1)
+    waits = call_during(daemon, lambda seconds: seconds > 1)
     return waits[len(waits) * 9 // 10]
 
 
@@ -139,7 +139,7 @@ def test_unread_job_list_replies_use_little_memory_and_block_no_other_caller(
     calls = (http2.call(stream, path="ListJobs") for stream in STREAMS)
     most_s = 1.0 + 5 * usual_s(daemon)
     with unread_replies.unread(ALICE, daemon.socket, *calls) as done:
-        waits = suffer(daemon, lambda seconds: seconds > 10 and ENDED in daemon.log)
+        waits = call_during(daemon, lambda seconds: seconds > 10 and ENDED in daemon.log)
     assert done.connections > unread_replies.CONNECTIONS
     # On a machine that other tests keep busy one of a thousand may take longer.
     assert waits[len(waits) * 99 // 100] < most_s
@@ -153,7 +153,7 @@ def test_other_unread_replies_use_little_memory_and_block_no_other_caller(
     """Small replies, requests that never come, streams of the services beside ours."""
     most_s = 1.0 + 5 * usual_s(daemon)
     with unread_replies.unread(ALICE, daemon.socket, *attack):
-        waits = suffer(daemon, lambda seconds: seconds > 5)
+        waits = call_during(daemon, lambda seconds: seconds > 5)
     assert waits[len(waits) * 9 // 10] < most_s
 
 

@@ -32,7 +32,7 @@ MIB: Final = 1024
 
 
 @pytest.fixture(autouse=True)
-def unimpressed(daemon: Daemon) -> Iterator[None]:
+def unaffected(daemon: Daemon) -> Iterator[None]:
     """After each test the same front serves others, without having grown."""
     front = daemon.await_one(FRONT)
     before = processes.anonymous_kib(front)

@@ -261,7 +261,7 @@ class TestNamedTemporary:
             temporaries.sweep(target.directory, 0)
         assert os.listdir(area) == [LEFT]
 
-    @pytest.mark.parametrize("uid", [0, grants.STRANGER.uid], ids=["root's", "another-user's"])
+    @pytest.mark.parametrize("uid", [0, grants.OTHER_USER.uid], ids=["root's", "another-user's"])
     @pytest.mark.parametrize("access", [values.RootAccess.DAEMON, values.RootAccess.CALLER])
     def test_temporaries_of_other_users_are_kept(
         self, area: Path, uid: int, access: values.RootAccess

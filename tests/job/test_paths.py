@@ -183,7 +183,7 @@ class TestOpenSource:
 
     def test_daemon_access_opens_any_source_in_the_root(self, images: Path) -> None:
         """Whosever it is: that is what `access = "daemon"` says."""
-        os.chown(images / "disk", grants.STRANGER.uid, grants.STRANGER.gid)
+        os.chown(images / "disk", grants.OTHER_USER.uid, grants.OTHER_USER.gid)
         assert self.opened(rules_of(images), images / "disk") == DATA
 
     @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from convertd_daemon.job.files import (
 )
 
 CALLER = grants.CALLER
-STRANGER = grants.STRANGER
+OTHER_USER = grants.OTHER_USER
 SETUP = whole_job.setup()
 
 NEW, OLD, THEIRS = b"the result", b"the old file", b"somebody else's"
@@ -174,7 +174,7 @@ class TestOverwriting:
         with written(grant) as dest:
             assert publish.assign_name(grant, dest) is False
 
-    @pytest.mark.parametrize("uid", [STRANGER.uid, 0])
+    @pytest.mark.parametrize("uid", [OTHER_USER.uid, 0])
     def test_overwriting_refuses_a_file_put_there_by_another_user_during_the_job(
         self, place: Path, uid: int
     ) -> None:
@@ -189,7 +189,7 @@ class TestOverwriting:
     def test_overwriting_any_file_is_done_if_the_policy_allows_it(self, place: Path) -> None:
         """Also of one that came meanwhile."""
         grant = grant_to(place, overwrite=values.OverwriteScope.ANY)
-        assert published(grant, lambda: put(place / "new", THEIRS, STRANGER.uid)) == "done"
+        assert published(grant, lambda: put(place / "new", THEIRS, OTHER_USER.uid)) == "done"
         assert (place / "new").read_bytes() == NEW
 
     @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ class TestOverwriting:
     def test_overwriting_in_a_sticky_directory_is_decided_by_the_kernel(self, area: Path) -> None:
         """The policy would allow it, the caller's rights do not."""
         area.chmod(0o1777)
-        put(area / "new", THEIRS, STRANGER.uid)
+        put(area / "new", THEIRS, OTHER_USER.uid)
         (area / "new").chmod(0o644)
         root = grants.files(area, access=values.RootAccess.CALLER)
         grant = grant_to(area, root=root, overwrite=values.OverwriteScope.ANY)
@@ -263,7 +263,7 @@ class TestCheckAfterPublishing:
     ) -> None:
         """Somebody else's file is at the name. The caller must not take it for its own."""
         replaced = functools.partial(
-            put(area / "theirs", THEIRS, STRANGER.uid).rename, area / "new"
+            put(area / "theirs", THEIRS, OTHER_USER.uid).rename, area / "new"
         )
         assert outcome_after(grant_to(area), replaced) == "NAME_REPLACED"
 

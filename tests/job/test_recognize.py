@@ -87,7 +87,7 @@ BROKEN: Final[dict[str, bytes]] = {
 """What each driver fails to open: so that its failure shows that it was asked."""
 
 
-def whole_vhd_disk() -> bytes:
+def complete_vhd_disk() -> bytes:
     """A disk that has something in its last sector."""
     return DISK.ljust(10 * MIB - SECTOR, b"\0") + b"\xee" * SECTOR
 
@@ -100,7 +100,7 @@ MISTAKEN: Final[dict[str, tuple[str, bytes, bytes]]] = {
     ),
     "vhd of an unknown type": ("", Vhd(disk_type=6).sparse({0: DISK}), b"nothing"),
     "segment of a dmg": ("dmg", containers.dmg(DISK, segments=2), b"both segments"),
-    "vhd of virtualbox": ("vpc", Vhd().fixed(whole_vhd_disk()), whole_vhd_disk()),
+    "vhd of virtualbox": ("vpc", Vhd().fixed(complete_vhd_disk()), complete_vhd_disk()),
     "fixed vhd": ("", Vhd(size=MIB).fixed(DISK), DISK),
     "dmg": ("", containers.dmg(DISK), DISK),
     "cd with a header": ("", containers.with_header(containers.cd()), containers.cd()),
@@ -424,7 +424,7 @@ class TestContainers:
         assert (area / "DISK").read_bytes() == DISK
         assert remedy.endswith("state its format: raw")
         assert converted(area / "in", "raw").reason == "done"
-        assert (area / "out").read_bytes() == _whole_sectors((area / "in").read_bytes())
+        assert (area / "out").read_bytes() == _full_sectors((area / "in").read_bytes())
 
     def test_ova_archive_is_refused_by_name(self, area: Path) -> None:
         """The disks are in it."""
@@ -550,7 +550,7 @@ class TestRawDisks:
         (area / "in").write_bytes(data)
         outcome = converted(area / "in")
         assert outcome.reason == "done", outcome.failure
-        assert (area / "out").read_bytes() == _whole_sectors(data)
+        assert (area / "out").read_bytes() == _full_sectors(data)
 
     @pytest.mark.parametrize("command", ["mkfs.ext4", "mkfs.xfs", "mkfs.btrfs"])
     def test_file_system_image_is_recognized_as_raw(self, area: Path, command: str) -> None:
@@ -562,7 +562,7 @@ class TestRawDisks:
         subprocess.run(["cmp", str(area / "in"), str(area / "out")], check=True)
 
 
-def _whole_sectors(data: bytes) -> bytes:
+def _full_sectors(data: bytes) -> bytes:
     """A disk as qemu has it."""
     return data.ljust(-(-len(data) // SECTOR) * SECTOR, b"\0")
 

@@ -33,7 +33,7 @@ from convertd_daemon.job.files import (
 from convertd_daemon.linux.renameat2 import Flag, renameat2
 
 CALLER = grants.CALLER
-STRANGER = grants.STRANGER
+OTHER_USER = grants.OTHER_USER
 SETUP = whole_job.setup()
 
 WRITE_LOCK = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 101, 1, 0)
@@ -107,7 +107,7 @@ class TestExchange:
         self, sticky: Path
     ) -> None:
         """Its inode, its data, its owner."""
-        theirs = put(sticky / "theirs", THEIRS, STRANGER.uid).stat()
+        theirs = put(sticky / "theirs", THEIRS, OTHER_USER.uid).stat()
         swap = functools.partial((sticky / "theirs").rename, sticky / "new")
         assert outcome_of(grant_to(sticky), swap, None) == "NOT_YOURS"
         assert os.path.samestat(theirs, (sticky / "new").stat())
@@ -157,7 +157,7 @@ class TestExchange:
 
     def test_file_created_after_the_name_was_removed_is_not_replaced(self, sticky: Path) -> None:
         """It is another user's."""
-        create = functools.partial(put, sticky / "new", THEIRS, STRANGER.uid)
+        create = functools.partial(put, sticky / "new", THEIRS, OTHER_USER.uid)
         assert outcome_of(grant_to(sticky), (sticky / "new").unlink, create) == "NOT_YOURS"
         assert os.listdir(sticky) == ["new"]
         assert (sticky / "new").read_bytes() == THEIRS
@@ -191,7 +191,7 @@ class TestExchange:
         self, sticky: Path
     ) -> None:
         """In a sticky directory another's file is not even touched."""
-        put(sticky / "theirs", THEIRS, STRANGER.uid)
+        put(sticky / "theirs", THEIRS, OTHER_USER.uid)
         grant = grant_to(
             sticky, access=values.RootAccess.CALLER, overwrite=values.OverwriteScope.ANY
         )
@@ -209,7 +209,7 @@ class TestUndoneExchange:
 
         It is another user's; and `act` happens just before it gets its name back.
         """
-        put(directory / "new", THEIRS, STRANGER.uid)
+        put(directory / "new", THEIRS, OTHER_USER.uid)
         with (directory / "new").open("r+b") as disk:
             return outcome_of(grant_to_any(directory), lambda: lock(disk), act, *further)
 
@@ -237,7 +237,7 @@ class TestUndoneExchange:
 
         def swap() -> None:
             (sticky / "new").unlink()
-            put(sticky / "new", THEIRS, STRANGER.uid)
+            put(sticky / "new", THEIRS, OTHER_USER.uid)
 
         with (sticky / "new").open("r+b") as disk:
             outcome = outcome_of(grant_to(sticky, access=access), lambda: lock(disk), swap)
@@ -279,13 +279,13 @@ class TestUndoneExchange:
 
     def test_file_left_by_a_killed_exchange_is_never_removed(self, area: Path) -> None:
         """It is not the file that was judged, so it may be anybody's."""
-        put(area / "new", THEIRS, STRANGER.uid)
+        put(area / "new", THEIRS, OTHER_USER.uid)
         with written(grant_to_any(area)) as dest:
             name = temporaries.new_name_to_exchange(os.fstat(dest.fd).st_ino, 1)
             path = f"/proc/self/fd/{dest.fd}"
             os.link(path, name, dst_dir_fd=dest.target.directory, follow_symlinks=True)
             renameat2(dest.target.directory, name, "new", Flag.EXCHANGE)
-            temporaries.sweep(dest.target.directory, STRANGER.uid)
+            temporaries.sweep(dest.target.directory, OTHER_USER.uid)
             assert (area / name).read_bytes() == THEIRS
 
 
@@ -317,7 +317,7 @@ class TestWithoutRenameExchange:
 
     @pytest.mark.parametrize(
         ("owner", "mode"),
-        [(0, 0o1777), (0, 0o775), (STRANGER.uid, 0o755)],
+        [(0, 0o1777), (0, 0o775), (OTHER_USER.uid, 0o755)],
         ids=["everybody's", "a-group's", "another-user's"],
     )
     def test_overwrite_without_exchange_is_refused_where_others_can_write(
@@ -361,7 +361,7 @@ class TestWithoutRenameExchange:
         fuse.chmod(0o1777)
         grant = grant_to_any(fuse)
         with written(grant) as dest:
-            put(fuse / "theirs", THEIRS, STRANGER.uid).rename(fuse / "new")
+            put(fuse / "theirs", THEIRS, OTHER_USER.uid).rename(fuse / "new")
             assert publish.assign_name(grant, dest) is True
         assert (fuse / "new").read_bytes() == NEW
         assert os.listdir(fuse) == ["new"]

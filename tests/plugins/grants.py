@@ -11,7 +11,7 @@ from convertd_daemon.job import stages
 from convertd_daemon.policy import decide
 
 CALLER: Final = values.Peer(uid=1234, gid=1234, groups=frozenset({1300, 1400}), pid=1)
-STRANGER: Final = values.Peer(uid=1666, gid=1666, groups=frozenset(), pid=1)
+OTHER_USER: Final = values.Peer(uid=1666, gid=1666, groups=frozenset(), pid=1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,13 +22,15 @@ from policies import Grant, Policy, Root
 from convertd.v1 import convert_pb2 as pb
 from convertd_daemon.admin import check
 
-WHOLE: Final = Root("whole", "{scratch}/whole")
+INTACT: Final = Root("intact", "{scratch}/intact")
 BROKEN_ROOT: Final = Root("broken", "{scratch}/broken")
 USERS: Final = Root("users", "{scratch}/users", access="caller")
 POLICY: Final = Policy(
     grants=[
         Grant(
-            users=[1234, 1235], read=[BROKEN_ROOT, WHOLE, USERS], write=[BROKEN_ROOT, WHOLE, USERS]
+            users=[1234, 1235],
+            read=[BROKEN_ROOT, INTACT, USERS],
+            write=[BROKEN_ROOT, INTACT, USERS],
         )
     ]
 )
@@ -39,13 +41,13 @@ Broken = Callable[[Path], None]
 @pytest.fixture
 def roots(scratch: Path) -> Iterator[Path]:
     """Where the roots are. In the one that stays whole is an overlay on another image."""
-    for name in ("whole", "broken", "users"):
+    for name in ("intact", "broken", "users"):
         (scratch / name).mkdir()
-    base = images.small(scratch / "whole" / "base.raw")
+    base = images.small(scratch / "intact" / "base.raw")
     argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(base)]
-    subprocess.run([*argv, str(scratch / "whole" / "overlay.qcow2")], check=True)
+    subprocess.run([*argv, str(scratch / "intact" / "overlay.qcow2")], check=True)
     yield scratch
-    names = (str(scratch / name) for name in ("whole", "broken", "users"))
+    names = (str(scratch / name) for name in ("intact", "broken", "users"))
     subprocess.run(["rm", "-rf", *names], check=True)
 
 
@@ -61,7 +63,7 @@ def daemon(roots: Path, make_daemon: MakeDaemon) -> Daemon:
 def a_link(path: Path) -> None:
     """Put a link in the root's place, to another root."""
     path.rmdir()
-    path.symlink_to("whole")
+    path.symlink_to("intact")
 
 
 def a_link_to_itself(path: Path) -> None:
@@ -98,12 +100,12 @@ BROKEN: Final = [
 
 def see_others_go_on(daemon: Daemon, roots: Path) -> None:
     """Convert and inspect what stands on another image, as two users."""
-    whole = roots / "whole"
+    intact = roots / "intact"
     for caller in (ALICE, BOB):
-        out = whole / "out.raw"
-        answer = simple_calls.convert(daemon, whole / "overlay.qcow2", out, "qcow2", caller)
+        out = intact / "out.raw"
+        answer = simple_calls.convert(daemon, intact / "overlay.qcow2", out, "qcow2", caller)
         assert answer.is_ok, answer
-        assert images.identical(out, whole / "base.raw")
+        assert images.identical(out, intact / "base.raw")
         out.unlink()
         assert simple_calls.inspect(daemon, whole / "overlay.qcow2", "", caller).is_ok
 
@@ -117,10 +119,10 @@ def test_broken_root_is_reported_to_callers_of_that_root_only(
     try:
         see_others_go_on(daemon, roots)
         inside = roots / "broken" / "disk.raw"
-        out = roots / "whole" / "out.raw"
+        out = roots / "intact" / "out.raw"
         assert simple_calls.convert(daemon, inside, out, "raw").reason == reason
         assert simple_calls.inspect(daemon, inside).reason == reason
-        as_dest = simple_calls.convert(daemon, roots / "whole" / "base.raw", inside, "raw")
+        as_dest = simple_calls.convert(daemon, roots / "intact" / "base.raw", inside, "raw")
         assert as_dest.reason == reason.replace("SOURCE", "DIRECTORY")
         assert as_dest.status != "INTERNAL"
         daemon.stop()
@@ -199,12 +201,12 @@ def test_image_without_a_backing_file_opens_no_other_root(
     daemon: Daemon, roots: Path, stated: str
 ) -> None:
     """And so it can't matter what has become of that."""
-    whole = roots / "whole"
+    intact = roots / "intact"
     image = images.converted(
-        whole / "base.raw", whole / "alone", "raw" if stated == "raw" else "qcow2"
+        intact / "base.raw", intact / "alone", "raw" if stated == "raw" else "qcow2"
     )
     with Tracer(daemon.traced(), "openat2:delay_enter=0") as traced:
-        assert simple_calls.convert(daemon, image, whole / "out.raw", stated).is_ok
+        assert simple_calls.convert(daemon, image, intact / "out.raw", stated).is_ok
         assert simple_calls.convert(daemon, whole / "overlay.qcow2", whole / "2.raw", "qcow2").is_ok
     first, _, second = traced.text.partition("overlay.qcow2")
     assert str(roots / "broken") not in first
@@ -216,11 +218,11 @@ def test_backing_file_in_a_broken_root_is_refused_with_the_reason(
 ) -> None:
     """And is no bug."""
     a_file(roots / "broken")
-    overlay = roots / "whole" / "overlay-2.qcow2"
+    overlay = roots / "intact" / "overlay-2.qcow2"
     argv = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", "raw"]
     behind = str(roots / "broken" / "base.raw")
     subprocess.run([*argv, "-b", behind, str(overlay), "1M"], check=True)
-    request = conversion(overlay, roots / "whole" / "out.raw", source_format="qcow2")
+    request = conversion(overlay, roots / "intact" / "out.raw", source_format="qcow2")
     refusal = daemon.agent(ALICE).convert(request).refusal()
     assert refusal.reason == "BACKING_REFUSED"
     assert "can't be used: Not a directory" in refusal.message

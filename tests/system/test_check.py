@@ -39,7 +39,7 @@ POLICY = Policy(
     ],
 )
 
-TOLD = """\
+DESCRIPTION = """\
 {directory}/policy.toml:
 
 Roots
@@ -114,7 +114,7 @@ def test_check_describes_the_policy_in_words(
 ) -> None:
     """Every root, grant and operator, with whose rights."""
     checked(directory)
-    assert capsys.readouterr().out == TOLD.replace("{directory}", str(directory))
+    assert capsys.readouterr().out == DESCRIPTION.replace("{directory}", str(directory))
 
 
 def test_check_of_an_empty_policy_says_that_nobody_is_granted_anything(

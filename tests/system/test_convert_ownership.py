@@ -14,11 +14,11 @@ from harness.callers import ALICE, BOB, owner_of
 from harness.daemon import Daemon
 from policies import IMAGES, Grant, Policy, Root
 
-HOUSE: Final = Root("house", "{scratch}/house", owner="1500:1600", mode="0644")
+OWNED: Final = Root("owned", "{scratch}/owned", owner="1500:1600", mode="0644")
 OWN: Final = Root("own", "{scratch}/own", access="caller")
 POLICY: Final = Policy(
     grants=[
-        Grant(users=[1234, 1235], read=[IMAGES, OWN], write=[IMAGES, HOUSE, OWN], overwrite="any")
+        Grant(users=[1234, 1235], read=[IMAGES, OWN], write=[IMAGES, OWNED, OWN], overwrite="any")
     ]
 )
 
@@ -109,10 +109,10 @@ def test_root_setting_defines_owner_and_mode_of_results(
     alice: Agent, source: Path, scratch: Path
 ) -> None:
     """And which mode they have, if the caller names none."""
-    alice.convert(conversion(source, scratch / "house" / "one.qcow2")).result()
-    alice.convert(conversion(source, scratch / "house" / "two.qcow2", mode=0o600)).result()
-    assert owner_of(scratch / "house" / "one.qcow2") == (1500, 1600, 0o644)
-    assert owner_of(scratch / "house" / "two.qcow2") == (1500, 1600, 0o600)
+    alice.convert(conversion(source, scratch / "owned" / "one.qcow2")).result()
+    alice.convert(conversion(source, scratch / "owned" / "two.qcow2", mode=0o600)).result()
+    assert owner_of(scratch / "owned" / "one.qcow2") == (1500, 1600, 0o644)
+    assert owner_of(scratch / "owned" / "two.qcow2") == (1500, 1600, 0o600)
 
 
 def test_default_acl_is_inherited_within_the_requested_mode(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from convertd_daemon.front import header_filter, relay, streams
 
-ANSWER = b"".join(
+REPLY = b"".join(
     (
         http2.frame(Kind.SETTINGS, bytes(6)),
         http2.frame(Kind.HEADERS, b"begun", flags=4, stream=1),
@@ -35,12 +35,12 @@ def begun(*numbers: int) -> streams.Streams:
     return calls
 
 
-@given(st.lists(st.integers(0, len(ANSWER)), max_size=8))
+@given(st.lists(st.integers(0, len(REPLY)), max_size=8))
 def test_call_ends_with_the_last_frame_of_its_reply_however_it_is_split(cuts: list[int]) -> None:
     """By its last frame, whichever that is, and not before."""
     calls = begun(1, 3, 5, 7)
-    for a, b in itertools.pairwise(sorted({0, *cuts, len(ANSWER)})):
-        calls.answered(ANSWER[a:b])
+    for a, b in itertools.pairwise(sorted({0, *cuts, len(REPLY)})):
+        calls.answered(REPLY[a:b])
     assert (len(calls), calls.ended) == (1, 3)
 
 
