@@ -107,7 +107,7 @@ def see_others_go_on(daemon: Daemon, roots: Path) -> None:
         assert answer.is_ok, answer
         assert images.identical(out, intact / "base.raw")
         out.unlink()
-        assert simple_calls.inspect(daemon, whole / "overlay.qcow2", "", caller).is_ok
+        assert simple_calls.inspect(daemon, intact / "overlay.qcow2", "", caller).is_ok
 
 
 @pytest.mark.parametrize(("breaking", "reason"), BROKEN)
@@ -207,7 +207,9 @@ def test_image_without_a_backing_file_opens_no_other_root(
     )
     with Tracer(daemon.traced(), "openat2:delay_enter=0") as traced:
         assert simple_calls.convert(daemon, image, intact / "out.raw", stated).is_ok
-        assert simple_calls.convert(daemon, whole / "overlay.qcow2", whole / "2.raw", "qcow2").is_ok
+        assert simple_calls.convert(
+            daemon, intact / "overlay.qcow2", intact / "2.raw", "qcow2"
+        ).is_ok
     first, _, second = traced.text.partition("overlay.qcow2")
     assert str(roots / "broken") not in first
     assert str(roots / "broken") in second
