@@ -58,7 +58,7 @@ def converting(daemon: Daemon, source: Path, dest: Path) -> Iterator[Running]:
     before = {process.pid for process in daemon.processes(QEMU_IMG)}
     request = conversion(source, dest, rate_limit_bytes_per_second=MIB)
     call = daemon.agent(ALICE).convert(request)
-    call.await_event(lambda event: event.progress.percent > 0)
+    job_id = call.await_event(lambda event: event.progress.percent > 0).progress.job_id
     (worker,) = [one for one in daemon.processes(QEMU_IMG) if one.pid not in before]
     try:
         yield Running(job=worker.parent, qemu_img=worker.pid, source=source, dest=dest)
@@ -67,7 +67,8 @@ def converting(daemon: Daemon, source: Path, dest: Path) -> Iterator[Running]:
         call.end()
         waiting.until(lambda: not processes.exists(worker.parent), "the job is gone")
         # The broker reaps it first, and then lets go of the destination.
-        waiting.until(lambda: not daemon.agent(ALICE).jobs(), "nobody converts")
+        agent = daemon.agent(ALICE)
+        waiting.until(lambda: job_id not in {job.job_id for job in agent.jobs()}, "it is let go")
 
 
 @pytest.fixture
