@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from convertd_core import codec, conditions, messages, results, values
@@ -175,7 +175,6 @@ def test_message_of_an_unexpected_type_is_refused() -> None:
         codec.decode(data, *messages.FROM_JOB)
 
 
-@settings(max_examples=200)
 @given(st.binary(max_size=200))
 def test_random_bytes_decode_to_a_message_or_are_refused(data: bytes) -> None:
     """Whatever they are, nothing but CodecError is raised."""
@@ -189,14 +188,12 @@ anything = st.recursive(
 )
 
 
-@settings(max_examples=50)
 @given(st.sampled_from(MESSAGES), anything)
 def test_random_json_decodes_to_a_message_or_is_refused(kind: type[Any], fields: object) -> None:
     """Names are known to whoever took the front over; values are up to it."""
     assert is_expected_or_refused(json.dumps([kind.__name__, fields]).encode())
 
 
-@settings(max_examples=50)
 @given(some_messages, st.data())
 def test_message_with_a_replaced_value_decodes_to_valid_types_or_is_refused(
     message: object, data: st.DataObject

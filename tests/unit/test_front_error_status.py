@@ -12,7 +12,7 @@ import grpc
 import pytest
 from google.protobuf import any_pb2
 from google.rpc import error_details_pb2
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from convertd_core import conditions
@@ -137,7 +137,6 @@ def test_reason_unknown_to_the_front_is_internal() -> None:
     assert details_in(failure, error_details_pb2.ErrorInfo)
 
 
-@settings(max_examples=200)
 @given(st.text(max_size=600), st.integers(1, 4))
 def test_long_text_is_shortened_in_its_middle(text: str, times: int) -> None:
     """Its beginning and its end are what tells it from others."""
