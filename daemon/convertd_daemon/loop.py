@@ -1,4 +1,4 @@
-"""One thread, one epoll: what is ready, what is due, which signals came."""
+"""An event loop for one thread: descriptors by epoll(7), timers, signals."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MANY_TIMERS = 256
 
 
 class Timer:
-    """Something that will be called once, unless it is cancelled."""
+    """A call at a time to come, unless it is cancelled."""
 
     __slots__ = ("action", "due")
 
@@ -34,7 +34,7 @@ class Timer:
         self.action: Callable[[], None] | None = action
 
     def cancel(self) -> None:
-        """Never call it, and let go of what it would have needed."""
+        """Cancel it, and release what it refers to."""
         self.action = None
 
     def __lt__(self, other: Timer) -> bool:
@@ -48,7 +48,6 @@ class Loop:
     """
 
     def __init__(self) -> None:
-        """Begin with nothing to watch."""
         self._epoll = select.epoll()
         self._handlers: dict[int, Handler] = {}
         self._timers: list[Timer] = []

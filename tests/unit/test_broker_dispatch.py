@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import os
 import socket
@@ -22,7 +23,7 @@ from convertd_daemon.broker import (
 from convertd_daemon.job import process
 from convertd_daemon.sandbox import closer
 from convertd_daemon.sandbox.setup import Setup
-from convertd_daemon.service import metrics, reporting, selftest
+from convertd_daemon.service import reporting, selftest
 
 RULES = grants.Rules(roots=(grants.files("/images"),))
 VERSIONS = results.Versions(daemon="1", qemu_img="7.2", kernel="6.1", landlock_abi=2)
@@ -57,7 +58,12 @@ class Asked:
         connection = table.admit(ours)
         assert connection is not None
         self.number = connection.number
-        now = metrics.Now(running=0, queued=0, connections=1)
+        now = messages.Stats(
+            start_time=datetime.datetime.now(datetime.UTC),
+            jobs_running=0,
+            jobs_queued=0,
+            connections=1,
+        )
         reporter = reporting.Reporter(a_loop.after, lambda: now)
         setup = Setup(path="/usr/bin/qemu-img", identity=None, seccomp=b"")
         preforked = process.PreforkedJob(a_loop, setup, lambda: False)

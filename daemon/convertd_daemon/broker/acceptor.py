@@ -1,4 +1,4 @@
-"""How connections come and go: from the backlog to the front, and away when either end is gone."""
+"""Accept connections, hand them to the front, and drop them when either end has closed them."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CLOSING_S: Final = 0.2
-"""In which room is made for connections that are to be closed by another process."""
+"""How long accepting pauses while many connections wait to be closed by another process."""
 
 ENDED_AT_ONCE: Final = 16
-"""Connections that are over, or too many, and are taken from the backlog in one round: 1 ms."""
+"""The most connections that are accepted and closed at once in one round of the loop: 1 ms."""
 
 OUT_OF_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 class Acceptor:
-    """Takes those who wait in the listening socket's backlog, and hands them to the front."""
+    """Accepts connections from the listening socket's backlog, and hands them to the front."""
 
     def __init__(  # noqa: PLR0913 - the parts that it joins
         self,
@@ -41,10 +41,10 @@ class Acceptor:
         on_accept: Callable[[], None],
         on_disconnect: Callable[[Connection], None],
     ) -> None:
-        """Leave those who connect in the backlog, until `start`.
+        """Accept nothing until `start`.
 
-        `on_accept` is called when one was taken from the backlog, whoever it is; `on_disconnect`
-        when one is gone, and no message names it any more.
+        `on_accept` is called for each connection that was accepted, kept or not; `on_disconnect`
+        when one is dropped, and no message names it any more.
         """
         self._loop = a_loop
         self._listening = listening
@@ -55,30 +55,30 @@ class Acceptor:
         self._is_started = False
 
     def start(self) -> None:
-        """Let people in."""
+        """Accept connections from now on."""
         self._is_started = True
         self.resume()
 
     def stop(self) -> None:
-        """Leave those who connect in the backlog until the next `start`."""
+        """Accept nothing until the next `start`: new connections wait in the backlog."""
         self._is_started = False
         self.pause()
 
     def pause(self) -> None:
-        """Leave those who connect in the backlog until `resume`."""
+        """Accept nothing until `resume`."""
         self._loop.forget(self._listening.fileno())
 
     def resume(self) -> None:
-        """Hear of those who connect, if they are let in and the front keeps up."""
+        """Accept again, if `start` was called and the front reads its messages."""
         if self._is_started and not self._front.is_behind:
             self._loop.watch(self._listening.fileno(), loop.READ, self._accept)
 
     def _accept(self, _events: int) -> None:
-        """Take one of those who wait in the backlog, and hand it to the front.
+        """Accept one connection, and hand it to the front.
 
-        One each round of the loop, in which the front too is heard once: whoever connects as fast
-        as it can must not hold up those who are connected. Nor those behind it in the backlog: of
-        connections that go no further several are ended in a round.
+        One in each round of the loop, in which one message of the front is read too: a peer that
+        connects as fast as it can must not delay the requests of others. Connections that are
+        closed at once take less time, so several are accepted in a round.
         """
         for _ in range(ENDED_AT_ONCE):
             if self._connections.is_closing_many:
@@ -103,7 +103,7 @@ class Acceptor:
         self._loop.after(seconds, self.resume)
 
     def _admit(self, sock: socket.socket) -> bool:
-        """Keep one descriptor of a connection, and send the front another; False if it ended."""
+        """Keep a descriptor of a connection, and send the front another; False if it was closed."""
         try:
             connection = self._connections.admit(sock)
             if connection is None:
@@ -123,20 +123,20 @@ class Acceptor:
         return True
 
     def _drop(self, connection: Connection) -> None:
-        """A peer is gone, or the front has let go of it."""
+        """Drop a connection that its peer or the front has closed."""
         self._loop.forget(connection.sock.fileno())
         self._connections.drop(connection)
         self._on_disconnect(connection)
 
     def on_released(self, number: int) -> None:
-        """The front has let go of a connection: it is over, if it was not yet."""
+        """Drop a connection of which the front has closed its descriptor, if it still exists."""
         connection = self._connections.kept(number)
         if connection is not None:
             self._drop(connection)
         self._connections.released(number)
 
     def on_front_exit(self) -> None:
-        """There is no front: nobody is connected any more, and nobody is let in."""
+        """Drop all connections, and accept nothing: there is no front."""
         self.stop()
         for connection in self._connections:
             self._drop(connection)

@@ -1,7 +1,6 @@
-"""The broker: its parts, and what they tell each other when somebody comes, asks, or goes.
+"""The broker: its parts, and the events that they exchange.
 
-It parses one kind of bytes, small typed messages from the front, which it takes for an enemy: see
-dispatch.py.
+It parses only small typed messages of the front, which it does not trust: see dispatch.py.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from convertd_daemon.broker import (
 from convertd_daemon.job import process
 from convertd_daemon.linux import children
 from convertd_daemon.sandbox import closer, front_process
-from convertd_daemon.service import idle_exit, metrics, notify, reporting, watchdog
+from convertd_daemon.service import idle_exit, notify, reporting, watchdog
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,7 +43,7 @@ STOP_MARGIN_S: Final = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """What the broker is given at the start and keeps."""
+    """What the broker gets at the start."""
 
     listener: Listener
     private: str
@@ -59,7 +58,6 @@ class Broker:
     """The daemon: puts its parts together, starts and stops them, and reloads the policy."""
 
     def __init__(self, config: Config, rules: Policy) -> None:
-        """Begin with nobody connected."""
         self.failed = ""
         self._config = config
         self._rules = rules
@@ -113,7 +111,7 @@ class Broker:
             }
         )
         self._front.watch(first)
-        self._reap()  # it may be gone already: until now nobody listened for that
+        self._reap()  # the front may have ended before SIGCHLD was handled
         self._watchdog.tick()
         self._reporter.metrics_path = self._rules.service.metrics
         self._reporter.write_counters()
@@ -121,7 +119,7 @@ class Broker:
         self._reporter.write_last_counters()
 
     def on_front_message(self, message: messages.FromFront) -> None:
-        """Do what the front asks, as far as the peer of the connection it names may ask it."""
+        """Handle a message of the front, with the rights of the peer that it names."""
         match message:
             case messages.Ready():
                 self._serve()
@@ -139,20 +137,20 @@ class Broker:
                 self._dispatcher.dispatch(message)
 
     def on_front_behind(self) -> None:
-        """Take in neither a connection nor a request, of which each makes messages."""
+        """Accept no connections: each makes messages."""
         self._acceptor.pause()
 
     def on_front_caught_up(self) -> None:
-        """Go on as before."""
+        """Accept connections again."""
         self._acceptor.resume()
         self._supervisor.notify_positions()
 
     def on_front_disconnected(self) -> None:
-        """Leave those who connect to the next front."""
+        """Leave new connections to the next front."""
         self._acceptor.stop()
 
     def on_front_exit(self) -> None:
-        """Its calls are gone with it, and soon their jobs."""
+        """Drop the front's connections and calls."""
         self._is_serving = False
         self._acceptor.on_front_exit()
         self._supervisor.on_front_exit()
@@ -163,14 +161,14 @@ class Broker:
         self._loop.stop()
 
     def _reap(self) -> None:
-        """Take the exit status of whatever has ended: jobs, the front, orphans of either."""
+        """Reap all children that have ended: jobs, the front, orphans of either."""
         for pid, status in children.reaped():
             self._on_child_exit(pid, status)
         if self._is_stopping:
             self._stop_if_done()
 
     def _on_child_exit(self, pid: int, status: int) -> None:
-        """One process is gone. Of one that nobody knows nothing need be known."""
+        """Report the exit of a child to the part that it belongs to, if any."""
         if self._front.on_exit(pid, status) or self._reporter.on_exit(pid):
             return
         if not self._closer.ended(pid):
@@ -178,7 +176,7 @@ class Broker:
             self._supervisor.on_exit(pid, status, frozenset(others))
 
     def _serve(self) -> None:
-        """The front serves: so do we."""
+        """Serve, for the front is ready."""
         if self._is_serving or self._is_stopping:
             return
         self._is_serving = True
@@ -192,7 +190,7 @@ class Broker:
         log.info("serving version=%s qemu_img=%s landlock=%d kernel=%s", *versions)
 
     def _reload(self) -> None:
-        """Take a new policy, or keep the one in force. Running jobs keep theirs."""
+        """Reload the policy, or keep the one in force. Running jobs keep theirs."""
         notify.reloading()
         rules = self._config.reload()
         if not isinstance(rules, str):
@@ -205,15 +203,17 @@ class Broker:
         notify.ready()
         self._reporter.on_reload(rules if isinstance(rules, str) else "")
 
-    def _now(self) -> metrics.Now:
-        """What is going on."""
-        waiting = self._jobs.conversions
-        return metrics.Now(
-            running=waiting.running, queued=len(waiting), connections=len(self._connections)
+    def _now(self) -> messages.Stats:
+        """The numbers of this moment."""
+        return messages.Stats(
+            start_time=self._reporter.counters.start_time,
+            jobs_running=self._jobs.conversions.running,
+            jobs_queued=len(self._jobs.conversions),
+            connections=len(self._connections),
         )
 
     def _watch_idle(self) -> None:
-        """End when there is nothing to do for as long as the policy says, if systemd listens."""
+        """Exit when idle for as long as the policy says, if systemd listens."""
         if not self._config.listener.own_path:
             self._idle.watch(self._rules.service.idle_exit_s, self._is_idle)
 
@@ -223,12 +223,12 @@ class Broker:
         return not others and not len(self._jobs)
 
     def _exit_idle(self) -> None:
-        """Nobody needs us: the socket will start another."""
+        """Exit: the socket will start the daemon again."""
         log.info("idle for %g s", self._rules.service.idle_exit_s)
         self._stop()
 
     def _stop(self) -> None:
-        """Take no more, let what runs finish for a while; asked twice, end it now."""
+        """Stop: let jobs finish for a while; at a second signal, end them now."""
         if self._is_stopping:
             self._supervisor.end_all()
             return
@@ -246,6 +246,6 @@ class Broker:
         self._stop_if_done()
 
     def _stop_if_done(self) -> None:
-        """When no job runs, end the front, and with it the loop. What can't be killed is left."""
+        """When no job runs, end the front, then the loop. Unkillable processes are left."""
         if not any(job.pid for job in self._jobs) and not self._front.end():
             self._loop.stop()

@@ -1,4 +1,4 @@
-"""Who is connected: the kernel's word for it, and a bound on how many.
+"""The accepted connections: who opened each, as the kernel reports it, and how many there may be.
 
 The broker keeps its own descriptor of each connection while the front has another: that is how it
 learns that the peer is gone, whatever the front says. It is also the last to close its own where
@@ -42,12 +42,12 @@ class Connection:
     caller: audit.Caller
 
     def peer(self) -> values.Peer:
-        """Who that is, with all groups: up to 65,536, so they are not kept but asked for each time.
+        """The peer with all its groups: up to 65,536, so they are queried each time and not kept.
 
-        The kernel keeps those of connect(2).
+        The kernel reports those of connect(2).
 
         Raises:
-            OSError: it can't say.
+            OSError: the kernel can't report them.
         """
         groups = peercred.peer_groups(self.sock)
         return values.Peer(uid=self.uid, gid=self.gid, groups=groups, pid=self.pid)
@@ -57,19 +57,18 @@ class Connections:
     """All connections by number. Numbers are never used twice."""
 
     def __init__(self, limits: values.Limits, closing: closer.Closer) -> None:
-        """Begin with none."""
         self.limits = limits
         self._closer = closing
         self.prober = 0
-        """The pid that is let in however many there are: our own, if we probe ourselves."""
+        """The pid whose connections are never too many: our own, for the watchdog's probe."""
         self._by_number: dict[int, Connection] = {}
         self._leaving: dict[int, Connection] = {}
-        """Those that are over, have descriptors attached, and are open in the front. They count."""
+        """Dropped ones with descriptors attached, which the front still has open. They count."""
         self._per_user: Counter[int] = Counter()
         self._warned: dict[int, float] = {}
-        """When the log last had a line about a user who has too many."""
+        """When it was last logged that a user has too many."""
         self._in: dict[int, tuple[frozenset[int], frozenset[int]]] = {}
-        """Which groups were asked about, and in which of them who connected is."""
+        """By connection: the groups that were queried, and those of them that the peer is in."""
         self._numbers = itertools.count(1)
 
     def __iter__(self) -> Iterator[Connection]:
@@ -80,29 +79,29 @@ class Connections:
 
     @property
     def is_closing_many(self) -> bool:
-        """Whether nothing more should come that may have to be closed by another process."""
+        """Whether too many connections wait to be closed by another process."""
         return self._closer.is_full
 
     def find(self, number: int) -> Connection | None:
-        """The connection of that number, if it lives and somebody may ask for something over it.
+        """The connection of that number, if it is open and requests may come over it.
 
-        Not over our own probe: it is root's by its credentials, and its other end is the front's.
+        Not over our own probe: its credentials are root's, and its other end is the front's.
         """
         found = self._by_number.get(number)
         return None if found is None or found.pid == self.prober else found
 
     def kept(self, number: int) -> Connection | None:
-        """The connection of that number, our own probe's too, if it lives."""
+        """The connection of that number, our own probe's too, if it is open."""
         return self._by_number.get(number)
 
     def peer_among(self, connection: Connection, gids: frozenset[int]) -> values.Peer:
-        """Who that is, with those of these groups that it is in.
+        """The peer, with those of these groups that it is in.
 
-        The kernel is asked once for each policy: to take in 65,536 groups takes milliseconds, and
-        whoever has them may call without end.
+        They are queried once for each policy: reading 65,536 groups takes milliseconds, and a peer
+        may call without end.
 
         Raises:
-            OSError: it can't say.
+            OSError: the kernel can't report them.
         """
         asked, found = self._in.get(connection.number, (None, frozenset[int]()))
         if asked != gids:
@@ -111,10 +110,10 @@ class Connections:
         return values.Peer(uid=connection.uid, gid=connection.gid, groups=found, pid=connection.pid)
 
     def admit(self, sock: socket.socket) -> Connection | None:
-        """Ask the kernel who this is and keep it; None, and closed, if there are too many.
+        """Keep a connection, with its peer's credentials; None, and closed, if there are too many.
 
-        So is one whose peer has gone while it waited: whoever comes and goes costs others little
-        that way, and the front nothing.
+        It is closed too if its peer has closed it while it waited, before it costs the front
+        anything.
 
         Raises:
             OSError: the peer is gone already. The socket is closed.
@@ -153,7 +152,7 @@ class Connections:
         return connection
 
     def drop(self, connection: Connection) -> None:
-        """End a connection, and close our descriptor as soon as nobody would wait for that."""
+        """End a connection, and close our descriptor as soon as that can't block."""
         del self._by_number[connection.number]
         self._in.pop(connection.number, None)
         if closer.close_if_free(connection.sock):
@@ -162,7 +161,7 @@ class Connections:
             self._leaving[connection.number] = connection
 
     def released(self, number: int) -> None:
-        """Take note that the front has closed its descriptor of a connection that is over."""
+        """Close our descriptor of a dropped connection: the front has closed its own."""
         connection = self._leaving.pop(number, None)
         if connection is not None:
             log.warning("descriptors attached uid=%d pid=%d", connection.uid, connection.pid)
@@ -170,12 +169,12 @@ class Connections:
             self._uncount(connection)
 
     def all_released(self) -> None:
-        """Take note that there is no front."""
+        """Close our descriptors of all dropped connections: there is no front."""
         for number in tuple(self._leaving):
             self.released(number)
 
     def _warn(self, uid: int, own: int, total: int) -> None:
-        """Log that a user has too many, not each time: it may come again without end."""
+        """Log that a user has too many, at most once a second."""
         now = time.monotonic()
         if now - self._warned.get(uid, -WARN_AGAIN_S) < WARN_AGAIN_S:
             return

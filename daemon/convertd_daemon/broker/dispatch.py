@@ -1,12 +1,11 @@
-"""Requests of the front's: who handles each, what it is called on record, and what answers it.
+"""The requests of callers: the handler of each, its summary for the audit record, its replies.
 
-The front is taken for an enemy. A request names a connection that the broker accepted, and is
-answered with the rights of who is at its other end, and with no others.
+The front is not trusted. A request names a connection that the broker accepted, and is handled with
+the rights of that connection's peer, and with no others.
 """
 
 from __future__ import annotations
 
-import datetime
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
@@ -38,7 +37,7 @@ MOST_GROUPS_TOLD: Final = 16_384
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asking:
-    """Who asks: over which connection, in which call, and what that is called on record.
+    """One request: its call, its connection, its peer, and its summary for the audit record.
 
     `peer` has those of its groups that the policy names.
     """
@@ -52,9 +51,9 @@ class Asking:
 class Handlers:
     """What each request does, under the policy in force.
 
-    Each gives what answers its request, in order, with a ReplyComplete at the end, or raises
-    conditions.ConvertError. For a request that has a job, that is nothing: the job's events are the
-    answer, and its end is on record.
+    Each returns the replies, in order, with a ReplyComplete at the end, or raises
+    conditions.ConvertError. For a request that has a job there are none: the job's events are the
+    reply, and the record is written when it ends.
     """
 
     def __init__(
@@ -98,7 +97,7 @@ class Handlers:
         self._supervisor.enqueue(asking.call, asking.connection, grant, asking.asked)
 
     def list_jobs(self, asking: Asking, request: messages.ListJobs) -> Replies:
-        """Give a page of the jobs that a peer may see: its own, or all to an operator.
+        """Return a page of the jobs that a peer may see: its own, or all to an operator.
 
         Raises:
             conditions.BadOption: there is no such page.
@@ -128,10 +127,10 @@ class Handlers:
         yield messages.ReplyComplete()
 
     def get_access(self, asking: Asking, _request: messages.GetAccess) -> Replies:
-        """Say who we take the peer for, and what it may do.
+        """Return who the peer is, and what it may do.
 
         Raises:
-            conditions.Unsupported: it is in more groups than a message is made for.
+            conditions.Unsupported: it is in more groups than a message can hold.
         """
         if peercred.group_count(asking.connection.sock) > MOST_GROUPS_TOLD:
             raise front_supervisor.TOO_LONG
@@ -151,7 +150,7 @@ class Handlers:
         yield messages.ReplyComplete()
 
     def get_stats(self, asking: Asking, _request: messages.GetStats) -> Replies:
-        """Give an operator the counters.
+        """Return the counters to an operator.
 
         Raises:
             conditions.PermissionDenied: the peer is none.
@@ -160,22 +159,16 @@ class Handlers:
             raise conditions.PermissionDenied(
                 uid=asking.peer.uid, action="read the daemon's counters"
             )
-        now, counters = self._reporter.now(), self._reporter.counters
-        yield messages.Stats(
-            start_time=datetime.datetime.fromtimestamp(counters.start_time, datetime.UTC),
-            jobs_running=now.running,
-            jobs_queued=now.queued,
-            connections=now.connections,
-        )
-        yield from counters.messages()
+        yield self._reporter.now()
+        yield from self._reporter.counters.messages()
         yield messages.ReplyComplete()
 
 
 @dataclass(frozen=True, slots=True)
 class Row(Generic[B]):
-    """One kind of request: who handles it, and what it is called on record.
+    """One kind of request: its handler, and what makes its summary for the audit record.
 
-    `has_job` says that a job answers it, and that its end is on record when the job has ended.
+    `has_job` says that a job replies, and that the record is written when the job has ended.
     """
 
     handle: Callable[[Handlers, Asking, B], Replies]
@@ -184,7 +177,7 @@ class Row(Generic[B]):
 
 
 def _query(operation: messages.Operation) -> Callable[[object, audit.Caller], audit.RequestSummary]:
-    """What a request is called on record of which there is nothing else to say."""
+    """What makes the summary of a request without further fields."""
     return lambda _, caller: audit.RequestSummary(operation=operation, caller=caller)
 
 
@@ -199,7 +192,7 @@ ROWS: Final[Mapping[type[Any], Row[Any]]] = {
 
 
 class Dispatcher:
-    """Has each request handled, answered, and put on record."""
+    """Handles each request, sends its replies, and reports it for the audit record."""
 
     def __init__(
         self,
@@ -217,7 +210,7 @@ class Dispatcher:
         return audit.NOBODY if connection is None else connection.caller
 
     def dispatch(self, request: messages.Request) -> None:
-        """Answer one request or refuse it, and put that on record, unless a job will."""
+        """Handle one request, or refuse it, and report that, unless a job will."""
         row = ROWS[type(request.body)]
         connection = self._connections.find(request.connection)
         asked = row.summary(request.body, self._caller_on(connection))
@@ -237,7 +230,7 @@ class Dispatcher:
                 self._reporter.report(audit.Record(asked=asked, outcome=audit.Outcome.DONE))
 
     def on_rejected(self, message: messages.RequestRejected) -> None:
-        """Put on record what the front refused itself, by a reason that there is."""
+        """Report a request that the front itself refused, by a reason that exists."""
         known = message.reason in conditions.BY_REASON
         reason = message.reason if known else conditions.InternalError.reason
         caller = self._caller_on(self._connections.find(message.connection))

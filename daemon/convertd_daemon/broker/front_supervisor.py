@@ -39,25 +39,25 @@ TOO_LONG: Final = conditions.Unsupported(what="a reply this long", why="no messa
 
 
 class Events(Protocol):
-    """Who is told what becomes of the front."""
+    """What the supervisor reports."""
 
     def on_front_message(self, message: messages.FromFront) -> None:
-        """It sent a message."""
+        """The front sent a message."""
 
     def on_front_behind(self) -> None:
-        """It has not read what there is for it: nothing new is to be taken."""
+        """The front has unread messages: accept nothing new."""
 
     def on_front_caught_up(self) -> None:
-        """It has, again."""
+        """The front has read them."""
 
     def on_front_disconnected(self) -> None:
-        """It hears nothing more, and is about to end."""
+        """The front has closed its channel, and is about to end."""
 
     def on_front_exit(self) -> None:
-        """Its process is gone, and with it its calls. Another is started after this."""
+        """The front's process has ended, and with it its calls. Another is started after this."""
 
     def on_front_failed(self, why: str) -> None:
-        """There will be no other."""
+        """No other front is started."""
 
 
 class FrontProcess:
@@ -83,7 +83,7 @@ class FrontSupervisor:
     def __init__(
         self, a_loop: loop.Loop, closer: Closer, start: Callable[[], Started], events: Events
     ) -> None:
-        """Have none yet. `start` starts one."""
+        """Begin without a front. `start` starts one."""
         self._loop = a_loop
         self._closer = closer
         self._start = start
@@ -106,19 +106,19 @@ class FrontSupervisor:
         return self._front is None or self._front.outbound.has_pending
 
     def watch(self, started: Started) -> None:
-        """Have a front, that is to serve within a time."""
+        """Supervise a front that was started, and must serve within START_S."""
         front = self._front = FrontProcess(started, self._on_not_passed)
         self._serves = False
         self._listen(front)
         self._loop.after(START_S, lambda: self._on_start_timeout(front))
 
     def on_ready(self) -> None:
-        """Take note that the front serves."""
+        """Note that the front serves."""
         self._serves = True
         self._lost = 0
 
     def end(self) -> bool:
-        """Have the front say what it still has to say, and end; False if there is none."""
+        """Let the front send its last replies and end; False if there is none."""
         if self._front is None:
             return False
         if not self._is_ending:
@@ -138,7 +138,7 @@ class FrontSupervisor:
             started.kill()
 
     def send(self, message: object, descriptor: int | None = None) -> None:
-        """Send the front a message; a front that is gone is dealt with, not reported."""
+        """Send the front a message. If the front is gone, it is lost."""
         front = self._front
         if front is None:
             scm_rights.close_all([] if descriptor is None else [descriptor])
@@ -160,7 +160,7 @@ class FrontSupervisor:
             self._schedule_read_check(front)
 
     def _on_not_passed(self, message: object) -> None:
-        """A connection, whose peer is gone for us now; or a job's channel, and so the job ends."""
+        """Handle a message whose descriptor was lost: a connection, or a job's channel."""
         log.warning("the kernel passes no descriptor to the front: too many are on their way")
         self._refuse(message, conditions.InternalError(error_id=getrandom.hex_name(6)))
 
@@ -184,7 +184,7 @@ class FrontSupervisor:
             front.kill()
 
     def _flush(self, front: FrontProcess) -> None:
-        """Send what waits, and when nothing does, go on as before."""
+        """Send what waits, and report when nothing waits any more."""
         try:
             front.outbound.flush()
         except channel.Closed:
@@ -219,7 +219,7 @@ class FrontSupervisor:
             self._events.on_front_message(message)
 
     def _disconnect(self, front: FrontProcess) -> None:
-        """Its end is closed, or half of it: an honest front ends now. Another never answers."""
+        """Kill a front that has closed its channel: an honest one ends now anyway."""
         if self._is_ending:
             return  # we closed it ourselves, and the front has time to end
         self._loop.forget(front.channel.fileno())
@@ -227,7 +227,7 @@ class FrontSupervisor:
         front.kill()
 
     def on_exit(self, pid: int, status: int) -> bool:
-        """Take note that a process has ended, and say whether it was the front."""
+        """Note that a process has ended; return whether it was the front."""
         front = self._front
         if front is None or front.pid != pid:
             return False

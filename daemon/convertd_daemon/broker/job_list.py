@@ -1,4 +1,4 @@
-"""What ListJobs shows, page by page: a list that nobody takes must cost little."""
+"""The pages of ListJobs: a list that its caller does not read must take little memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ENTRY_BYTES: Final = 128
 """About what an entry of the job list has beside its caller's own texts."""
 
 PAGE_JOBS: Final = 1000
-"""On a page, if the caller asks for none in particular, or for more."""
+"""The most jobs on a page, and the default."""
 
 PAGE_BYTES: Final = 64 * 1024
 """Of a page's texts, as the caller wrote them: an answer that nobody takes must cost little. It

@@ -1,4 +1,4 @@
-"""What happens to a granted request: it waits, a process does it, and that ends or is ended."""
+"""Run granted requests: each waits, is done by a process, and ends or is ended."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ENDING_S: Final = 5.0
-"""How long a job that was told to end may take before it is killed, and after that before it is
-called unkillable."""
+"""How long a job may take to end after SIGTERM, and then after SIGKILL, before it counts as
+unkillable."""
 
 
 class JobSupervisor:
-    """Starts the jobs of a table, in turn, and sees to it that each ends and is on record."""
+    """Starts the jobs of a table, in turn; ends each, and reports it for the audit record."""
 
     def __init__(
         self,
@@ -37,7 +37,6 @@ class JobSupervisor:
         front: channel.Sender,
         reporter: Reporter,
     ) -> None:
-        """Begin with none."""
         self._loop = loop
         self.jobs = table
         self._spare = spare
@@ -47,7 +46,7 @@ class JobSupervisor:
         queues = (table.conversions, table.inspections)
         self._positions = queue.Positions(loop, queues, self._send_position)
 
-    # --- before ------------------------------------------------------------------------------
+    # --- queue and start ------------------------------------------------------------------------
 
     def enqueue(
         self,
@@ -56,7 +55,7 @@ class JobSupervisor:
         grant: values.ConvertGrant | values.InspectGrant,
         asked: audit.RequestSummary,
     ) -> None:
-        """Put a granted request in line; it starts at once if there is a place.
+        """Queue a granted request; it starts at once if a slot is free.
 
         Raises:
             conditions.QueueFull, conditions.DestBusy: as they say.
@@ -78,7 +77,7 @@ class JobSupervisor:
         self.advance()
 
     def advance(self) -> None:
-        """Start whatever has a place, and tell the others where they stand."""
+        """Start the jobs for which a slot is free, and send the others their positions."""
         for waiting in (self.jobs.conversions, self.jobs.inspections):
             while not self._is_draining and (job := waiting.next()) is not None:
                 self._start(job)
@@ -86,18 +85,18 @@ class JobSupervisor:
         self._reporter.update_status()
 
     def notify_positions(self) -> None:
-        """Tell those who wait where they stand."""
+        """Send the callers of waiting jobs their positions."""
         self._positions.notify()
 
     def _send_position(self, job: jobs.Job) -> bool:
-        """Tell a caller where it stands; a front that is behind is told the last of it later."""
+        """Send a caller its position; False, and later, while the front is behind."""
         if self._front.is_behind:
             return False
         self._reply(job, messages.Queued(job_id=job.job_id, position=job.position))
         return True
 
     def _start(self, job: jobs.Job) -> None:
-        """Have a process do a job, and give the front the other end of its channel."""
+        """Start a job's process, and send the front its end of the job's channel."""
         try:
             job_channel = job.start(self._spare)
         except OSError:
@@ -126,16 +125,16 @@ class JobSupervisor:
     ) -> None:
         self._front.send(messages.Reply(call=job.call, body=body), descriptor)
 
-    # --- what others say of it ---------------------------------------------------------------
+    # --- events ---------------------------------------------------------------------------------
 
     def on_abandoned(self, call: int) -> None:
-        """A call is over for the front. If its job is not, it is soon: its channel is closed."""
+        """End the job of a call that the front no longer needs."""
         job = self.jobs.by_call(call)
         if job is not None:
             self.end(job, conditions.CancelledByCaller())
 
     def on_finished(self, call: int) -> None:
-        """A call's job has done what it will. Its destination is free before its process ends.
+        """Free the destination of a job that has reported its end, before its process ends.
 
         A front that lies about this gains nothing: linkat(2) refuses a name that exists.
         """
@@ -144,17 +143,17 @@ class JobSupervisor:
             job.finished = True
 
     def on_disconnect(self, connection: Connection) -> None:
-        """Whoever asked over a connection is gone: what it asked for is called off."""
+        """Cancel the jobs of a connection that is closed."""
         for job in self.jobs.by_connection(connection.number):
             self.end(job, conditions.CancelledByCaller())
 
     def on_front_exit(self) -> None:
-        """There is another front, or none: what is still ending is no call of the next one's."""
+        """Separate the jobs from the calls of a front that is gone."""
         for job in self.jobs:
             job.call = jobs.NO_CALL
 
     def drain(self) -> None:
-        """Start no more: refuse what waits."""
+        """Start no more jobs, and refuse those that wait."""
         self._is_draining = True
         self._spare.end()
         for job in self.jobs:
@@ -162,14 +161,14 @@ class JobSupervisor:
                 self.end(job, conditions.Stopping())
 
     def end_all(self) -> None:
-        """End whatever runs."""
+        """End all jobs."""
         for job in self.jobs:
             self.end(job, conditions.Stopping())
 
-    # --- ends --------------------------------------------------------------------------------
+    # --- end ------------------------------------------------------------------------------------
 
     def end(self, job: jobs.Job, why: conditions.ConvertError) -> None:
-        """Take a job out of the queue, or have its process end: first asked, then killed."""
+        """Refuse a job that waits; end one that runs, by SIGTERM, later by SIGKILL."""
         if self.jobs.find(job.job_id) is not job or job.ending is not None:
             return
         job.ending = why.failure()
@@ -189,7 +188,7 @@ class JobSupervisor:
             self._loop.after(ENDING_S, lambda: self._mark_unkillable(job))
 
     def _mark_unkillable(self, job: jobs.Job) -> None:
-        """A process in state D: its caller is told, its place stays taken, the job list says so."""
+        """End the call of a process that SIGKILL does not end (state D). It keeps its slot."""
         if self.jobs.find(job.job_id) is job and job.ending is not None:
             pids = ",".join(str(pid) for pid in sorted(job.processes()))
             log.error("job can't be killed job=%s pids=%s", job.job_id, pids)
@@ -197,7 +196,7 @@ class JobSupervisor:
             self._front.send(messages.Ended(job_id=job.job_id, failure=job.ending))
 
     def on_exit(self, pid: int, status: int, others: frozenset[int]) -> None:
-        """Take note that a child has ended that is none of `others`, which are no job's."""
+        """Handle the exit of a child that is none of `others`, which belong to no job."""
         job = self.jobs.by_pid(pid)
         if job is None:
             self._spare.on_exit(pid)
@@ -214,7 +213,7 @@ class JobSupervisor:
             self._spare.schedule_fork(len(self.jobs))
 
     def _on_job_exit(self, job: jobs.Job, status: int) -> None:
-        """A job's own process is gone: its call ends. Its place is taken while anything is left."""
+        """End the call of a job whose process has ended. Processes that it left keep its slot."""
         failure = job.ending or _failure_without_outcome(job, status)
         outcome = job.outcome()
         cut = outcome is not None and not job.ending and not outcome.done and not outcome.reason
@@ -229,7 +228,7 @@ class JobSupervisor:
 
 
 def _failure_without_outcome(job: jobs.Job, status: int) -> conditions.Failure:
-    """What the caller is told if the job said nothing itself. Most jobs did."""
+    """The failure of a job that did not report one itself."""
     if status == -signal.SIGKILL:
         log.warning("job was killed job=%s pid=%d", job.job_id, job.pid)
         return conditions.OutOfMemory().failure()

@@ -1,4 +1,4 @@
-"""The broker's table of jobs: who asked for what, and the process that does it."""
+"""The broker's table of jobs: each with its caller, its request and its process."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ class Job:
 
     @property
     def uid(self) -> int:
-        """Who asked for it."""
+        """The caller."""
         return self.grant.peer.uid
 
     @property
     def writes(self) -> str:
-        """The path of the destination that it will publish, empty if none, or none any more."""
+        """The path of the destination that it may yet publish; empty if none."""
         if self.finished:
             return ""
         if isinstance(self.grant, values.ConvertGrant) and not self.grant.request.validate_only:
@@ -82,7 +82,7 @@ class Job:
         return ""
 
     def start(self, spare: PreforkedJob) -> channel.Channel:
-        """Start the job's process, and give the end of its channel that is for the front.
+        """Start the job's process, and return the front's end of its channel.
 
         Raises:
             OSError: no process, or no descriptors, to be had; or the connection is over.
@@ -127,7 +127,7 @@ class Job:
             self._pipe = -1
 
     def signal(self, number: signal.Signals) -> None:
-        """Signal the process, or what it left: our children, not reaped, so the pids are theirs."""
+        """Signal its processes: our children, not reaped, so no other process has their pids."""
         for pid in self.processes():
             os.kill(pid, number)
 
@@ -139,12 +139,11 @@ class Job:
 class Jobs:
     """All jobs, and the two queues in which they wait.
 
-    Conversions queue in one; whatever is only a look (Inspect, validate_only) goes by the other,
-    and so never waits behind a conversion.
+    Conversions wait in one, inspections (Inspect, validate_only) in the other: so they never wait
+    behind a conversion.
     """
 
     def __init__(self, limits: values.Limits) -> None:
-        """Begin with none."""
         self.conversions: queue.JobQueue[Job] = queue.JobQueue(queue.conversion_bounds(limits))
         self.inspections: queue.JobQueue[Job] = queue.JobQueue(queue.inspection_bounds(limits))
         self._by_id: dict[str, Job] = {}
@@ -168,7 +167,7 @@ class Jobs:
         grant: values.ConvertGrant | values.InspectGrant,
         asked: audit.RequestSummary,
     ) -> Job:
-        """Put a granted request in its queue, without the groups of who asked: see `start`.
+        """Put a granted request in its queue, without the caller's groups: see `start`.
 
         Raises:
             conditions.QueueFull: too many wait.
@@ -199,7 +198,7 @@ class Jobs:
         return job
 
     def remove(self, job: Job) -> None:
-        """Forget a job, wherever it was, and free its place."""
+        """Remove a job from the table and its queue, and free its slot."""
         del self._by_id[job.job_id]
         job.close()
         if job.timer is not None:

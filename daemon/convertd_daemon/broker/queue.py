@@ -1,4 +1,4 @@
-"""Who is next: round robin over users, so that who asks often makes nobody wait but himself."""
+"""The queue of jobs: round robin over users, so that a user who asks often delays no other."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from convertd_daemon.loop import Loop, Timer
 
 AGAIN_S: Final = 0.2
-"""How long nobody is told anew after somebody was. Each start moves everybody up, and each message
-costs front and caller processor time that conversions need."""
+"""How long no position is sent again. Each start changes all positions, and each message takes
+processor time that conversions need."""
 
 
 class Waiting(Protocol):
-    """What may wait, and where its caller was last told that it stands; 0 is not yet."""
+    """What may wait: its position, and the one that its caller was last sent; 0 is none."""
 
     position: int
     sent_position: int
 
     @property
     def uid(self) -> int:
-        """Whose it is."""
+        """The user it is for."""
 
 
 T = TypeVar("T", bound=Waiting)

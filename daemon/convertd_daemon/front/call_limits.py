@@ -136,7 +136,6 @@ class Running:
     """Marks a call as being handled, on its connection of the relay if it has one."""
 
     def __init__(self, carried: Carried | None, *, converts: bool = False) -> None:
-        """Mark a call of this connection."""
         self._carried = carried
         self._converts = converts
 

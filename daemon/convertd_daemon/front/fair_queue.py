@@ -23,7 +23,6 @@ class FairQueue:
     """One turn, which the waiting users get one after the other."""
 
     def __init__(self) -> None:
-        """Begin with no user waiting."""
         self._waiting: dict[int, collections.deque[asyncio.Future[None]]] = {}
         self._is_taken = False
         self._ahead = 0

@@ -27,7 +27,6 @@ class Streams:
     """
 
     def __init__(self) -> None:
-        """Begin with none."""
         self.running = 0
         self.ended = 0
         self._open: set[int] = set()

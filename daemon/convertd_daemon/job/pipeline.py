@@ -93,11 +93,10 @@ def convert(
             allocated_bytes = os.fstat(dest.fd).st_blocks * 512
             shared_bytes = min(shared_bytes, allocated_bytes)
             result = _result(planned, context_, (*whole.warnings, *warnings))
-            seconds = result.elapsed_seconds
             result = dataclasses.replace(
                 result,
                 published=True,
-                bytes_per_second=result.virtual_size_bytes / seconds if seconds else 0.0,
+                bytes_per_second=result.virtual_size_bytes / result.elapsed_seconds,
                 verified=request.verify,
                 replaced=replaced,
                 allocated_size_bytes=allocated_bytes,

@@ -1,8 +1,8 @@
-"""A job's process, as the broker sees it: forked, perhaps ahead of its job, for one order.
+"""The process of a job, as the broker sees it: forked, perhaps before there is a job for it.
 
 fork(2) takes milliseconds, and a process is slow at first, until it has its own copy of each page
-that it writes to. So one process is kept that waits for an order. It holds nothing of anybody's: no
-grant, no connection, no descriptor but the ends of its own channels. Each serves one job and ends.
+that it writes to. So one process is forked in advance. It has no grant, no connection, and no
+descriptor but the ends of its own channels. Each does one job and ends.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ takes a tenth of a second for 65,536, and others wait (measured 2026-11)."""
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class JobProcess:
-    """A forked process that waits for its order, or has had it.
+    """A forked process, which waits for its job or has it.
 
-    Owns the broker's end of the way orders go, the front's end of the job's channel, and the pipe
-    in which the job says how it ended.
+    Owns the broker's end of the channel for its assignment, the front's end of the job's channel,
+    and the pipe on which the job reports its outcome.
     """
 
     pid: int
@@ -51,7 +51,7 @@ class JobProcess:
     outcome_pipe: int
 
     def assign(self, job_id: str, grant: values.ConvertGrant | values.InspectGrant) -> None:
-        """Have it do a job.
+        """Assign it a job.
 
         Raises:
             channel.Closed: it is gone.
@@ -61,7 +61,7 @@ class JobProcess:
         self.assignments.close()
 
     def end(self) -> None:
-        """End one that has had no order."""
+        """Kill and reap one that has no job."""
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
         self.close()
@@ -74,7 +74,7 @@ class JobProcess:
 
 
 def fork(setup: Setup, begun: messages.StartJob | None = None) -> JobProcess:
-    """Fork a worker, that waits for an order unless it has been given one.
+    """Fork a process, which waits for its job unless it gets one here.
 
     Raises:
         OSError: no process, or no descriptors, to be had.
@@ -100,10 +100,10 @@ def fork(setup: Setup, begun: messages.StartJob | None = None) -> JobProcess:
 
 
 class PreforkedJob:
-    """At most one worker, forked ahead."""
+    """At most one process, forked in advance."""
 
     def __init__(self, loop: Loop, setup: Setup, may_fork: Callable[[], bool]) -> None:
-        """Begin with none; `may_fork` says, whenever one is to be forked, if it still is."""
+        """Begin with none. `may_fork` is asked before each fork."""
         # Made here once, and not in each worker while somebody waits.
         codec.decoder_of(messages.StartJob)
         self._loop = loop
@@ -119,7 +119,7 @@ class PreforkedJob:
         return self._worker.pid if self._worker is not None else 0
 
     def schedule_fork(self, jobs: int) -> None:
-        """Have one soon, beside so many jobs; asked twice, at the earlier time."""
+        """Fork one soon, beside so many jobs; of two calls, the earlier time counts."""
         timer = self._loop.after(FORK_AFTER_S[min(jobs, len(FORK_AFTER_S) - 1)], self._fork)
         if self._timer is not None:
             timer, later = sorted((self._timer, timer))
@@ -134,7 +134,7 @@ class PreforkedJob:
                 self._worker = fork(self._setup)
 
     def begin(self, job_id: str, grant: values.ConvertGrant | values.InspectGrant) -> JobProcess:
-        """Give a job to the spare; to a new worker, if there is none, or it can't take it.
+        """Assign a job to the preforked process, or to a new one.
 
         Raises:
             OSError: no process, or no descriptors, to be had.
@@ -154,14 +154,14 @@ class PreforkedJob:
         return worker
 
     def end(self) -> None:
-        """End the one there is, and fork no more ahead."""
+        """End the preforked process, and fork no more in advance."""
         self._is_over = True
         worker, self._worker = self._worker, None
         if worker is not None:
             worker.end()
 
     def on_exit(self, pid: int) -> None:
-        """Take note that a process has ended, which may be the spare's."""
+        """Note that a process has ended, which may be the preforked one."""
         if self._worker is not None and self._worker.pid == pid:
             log.warning("the spare process ended pid=%d", pid)
             self._worker.close()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import msgspec
@@ -150,27 +149,15 @@ class ServiceTable(_Table, frozen=True):
     idle_exit: value_types.Duration | None = None
 
 
-class _File(_Table, frozen=True):
-    """The whole. Roots stay as they are: msgspec does not say in which of them a mistake is."""
+class Document(_Table, frozen=True):
+    """A policy that is right in itself; whether its names exist is not known yet."""
 
     limits: LimitsTable = LimitsTable()
     operators: OperatorsTable = OperatorsTable()
-    roots: dict[str, Any] = {}
+    roots: dict[str, RootTable] = {}
     grants: tuple[GrantTable, ...] = ()
     service: ServiceTable = ServiceTable()
     qemu_img: value_types.AbsolutePath = DEFAULT_QEMU_IMG
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Document:
-    """A policy that is right in itself; whether its names exist is not known yet."""
-
-    limits: LimitsTable
-    operators: OperatorsTable
-    roots: Mapping[str, RootTable]
-    grants: tuple[GrantTable, ...]
-    service: ServiceTable
-    qemu_img: value_types.AbsolutePath
 
     @property
     def numbered_grants(self) -> tuple[tuple[str, GrantTable], ...]:
@@ -190,6 +177,12 @@ class Document:
         )
 
 
+class _File(Document, frozen=True):
+    """One whose roots are not read yet: msgspec does not say in which of them a mistake is."""
+
+    roots: dict[str, Any] = {}
+
+
 def parse(text: str | bytes) -> Document:
     """Read a policy.
 
@@ -197,14 +190,8 @@ def parse(text: str | bytes) -> Document:
         PolicyError: it is not TOML, or not a policy. Nothing else is raised, whatever the text.
     """
     file = _decode(text)
-    document = Document(
-        limits=file.limits,
-        operators=file.operators,
-        roots={name: _root_of(name, table) for name, table in file.roots.items()},
-        grants=file.grants,
-        service=file.service,
-        qemu_img=file.qemu_img,
-    )
+    roots = {name: _root_of(name, table) for name, table in file.roots.items()}
+    document = msgspec.structs.replace(file, roots=roots)
     _check_limits(document.limits)
     _check_service(document.service)
     _check_paths_differ(document.roots)

@@ -46,7 +46,6 @@ class ConfinedProgram:
         return self._status
 
     def __enter__(self) -> Self:
-        """Give the child itself."""
         return self
 
     def __exit__(
@@ -55,7 +54,6 @@ class ConfinedProgram:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Kill, reap and close, whatever happened in the block."""
         with contextlib.ExitStack() as undo:
             for descriptor in (self.pidfd, self.stdout, self.stderr):
                 undo.callback(os.close, descriptor)

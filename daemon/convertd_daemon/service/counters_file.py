@@ -45,7 +45,6 @@ class Writer:
     """Writes the file, at most once at a time."""
 
     def __init__(self) -> None:
-        """Begin with nothing being written."""
         self.pid = 0
 
     def write(self, path: str, data: bytes) -> None:

@@ -22,7 +22,6 @@ class Idle:
     """
 
     def __init__(self, loop: Loop, on_idle: Callable[[], None]) -> None:
-        """Begin without a limit."""
         self._loop = loop
         self._on_idle = on_idle
         self._timer: Timer | None = None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import bisect
 import collections
+import datetime
 import itertools
 import math
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -51,8 +51,7 @@ class Counters:
     """Counts since the daemon's start. Nothing that a caller can invent becomes a label."""
 
     def __init__(self) -> None:
-        """Begin at 0."""
-        self.start_time = time.time()
+        self.start_time = datetime.datetime.now(datetime.UTC)
         self.conversions: dict[Kind, Ended] = collections.defaultdict(Ended)
         self.refusals: collections.Counter[str] = collections.Counter()
 
@@ -87,12 +86,3 @@ class Counters:
             )
         for reason, count in self.refusals.items():
             yield messages.RefusalStats(reason=reason, count=count)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Now:
-    """What is going on at one moment."""
-
-    running: int
-    queued: int
-    connections: int

@@ -13,10 +13,11 @@ from convertd_daemon.service import metrics
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from convertd_daemon.service.metrics import Counters, Now
+    from convertd_core import messages
+    from convertd_daemon.service.metrics import Counters
 
 
-def text(counters: Counters, now: Now) -> bytes:
+def text(counters: Counters, now: messages.Stats) -> bytes:
     """Everything, as node_exporter's text-file collector reads it."""
     registry = prometheus_client.CollectorRegistry(auto_describe=False)
     registry.register(_Families(list(_families(counters, now))))
@@ -33,10 +34,10 @@ class _Families:
         return self._families
 
 
-def _families(counters: Counters, now: Now) -> Iterator[Any]:
-    yield _gauge("start_time_seconds", "When the daemon started.", counters.start_time)
-    yield _gauge("jobs_running", "Conversions that run.", now.running)
-    yield _gauge("jobs_queued", "Conversions that wait.", now.queued)
+def _families(counters: Counters, now: messages.Stats) -> Iterator[Any]:
+    yield _gauge("start_time_seconds", "When the daemon started.", now.start_time.timestamp())
+    yield _gauge("jobs_running", "Conversions that run.", now.jobs_running)
+    yield _gauge("jobs_queued", "Conversions that wait.", now.jobs_queued)
     yield _gauge("connections", "Open connections.", now.connections)
     names = metrics.Kind._fields
     sizes = core.CounterMetricFamily(

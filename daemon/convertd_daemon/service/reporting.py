@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from convertd_daemon.service import audit, counters_file, metrics, notify, status_line
+from convertd_daemon.service import audit, counters_file, metrics, notify
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from convertd_core import messages
+
+
+@dataclass(slots=True, kw_only=True)
+class Status:
+    """What `systemctl status` shows in one line, besides the current numbers."""
+
+    policy_problem: str = ""
+    last_refusal: str = ""
+
+    def refused(self, record: audit.Record) -> None:
+        """Remember a refusal, without the caller's own text."""
+        when = time.strftime("%H:%M:%S")
+        self.last_refusal = f"{record.reason} for uid {record.asked.caller.uid} at {when}"
+
+    def line(self, now: messages.Stats, *, stopping: bool) -> str:
+        """The line, printable whatever the policy's file is called."""
+        parts = [f"{now.jobs_running} running, {now.jobs_queued} queued"]
+        if stopping:
+            parts.insert(0, "stopping")
+        if self.policy_problem:
+            parts.append(f"policy NOT reloaded, the old one is in force: {self.policy_problem}")
+        if self.last_refusal:
+            parts.append(f"last refusal {self.last_refusal}")
+        text = "; ".join(parts)
+        return "".join(character if character.isprintable() else "?" for character in text)
 
 
 class Reporter:
@@ -21,7 +50,7 @@ class Reporter:
     def __init__(
         self,
         after: Callable[[float, Callable[[], None]], object],
-        now: Callable[[], metrics.Now],
+        now: Callable[[], messages.Stats],
     ) -> None:
         """Count from 0. `after` calls something later; `now` says what is going on."""
         self.now = now
@@ -30,7 +59,7 @@ class Reporter:
         self.counters = metrics.Counters()
         self._after = after
         self._file = counters_file.Writer()
-        self._status = status_line.Status()
+        self._status = Status()
 
     def on_reload(self, problem: str) -> None:
         """Take note why the policy in force is not that of the file; empty if it is."""

@@ -37,12 +37,13 @@ CREATING: Final = "error while converting"
 """How qemu-img begins what it says of a result that it could not create."""
 
 NOT_MEASURED: Final = "unable to get accurate cpu usage"
-"""What it says where it could not measure how long a try at a passphrase takes. It reads how much
-processor time it used, which on a busy machine, a virtual one above all, may not have moved; so it
-is begun anew, which makes the file anew too. Source: qemu crypto/pbkdf.c."""
+"""Its message when it could not measure how long one try of a LUKS passphrase takes. It compares
+its CPU time before and after a try; on a busy machine, above all a virtual one, that may not
+advance. So qemu-img is started again, and creates the result again. Source: qemu
+crypto/pbkdf.c."""
 
 ATTEMPTS: Final = 5
-"""Each may fail by chance on a busy virtual machine, and writes nothing of a guest's."""
+"""The most starts. Each may fail by chance, before it writes any of the guest's data."""
 
 IN_USE: Final = ('failed to get "', 'failed to get shared "')
 WRONG_SECRET: Final = ("invalid password", "cannot unlock")
@@ -102,7 +103,7 @@ def _run(
 
 
 def _could_not_measure(outcome: execution.Outcome, plan: stages.ConversionPlan) -> bool:
-    """Whether qemu-img ended before it wrote a guest's first byte, for want of a clock."""
+    """Whether qemu-img failed to measure its CPU time, and so wrote none of the guest's data."""
     end = f"{CREATING} {plan.dest_format}: {NOT_MEASURED}"
     return outcome.status == 1 and outcome.stderr.lower().endswith(end)
 
@@ -225,8 +226,8 @@ _CONDITIONS: Final[
         (NOT_MEASURED,),
         lambda _, _plan, ends: conditions.ConversionFailed(
             path=ends.source.place.path,
-            problem="it could not measure its processor time, as an encrypted result takes: "
-            "try again when the machine is less busy",
+            problem="it could not measure its CPU time, which encryption needs;"
+            " try again when the machine is less busy",
         ),
     ),
     (
