@@ -276,9 +276,14 @@ def test_local_job_that_is_killed_has_an_unknown_outcome(home: Path, bulky: Path
     assert_nothing_left(home, [pid])
 
 
-def test_local_job_that_dies_at_startup_has_done_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_job_that_dies_at_startup_has_done_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """A broken installation, for instance."""
-    monkeypatch.setattr(job, "_START", "raise SystemExit(3)")
+    interpreter = tmp_path / "python"
+    interpreter.write_text("#!/bin/sh\nexit 3\n", encoding="utf-8")
+    interpreter.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(interpreter))
     conversion = job.Conversion(b"[]", ())
     with pytest.raises(errors.Internal) as caught:
         conversion.run(None, None)
