@@ -1,4 +1,4 @@
-"""A front that has been taken over: what it can't do. The broker is real, its front is the test."""
+"""What a compromised front can't do. The broker is real, its front is the test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A qemu-img that an image has taken over, as the job sees it. What it may do: tests/kernel.
+"""A compromised qemu-img, as the job sees it. What it may do: tests/kernel.
 
 It runs where the real one was when the daemon started: each job opens the program anew.
 """

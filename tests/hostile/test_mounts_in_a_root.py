@@ -18,7 +18,7 @@ from policies import IMAGES, Grant, Policy
 POLICY: Final = Policy(grants=[Grant(read=[IMAGES], write=[IMAGES])])
 
 AT_ONCE_S: Final = 60.0
-"""Far less than anybody who waits for a silent file system would take."""
+"""Far less than anybody who waits for an unresponsive file system would take."""
 
 
 @pytest.fixture

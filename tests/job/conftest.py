@@ -41,7 +41,7 @@ def shared_area() -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def rights_come_back() -> Iterator[None]:
-    """See that a test leaves this process as it was: nobody else's rights, and no leash."""
+    """See that a test leaves this process as it was: its own rights, no parent-death signal."""
     yield
     # A job dies with its parent; this process is no job.
     prctl.set_pdeathsig(0)

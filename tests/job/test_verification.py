@@ -448,8 +448,8 @@ def test_local_conversion_without_qemu_img_is_refused_with_the_reason(area: Path
     missing = dataclasses.replace(whole_job.setup(), path=str(area / "missing"))
 
     def act() -> conditions.Failure | None:
-        gate = PreforkSlot(missing.seccomp)
-        return refusals.refusal_of(lambda: execution.opened(missing, gate).__enter__())
+        slot = PreforkSlot(missing.seccomp)
+        return refusals.refusal_of(lambda: execution.opened(missing, slot).__enter__())
 
     failure = in_child(act)
     assert failure is not None

@@ -1,4 +1,4 @@
-"""What a qemu-img that an image has taken over can do: a Python in its place tries."""
+"""What a compromised qemu-img can do: a Python in its place tries."""
 
 from __future__ import annotations
 

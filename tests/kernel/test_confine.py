@@ -249,11 +249,11 @@ def test_front_with_threads_is_not_confined_but_refused() -> None:
 
 
 def test_job_with_threads_is_not_confined_but_refused(qemu_img: int) -> None:
-    """Neither at its gate, nor by later layers."""
+    """Neither before it has forked its child, nor by later layers."""
 
     def act() -> str:
-        gate = PreforkSlot(b"")
-        in_the_midst_of_threads(lambda: confine.confine_job(gate, qemu_img, ()))
+        slot = PreforkSlot(b"")
+        in_the_midst_of_threads(lambda: confine.confine_job(slot, qemu_img, ()))
         return errno_of(lambda: os.close(os.open("/etc/passwd", os.O_RDONLY)))
 
     assert in_child(lambda: in_the_midst_of_threads(lambda: PreforkSlot(b"")))
@@ -261,7 +261,7 @@ def test_job_with_threads_is_not_confined_but_refused(qemu_img: int) -> None:
 
 
 def test_job_with_threads_gets_no_preforked_child_on_any_kernel() -> None:
-    """Also by one whose Landlock knows of no signals, where the gate binds it to nothing yet."""
+    """Also by one whose Landlock knows of no signals, which is confined by nothing yet."""
 
     def act() -> bool:
         pytest.MonkeyPatch().setattr(kernel_landlock, "abi", lambda: 5)

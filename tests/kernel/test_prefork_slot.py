@@ -125,7 +125,7 @@ def test_landlock_layer_of_the_job_applies_to_its_preforked_child(
         waiting_now = slot.take()
         assert waiting_now is not None
         if is_narrowed:
-            # As a job of which only who waits is left to be bound.
+            # As a job of which only the preforked child is left to be confined.
             made = landlock.ruleset((*runtime.rules(compromised.program), *own.extra))
             waiting_now.add_landlock_layer(made)
         argv = ["python", "-I", "-S", "-B", "-c", script]

@@ -44,7 +44,7 @@ def test_job_runs_in_the_process_that_was_preforked(
 
 
 def test_preforked_job_has_only_its_own_channels_open(daemon: Daemon) -> None:
-    """Three, of which no other process has that end, and the way to who waits to be qemu-img.
+    """Three, of which no other process has that end, and one to the child that will be qemu-img.
 
     No connection, no job, no image.
     """

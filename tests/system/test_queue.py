@@ -1,4 +1,4 @@
-"""Who waits for whom: places, turns, positions, and bounds on what one user may have."""
+"""The queue: its order, the positions that callers are sent, and the limits of each user."""
 
 from __future__ import annotations
 

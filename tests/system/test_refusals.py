@@ -66,7 +66,7 @@ def source(library: Path) -> Path:
 
 @pytest.fixture
 def valid(source: Path, images_dir: Path) -> Request:
-    """A request that would be granted, for a test to spoil."""
+    """A request that would be granted, for a test to change."""
     return conversion(source, images_dir / "dest.qcow2")
 
 

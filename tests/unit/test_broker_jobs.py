@@ -1,4 +1,4 @@
-"""The broker's table of jobs: who waits where, and what is said of each."""
+"""The broker's table of jobs: the state of each, and what is listed of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who waits is told where it stands: when it comes, and as it moves up, but not at each step."""
+"""A caller in the queue is sent its position: at once, and as it moves up, but not at each step."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ class TestQemuImgProgram:
         assert complaint == "/usr/bin/no-qemu-img: No such file or directory (package qemu-utils)"
 
     @pytest.mark.parametrize(
-        "spoil",
+        "change",
         [
             pytest.param(lambda path: path.chmod(0o775), id="its-group-may-write"),
             pytest.param(lambda path: path.chmod(0o757), id="anybody-may-write"),
@@ -112,17 +112,17 @@ class TestQemuImgProgram:
         ],
     )
     def test_qemu_img_is_refused_by_the_preflight_if(
-        self, directory: Path, spoil: Callable[[Path], object]
+        self, directory: Path, change: Callable[[Path], object]
     ) -> None:
         """It would be started with what the daemon may."""
         program = directory / "qemu-img"
         program.touch(0o755)
         preflight.check_program(str(program))
-        spoil(program)
+        change(program)
         assert "only root can write" in complaint_of(lambda: preflight.check_program(str(program)))
 
     @pytest.mark.parametrize(
-        ("spoil", "by_whom"),
+        ("change", "by_whom"),
         [
             pytest.param(lambda path: path.chmod(0o775), "members of gid 0", id="its-group-may"),
             pytest.param(lambda path: path.chmod(0o757), "everybody", id="anybody-may"),
@@ -131,7 +131,7 @@ class TestQemuImgProgram:
     )
     @pytest.mark.parametrize("way", ["qemu-img", "there", "back", "away"])
     def test_one_in_a_directory_that_others_can_write_is_refused(
-        self, directory: Path, way: str, spoil: Callable[[Path], object], by_whom: str
+        self, directory: Path, way: str, change: Callable[[Path], object], by_whom: str
     ) -> None:
         """They would put another in its place; so would who can write where a link to it lies."""
         theirs = directory / "theirs"
@@ -145,7 +145,7 @@ class TestQemuImgProgram:
         (theirs / "away").symlink_to("../qemu-img")
         named = str({"there": directory, "back": directory}.get(way, theirs) / way)
         preflight.check_program(named)
-        spoil(theirs)
+        change(theirs)
         reason = f"{theirs} can be changed by {by_whom}, who could so replace it"
         assert complaint_of(lambda: preflight.check_program(named)) == f"{named}: {reason}"
 

@@ -66,7 +66,7 @@ async def receive(number: int) -> None:
 
 
 async def main(socket: str) -> None:
-    """Obey until standard input ends."""
+    """Make and cancel calls until standard input ends."""
     commands = asyncio.StreamReader(limit=2**24)
     await asyncio.get_running_loop().connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(commands), sys.stdin

@@ -1,4 +1,4 @@
-"""A real daemon whose front has been taken over: the test speaks to its broker instead.
+"""A real daemon whose front is compromised: the test sends to its broker instead.
 
 Nothing of the daemon is replaced. It starts its front as always, as its own user and with one
 descriptor. But the environment has a `sitecustomize` that Python runs first, and that hands the
