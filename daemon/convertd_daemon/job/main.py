@@ -60,8 +60,14 @@ def run_forked(
     except channel.Closed:
         log.debug("idle job process ends pid=%d", os.getpid())
     finally:
-        # SIGTERM may come here too.
-        context.ignore_sigterm()
+        # SIGTERM may come here too, and as it is about to be ignored.
+        ignored = False
+        while not ignored:
+            try:
+                context.ignore_sigterm()
+                ignored = True
+            except context.Cancelled:
+                log.debug("job cancelled at its very end")
         job_channel.report(done=False)
         logging.shutdown()
 
