@@ -35,30 +35,44 @@ class Behaviour:
     hangs: bool = False
 
 
-def write(path: Path, *, info: Behaviour, otherwise: Behaviour) -> None:
-    """Put the program where qemu-img is looked for. It tells `qemu-img info` from all else."""
+def write(
+    path: Path, *, info: Behaviour, otherwise: Behaviour, mapped: Behaviour | None = None
+) -> None:
+    """Put the program where qemu-img is looked for.
+
+    It tells `qemu-img info` from all else, and `qemu-img map` too if it is to say something of its
+    own there.
+    """
+    asked = {"i": info, **({"m": mapped} if mapped else {})}
     new = path.with_suffix(".new")
-    new.write_bytes(_elf(info, otherwise))
+    new.write_bytes(_elf(asked, otherwise))
     new.chmod(0o755)
     new.rename(path)
 
 
-def _elf(info: Behaviour, otherwise: Behaviour) -> bytes:
-    lengths = [len(_code(behaviour, 0)) for behaviour in (info, otherwise)]
-    # If the second argument does not begin with an i, on to the second behaviour.
-    start = b"\x48\x8b\x44\x24\x10\x80\x38\x69\x0f\x85" + struct.pack("<i", lengths[0])
-    data_at = _HEADERS + len(start) + sum(lengths)
-    code = b""
-    for behaviour in (info, otherwise):
-        code += _code(behaviour, _BASE + data_at)
+def _elf(asked: dict[str, Behaviour], otherwise: Behaviour) -> bytes:
+    behaviours = (*asked.values(), otherwise)
+    # The second argument's address, and then for each letter: if it begins otherwise, on to the
+    # behaviour after the next.
+    start = b"\x48\x8b\x44\x24\x10"
+    chosen = [
+        b"\x80\x38" + letter.encode() + b"\x0f\x85" + struct.pack("<i", len(_code(behaviour, 0)))
+        for letter, behaviour in asked.items()
+    ]
+    chosen.append(b"")
+    lengths = [len(_code(behaviour, 0)) for behaviour in behaviours]
+    data_at = _HEADERS + len(start) + len(b"".join(chosen)) + sum(lengths)
+    code = start
+    for choice, behaviour in zip(chosen, behaviours, strict=True):
+        code += choice + _code(behaviour, _BASE + data_at)
         data_at += len(behaviour.out) + len(behaviour.err)
-    data = b"".join(text for one in (info, otherwise) for text in (one.out, one.err))
-    total = _HEADERS + len(start) + len(code) + len(data)
+    data = b"".join(text for one in behaviours for text in (one.out, one.err))
+    total = _HEADERS + len(code) + len(data)
     ident = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")
     entry = _BASE + _HEADERS
     header = struct.pack("<16sHHIQQQIHHHHHH", ident, 2, 62, 1, entry, 64, 0, 0, 64, 56, 1, 0, 0, 0)
     segment = struct.pack("<IIQQQQQQ", 1, 5, 0, _BASE, _BASE, total, total, 0x1000)
-    return header + segment + start + code + data
+    return header + segment + code + data
 
 
 def _code(behaviour: Behaviour, data: int) -> bytes:
