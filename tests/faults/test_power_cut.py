@@ -75,9 +75,14 @@ class Version:
     source: Path
     format: str
 
+    @property
+    def source_format(self) -> str:
+        """The format of the source, which its name tells."""
+        return self.source.suffix[1:]
+
     def is_in(self, file: Path) -> bool:
         """Whether the file is that, from the first byte to the last."""
-        formats = ("-f", "raw", "-F", self.format)
+        formats = ("-f", self.source_format, "-F", self.format)
         argv = ["qemu-img", "compare", *formats, str(self.source), str(file)]
         done = subprocess.run(argv, check=False, capture_output=True)
         return done.returncode == 0
@@ -149,10 +154,16 @@ def disk(outer: Path, request: pytest.FixtureRequest) -> Iterator[Disk]:
 
 @pytest.fixture(scope="module")
 def sources(disk: Disk) -> tuple[Path, ...]:
-    """Images without a block in common. On the disk itself: XFS can share their blocks."""
+    """Images without a block in common, the last a qcow2.
+
+    They are on the disk itself, where XFS can share their blocks.
+    """
     directory = disk.point / SOURCES_ARE_IN
     directory.mkdir()
-    return tuple(image_of(SOURCE_MIB, directory / f"{number}.raw") for number in range(SOURCES))
+    made = [image_of(SOURCE_MIB, directory / f"{number}.raw") for number in range(SOURCES)]
+    last = images.converted(made[-1], made[-1].with_suffix(".qcow2"), "qcow2")
+    made[-1].unlink()
+    return (*made[:-1], last)
 
 
 @pytest.fixture(scope="module")
@@ -255,12 +266,15 @@ def converted(
 ) -> tuple[float, list[Path]]:
     """Convert, and cut the power of copies meanwhile. Gives the seconds that the job took, too."""
     instants = sorted(chance.uniform(0, usual_s) for _ in range(CUTS_A_CONVERSION - 1))
+    shares = disk.kind == "xfs"
     request = conversion(
         attempt.new.source,
         disk.point / attempt.name,
+        source_format=attempt.new.source_format,
         dest_format=attempt.new.format,
         overwrite=attempt.old is not None,
         cache_mode=chance.choice([pb.CACHE_MODE_AUTO, pb.CACHE_MODE_WRITEBACK]),
+        reflink=chance.choice([pb.REFLINK_ALWAYS if shares else pb.REFLINK_AUTO, pb.REFLINK_NEVER]),
     )
     began = time.monotonic()
     call = alice.convert(request)
