@@ -11,6 +11,7 @@ import signal
 import socket
 import struct
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from children import in_child, no_new_privs, pdeathsig
+from harness import waiting
 from harness.mounts import Mounts
 
 from convertd_daemon.linux import (
@@ -28,6 +30,7 @@ from convertd_daemon.linux import (
     fstatfs,
     fsuid,
     locks,
+    mincore,
     openat2,
     peercred,
     posix_acl,
@@ -35,6 +38,7 @@ from convertd_daemon.linux import (
     renameat2,
     scm_rights,
     statx,
+    sync_file_range,
     syscall,
     unshare,
 )
@@ -561,3 +565,44 @@ class TestPosixAcl:
         told = self.writers(tmp_path)
         assert told is not None
         assert told.owning_group
+
+
+class TestSyncFileRange:
+    """sync_file_range(2)."""
+
+    @pytest.fixture
+    def dirty(self) -> Iterator[int]:
+        """A file of 8 MiB on a disk, none of which is on it yet."""
+        with tempfile.TemporaryFile(dir="/var/lib") as file:
+            os.posix_fallocate(file.fileno(), 0, 8 << 20)
+            os.fsync(file.fileno())
+            os.pwrite(file.fileno(), bytes(8 << 20), 0)
+            yield file.fileno()
+
+    def test_written_pages_are_clean_and_can_be_dropped(self, dirty: int) -> None:
+        """A dirty page can't."""
+        sync_file_range.write_and_wait(dirty)
+        os.posix_fadvise(dirty, 0, 0, os.POSIX_FADV_DONTNEED)
+        assert mincore.resident_pages(dirty, 0, 8 << 20) == 0
+
+    def test_pages_become_clean_without_being_waited_for(self, dirty: int) -> None:
+        """Some time later."""
+        sync_file_range.begin_write(dirty)
+
+        def dropped() -> bool:
+            os.posix_fadvise(dirty, 0, 0, os.POSIX_FADV_DONTNEED)
+            return mincore.resident_pages(dirty, 0, 8 << 20) == 0
+
+        waiting.until(dropped, "they are on the disk")
+
+    @pytest.mark.parametrize("call", [sync_file_range.begin_write, sync_file_range.write_and_wait])
+    def test_error_has_the_kernels_errno(self, call: Callable[[int], None]) -> None:
+        """A pipe has no pages."""
+        read_end, write_end = os.pipe()
+        try:
+            with pytest.raises(OSError, match="sync_file_range") as caught:
+                call(write_end)
+            assert caught.value.errno == errno.ESPIPE
+        finally:
+            os.close(read_end)
+            os.close(write_end)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from typing import Any
@@ -328,6 +329,48 @@ class TestCacheMode:
             mode=values.CacheMode.WRITEBACK,
             reason="the source can't be read past the page cache: Not here",
         )
+
+    @pytest.mark.parametrize(
+        ("buffered", "mode", "reason"),
+        [
+            (
+                124 * MIB,
+                "none",
+                "takes direct writes: 100 MiB/s in a trial, 124 MiB/s through the page cache",
+            ),
+            (
+                125 * MIB,
+                "writeback",
+                "from the page cache: 125 MiB/s in a trial, 100 MiB/s past the page cache",
+            ),
+        ],
+    )
+    def test_trial_decides_how_the_destination_is_written(
+        self, buffered: int, mode: str, reason: str
+    ) -> None:
+        """With its figures; and nothing else about the plan changes."""
+        rates = stages.WriteRates(direct_bytes_per_s=100 * MIB, buffered_bytes_per_s=buffered)
+        before = dataclasses.replace(made(), method_reason="as was decided before")
+        planned = plan.with_rates(before, rates)
+        assert planned.dest_cache.mode == mode
+        assert planned.dest_cache.reason.endswith(reason)
+        assert after(planned.argv, "-t") == after(planned.command, "-t") == mode
+        assert planned.write_behind is (mode == "writeback")
+        assert planned.method_reason == "as was decided before"
+        assert planned.source_cache == before.source_cache
+
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("facts", [FACTS, ON_DEVICE], ids=["file", "device"])
+    def test_only_a_mode_that_was_not_requested_drops_a_file_from_the_page_cache(
+        self, mode: values.CacheMode, facts: plan.Facts
+    ) -> None:
+        """Whoever wants `writeback` may want the result in memory; and a device is no new file."""
+        request = ONTO_DEVICE if facts is ON_DEVICE else REQUEST
+        a_grant = RULES.convert(dataclasses.replace(request, cache_mode=mode))
+        with contextlib.suppress(conditions.NoDirectWrites):
+            planned = made(a_grant, dataclasses.replace(facts, dest_direct="No"))
+            expected = facts is FACTS and mode is values.CacheMode.AUTO
+            assert planned.write_behind is expected
 
     @pytest.mark.parametrize("mode", MODES[1:])
     @pytest.mark.parametrize("refusal", [None, "Invalid argument"])

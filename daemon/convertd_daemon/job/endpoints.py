@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -84,6 +85,25 @@ class Endpoints:
             available_bytes=self.dest.available_bytes(),
             in_memory=all(page_cache.is_in_memory(link.source.fd) for link in self.chain),
         )
+
+    def after_trial(
+        self, grant: values.ConvertGrant, planned: stages.ConversionPlan
+    ) -> stages.ConversionPlan:
+        """The plan, after a trial of how the disk is written more quickly, if that may change it.
+
+        Only where the same disk has to read the source: else the page cache could fill with what is
+        read more quickly than it is written.
+
+        Raises:
+            conditions.ConvertError: as destination.Destination.write_rates.
+        """
+        if planned.source_cache.mode is not values.CacheMode.NONE:
+            return planned
+        disks = {os.fstat(source.fd).st_dev for source in self.sources}
+        if disks != {os.fstat(self.dest.fd).st_dev}:
+            return planned
+        rates = self.dest.write_rates(grant, planned)
+        return plan.with_rates(planned, rates) if rates else planned
 
     def rules(self) -> tuple[landlock.Rule, ...]:
         """What the job itself keeps of the file system."""

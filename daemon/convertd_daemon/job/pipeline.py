@@ -54,10 +54,12 @@ def convert(
         # 3. Plan: share the blocks of a snapshot, if that is possible, or else run qemu-img.
         planned = plan.make(grant, both.members, both.try_out(request.dest.format))
         prospect = sharing.prepare(grant, both, runner, stack)
-        whole = integrity.IntegrityCheck(grant, prospect.ends, passphrases, runner)
-        stack.enter_context(whole)
+        whole = stack.enter_context(
+            integrity.IntegrityCheck(grant, prospect.ends, passphrases, runner)
+        )
         decision = sharing.choose(grant, planned, both, prospect, whole.runner())
-        planned, both = decision.plan, decision.ends
+        both = decision.ends
+        planned = both.after_trial(grant, decision.plan)
         dest.check_room(planned, source.fd)
         context_.send(messages.Planned(plan=planned.told))
         if request.validate_only or dest.on_device:

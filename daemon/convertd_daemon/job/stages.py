@@ -65,11 +65,24 @@ class ChainMember:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WriteRates:
+    """How quickly a disk took what was written to it past the page cache, and through it."""
+
+    direct_bytes_per_s: float
+    buffered_bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ConversionPlan(results.Plan):
-    """A plan, and what only its job needs of it: `argv`, which speaks of descriptors."""
+    """A plan, and what only its job needs of it.
+
+    `argv` speaks of descriptors. `write_behind` says that the result goes through the page cache
+    and is not to stay there.
+    """
 
     argv: tuple[str, ...]
     warnings: tuple[results.Warning, ...] = ()
+    write_behind: bool = False
 
     @property
     def told(self) -> results.Plan:

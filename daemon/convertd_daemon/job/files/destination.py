@@ -55,6 +55,18 @@ class Destination(Protocol):
                 not be undone.
         """
 
+    def write_rates(
+        self, grant: values.ConvertGrant, plan: stages.ConversionPlan, /
+    ) -> stages.WriteRates | None:
+        """Try how the disk is written more quickly, if that may change the plan; None if not.
+
+        Before anything is written.
+
+        Raises:
+            conditions.WriteFailed, conditions.NoSpace, conditions.QuotaExceeded: the trial could
+                not be undone.
+        """
+
     def available_bytes(self) -> int:
         """The room there is for the image."""
 

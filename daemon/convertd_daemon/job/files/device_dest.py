@@ -74,6 +74,12 @@ class DeviceDest:
         """Ask the kernel by reading: a write would change the device."""
         return direct_io.read_refusal(self.fd)
 
+    def write_rates(
+        self, _grant: values.ConvertGrant, _plan: stages.ConversionPlan, /
+    ) -> stages.WriteRates | None:
+        """None: a trial would change the device. Direct writes to one don't wait for each other."""
+        return None
+
     def available_bytes(self) -> int:
         """The device's size."""
         return self.size_bytes

@@ -31,6 +31,8 @@ from convertd_daemon.job.files import (
     replace,
     space,
     temporaries,
+    write_behind,
+    write_trial,
 )
 from convertd_daemon.job.files.new_file import NewFile
 from convertd_daemon.job.qemu import execution
@@ -89,6 +91,15 @@ class FileDest(NewFile):
         with publish.write_errors(self):
             return direct_io.write_refusal(self.fd)
 
+    def write_rates(
+        self, grant: values.ConvertGrant, plan: stages.ConversionPlan, /
+    ) -> stages.WriteRates | None:
+        """Write a little to the inode, which is empty, in both ways."""
+        if not write_trial.is_worth_it(grant, plan, self.fd):
+            return None
+        with publish.write_errors(self):
+            return write_trial.write_rates(self.fd)
+
     def available_bytes(self) -> int:
         """What an unprivileged user could still write there."""
         return space.free_bytes(self.target)
@@ -101,9 +112,12 @@ class FileDest(NewFile):
         """The file system got full of this very result."""
         return space.ran_out(self.target, self.fd, needed_bytes)
 
-    def flush(self, _plan: stages.ConversionPlan, /) -> tuple[results.Warning, ...]:
-        """Set owner and mode, then fsync."""
-        return publish.flush(self)
+    def flush(self, plan: stages.ConversionPlan, /) -> tuple[results.Warning, ...]:
+        """Set owner and mode, then fsync. What is on disk need not stay in the page cache."""
+        warnings = publish.flush(self)
+        if plan.write_behind:
+            write_behind.drop(self.fd)
+        return warnings
 
     def assign_name(self, grant: values.ConvertGrant, /) -> bool:
         """Give it the destination's name, and put that on disk too."""

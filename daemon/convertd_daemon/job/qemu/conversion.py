@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from convertd_core import conditions, results, values
 from convertd_daemon.job import progress, secrets, stages
+from convertd_daemon.job.files import write_behind
 from convertd_daemon.job.qemu import execution, reasons
 from convertd_daemon.job.qemu import plan as plans
 from convertd_daemon.linux import clock_getcpuclockid
@@ -99,7 +100,18 @@ def _run(
     with secrets.as_pipes(kept, runner.worker.setup.identity) as pipes:
         argv = plans.with_secrets(plan.argv, pipes)
         inodes = ends.inodes(tuple(pipes.values()))
-        return runner.run(argv, inodes, bounds, observer)
+        with _writing_behind(plan, ends):
+            return runner.run(argv, inodes, bounds, observer)
+
+
+def _writing_behind(
+    plan: stages.ConversionPlan, ends: Endpoints
+) -> contextlib.AbstractContextManager[None]:
+    """Keep the result from filling the page cache; a small one can't."""
+    read_bytes = sum(member.actual_size_bytes for member in plan.chain)
+    if plan.write_behind and max(read_bytes, plan.needed_bytes) >= write_behind.LEAST_BYTES:
+        return write_behind.running(ends.dest.fd)
+    return contextlib.nullcontext()
 
 
 def _could_not_measure(outcome: execution.Outcome, plan: stages.ConversionPlan) -> bool:

@@ -7,12 +7,14 @@ qemu no longer asks the header.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from typing import Final
 
 from convertd_core import conditions, format_sizes, results, values
 from convertd_daemon.job import stages
+from convertd_daemon.job.qemu import cache_modes
 
 SECTOR_BYTES: Final = 512
 
@@ -30,8 +32,6 @@ WITHOUT_BACKING: Final = frozenset({"raw", "luks"})
 RUNTIME_OPTIONS: Final = {"vpc": {"force_size_calc": "current_size"}}
 """How a format is opened, wherever it is. A VHD has two sizes, and some programs' are taken for the
 one of a disk of 1990, rounded down: the last sectors are then missing. Source: qemu block/vpc.c."""
-
-DIRECT_MODES: Final = frozenset({values.CacheMode.NONE, values.CacheMode.DIRECTSYNC})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,8 +82,8 @@ def make(
         )
     dest = grant.request.dest
     format_sizes.check(grant.dest.path, dest, info.virtual_size_bytes)
-    source_cache = _source_cache(facts)
-    dest_cache = _dest_cache(grant, facts)
+    source_cache = cache_modes.of_source(facts)
+    dest_cache = cache_modes.of_dest(grant, facts)
     options = _options(grant, source_cache, dest_cache)
     source = graph(facts.chain, encrypted=grant.request.source.encryption is not None)
     return stages.ConversionPlan(
@@ -101,6 +101,24 @@ def make(
         needed_bytes=0 if facts.dest.on_device else _needed_bytes(grant, chain),
         available_bytes=facts.available_bytes,
         warnings=(*_warnings(info), *(warned for one in chain for warned in one.info.warnings)),
+        write_behind=cache_modes.is_written_behind(grant, facts, dest_cache),
+    )
+
+
+def with_rates(plan: stages.ConversionPlan, rates: stages.WriteRates) -> stages.ConversionPlan:
+    """The same plan, with the cache mode that a trial of the destination's disk suggests."""
+    chosen = cache_modes.after_trial(rates)
+
+    def in_that_mode(argv: tuple[str, ...]) -> tuple[str, ...]:
+        option = argv.index("-t")
+        return (*argv[: option + 1], chosen.mode.value, *argv[option + 2 :])
+
+    return dataclasses.replace(
+        plan,
+        dest_cache=chosen,
+        argv=in_that_mode(plan.argv),
+        command=in_that_mode(plan.command),
+        write_behind=chosen.mode is values.CacheMode.WRITEBACK,
     )
 
 
@@ -220,32 +238,6 @@ def raw_info(size_bytes: int, allocated_bytes: int) -> stages.ProbedImage:
         virtual_size_bytes=sectors * SECTOR_BYTES,
         actual_size_bytes=allocated_bytes,
     )
-
-
-def _source_cache(facts: Facts) -> results.CacheChoice:
-    if facts.source_direct is not None:
-        reason = f"the source can't be read past the page cache: {facts.source_direct}"
-        return results.CacheChoice(mode=values.CacheMode.WRITEBACK, reason=reason)
-    if facts.in_memory:
-        reason = "the source is in the page cache already"
-        return results.CacheChoice(mode=values.CacheMode.WRITEBACK, reason=reason)
-    reason = "the source can be read past the page cache"
-    return results.CacheChoice(mode=values.CacheMode.NONE, reason=reason)
-
-
-def _dest_cache(grant: values.ConvertGrant, facts: Facts) -> results.CacheChoice:
-    asked = grant.request.cache_mode
-    if asked is values.CacheMode.AUTO:
-        if facts.dest_direct is None:
-            reason = "the destination takes direct writes"
-            return results.CacheChoice(mode=values.CacheMode.NONE, reason=reason)
-        reason = f"the destination takes no direct writes: {facts.dest_direct}"
-        return results.CacheChoice(mode=values.CacheMode.WRITEBACK, reason=reason)
-    if asked in DIRECT_MODES and facts.dest_direct is not None:
-        raise conditions.NoDirectWrites(
-            path=grant.dest.path, mode=asked.value, problem=facts.dest_direct
-        )
-    return results.CacheChoice(mode=asked, reason="asked for")
 
 
 def _options(
