@@ -229,9 +229,9 @@ def vmdk(here: Path) -> Path:
 
 
 REASONS: Final = {
-    compressed: "it has compressed data",
-    tiny_clusters: f"its data is not aligned to blocks of {BLOCK} bytes",
-    vmdk: "it is vmdk, and only raw and qcow2 can share data",
+    compressed: "the image has compressed data",
+    tiny_clusters: f"the image's data is not aligned to blocks of {BLOCK} bytes",
+    vmdk: "the image is vmdk, and only raw and qcow2 can share data",
 }
 
 
@@ -261,7 +261,7 @@ def test_source_that_can_not_be_shared_is_copied(
     [
         (
             {"cluster_size_bytes": 512},
-            f"its clusters would be smaller than the file system's blocks of {BLOCK} bytes",
+            f"the result's clusters are smaller than the file system's blocks ({BLOCK})",
         ),
         ({"extended_l2": True}, "the result has extended L2 entries"),
     ],

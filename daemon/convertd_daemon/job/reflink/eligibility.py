@@ -42,9 +42,9 @@ def check(grant: values.ConvertGrant, opened: Endpoints) -> file_dest.FileDest:
             raise refusal(place, f"the policy does not allow it in the root {place.root.name}")
     for link in opened.chain:
         if link.info.format not in FORMATS:
-            raise refusal(link.source.place, f"it is {link.info.format}, {SHAREABLE}")
+            raise refusal(link.source.place, f"the image is {link.info.format}, {SHAREABLE}")
     if not isinstance(dest, file_dest.FileDest):
-        raise refusal(dest.place, "it is no file")
+        raise refusal(dest.place, "the destination is no file")
     if grant.request.dest.format != "raw":
         _check_writable(grant.request.dest, dest)
     return dest
@@ -56,7 +56,7 @@ def _check_request(request: values.ConvertRequest, dest: values.Place) -> None:
     if obstacle := validation.reflink_obstacle(request):
         raise refusal(dest, f"not possible with {obstacle}")
     if request.dest.format not in FORMATS:
-        raise refusal(dest, f"it is to be {request.dest.format}, {SHAREABLE}")
+        raise refusal(dest, f"the result is to be {request.dest.format}, {SHAREABLE}")
 
 
 def _check_writable(asked: values.Destination, dest: file_dest.FileDest) -> None:
@@ -65,5 +65,5 @@ def _check_writable(asked: values.Destination, dest: file_dest.FileDest) -> None
         raise refusal(dest.place, problem)
     block = os.fstatvfs(dest.fd).f_bsize
     if qcow2_writer.creation(asked).cluster_bytes % block:
-        problem = f"its clusters would be smaller than the file system's blocks of {block} bytes"
+        problem = f"the result's clusters are smaller than the file system's blocks ({block})"
         raise refusal(dest.place, problem)

@@ -33,7 +33,7 @@ MOST_COPIED_BYTES: Final = values.MIB
 """What may be copied byte by byte of what is no whole block: ends of images, as a rule one or two.
 An image that has more of it was made with clusters smaller than a block."""
 
-NOT_UNDERSTOOD: Final = "qemu-img maps it in a way that convertd does not understand"
+NOT_UNDERSTOOD: Final = "qemu-img maps the image in a way that convertd does not understand"
 
 
 def of_file(source: Source) -> Iterator[Extent]:
@@ -72,7 +72,7 @@ def of_chain(
     outcome = runner.run(plans.map_argv(*taken.ends.nodes()), inodes, bounds, answer)
     if outcome.status != 0:
         log.info("map failed status=%d stderr=%r", outcome.status, outcome.excerpt)
-        raise answer.refused("qemu-img can't map it")
+        raise answer.refused("qemu-img can't map the image")
     return answer.finish()
 
 
@@ -129,9 +129,11 @@ class _Map(conversion.Observer):
         if entry.depth >= len(self._chain):
             raise image_map.NotUnderstoodError
         if not entry.data:
-            raise self.refused("what it reads as in places is not known", entry.depth)
+            raise self.refused(
+                "qemu-img can't tell the content of a part of the image", entry.depth
+            )
         if entry.offset == image_map.NO_OFFSET:
-            raise self.refused("it has compressed data", entry.depth)
+            raise self.refused("the image has compressed data", entry.depth)
         self._add(entry)
 
     def _add(self, entry: image_map.Entry) -> None:
@@ -142,7 +144,7 @@ class _Map(conversion.Observer):
         _, whole = placing.whole_blocks(entry.offset, entry.start, length, self._block)
         self._copied_bytes += length - whole
         if self._copied_bytes > MOST_COPIED_BYTES:
-            problem = f"its data is not aligned to blocks of {self._block} bytes"
+            problem = f"the image's data is not aligned to blocks of {self._block} bytes"
             raise self.refused(problem, member)
         self._data_bytes += length
         self._extents.add(entry.start, length, member, entry.offset)
@@ -159,4 +161,4 @@ class _Map(conversion.Observer):
             return entry.length
         if link.info.format == "raw" and end <= link.info.virtual_size_bytes:
             return size - entry.offset
-        raise self.refused("its data goes on beyond the end of its file", entry.depth)
+        raise self.refused("the image's data goes on beyond the end of its file", entry.depth)

@@ -114,7 +114,7 @@ def _check_unchanged(sources: tuple[Source, ...]) -> None:
             source_change.check([source])
         except conditions.SourceChanged as changed:
             # It may just have been touched. qemu-img copes: see source_change.watched.
-            raise eligibility.refusal(source.place, f"{changed.problem} just now") from changed
+            raise eligibility.refusal(source.place, "the image changed just now") from changed
 
 
 def _problem_of(error: OSError) -> str:
