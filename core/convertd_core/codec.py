@@ -122,7 +122,7 @@ def _make_decoder(kind: Any) -> Decoder:
     if _is_choice(kind):
         kinds = typing.get_args(kind)
         for item in kinds:
-            decoder_of(item)  # made here once, and not while somebody waits
+            decoder_of(item)  # made here once, and not during a request
         return lambda value: _untagged(value, kinds)
     if origin is types.UnionType:
         return _optional(kind)
@@ -144,7 +144,7 @@ def _scalar(kind: Any) -> Decoder:
     def decode_scalar(value: Any) -> Any:
         if type(value) not in accepted:
             raise CodecError(f"expected {kind.__name__}, found {type(value).__name__}")
-        # JSON can escape a lone surrogate. Nothing that takes bytes, a journal say, could have it.
+        # JSON can escape a lone surrogate, which can't be encoded as UTF-8, as the journal needs.
         if kind is str and not _is_unicode(value):
             raise CodecError("a text that is not Unicode")
         return value

@@ -54,7 +54,7 @@ class Option:
         return fits and (number.bit_count() == 1 or not self.power_of_two)
 
     def problem_of(self, value: object) -> str:
-        """Why a value can't even be said to a daemon, which judges the rest; empty if it can."""
+        """Why a request can't hold a value; empty if it can. The daemon checks the rest."""
         if self.choices:
             possible = ", ".join(self.known)
             return "" if value in self.known else f"{value!r} is not one of {possible}"
@@ -142,7 +142,7 @@ def contract_choice(choice: str) -> str:
 
 
 def qemu_value(value: Value) -> str:
-    """A value in qemu's own words. What is False is not said: it is qemu's default."""
+    """A value in qemu's spelling. False is never passed: it is qemu's default."""
     return "on" if value is True else str(value)
 
 

@@ -1,7 +1,7 @@
-"""What the front, the broker and a job say to each other.
+"""The messages between the front, the broker and a job.
 
-The broker takes the front for an enemy. It believes no more of a message than its types and the
-number of a connection that the broker itself accepted.
+The broker does not trust the front. Of a message it relies only on the types, and on the number of
+a connection that the broker itself accepted.
 
 A new call of the contract is a body of a request here, and one of a reply if no other fits.
 """
@@ -26,7 +26,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListJobs:
-    """Which jobs there are, in the contract's words."""
+    """List jobs. The fields are the contract's."""
 
     page_size: int = 0
     page_token: str = ""
@@ -34,30 +34,30 @@ class ListJobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CancelJob:
-    """A job is to end."""
+    """Cancel a job."""
 
     job_id: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GetAccess:
-    """What the caller may do."""
+    """Report what the caller may do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GetStats:
-    """The daemon's counters."""
+    """Report the daemon's counters."""
 
 
 RequestBody = (
     values.ConvertRequest | values.InspectRequest | ListJobs | CancelJob | GetAccess | GetStats
 )
-"""What a caller may ask for. Who handles it: convertd_daemon/broker/dispatch.py."""
+"""The requests of callers. Their handlers are in convertd_daemon/broker/dispatch.py."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """Somebody asks for something over a connection. `call` is the front's own number for it."""
+    """A request over a connection. `call` is the front's number for it."""
 
     call: int
     connection: int
@@ -66,24 +66,24 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeAnswered:
-    """A health check came back over the connection that came with that Probe."""
+    """The health check over the connection of that Probe succeeded."""
 
     probe: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallAbandoned:
-    """The caller of a request is gone that was not yet answered."""
+    """The caller of a request without a reply is gone."""
 
     call: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobFinished:
-    """The job of the call has said that it published or failed; its process is about to end.
+    """The job of the call has reported that it published or failed; its process is about to end.
 
-    Said before the caller hears it, so that whoever asks for the same destination next is not told
-    that it is being written.
+    Sent before the caller's reply, so that the caller's next request for the same destination is
+    not refused because of this one.
     """
 
     call: int
@@ -97,7 +97,7 @@ class Released:
 
 
 class Operation(enum.StrEnum):
-    """What somebody asks for, in the audit record's words."""
+    """The operations of callers, as the audit record names them."""
 
     CONVERT = "convert"
     VALIDATE = "validate"
@@ -110,9 +110,9 @@ class Operation(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestRejected:
-    """The front itself refused a request, which could not be meant: for the audit record alone.
+    """The front itself refused an invalid request: for the audit record alone.
 
-    `connection` is 0 if the call came by none that the broker accepted.
+    `connection` is 0 if the broker did not accept the call's connection.
     """
 
     connection: int
@@ -130,7 +130,7 @@ FROM_FRONT: Final = typing.get_args(FromFront)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connected:
-    """Somebody connected; the connection comes along as a descriptor."""
+    """A connection was accepted; its descriptor is attached."""
 
     connection: int
     uid: int
@@ -138,7 +138,7 @@ class Connected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """The broker called its own socket: the calling end comes along, to check the health over."""
+    """The broker connected to its own socket; the client's end is attached, for a health check."""
 
     probe: int
 
@@ -153,23 +153,23 @@ class Queued:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """A job runs; the front's end of its channel comes along as a descriptor."""
+    """A job runs; the front's end of its channel is attached."""
 
     job_id: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refused:
-    """The call ends with this condition."""
+    """The call fails with this condition."""
 
     failure: conditions.Failure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """The process of a started job is gone, or won't answer any more.
+    """The process of a started job has ended, or can't be killed.
 
-    The failure is what the call ends with when the job itself did not say how it ended.
+    The call ends with this failure if the job itself reported no outcome.
     """
 
     job_id: str
@@ -256,7 +256,7 @@ FROM_BROKER: Final = typing.get_args(FromBroker)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartJob:
-    """What a process does that was forked ahead."""
+    """The assignment of a preforked process."""
 
     job_id: str
     grant: values.ConvertGrant | values.InspectGrant
@@ -298,7 +298,7 @@ class Progressed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Succeeded:
-    """The conversion is published, or was only to be checked. The plan was said before."""
+    """The conversion is published, or (validate_only) checked. The plan was sent before."""
 
     result: results.ConvertResult
 
@@ -324,11 +324,11 @@ FROM_JOB: Final = (Planned, Progressed, Succeeded, Inspected, Failed)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobOutcome:
-    """How a forked job ended, for the audit record and the counters: its only word to the broker.
+    """How a forked job ended, for audit record and counters: its only message to the broker.
 
-    `done` says that the image is published, or whatever else was asked is done. Otherwise `reason`
-    is that of the failure, or empty if the job was cut short, and whoever cut it knows why.
-    What was never found out is empty or 0. Sizes in bytes.
+    `done` says that the image is published, or the inspection done. Otherwise `reason` is that of
+    the failure, or empty if the job was ended by the broker or the front, which know why. What is
+    not known is empty or 0. Sizes in bytes.
     """
 
     done: bool

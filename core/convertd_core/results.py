@@ -1,8 +1,8 @@
 """What calls return: plain, frozen values, named as the contract names them.
 
-A job says them, the front puts them into messages, and a client takes them out again or hears them
-from a job of its own. Sizes are in bytes and times in seconds. An enum's UNSPECIFIED stands for
-what a newer daemon says and this client does not know.
+The daemon or a job makes them, the front puts them into messages, and the client reads them from
+a message or from its own job. Sizes are in bytes and times in seconds. An enum's UNSPECIFIED stands
+for a value of a newer daemon that this client does not know.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class CacheChoice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Warning:  # noqa: A001 - the contract's name
-    """What a caller should know though the call succeeded: for programs, and for people."""
+    """What a caller should know although the call succeeded: for programs, and for people."""
 
     reason: str
     message: str
@@ -98,8 +98,8 @@ class Progress:
     """How far a conversion is.
 
     `queue_position` counts the jobs that start before this one. `percent` reaches 100 before the
-    result is on the disk. `bytes_total` is the virtual size, 0 until it is known. A job says its
-    phase and percentage; the rest is added by whoever passes that on.
+    result is on the disk. `bytes_total` is the virtual size, 0 until it is known. A job reports
+    phase and percentage; the front, or the client without a daemon, adds the rest.
     """
 
     job_id: str = ""
@@ -115,7 +115,7 @@ class Progress:
 class ConvertResult:
     """What was done.
 
-    `published` is false for `validate_only` alone. `plan` is None only if the daemon told none.
+    `published` is false for `validate_only` alone. `plan` is None only if the daemon sent none.
     `job_id` is empty for a conversion without a daemon. `shared_bytes` and `written_bytes` are the
     two parts of `allocated_size_bytes`: blocks that the source has too, and the result's own.
     """
@@ -162,7 +162,7 @@ class Bitmap:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageInfo:
-    """What qemu-img, contained, said of an image.
+    """What the sandboxed qemu-img reported of an image.
 
     `qemu_img_json` is its own answer (`qemu-img info --output=json`).
     """
@@ -233,7 +233,7 @@ class Grant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Versions:
-    """What runs there."""
+    """The versions of what runs on the daemon's machine."""
 
     daemon: str
     qemu_img: str
@@ -243,7 +243,7 @@ class Versions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:
-    """Whom the daemon takes the caller for, what that caller may do, and what the daemon can."""
+    """Who the caller is, what the caller may do, and what the daemon can do."""
 
     uid: int
     gid: int

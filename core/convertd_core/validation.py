@@ -1,4 +1,4 @@
-"""What a request must be whatever the policy says: paths, formats, options that go together.
+"""Checks of a request that do not depend on the policy: paths, formats, combinations of options.
 
 Pure, and the standard library alone, so that a job without a daemon checks the same. Nothing here
 looks at the system, and so nothing here tells a caller what exists.
@@ -23,7 +23,7 @@ MAX_RATE_BYTES_PER_SECOND: Final = 2**63 - 1
 """What qemu-img's -r takes at most."""
 MODE_BITS: Final = 0o666
 TEMPORARY_PREFIX: Final = ".convertd-"
-"""Names that convertd gives its own temporaries, and removes when nobody holds them."""
+"""The start of the names of convertd's temporaries, which it removes when no job has them open."""
 
 ENCRYPTABLE_FORMATS: Final = frozenset({"qcow2", "luks"})
 

@@ -1,7 +1,7 @@
-"""What is asked for, and what is granted: plain, frozen values.
+"""Requests and grants: plain, frozen values.
 
-Nothing here does anything. A stage takes the values that the earlier stages made, so that a stage
-can't be skipped: `connection → Peer → request → Grant → handles → images → plan → result`. What a
+Nothing here has an effect. A stage takes the values that the earlier stages made, so no stage can
+be skipped: `connection → Peer → request → Grant → handles → images → plan → result`. What a
 job finds out is in `convertd_daemon.job.stages`, what a call returns in `results`.
 """
 
@@ -14,7 +14,7 @@ from typing import Final
 MIB: Final = 1024 * 1024
 
 OVERFLOW_ID: Final = 65534
-"""What the kernel reports for an id that is not mapped in our user namespace: anybody."""
+"""What the kernel reports for each id that our user namespace does not map."""
 
 FORMATS: Final = frozenset(
     {"raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx", "qed", "parallels", "luks", "dmg"}
@@ -24,8 +24,8 @@ FORMATS: Final = frozenset(
 WRITABLE_FORMATS: Final = FORMATS - {"dmg"}
 
 
-# An enum's UNSPECIFIED stands for what a newer peer says and this version does not know. It is only
-# ever in what a client tells its caller: no decoder of ours takes it.
+# An enum's UNSPECIFIED stands for a value of a newer peer that this version does not know. Only the
+# client's results have it: no decoder accepts it.
 
 
 class CacheMode(enum.StrEnum):
@@ -84,7 +84,7 @@ class RootAccess(enum.StrEnum):
 
     UNSPECIFIED = "unspecified"
     DAEMON = "daemon"
-    """The daemon's: whoever is granted the root may read all in it."""
+    """The daemon's: a caller who is granted the root may read every file in it."""
     CALLER = "caller"
     """The caller's own uid, gid and groups, on top of the policy."""
 
@@ -111,7 +111,7 @@ class Phase(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
-    """Who called connect(2), as the kernel says. The pid is for the log alone: it can be reused."""
+    """Who called connect(2), as the kernel reports it. The pid is for the log: it can be reused."""
 
     uid: int
     gid: int
@@ -203,7 +203,7 @@ class ConvertRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InspectRequest:
-    """One look at an image."""
+    """A request to inspect an image."""
 
     source: Source
 
@@ -245,10 +245,10 @@ class DirectoryIdentity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Root:
-    """A directory that the policy opens to somebody, and how.
+    """A directory that the policy opens to callers, and how.
 
     `path` is absolute and normal, without a trailing slash. `access` None means the rights that the
-    process has, without a daemon: no policy can say it. `owner` None means the caller. `mounts`
+    process has, without a daemon: no policy can state it. `owner` None means the caller. `mounts`
     allows mount points below the root to be crossed, `allow_ownerless` results on file systems that
     do not keep their owner or mode, `reflink` results that share blocks with images in the root,
     and results in the root that share them with their sources. `parent_uids` and `parent_gids` are
@@ -331,12 +331,12 @@ DEFAULT_LIMITS: Final = Limits(
     duration_seconds=24 * 3600.0,
     inspect_seconds=30.0,
 )
-"""What holds where the policy says nothing, and without a daemon."""
+"""The limits that a policy does not state, and those without a daemon."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Service:
-    """What the policy says of the daemon as a service. Empty and 0 mean: not at all."""
+    """The policy's settings of the service. Empty and 0: off."""
 
     metrics: str = ""
     idle_exit_s: float = 0.0
@@ -345,10 +345,10 @@ class Service:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertGrant:
-    """Leave to convert one image, and the rule that gave it.
+    """Permission to convert one image, and the rule that gave it.
 
-    Only `policy.decide` makes one (and `local`, for the caller's own rights), so whoever holds one
-    need not ask again. The formats are what the rule allows: the source's is judged once more when
+    Only `policy.decide` makes one (and `local`, for the caller's own rights), so nothing needs to
+    be checked again. The formats are what the rule allows: the source's is judged once more when
     it is known. Of a path that an image names, the longest root in `readable` and `closed` that
     contains it decides, and must be one of `readable`.
     """
@@ -367,7 +367,7 @@ class ConvertGrant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InspectGrant:
-    """Leave to look at one image. See Grant."""
+    """Permission to inspect one image. See ConvertGrant."""
 
     rule: str
     peer: Peer

@@ -22,7 +22,7 @@ MAX_MESSAGE_BYTES: Final = 160 * 1024
 """Two paths of 4 KiB, each byte escaped to six, and then some. Below the default SO_SNDBUF."""
 
 ONE_DESCRIPTOR: Final = 1
-"""What may come with a message of the broker's to the front. Nobody else is sent any."""
+"""Of the broker's messages to the front. No other message has descriptors."""
 
 
 class Closed(Exception):
@@ -53,8 +53,8 @@ class CantPass(Exception):
 
 
 CANT_PASS: Final = frozenset({errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM})
-"""ETOOMANYREFS: as many of root's are on their way already as we may have open, whoever sent them:
-root in a container may. Source: unix(7)."""
+"""ETOOMANYREFS: as many descriptors of root's are in flight as we may have open, also those that
+root in a container sent. Source: unix(7)."""
 
 
 class Channel:
@@ -116,7 +116,7 @@ class Channel:
     def receive(
         self, *kinds: type[Any], wait: bool = True, most_descriptors: int = 0
     ) -> tuple[Any, list[int]]:
-        """Take one message of these kinds, and the descriptors that came with it (now ours).
+        """Receive one message of these kinds, with its descriptors, which the caller then owns.
 
         Raises:
             Closed: the other end is gone.
@@ -162,11 +162,11 @@ class Channel:
 
 
 class Sender(Protocol):
-    """Whoever sends on, at once or later."""
+    """Sends messages, at once or later."""
 
     @property
     def is_behind(self) -> bool:
-        """Whether what is sent now would wait."""
+        """Whether a message would not be sent at once."""
 
     def send(self, message: object, descriptor: int | None = None) -> None:
         """Send a message, with a descriptor, which is then no longer the caller's."""
@@ -180,7 +180,7 @@ class SendQueue:
     """
 
     def __init__(self, to: Channel, on_not_passed: Callable[[object], None] | None = None) -> None:
-        """Send there. `on_not_passed` is told of each message whose descriptor can't be passed.
+        """Send there. `on_not_passed` is called for each message whose descriptor can't be passed.
 
         That message is lost, and its descriptor, a socket, is shut down.
         """
@@ -240,7 +240,7 @@ class SendQueue:
 
     def _give_up(self, descriptor: int | None, message: object) -> None:
         with socket.socket(fileno=descriptor) as sock, contextlib.suppress(OSError):
-            # Others have copies, or the other end: they hear of it.
+            # Others have copies, or the other end: this ends it for them too.
             sock.shutdown(socket.SHUT_RDWR)
         if self._on_not_passed is not None:
             self._on_not_passed(message)

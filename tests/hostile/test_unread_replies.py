@@ -36,7 +36,7 @@ SOON_S: Final = 5.0
 JOBS: Final = 30
 LONG: Final = "/".join(["d" * 200] * 18)
 
-ENDED: Final = "ended a connection that takes no replies uid=1234"
+ENDED: Final = "closed a connection that reads no replies uid=1234"
 
 
 def call_to(service: str, stream: int, message: bytes, times: int = 1) -> bytes:

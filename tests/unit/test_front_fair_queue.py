@@ -97,7 +97,7 @@ def test_calls_are_passed_to_grpc_only_as_fast_as_they_start(
         await rounds(100)
         assert caller.began == fair_queue.AHEAD
         for number in range(1, 10):
-            one.taken_up()
+            one.on_call_accepted()
             await rounds(10)
             assert caller.began == fair_queue.AHEAD + number
         calling.cancel()

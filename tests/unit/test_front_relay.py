@@ -81,11 +81,11 @@ def path() -> Iterator[Path]:
 
 
 @contextlib.asynccontextmanager
-async def carried(path: Path) -> AsyncIterator[tuple[relay.Relay, Peer, socket.socket, str]]:
-    """A connection that is carried: the relay, both far ends, and the name gRPC has for it."""
+async def relayed(path: Path) -> AsyncIterator[tuple[relay.Relay, Peer, socket.socket, str]]:
+    """A connection that is relayed: the relay, both far ends, and the name gRPC has for it."""
     upstream, peer, a_relay = Upstream(path), Peer(), relay.Relay(str(path), unfiltered)
     with contextlib.closing(upstream.sock), contextlib.closing(peer):
-        a_relay.carry(7, peer.descriptor, 1234, lambda: None)
+        a_relay.relay(7, peer.descriptor, 1234, lambda: None)
         there, name = await upstream.accept()
         with contextlib.closing(there):
             yield a_relay, peer, there, name
@@ -131,7 +131,7 @@ def test_relay_copies_bytes_both_ways_unchanged(path: Path) -> None:
     data = os.urandom(3 * MIB)
 
     async def test() -> None:
-        async with carried(path) as (_, peer, there, _):
+        async with relayed(path) as (_, peer, there, _):
             loop = asyncio.get_running_loop()
             _, up, _, down = await asyncio.gather(
                 peer.send(data),
@@ -149,7 +149,7 @@ def test_relay_delivers_what_the_server_sends_first(path: Path) -> None:
     """An HTTP/2 server does not wait to be asked."""
 
     async def test() -> None:
-        async with carried(path) as (_, peer, there, _):
+        async with relayed(path) as (_, peer, there, _):
             there.send(b"settings")
             assert await peer.receive() == b"settings"
 
@@ -160,7 +160,7 @@ def test_relay_socket_name_maps_to_the_connection_number_of_the_broker(path: Pat
     """For as long as the connection is there, and no longer; another name leads to nobody."""
 
     async def test() -> None:
-        async with carried(path) as (a_relay, peer, there, name):
+        async with relayed(path) as (a_relay, peer, there, name):
             assert a_relay.connection_of(name) == 7
             assert a_relay.connection_of(f"{name}0") is None
             assert a_relay.connection_of("unix:") is None
@@ -180,7 +180,7 @@ def test_relay_socket_names_are_never_reused(path: Path) -> None:
         with contextlib.closing(upstream.sock):
             for number in range(20):
                 peer = Peer()
-                a_relay.carry(number, peer.descriptor, 1234, lambda: None)
+                a_relay.relay(number, peer.descriptor, 1234, lambda: None)
                 there, name = await upstream.accept()
                 names[name] = a_relay.connection_of(name)
                 there.close()
@@ -196,7 +196,7 @@ def test_closing_peer_ends_its_connection_after_its_last_bytes(path: Path) -> No
     """What it had said still arrives."""
 
     async def test() -> None:
-        async with carried(path) as (_, peer, there, _):
+        async with relayed(path) as (_, peer, there, _):
             await peer.send(b"last words")
             peer.sock.close()
             assert await receive_all(there, 100) == b"last words"
@@ -208,7 +208,7 @@ def test_connection_closed_by_the_server_is_closed_for_the_peer(path: Path) -> N
     """Though the broker still holds a descriptor of it: close() alone would leave it open."""
 
     async def test() -> None:
-        async with carried(path) as (_, peer, there, _):
+        async with relayed(path) as (_, peer, there, _):
             await asyncio.get_running_loop().sock_sendall(there, b"goaway")
             there.close()
             assert await receive_all(peer.sock, 100) == b"goaway"
@@ -221,7 +221,7 @@ def test_half_closed_connection_is_closed(path: Path) -> None:
     """There is no half-open connection in gRPC, and one would be a descriptor for nothing."""
 
     async def test() -> None:
-        async with carried(path) as (_, peer, there, _):
+        async with relayed(path) as (_, peer, there, _):
             await peer.send(b"x")
             peer.sock.shutdown(socket.SHUT_WR)
             assert await receive_all(there, 100) == b"x"
@@ -237,7 +237,7 @@ def test_data_with_a_descriptor_ends_its_own_connection_only(path: Path) -> None
         upstream, peer, a_relay = Upstream(path), Peer(), relay.Relay(str(path), unfiltered)
         released = asyncio.Event()
         with contextlib.closing(upstream.sock), contextlib.closing(peer):
-            a_relay.carry(7, peer.descriptor, 1234, released.set)
+            a_relay.relay(7, peer.descriptor, 1234, released.set)
             there, _ = await upstream.accept()
             with contextlib.closing(there):
                 await peer.send(b"first")
@@ -259,7 +259,7 @@ def test_relay_waits_for_a_full_server_backlog_without_blocking_others(path: Pat
             stack.enter_context(contextlib.closing(upstream.sock))
             peers = [stack.enter_context(contextlib.closing(Peer())) for _ in range(8)]
             for number, peer in enumerate(peers):
-                a_relay.carry(number, peer.descriptor, 1234, lambda: None)
+                a_relay.relay(number, peer.descriptor, 1234, lambda: None)
                 await peer.send(b"%d" % number)
             # From then on each of them tries to connect, and one has room.
             await until(lambda: bound_names() == len(peers))
@@ -289,7 +289,7 @@ def test_connection_of_a_departed_peer_does_not_reach_the_server(path: Path) -> 
             )
             gone.sock.close()
             for number, peer in enumerate((gone, first, waiting)):
-                a_relay.carry(number, peer.descriptor, 1234, lambda: None)
+                a_relay.relay(number, peer.descriptor, 1234, lambda: None)
             await until(lambda: len(a_relay) == 2)
             waiting.sock.close()
             await until(lambda: len(a_relay) == 1)
@@ -308,7 +308,7 @@ def test_peer_that_does_not_read_blocks_only_its_own_connection(path: Path, writ
     """What waits is bounded: memory can't be filled by asking much and reading nothing."""
 
     async def test() -> None:
-        async with carried(path) as (a_relay, peer, there, _):
+        async with relayed(path) as (a_relay, peer, there, _):
             sink = there if writer == "server" else peer.sock
             sent = await fill(sink)
             assert sent < 4 * MIB
@@ -318,7 +318,7 @@ def test_peer_that_does_not_read_blocks_only_its_own_connection(path: Path, writ
                 a_relay.upstream_path = f"{upstream}.2"
                 second = Upstream(Path(a_relay.upstream_path))
                 with contextlib.closing(second.sock):
-                    a_relay.carry(8, other.descriptor, 1235, lambda: None)
+                    a_relay.relay(8, other.descriptor, 1235, lambda: None)
                     far, _ = await second.accept()
                     with contextlib.closing(far):
                         await other.send(b"x")
@@ -335,7 +335,7 @@ def test_peer_that_does_not_read_its_replies_is_not_read(path: Path) -> None:
     """Until it reads: else what gRPC has to tell it would pile up there."""
 
     async def test() -> None:
-        async with carried(path) as (_, peer, there, _):
+        async with relayed(path) as (_, peer, there, _):
             answered = await fill(there)
             await peer.send(b"a question")
             assert await fill(there) == 0
@@ -364,9 +364,9 @@ def test_relay_reads_peers_by_fair_turns(path: Path) -> None:
             contextlib.closing(much),
             contextlib.closing(little),
         ):
-            a_relay.carry(1, much.descriptor, 1234, lambda: None)
+            a_relay.relay(1, much.descriptor, 1234, lambda: None)
             at_much, _ = await upstream.accept()
-            a_relay.carry(2, little.descriptor, 1235, lambda: None)
+            a_relay.relay(2, little.descriptor, 1235, lambda: None)
             at_little, _ = await upstream.accept()
             with contextlib.closing(at_much), contextlib.closing(at_little):
                 await much.send(b"m" * 4 * KIB)
@@ -403,7 +403,7 @@ def test_relay_inspects_received_data_by_fair_turns(path: Path) -> None:
             ends.enter_context(contextlib.closing(upstream.sock))
             for number, peer in enumerate(peers):
                 ends.enter_context(contextlib.closing(peer))
-                a_relay.carry(number, peer.descriptor, 1234, lambda: None)
+                a_relay.relay(number, peer.descriptor, 1234, lambda: None)
                 there, _ = await upstream.accept()
                 ends.enter_context(contextlib.closing(there))
             count()
@@ -437,7 +437,7 @@ def test_connection_without_a_server_is_closed(path: Path) -> None:
     async def test() -> None:
         a_relay, peer = relay.Relay(str(path), unfiltered), Peer()
         with contextlib.closing(peer):
-            a_relay.carry(1, peer.descriptor, 1234, lambda: None)
+            a_relay.relay(1, peer.descriptor, 1234, lambda: None)
             assert await peer.receive() == b""
         await a_relay.drain(DEADLINE_S)
         assert len(a_relay) == 0
@@ -446,7 +446,7 @@ def test_connection_without_a_server_is_closed(path: Path) -> None:
 
 
 def test_connection_is_closed_when_no_descriptor_is_free(path: Path) -> None:
-    """And the next one, when there are some again, is carried."""
+    """And the next one, when there are some again, is relayed."""
 
     async def scene() -> None:
         upstream, a_relay, peer, late = (
@@ -457,12 +457,12 @@ def test_connection_is_closed_when_no_descriptor_is_free(path: Path) -> None:
         )
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
-        a_relay.carry(1, peer.descriptor, 1234, lambda: None)
+        a_relay.relay(1, peer.descriptor, 1234, lambda: None)
         assert await peer.receive() == b""
         await a_relay.drain(DEADLINE_S)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert (len(a_relay), bound_names()) == (0, 0)
-        a_relay.carry(2, late.descriptor, 1234, lambda: None)
+        a_relay.relay(2, late.descriptor, 1234, lambda: None)
         _, name = await upstream.accept()
         assert a_relay.connection_of(name) == 2
 
@@ -480,7 +480,7 @@ def test_relay_shutdown_ends_within_its_time_limit(path: Path) -> None:
     """What does not end in its time is left."""
 
     async def test() -> None:
-        async with carried(path) as (a_relay, _, _, _):
+        async with relayed(path) as (a_relay, _, _, _):
             await a_relay.drain(0.01)
             assert len(a_relay) == 1
         await a_relay.drain(0.01)

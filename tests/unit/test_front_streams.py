@@ -67,25 +67,29 @@ def test_calls_begun_and_reset_by_a_peer_are_counted() -> None:
 
 
 @pytest.fixture
-def carried() -> relay.Carried:
+def relayed() -> relay.RelayedConnection:
     """A connection with two calls."""
-    return relay.Carried(number=1, uid=2, downstream=socket.socket(), streams=begun(1, 3))
+    return relay.RelayedConnection(number=1, uid=2, downstream=socket.socket(), streams=begun(1, 3))
 
 
-def test_connection_is_idle_when_its_peer_took_no_reply_for_long(carried: relay.Carried) -> None:
+def test_connection_is_idle_when_its_peer_took_no_reply_for_long(
+    relayed: relay.RelayedConnection,
+) -> None:
     """However much is read; one call that ends is enough to go on."""
-    with carried.downstream:
-        assert not carried.is_idle(0.0, 20.0)
-        assert not carried.is_idle(20.0, 20.0)
-        assert carried.is_idle(20.1, 20.0)
-        carried.streams.end(1)
-        assert not carried.is_idle(20.2, 20.0)
-        assert carried.is_idle(40.3, 20.0)
+    with relayed.downstream:
+        assert not relayed.is_idle(0.0, 20.0)
+        assert not relayed.is_idle(20.0, 20.0)
+        assert relayed.is_idle(20.1, 20.0)
+        relayed.streams.end(1)
+        assert not relayed.is_idle(20.2, 20.0)
+        assert relayed.is_idle(40.3, 20.0)
 
 
-def test_connection_is_not_idle_while_replies_are_prepared(carried: relay.Carried) -> None:
+def test_connection_is_not_idle_while_replies_are_prepared(
+    relayed: relay.RelayedConnection,
+) -> None:
     """A conversion lasts as long as it lasts."""
-    with carried.downstream:
-        carried.streams.running = 2
-        assert not carried.is_idle(0.0, 20.0)
-        assert not carried.is_idle(1000.0, 20.0)
+    with relayed.downstream:
+        relayed.streams.running = 2
+        assert not relayed.is_idle(0.0, 20.0)
+        assert not relayed.is_idle(1000.0, 20.0)

@@ -1,4 +1,4 @@
-"""What ran out, broke, took too long or came between while a job was to run."""
+"""Conditions of a job that runs: exhausted, failed, overtaken, cancelled, too slow."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from convertd_core.conditions import base
 
 
 class QueueFull(base.ConvertError, status=base.Status.RESOURCE_EXHAUSTED):
-    """No further request can wait."""
+    """Too many requests wait already."""
 
     sentence = "the queue is full: {waiting} requests wait, {limit} are allowed for {whom}"
     waiting: int
@@ -15,7 +15,7 @@ class QueueFull(base.ConvertError, status=base.Status.RESOURCE_EXHAUSTED):
 
 
 class TooManyCalls(base.ConvertError, status=base.Status.RESOURCE_EXHAUSTED):
-    """A user has as many calls going on as one may have, or takes no replies."""
+    """A user has too many open calls, or reads no replies."""
 
     sentence = "too many calls: {limit} of your calls run or have replies that you did not read"
     limit: int
@@ -97,7 +97,7 @@ class NameReplaced(base.ConvertError, status=base.Status.ABORTED):
 
 
 class SourceChanged(base.ConvertError, status=base.Status.ABORTED):
-    """What was read is not what was opened: somebody wrote to it meanwhile."""
+    """The source was written to during the conversion."""
 
     sentence = "{path}: changed during the conversion: {problem}"
     path: str

@@ -1,4 +1,4 @@
-"""Who may ask, what can be asked, and what is there: refused before anything is opened or read."""
+"""Conditions of a request: not permitted, invalid, or about something that does not exist."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class SizeNotPossible(base.ConvertError, status=base.Status.INVALID_ARGUMENT):
 
 
 class BadMessage(base.ConvertError, status=base.Status.INVALID_ARGUMENT):
-    """Bytes that are not the request they should be."""
+    """Bytes that are not a valid request."""
 
     sentence = "the request can't be read: {problem}"
     problem: str

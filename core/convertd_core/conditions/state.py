@@ -1,4 +1,4 @@
-"""The state of things that stands in the way: the image, the destination, the policy's roots."""
+"""Conditions of the image, the destination or the policy's roots that prevent a conversion."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class OutsideRoot(base.ConvertError, status=base.Status.FAILED_PRECONDITION):
 
 
 class RootUnusable(base.ConvertError, status=base.Status.FAILED_PRECONDITION):
-    """The root that the path lies in can't be opened as it is, or must not be."""
+    """The root that contains the path can't be opened, or must not be."""
 
     sentence = "the root {root} can't be used: {problem}"
     root: str
@@ -83,7 +83,7 @@ class ImageAtFault(base.ConvertError, status=base.Status.FAILED_PRECONDITION):
 class ImageRefused(ImageAtFault):
     """An image that qemu-img can't read as what it should be, or that asks for more than itself.
 
-    qemu-img's own words are in the daemon's log only: about opening they tell which files exist.
+    qemu-img's own message is in the daemon's log only: it can tell which files exist.
     """
 
     sentence = "{path}: the image is refused: {problem}"
@@ -92,7 +92,7 @@ class ImageRefused(ImageAtFault):
 
 
 class FormatMismatch(ImageAtFault):
-    """The image is of another format than the caller said."""
+    """The image has another format than the caller stated."""
 
     sentence = "{path}: the image does not have the format {format}"
     path: str
@@ -102,7 +102,7 @@ class FormatMismatch(ImageAtFault):
 class AmbiguousFormat(ImageAtFault):
     """No format was stated, and the bytes fit a disk as well as something else.
 
-    Taken for the wrong one, it would become a disk of rubbish without a word. Stated, it is read.
+    Read as the wrong one, it would silently become a useless disk. If stated, it is read.
     """
 
     sentence = "{path}: looks like {found}; {remedy}"
@@ -112,7 +112,7 @@ class AmbiguousFormat(ImageAtFault):
 
 
 class BackingRefused(ImageAtFault):
-    """An image that stands on another one, which this caller can't have read through it."""
+    """An image whose backing file this caller may not read, or which can't be read."""
 
     sentence = "{path}: its backing file {backing!r} is refused: {problem}"
     path: str

@@ -1,4 +1,4 @@
-"""`convertd check`: a policy in words, and whatever would keep it from working on this system."""
+"""`convertd check`: explain a policy, and report what keeps it from working on this system."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run(policy_path: str) -> int:
 
     Returns:
         The exit status: 1 if the daemon would not start, not take the policy, or leave out a part
-        of it; else 0. A root that is not there is told, but may yet appear, and doesn't count.
+        of it; else 0. A missing root is reported, but may yet appear, and doesn't count.
     """
     try:
         loaded = load.load(policy_path)
@@ -61,7 +61,7 @@ def run(policy_path: str) -> int:
 
 
 def print_dropin(policy_path: str) -> int:
-    """Print the drop-in with which the service can do what a policy says.
+    """Print the drop-in that a policy needs.
 
     Returns:
         The exit status: 1 if the policy can't be loaded.
@@ -89,7 +89,7 @@ def beyond_the_unit(loaded: load.Loaded) -> Iterator[str]:
 
 
 def unit_properties() -> Mapping[str, str]:
-    """What systemd says of our unit; nothing where there is no systemd to ask."""
+    """The properties of our unit; none where systemd does not answer."""
     try:
         shown = subprocess.run(
             [SYSTEMCTL, "show", UNIT, f"--property={','.join(PROPERTIES)}"],

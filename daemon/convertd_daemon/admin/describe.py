@@ -1,4 +1,4 @@
-"""A policy in words: who may do what, and with whose rights."""
+"""Explain a policy: who may do what, and with whose rights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def of(loaded: load.Loaded) -> Iterator[str]:
-    """Tell a policy in words, line by line."""
+    """Explain a policy, line by line."""
     yield f"{loaded.file}:"
     yield from _section("Roots", map(_root, loaded.policy.roots))
     grants = zip(loaded.document.grants, loaded.policy.rules, strict=True)

@@ -51,7 +51,7 @@ class Needs:
 
 
 def needs_of(policy: Policy) -> Needs:
-    """What the roots need that somebody was granted, and the file with the counters."""
+    """What the granted roots and the file with the counters need."""
     written = {root for rule in policy.rules for root in rule.write}
     read = {root for rule in policy.rules for root in rule.read} - written
     counters = {os.path.dirname(policy.service.metrics)} if policy.service.metrics else set()
@@ -151,7 +151,7 @@ def is_within(path: str, trees: Iterable[str]) -> bool:
 
 
 def uncovered(needs: Needs, unit: Mapping[str, str]) -> Iterator[str]:
-    """Say what a unit, as `systemctl show` tells its properties, does not allow."""
+    """Report what a unit, by its properties in `systemctl show`, does not allow."""
     writable = _paths(unit.get("ReadWritePaths", ""))
     for path in needs.writes:
         if unit.get("ProtectSystem") == "strict" and not is_within(path, writable):

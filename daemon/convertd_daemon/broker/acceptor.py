@@ -109,12 +109,12 @@ class Acceptor:
             if connection is None:
                 return False
         except OSError as error:
-            log.info("connection lost at once error=%s", error)
+            log.info("peer disconnected at once error=%s", error)
             return False
         try:
             theirs = os.dup(sock.fileno())
         except OSError as error:
-            log.warning("can't hand on a connection error=%s", error)
+            log.warning("can't pass a connection to the front error=%s", error)
             self._connections.drop(connection)
             return False
         self._loop.watch(sock.fileno(), loop.PEER_GONE, lambda _: self._drop(connection))

@@ -150,7 +150,7 @@ class FrontSupervisor:
             return
         except channel.TooLong as error:
             # A caller in 65,536 groups, a policy of a megabyte: its call ends, and nothing else.
-            log.warning("an answer does not fit into a message: %s", error)
+            log.warning("a reply does not fit into a message: %s", error)
             self._refuse(message, TOO_LONG)
         if front.outbound.has_pending and self._timer is None:
             # The front itself never waits to send. What waits for it stays within what the jobs
@@ -161,7 +161,7 @@ class FrontSupervisor:
 
     def _on_not_passed(self, message: object) -> None:
         """Handle a message whose descriptor was lost: a connection, or a job's channel."""
-        log.warning("the kernel passes no descriptor to the front: too many are on their way")
+        log.warning("the kernel passes no descriptor to the front: too many are in flight")
         self._refuse(message, conditions.InternalError(error_id=getrandom.hex_name(6)))
 
     def _refuse(self, message: object, why: conditions.ConvertError) -> None:
@@ -213,7 +213,7 @@ class FrontSupervisor:
             self._disconnect(front)
         except codec.CodecError:
             # We made it and it does not speak our language: it is no longer ours.
-            log.exception("the front sent what is no message")
+            log.exception("invalid message from the front")
             self._disconnect(front)
         else:
             self._events.on_front_message(message)

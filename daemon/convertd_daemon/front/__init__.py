@@ -1,1 +1,1 @@
-"""The process that speaks gRPC and has no privileges. See `main`."""
+"""The process that serves gRPC, without privileges. See `main`."""

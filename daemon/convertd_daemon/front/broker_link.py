@@ -47,16 +47,16 @@ class Call:
         self.job_id = ""
         self.over = False
         self._link = link
-        self._heard: collections.deque[object] = collections.deque()
+        self._messages: collections.deque[object] = collections.deque()
         self._news = asyncio.Event()
         self._channel: channel.Channel | None = None
 
     def deliver(self, message: object) -> None:
         """Queue a message from the broker or the job."""
         replaces = isinstance(message, REPLACED_BY_NEWER)
-        if replaces and self._heard and type(self._heard[-1]) is type(message):
-            self._heard.pop()
-        self._heard.append(message)
+        if replaces and self._messages and type(self._messages[-1]) is type(message):
+            self._messages.pop()
+        self._messages.append(message)
         self._news.set()
 
     def deliver_end(self, message: messages.Ended) -> None:
@@ -73,12 +73,12 @@ class Call:
         Raises:
             BrokerIsGone: there will be none.
         """
-        while not self._heard:
+        while not self._messages:
             if self._link.closed:
                 raise BrokerIsGone
             self._news.clear()
             await self._news.wait()
-        return self._heard.popleft()
+        return self._messages.popleft()
 
     def wake(self) -> None:
         """Wake the coroutine in `next`, so that it sees that the link is closed."""
@@ -212,7 +212,7 @@ class BrokerLink:
         match message:
             case messages.Connected(connection=number, uid=uid):
                 self._users[number] = uid
-                self.relay.carry(number, descriptors.pop(), uid, lambda: self._release(number))
+                self.relay.relay(number, descriptors.pop(), uid, lambda: self._release(number))
             case messages.Probe(probe=number):
                 healthy = messages.ProbeAnswered(probe=number)
                 if self.prober is not None:

@@ -25,7 +25,7 @@ from convertd_daemon.front import error_status
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
-    from convertd_daemon.front.relay import Carried, Relay
+    from convertd_daemon.front.relay import Relay, RelayedConnection
 
     Context = grpc.aio.ServicerContext[Any, Any]
     Handler = grpc.RpcMethodHandler[Any, Any]
@@ -82,19 +82,19 @@ class Calls(grpc.aio.ServerInterceptor):
 
     def _unary(self, answer: Any) -> Any:  # noqa: ANN401 - grpc's own types
         async def counted(_requests: object, context: Context) -> Any:  # noqa: ANN401
-            carried = await self._admit(context)
+            connection = await self._admit(context)
             asked = [await _only_request(context)]
-            with Running(carried):
+            with Running(connection):
                 return await answer(asked.pop(), context)
 
         return counted
 
     def _stream(self, answer: Any, *, converts: bool) -> Any:  # noqa: ANN401
         async def counted(_requests: object, context: Context) -> AsyncIterator[Any]:
-            carried = await self._admit(context)
+            connection = await self._admit(context)
             # A list, so that the handler holds the only reference: it may drop the request early.
             asked = [await _only_request(context)]
-            with Running(carried, converts=converts) as running:
+            with Running(connection, converts=converts) as running:
                 async for reply in answer(asked.pop(), context):
                     # Newer progress replaces unread progress: a conversion does not wait for it.
                     if not converts or reply.HasField("result"):
@@ -114,16 +114,16 @@ class Calls(grpc.aio.ServerInterceptor):
 
         return counted
 
-    async def _admit(self, context: Context) -> Carried | None:
+    async def _admit(self, context: Context) -> RelayedConnection | None:
         """Admit a call, and return its connection.
 
         Raises:
             grpc.aio.AbortError: its user has too many calls.
         """
-        carried = self._relay.carried(context.peer())
-        if carried is not None and self._relay.open_calls(carried.uid) > IN_FLIGHT:
+        connection = self._relay.find(context.peer())
+        if connection is not None and self._relay.open_calls(connection.uid) > IN_FLIGHT:
             await error_status.abort(context, conditions.TooManyCalls(limit=IN_FLIGHT).failure())
-        return carried
+        return connection
 
     async def watch(self) -> None:
         """Close idle connections, until cancelled."""
@@ -135,8 +135,8 @@ class Calls(grpc.aio.ServerInterceptor):
 class Running:
     """Marks a call as being handled, on its connection of the relay if it has one."""
 
-    def __init__(self, carried: Carried | None, *, converts: bool = False) -> None:
-        self._carried = carried
+    def __init__(self, connection: RelayedConnection | None, *, converts: bool = False) -> None:
+        self._connection = connection
         self._converts = converts
 
     def __enter__(self) -> Self:
@@ -156,9 +156,9 @@ class Running:
             self._add(1)
 
     def _add(self, count: int) -> None:
-        if self._carried is not None:
-            self._carried.streams.running += count
-            self._carried.conversions += count * self._converts
+        if self._connection is not None:
+            self._connection.streams.running += count
+            self._connection.conversions += count * self._converts
 
 
 async def _only_request(context: Context) -> Any:  # noqa: ANN401

@@ -42,7 +42,7 @@ class FairQueue:
         """Count calls that are being sent to gRPC in the current turn."""
         self._ahead += calls
 
-    def taken_up(self) -> None:
+    def on_call_accepted(self) -> None:
         """Count that gRPC has accepted a call."""
         self._ahead = max(self._ahead - 1, 0)
         if self._timer is not None:

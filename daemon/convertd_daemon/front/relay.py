@@ -41,7 +41,7 @@ ANSWERED_BYTES: Final = 64 * 1024
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Carried:
+class RelayedConnection:
     """A relayed connection: the broker's number for it, its peer's uid, and its calls.
 
     Attributes:
@@ -78,7 +78,7 @@ class Relay:
         """Relay to the gRPC server at this path, with a header filter for each connection."""
         self.upstream_path = upstream_path
         self._make_filter = make_filter
-        self._carried: dict[str, Carried] = {}
+        self._connections: dict[str, RelayedConnection] = {}
         self.queue = fair_queue.FairQueue()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -87,38 +87,38 @@ class Relay:
 
     def connection_of(self, grpc_peer: str) -> int | None:
         """The broker's number for a peer of gRPC's; None for one that is not ours."""
-        carried = self._carried.get(grpc_peer)
-        return None if carried is None else carried.number
+        connection = self._connections.get(grpc_peer)
+        return None if connection is None else connection.number
 
-    def carried(self, grpc_peer: str) -> Carried | None:
+    def find(self, grpc_peer: str) -> RelayedConnection | None:
         """The connection of a peer of gRPC's; None for one that is not ours."""
-        return self._carried.get(grpc_peer)
+        return self._connections.get(grpc_peer)
 
     def open_calls(self, uid: int) -> int:
         """How many calls a user has on all connections, running conversions not counted."""
         return sum(
-            len(carried.streams) - carried.conversions
-            for carried in self._carried.values()
-            if carried.uid == uid
+            len(connection.streams) - connection.conversions
+            for connection in self._connections.values()
+            if connection.uid == uid
         )
 
     def end_idle(self, now: float, limit_s: float) -> None:
         """Close connections that were idle for so long, which ends their calls."""
-        for carried in self._carried.values():
-            if carried.is_idle(now, limit_s):
-                log.info("ended a connection that takes no replies uid=%d", carried.uid)
+        for connection in self._connections.values():
+            if connection.is_idle(now, limit_s):
+                log.info("closed a connection that reads no replies uid=%d", connection.uid)
                 with contextlib.suppress(OSError):
-                    carried.downstream.shutdown(socket.SHUT_RDWR)
+                    connection.downstream.shutdown(socket.SHUT_RDWR)
 
-    def carry(
+    def relay(
         self, number: int, descriptor: int, uid: int, on_released: Callable[[], None]
     ) -> None:
         """Relay a user's connection until either side ends it. Owns the descriptor from now on.
 
         `on_released` is called when it is closed: until then the broker keeps its own copy open.
         """
-        carrying = self._carry(number, descriptor, uid)
-        task = asyncio.get_running_loop().create_task(carrying)
+        relaying = self._relay(number, descriptor, uid)
+        task = asyncio.get_running_loop().create_task(relaying)
         task.add_done_callback(lambda _: on_released())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -128,17 +128,17 @@ class Relay:
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=seconds)
 
-    async def _carry(self, number: int, descriptor: int, uid: int) -> None:
+    async def _relay(self, number: int, descriptor: int, uid: int) -> None:
         downstream = socket.socket(fileno=descriptor)
         try:
             downstream.setblocking(False)
-            await self._carry_upstream(number, downstream, uid)
+            await self._relay_upstream(number, downstream, uid)
         except OSError as error:
             log.debug("connection %d ended error=%s", number, error)
         finally:
             _end(downstream)
 
-    async def _carry_upstream(self, number: int, downstream: socket.socket, uid: int) -> None:
+    async def _relay_upstream(self, number: int, downstream: socket.socket, uid: int) -> None:
         """Relay until either side ends it.
 
         Raises:
@@ -152,11 +152,11 @@ class Relay:
             )
             upstream.bind(f"\0{name}")
             calls = streams.Streams()
-            self._carried[peer] = Carried(
+            self._connections[peer] = RelayedConnection(
                 number=number, uid=uid, downstream=downstream, streams=calls
             )
             # Forget the name before close() frees it: a later socket of that name is another's.
-            stack.callback(self._carried.pop, peer, None)
+            stack.callback(self._connections.pop, peer, None)
             await _connect(upstream, self.upstream_path, downstream)
 
             def passed(data: bytes) -> Iterable[bytes]:

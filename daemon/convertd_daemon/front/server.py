@@ -52,13 +52,13 @@ def _is_news(record: logging.LogRecord) -> bool:
 class CallCounter(grpc.GenericRpcHandler):
     """Counts the calls that gRPC accepts: the first of its handlers, and it handles none."""
 
-    def __init__(self, taken_up: Callable[[], None]) -> None:
-        """Report each accepted call to `taken_up`."""
-        self._taken_up = taken_up
+    def __init__(self, on_call_accepted: Callable[[], None]) -> None:
+        """Report each accepted call to `on_call_accepted`."""
+        self._on_call_accepted = on_call_accepted
 
     def service(self, _details: grpc.HandlerCallDetails) -> None:
         """Count a call, and leave it to the next handler."""
-        self._taken_up()
+        self._on_call_accepted()
 
 
 async def start(
@@ -68,7 +68,7 @@ async def start(
     logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
     server = grpc.aio.server(options=OPTIONS, interceptors=(calls,))
     handlers = service.ConvertService(broker, relay).handler()
-    server.add_generic_rpc_handlers((CallCounter(relay.queue.taken_up), handlers))
+    server.add_generic_rpc_handlers((CallCounter(relay.queue.on_call_accepted), handlers))
     health_pb2_grpc.add_HealthServicer_to_server(health.Health("", service.SERVICE), server)
     watched = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
     reflection.enable_server_reflection((service.SERVICE, watched, reflection.SERVICE_NAME), server)

@@ -1,4 +1,4 @@
-"""The calls of the contract: each becomes a message to the broker, and what comes back a reply."""
+"""The calls of the contract: each becomes a message to the broker, whose reply it returns."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SERVICE: Final = "convertd.v1.ConvertService"
 
 
 class UnparsableRequest:
-    """What stands in for a request that is no such message; its call is answered as any other."""
+    """The stand-in for a request that can't be parsed; its call is refused like any other."""
 
 
 class ConvertService:
@@ -116,7 +116,7 @@ class ConvertService:
     async def convert(
         self, request: pb.ConvertRequest, connection: int
     ) -> AsyncIterator[pb.ConvertResponse]:
-        """Convert: events as they come; whoever stops listening cancels the job."""
+        """Convert: yield events as they arrive; closing the generator cancels the job."""
         secrets = translate.secrets(request)
         asked = translate.convert_request(request)
         with (
@@ -132,7 +132,7 @@ class ConvertService:
                 self.progress.pop(following.job_id, None)
 
     async def inspect(self, request: pb.InspectRequest, connection: int) -> pb.InspectResponse:
-        """Inspect: one look at an image."""
+        """Inspect: describe an image."""
         with self.broker.call(connection, translate.inspect_request(request)) as call:
             while not isinstance(message := await _next(call), messages.Inspected):
                 pass
@@ -150,7 +150,7 @@ class ConvertService:
     async def cancel_job(
         self, request: pb.CancelJobRequest, connection: int
     ) -> pb.CancelJobResponse:
-        """CancelJob: one's own, or anybody's by an operator."""
+        """CancelJob: a job of the caller, or any job for an operator."""
         job, _ = await self._ask(connection, messages.CancelJob(job_id=request.job_id))
         return pb.CancelJobResponse(job=self._job(job))
 
@@ -185,7 +185,7 @@ class ConvertService:
 
 
 class ConversionEvents:
-    """What one conversion has told so far, and the events that this makes."""
+    """The messages of one conversion, turned into events of the contract."""
 
     def __init__(self, now: float) -> None:
         """A call that arrived `now`, in seconds of the monotonic clock."""
@@ -196,7 +196,7 @@ class ConversionEvents:
         self.progress = pb.ConvertProgress()
 
     async def events(self, call: Call) -> AsyncIterator[pb.ConvertResponse]:
-        """Turn what broker and job say into events, until the result.
+        """Turn the messages of broker and job into events, until the result.
 
         Raises:
             conditions.ConvertError, Ends: the conversion ended otherwise.
@@ -266,14 +266,14 @@ async def _next(call: Call) -> object:
         call.over = isinstance(message, messages.ReplyComplete)
         return message
     call.over = not isinstance(message, messages.Failed)
-    # A job that took too long says so while its qemu-img, which may be stuck, still lives.
+    # A job that took too long reports that while its qemu-img, which may be stuck, still runs.
     if not call.over and failure.status is not conditions.Status.DEADLINE_EXCEEDED:
         call.finish()
     raise CallFailed(failure)
 
 
 async def _fail(context: Context, error: Exception) -> NoReturn:
-    """End a call as the table of conditions says; whatever is not in it is a bug."""
+    """End a call with the status of its condition; any other exception is a bug."""
     match error:
         case grpc.aio.AbortError():
             raise error

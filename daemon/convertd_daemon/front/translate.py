@@ -1,6 +1,6 @@
-"""Between the messages of the contract and the values that the rest of the daemon speaks of.
+"""Convert the contract's messages to our values, and back.
 
-Nothing is judged here but whether a message says something that has a value on the other side.
+Checks only that each field has a value on our side.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def secrets(message: pb.ConvertRequest) -> list[bytes]:
 
 
 def _options(message: pb.Destination) -> tuple[values.CreationOption, ...]:
-    """The options of the format, in qemu's words; those left out are qemu's to choose."""
+    """The format's options, in qemu's spelling. qemu chooses those that are not set."""
     kind = message.WhichOneof("options")
     if kind is None:
         return ()

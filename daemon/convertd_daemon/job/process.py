@@ -163,6 +163,6 @@ class PreforkedJob:
     def on_exit(self, pid: int) -> None:
         """Note that a process has ended, which may be the preforked one."""
         if self._worker is not None and self._worker.pid == pid:
-            log.warning("the spare process ended pid=%d", pid)
+            log.warning("the preforked process ended pid=%d", pid)
             self._worker.close()
             self._worker = None

@@ -65,7 +65,7 @@ DEFAULT_SERVICE: Final = values.Service()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """What the policy file says, with every name resolved.
+    """The policy of the file, with every name resolved.
 
     `roots` are all of them, also those that no rule names: they still hide what lies below from
     the roots around them.

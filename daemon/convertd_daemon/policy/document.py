@@ -67,7 +67,7 @@ class PolicyError(Exception):
         self.reason = reason
 
 
-# --- what the file says ------------------------------------------------------------------------
+# --- the keys of the file ------------------------------------------------------------------------
 
 
 class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -240,7 +240,7 @@ _REWORDED: Final = (
     (r"Expected `bool.*", r"must be true or false"),
     (r"Invalid enum value (.*)", r"\1 is not one of the values that are possible here"),
 )
-"""What msgspec says, and what we say."""
+"""msgspec's messages, and ours."""
 
 
 def _in_our_words(prefix: str, error: msgspec.ValidationError) -> PolicyError:

@@ -1,4 +1,4 @@
-"""Run in a forked child what may block for ever: the child can be killed, the broker goes on."""
+"""Run what may block for ever in a forked child, which can be killed."""
 
 from __future__ import annotations
 

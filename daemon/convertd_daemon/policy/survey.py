@@ -30,7 +30,7 @@ LIMIT_S: Final = 5.0
 """How long all may take."""
 
 SILENT: Final = errno.ETIMEDOUT
-"""The error of a root without an answer in time."""
+"""The error of a root that did not answer in time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +123,7 @@ def _is_read_only(fd: int) -> bool:
 
 
 def _lines(answer: int, patience_s: float, deadline: float) -> Iterator[bytes]:
-    """The lines of an answer, as long as one comes in time."""
+    """The lines of the child, until one takes too long."""
     poller = select.poll()
     poller.register(answer, select.POLLIN)
     data = b""

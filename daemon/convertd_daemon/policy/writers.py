@@ -29,7 +29,7 @@ class Writers:
         return self.everybody or bool(self.uids or self.gids)
 
     def beyond(self, root: values.Root) -> Writers:
-        """Those of them whom the policy does not name for that root."""
+        """Those of them that the policy does not name for that root."""
         return Writers(
             path=self.path,
             uids=self.uids - root.parent_uids,
@@ -47,7 +47,7 @@ class Writers:
 
 
 def above(path: str, way: list[path_walk.Step], *, is_block: bool) -> Iterator[Writers]:
-    """Say of each directory on the way to a root who could replace what lies next on the way.
+    """For each directory on the path of a root: who could replace the next one on the path.
 
     `way` may end before the root, if that is not there: then those count who could make what is
     missing. In a root of devices, where links are followed, those count who can write in it.
@@ -79,7 +79,7 @@ def of(step: path_walk.Step, below_uid: int | None = None) -> Writers:
     else:
         everybody = bool(mode & stat.S_IWOTH)
         if mode & stat.S_IWGRP:
-            # With a list these bits are its mask: nobody it names may do more.
+            # With a list these bits are its mask, which limits all entries.
             listed = posix_acl.writers(step.fd)
             if listed is None or listed.owning_group:
                 gids.add(step.status.st_gid)

@@ -169,7 +169,7 @@ def _printable(value: str) -> str:
 def write(record: Record) -> None:
     """Put a record into the journal, or on stderr if there is none.
 
-    Blocks while the journal has no room: nothing goes on without its record.
+    Blocks while the journal has no room: no request goes without a record.
     """
     line = record.line()
     if not os.path.exists(JOURNAL):

@@ -31,7 +31,7 @@ def notify(*assignments: str, patience_s: float = PATIENCE_S) -> None:
         try:
             sock.sendto("\n".join(assignments).encode(), address)
         except BlockingIOError:
-            log.debug("systemd takes no message, dropped assignments=%s", " ".join(assignments))
+            log.debug("systemd reads no messages, dropped assignments=%s", " ".join(assignments))
         except OSError as error:
             log.warning("can't notify systemd error=%s", error)
 

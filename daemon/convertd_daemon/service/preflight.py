@@ -62,7 +62,7 @@ def _is_group(name: str) -> bool:
 
 
 def check_kernel() -> int:
-    """Check what the kernel must give, and tell its Landlock ABI.
+    """Check what the kernel must provide, and return its Landlock ABI.
 
     Raises:
         StartError: Landlock is missing or off, hard links to others' files are allowed, or
@@ -136,7 +136,7 @@ def private_directory(socket_path: str, front: Identity) -> str:
 
 
 def names_directory(socket_path: str) -> str:
-    """Make the directory in which jobs make links; anybody may pass through it, and see nothing.
+    """Make the directory for the links of jobs: every user may pass through it, and not list it.
 
     Raises:
         StartError: something else has that name.

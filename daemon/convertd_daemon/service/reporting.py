@@ -1,4 +1,4 @@
-"""What the daemon tells systemd, the journal and node_exporter of itself."""
+"""What the daemon reports to systemd, the journal and node_exporter."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class Status:
 
 
 class Reporter:
-    """Puts requests on record, counts them, and shows what is going on.
+    """Records requests, counts them, and shows the numbers of the moment.
 
     Attributes:
-        stopping: whether the daemon takes no more.
+        stopping: whether the daemon accepts no more requests.
         metrics_path: the file for node_exporter, empty for none.
     """
 
@@ -52,7 +52,7 @@ class Reporter:
         after: Callable[[float, Callable[[], None]], object],
         now: Callable[[], messages.Stats],
     ) -> None:
-        """Count from 0. `after` calls something later; `now` says what is going on."""
+        """Count from 0. `after` calls something later; `now` gives the numbers of the moment."""
         self.now = now
         self.stopping = False
         self.metrics_path = ""
@@ -62,7 +62,7 @@ class Reporter:
         self._status = Status()
 
     def on_reload(self, problem: str) -> None:
-        """Take note why the policy in force is not that of the file; empty if it is."""
+        """Note why a policy was not reloaded; empty if it was."""
         self._status.policy_problem = problem
         self.update_status()
 
@@ -72,7 +72,7 @@ class Reporter:
         return self._file.pid
 
     def report(self, record: audit.Record) -> None:
-        """Put the end of a request on record."""
+        """Record the end of a request."""
         audit.write(record)
         self.counters.count(record)
         if record.outcome is audit.Outcome.REFUSED:
@@ -80,7 +80,7 @@ class Reporter:
             self.update_status()
 
     def report_refused(self, asked: audit.RequestSummary, reason: str, detail: str = "") -> None:
-        """Put a refusal on record."""
+        """Record a refusal."""
         refused = audit.Outcome.REFUSED
         self.report(audit.Record(asked=asked, outcome=refused, reason=reason, detail=detail))
 
@@ -97,11 +97,11 @@ class Reporter:
         self._after(metrics.INTERVAL_S, self.write_counters)
 
     def write_last_counters(self) -> None:
-        """Write the file once more, when the loop has ended and nobody reaps children."""
+        """Write the file once more, when the loop has ended and reaps no children."""
         self._file.finish()
         self.write_counters()
         self._file.finish()
 
     def on_exit(self, pid: int) -> bool:
-        """Take note that a process has ended, and say whether it wrote the counters."""
+        """Note that a process has ended; return whether it wrote the counters."""
         return self._file.ended(pid)
