@@ -252,7 +252,10 @@ def test_convertctl_says_how_a_result_is_made(daemon: Daemon, disk: Path, dest: 
         ends = (str(disk / "in.raw"), str(dest), "-f", "raw", "-O", "raw")
         return ALICE.convertctl(daemon.socket, "convert", *ends, *options)
 
-    assert "  method        reflink: " in convertctl("--dry-run").out
+    planned = convertctl("--dry-run").out
+    assert "  method       reflink: " in planned
+    assert "  needs        nothing" in planned
+    assert "cache" not in planned
     assert convertctl("--reflink", "sometimes").status == 2
     copied = json.loads(convertctl("--reflink", "never", "--json").out.splitlines()[-1])
     assert (copied["method"], copied["plan"]["method"]) == ("qemu-img", "qemu-img")

@@ -14,6 +14,9 @@ from convertd_client.cli import text
 RIGHTS = {results.RootAccess.DAEMON: "the daemon's", results.RootAccess.CALLER: "your own"}
 SCOPES = {results.OverwriteScope.OWN: "your own files", results.OverwriteScope.ANY: "any file"}
 
+BY_QEMU_IMG = frozenset({results.Method.QEMU_IMG, results.Method.UNSPECIFIED})
+"""The methods to which cache modes and the command apply. An older daemon does not tell it."""
+
 
 def result(dest: str, done: results.ConvertResult) -> None:
     """Print what a conversion did, in one line."""
@@ -26,7 +29,7 @@ def result(dest: str, done: results.ConvertResult) -> None:
         shared = f", {text.size(done.shared_bytes)} of it shared with the source" if shares else ""
         speed = f"{text.duration(done.elapsed_seconds)} at {text.rate(done.bytes_per_second)}"
         facts = [kind, on_disk + shared, speed]
-    if not shares:
+    if done.method in BY_QEMU_IMG:
         facts.append(f"cache mode {done.dest_cache.mode} ({done.dest_cache.reason})")
     facts += ["verified"] if done.verified else []
     click.echo(text.shown(f"{dest}: {', '.join(facts)}"))
@@ -37,13 +40,16 @@ def plan(planned: results.Plan) -> None:
     chain = [f"{item.path} ({item.format})" for item in planned.chain]
     rows = [
         ("source", " <- ".join(chain) or planned.source_format),
-        ("source cache", f"{planned.source_cache.mode}: {planned.source_cache.reason}"),
-        ("dest cache", f"{planned.dest_cache.mode}: {planned.dest_cache.reason}"),
         ("method", f"{planned.method}: {planned.method_reason or 'not said'}"),
         ("compression", str(planned.compression)),
         ("needs", _needs(planned)),
-        ("command", shlex.join(planned.command)),
     ]
+    if planned.method in BY_QEMU_IMG:
+        rows += [
+            ("source cache", f"{planned.source_cache.mode}: {planned.source_cache.reason}"),
+            ("dest cache", f"{planned.dest_cache.mode}: {planned.dest_cache.reason}"),
+            ("command", shlex.join(planned.command)),
+        ]
     _facts(rows)
 
 
