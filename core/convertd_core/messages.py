@@ -259,7 +259,7 @@ class StartJob:
     """The assignment of a preforked process."""
 
     job_id: str
-    grant: values.ConvertGrant | values.InspectGrant
+    grant: values.Grant
 
 
 PASSPHRASE: Final = b"P"

@@ -344,8 +344,8 @@ class Service:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ConvertGrant:
-    """Permission to convert one image, and the rule that gave it.
+class SourceGrant:
+    """Permission to read one image, and the rule that gave it.
 
     Only `policy.decide` makes one (and `local`, for the caller's own rights), so nothing needs to
     be checked again. The formats are what the rule allows: the source's is judged once more when
@@ -355,25 +355,27 @@ class ConvertGrant:
 
     rule: str
     peer: Peer
-    request: ConvertRequest
     source: Place
-    dest: Place
     readable: tuple[Root, ...]
     read_formats: frozenset[str]
-    overwrite: OverwriteScope
     limits: Limits
     closed: tuple[Root, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class InspectGrant:
-    """Permission to inspect one image. See ConvertGrant."""
+class ConvertGrant(SourceGrant):
+    """Permission to convert it, and to write the result."""
 
-    rule: str
-    peer: Peer
+    request: ConvertRequest
+    dest: Place
+    overwrite: OverwriteScope
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InspectGrant(SourceGrant):
+    """Permission to inspect it."""
+
     request: InspectRequest
-    source: Place
-    readable: tuple[Root, ...]
-    read_formats: frozenset[str]
-    limits: Limits
-    closed: tuple[Root, ...] = ()
+
+
+Grant = ConvertGrant | InspectGrant

@@ -98,7 +98,7 @@ class Broker:
             on_accept=self._watchdog.on_accept,
             on_disconnect=self._supervisor.on_disconnect,
         )
-        self._idle = idle_exit.Idle(self._loop, self._exit_idle)
+        self._idle = idle_exit.Idle(self._loop, self._stop)
 
     def run(self, first: front_process.Started) -> None:
         """Serve until SIGTERM or SIGINT, or until a front can't be kept alive. One is started."""
@@ -221,11 +221,6 @@ class Broker:
         """Whether nobody is connected, but for our own probe, and nothing runs."""
         others = any(one.pid != self._connections.prober for one in self._connections)
         return not others and not len(self._jobs)
-
-    def _exit_idle(self) -> None:
-        """Exit: the socket will start the daemon again."""
-        log.info("idle for %g s", self._rules.service.idle_exit_s)
-        self._stop()
 
     def _stop(self) -> None:
         """Stop: let jobs finish for a while; at a second signal, end them now."""

@@ -93,7 +93,7 @@ class Handlers:
         self._enqueue(asking, decide.decide_inspect(self.rules, asking.peer, request))
         return ()
 
-    def _enqueue(self, asking: Asking, grant: values.ConvertGrant | values.InspectGrant) -> None:
+    def _enqueue(self, asking: Asking, grant: values.Grant) -> None:
         self._supervisor.enqueue(asking.call, asking.connection, grant, asking.asked)
 
     def list_jobs(self, asking: Asking, request: messages.ListJobs) -> Replies:

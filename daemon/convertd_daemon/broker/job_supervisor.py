@@ -52,7 +52,7 @@ class JobSupervisor:
         self,
         call: int,
         connection: Connection,
-        grant: values.ConvertGrant | values.InspectGrant,
+        grant: values.Grant,
         asked: audit.RequestSummary,
     ) -> None:
         """Queue a granted request; it starts at once if a slot is free.

@@ -44,7 +44,7 @@ class Job:
     call: int
     connection: Connection
     asked: audit.RequestSummary
-    grant: values.ConvertGrant | values.InspectGrant
+    grant: values.Grant
     queue: queue.JobQueue[Job]
     order: int = 0
     queued: datetime.datetime = field(default_factory=now)
@@ -164,7 +164,7 @@ class Jobs:
         self,
         call: int,
         connection: Connection,
-        grant: values.ConvertGrant | values.InspectGrant,
+        grant: values.Grant,
         asked: audit.RequestSummary,
     ) -> Job:
         """Put a granted request in its queue, without the caller's groups: see `start`.

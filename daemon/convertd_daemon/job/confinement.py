@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def to_roots(
-    grant: values.ConvertGrant | values.InspectGrant,
+    grant: values.Grant,
     source: opened_source.Source,
     dest: Destination | None,
     worker: Program,
@@ -66,9 +66,7 @@ _NAME_AT: Final = slice(8, 16)
 none. Source: qemu docs/interop/qcow2.rst."""
 
 
-def _may_have_members(
-    grant: values.ConvertGrant | values.InspectGrant, source: opened_source.Source
-) -> bool:
+def _may_have_members(grant: values.Grant, source: opened_source.Source) -> bool:
     """Whether other images than the source may have to be opened.
 
     The image's own header may decide: a wrong "no" only takes rights away, and the image is then

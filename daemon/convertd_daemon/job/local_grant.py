@@ -19,7 +19,7 @@ EVERYTHING: Final = values.Root(
 RULE: Final = "own rights"
 
 
-def grant(local: messages.LocalRequest) -> values.ConvertGrant | values.InspectGrant:
+def grant(local: messages.LocalRequest) -> values.Grant:
     """Make the grant for a local request.
 
     Raises:

@@ -109,7 +109,7 @@ def main() -> int:
 
 
 def _work(
-    asked: Callable[[], values.ConvertGrant | values.InspectGrant],
+    asked: Callable[[], values.Grant],
     job_channel: channel.Channel,
     setup: Setup,
     slot: PreforkSlot | None = None,

@@ -50,7 +50,7 @@ class JobProcess:
     channel: channel.Channel
     outcome_pipe: int
 
-    def assign(self, job_id: str, grant: values.ConvertGrant | values.InspectGrant) -> None:
+    def assign(self, job_id: str, grant: values.Grant) -> None:
         """Assign it a job.
 
         Raises:
@@ -133,7 +133,7 @@ class PreforkedJob:
             with contextlib.suppress(OSError):
                 self._worker = fork(self._setup)
 
-    def begin(self, job_id: str, grant: values.ConvertGrant | values.InspectGrant) -> JobProcess:
+    def begin(self, job_id: str, grant: values.Grant) -> JobProcess:
         """Assign a job to the preforked process, or to a new one.
 
         Raises:

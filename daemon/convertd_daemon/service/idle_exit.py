@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -9,6 +10,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from convertd_daemon.loop import Loop, Timer
+
+log = logging.getLogger(__name__)
 
 CHECKS: Final = 4
 """How often within the limit the daemon checks whether it is idle."""
@@ -41,6 +44,7 @@ class Idle:
         if not is_idle():
             self._busy_at = now
         if now - self._busy_at >= limit_s:
+            log.info("idle for %g s", limit_s)
             self._on_idle()
             return
         self._timer = self._loop.after(limit_s / CHECKS, lambda: self._check(limit_s, is_idle))

@@ -49,11 +49,8 @@ class ChainLink:
         return stages.ChainMember(path=self.source.place.path, info=self.info)
 
 
-JobGrant = values.ConvertGrant | values.InspectGrant
-
-
 def follow(
-    grant: JobGrant, top: opened_source.Source, runner: Runner, stack: contextlib.ExitStack
+    grant: values.Grant, top: opened_source.Source, runner: Runner, stack: contextlib.ExitStack
 ) -> tuple[ChainLink, ...]:
     """Find out what the source is, and follow its backing chain down to the base.
 
@@ -139,7 +136,7 @@ def check_encryption(asked: values.Source, link: ChainLink) -> None:
 
 
 def open_parent(
-    grant: JobGrant, links: list[ChainLink], runner: Runner, stack: contextlib.ExitStack
+    grant: values.Grant, links: list[ChainLink], runner: Runner, stack: contextlib.ExitStack
 ) -> ChainLink:
     """Open and judge the backing file of the last member.
 
@@ -195,7 +192,7 @@ class _Refusal:
         return conditions.BackingRefused(path=self.path, backing=backing, problem=problem)
 
 
-def _place(grant: JobGrant, overlay: ChainLink, refused: _Refusal) -> values.Place:
+def _place(grant: values.Grant, overlay: ChainLink, refused: _Refusal) -> values.Place:
     """Where the overlay's header leads, if the rule lets the caller read there."""
     name = overlay.info.backing_name
     # As qemu tells a protocol: a colon before the first slash. Source: qemu path_has_protocol().
