@@ -13,7 +13,6 @@ from convertd_core import conditions, results, values
 
 if TYPE_CHECKING:
     from convertd_daemon.job import stages
-    from convertd_daemon.job.qemu.plan import Facts
 
 DIRECT_MODES: Final = frozenset({values.CacheMode.NONE, values.CacheMode.DIRECTSYNC})
 
@@ -24,31 +23,29 @@ copying takes processor time."""
 MIB: Final = 1024 * 1024
 
 
-def of_source(facts: Facts) -> results.CacheChoice:
-    """How the source is read."""
-    if facts.source_direct is not None:
-        reason = f"the source can't be read past the page cache: {facts.source_direct}"
+def of_source(refusal: str | None, *, in_memory: bool) -> results.CacheChoice:
+    """How the source is read; `refusal` is the kernel's error for reading with O_DIRECT."""
+    if refusal is not None:
+        reason = f"the source can't be read past the page cache: {refusal}"
         return results.CacheChoice(mode=values.CacheMode.WRITEBACK, reason=reason)
-    if facts.in_memory:
+    if in_memory:
         reason = "the source is in the page cache already"
         return results.CacheChoice(mode=values.CacheMode.WRITEBACK, reason=reason)
     reason = "the source can be read past the page cache"
     return results.CacheChoice(mode=values.CacheMode.NONE, reason=reason)
 
 
-def of_dest(grant: values.ConvertGrant, facts: Facts) -> results.CacheChoice:
-    """How the destination is written.
+def of_dest(grant: values.ConvertGrant, refusal: str | None) -> results.CacheChoice:
+    """How the destination is written; `refusal` is the kernel's error for doing so with O_DIRECT.
 
     Raises:
         conditions.NoDirectWrites: a mode was asked for that the destination can't do.
     """
     asked = grant.request.cache_mode
     if asked is values.CacheMode.AUTO:
-        return _chosen(facts)
-    if asked in DIRECT_MODES and facts.dest_direct is not None:
-        raise conditions.NoDirectWrites(
-            path=grant.dest.path, mode=asked.value, problem=facts.dest_direct
-        )
+        return _chosen(refusal)
+    if asked in DIRECT_MODES and refusal is not None:
+        raise conditions.NoDirectWrites(path=grant.dest.path, mode=asked.value, problem=refusal)
     return results.CacheChoice(mode=asked, reason="asked for")
 
 
@@ -69,21 +66,21 @@ def after_trial(rates: stages.WriteRates) -> results.CacheChoice:
 
 
 def is_written_behind(
-    grant: values.ConvertGrant, facts: Facts, chosen: results.CacheChoice
+    grant: values.ConvertGrant, chosen: results.CacheChoice, *, on_device: bool
 ) -> bool:
     """Whether a result is to leave the page cache: unless the caller asked for the mode."""
     return (
         grant.request.cache_mode is values.CacheMode.AUTO
         and chosen.mode is values.CacheMode.WRITEBACK
-        and not facts.dest.on_device
+        and not on_device
     )
 
 
-def _chosen(facts: Facts) -> results.CacheChoice:
-    if facts.dest_direct is None:
+def _chosen(refusal: str | None) -> results.CacheChoice:
+    if refusal is None:
         reason = "the destination takes direct writes"
         return results.CacheChoice(mode=values.CacheMode.NONE, reason=reason)
-    reason = f"the destination takes no direct writes: {facts.dest_direct}"
+    reason = f"the destination takes no direct writes: {refusal}"
     return results.CacheChoice(mode=values.CacheMode.WRITEBACK, reason=reason)
 
 

@@ -82,8 +82,8 @@ def make(
         )
     dest = grant.request.dest
     format_sizes.check(grant.dest.path, dest, info.virtual_size_bytes)
-    source_cache = cache_modes.of_source(facts)
-    dest_cache = cache_modes.of_dest(grant, facts)
+    source_cache = cache_modes.of_source(facts.source_direct, in_memory=facts.in_memory)
+    dest_cache = cache_modes.of_dest(grant, facts.dest_direct)
     options = _options(grant, source_cache, dest_cache)
     source = graph(facts.chain, encrypted=grant.request.source.encryption is not None)
     return stages.ConversionPlan(
@@ -101,7 +101,9 @@ def make(
         needed_bytes=0 if facts.dest.on_device else _needed_bytes(grant, chain),
         available_bytes=facts.available_bytes,
         warnings=(*_warnings(info), *(warned for one in chain for warned in one.info.warnings)),
-        write_behind=cache_modes.is_written_behind(grant, facts, dest_cache),
+        write_behind=cache_modes.is_written_behind(
+            grant, dest_cache, on_device=facts.dest.on_device
+        ),
     )
 
 
