@@ -14,7 +14,7 @@ from harness.daemon import Daemon
 
 from benchmarks.cases import Case
 from benchmarks.command_lines import Failed
-from convertd_daemon.sandbox import preforked
+from convertd_daemon.sandbox import entry
 
 ROOT: Final = Path(__file__).parents[1]
 NOVA: Final = ROOT / "build/nova/bin/python"
@@ -121,7 +121,7 @@ def nova_caller() -> Iterator[CallerProcess]:
         [NOVA, "-W", "ignore", NOVA_SCRIPT, str(ALICE.uid)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env=preforked.ENVIRONMENT,
+        env=entry.ENVIRONMENT,
         start_new_session=True,
     )
     process = CallerProcess(started, "caller of Nova")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks.cases import Case
-from convertd_daemon.sandbox import preforked
+from convertd_daemon.sandbox import entry
 
 Commands = list[list[str]]
 CommandLine = Callable[[Case, Path], Commands | None]
@@ -124,7 +124,7 @@ def run(commands: Sequence[Sequence[str]]) -> Took:
             argv,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            env=preforked.ENVIRONMENT,
+            env=entry.ENVIRONMENT,
         )
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)

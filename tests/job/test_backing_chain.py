@@ -22,7 +22,6 @@ from convertd_daemon import channel
 from convertd_daemon.job import context, local_grant, stages
 from convertd_daemon.job.files import opened_source, paths
 from convertd_daemon.job.qemu import backing_chain, execution
-from convertd_daemon.sandbox.prefork_slot import PreforkSlot
 
 MIB = 1024 * 1024
 
@@ -52,7 +51,7 @@ def runner() -> Iterator[execution.Runner]:
     """What runs qemu-img in its sandbox."""
     ours, theirs = channel.Channel.pair()
     setup = whole_job.setup()
-    with ours, theirs, execution.opened(setup, PreforkSlot(setup.seccomp)) as worker:
+    with ours, theirs, execution.opened(setup) as worker:
         yield execution.Runner(worker, context.JobContext(ours, 60.0))
 
 

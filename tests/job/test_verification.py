@@ -35,7 +35,6 @@ from convertd_daemon.job.qemu import (
     verification,
 )
 from convertd_daemon.job.reflink import sharing
-from convertd_daemon.sandbox.prefork_slot import PreforkSlot
 
 MIB = 1024 * 1024
 NO_SECRETS = secrets.Secrets()
@@ -73,7 +72,7 @@ def planned(grant: values.ConvertGrant) -> Iterator[Steps]:
     ours, theirs = channel.Channel.pair()
     setup = whole_job.setup()
     with contextlib.ExitStack() as stack, ours, theirs:
-        worker = stack.enter_context(execution.opened(setup, PreforkSlot(setup.seccomp)))
+        worker = stack.enter_context(execution.opened(setup))
         runner = execution.Runner(worker, context.JobContext(ours, 60.0))
         source = stack.enter_context(paths.open_source(grant.source, grant.peer))
         dest = stack.enter_context(endpoints.open_dest(grant, setup))
@@ -448,8 +447,7 @@ def test_local_conversion_without_qemu_img_is_refused_with_the_reason(area: Path
     missing = dataclasses.replace(whole_job.setup(), path=str(area / "missing"))
 
     def act() -> conditions.Failure | None:
-        slot = PreforkSlot(missing.seccomp)
-        return refusals.refusal_of(lambda: execution.opened(missing, slot).__enter__())
+        return refusals.refusal_of(lambda: execution.opened(missing).__enter__())
 
     failure = in_child(act)
     assert failure is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import signal
 import socket
@@ -12,9 +13,9 @@ from pathlib import Path
 
 import pytest
 from children import errno_of, in_child, no_new_privs
+from compromised import WORKER, CompromisedProgram, output_of
 
 from convertd_daemon.linux import capabilities, prctl
-from convertd_daemon.linux import landlock as kernel_landlock
 from convertd_daemon.linux.capabilities import Capability
 from convertd_daemon.sandbox import (
     confine,
@@ -23,9 +24,10 @@ from convertd_daemon.sandbox import (
     identity,
     landlock,
     seccomp,
+    spawn,
 )
 from convertd_daemon.sandbox.identity import Identity
-from convertd_daemon.sandbox.prefork_slot import PreforkSlot
+from convertd_daemon.sandbox.spawn import Confinement
 
 FRONT = Identity(uid=1501, gid=1501)
 
@@ -249,25 +251,53 @@ def test_front_with_threads_is_not_confined_but_refused() -> None:
 
 
 def test_job_with_threads_is_not_confined_but_refused(qemu_img: int) -> None:
-    """Neither before it has forked its child, nor by later layers."""
+    """The others would stay free."""
 
-    def act() -> str:
-        slot = PreforkSlot(b"")
-        in_the_midst_of_threads(lambda: confine.confine_job(slot, qemu_img, ()))
-        return errno_of(lambda: os.close(os.open("/etc/passwd", os.O_RDONLY)))
+    def act() -> tuple[bool, str]:
+        is_free = in_the_midst_of_threads(lambda: confine.confine_job(qemu_img, ()))
+        return is_free, errno_of(lambda: os.close(os.open("/etc/passwd", os.O_RDONLY)))
 
-    assert in_child(lambda: in_the_midst_of_threads(lambda: PreforkSlot(b"")))
-    assert in_child(act) == "done"
+    assert in_child(act) == (True, "done")
 
 
-def test_job_with_threads_gets_no_preforked_child_on_any_kernel() -> None:
-    """Also by one whose Landlock knows of no signals, which is confined by nothing yet."""
+def test_job_can_kill_its_qemu_img_and_signal_no_other_process(
+    qemu_img: int, compiled: bytes
+) -> None:
+    """With all the layers that a job has, of which each is about signals."""
+    outside = os.getpid()
+    confinement = Confinement(identity=WORKER, filter=compiled)
 
-    def act() -> bool:
-        pytest.MonkeyPatch().setattr(kernel_landlock, "abi", lambda: 5)
-        return in_the_midst_of_threads(lambda: PreforkSlot(b""))
+    def act() -> tuple[str, int]:
+        confine_broker.narrow_broker()
+        for _ in range(3):
+            confine.confine_job(qemu_img, ())
+        with spawn.spawn(qemu_img, ["qemu-img", "--help"], confinement=confinement) as child:
+            child.kill()
+            status = child.wait()
+        return errno_of(lambda: os.kill(outside, 0)), status
 
-    assert in_child(act)
+    assert in_child(act) == ("EPERM", -signal.SIGKILL)
+
+
+def test_landlock_layer_of_a_job_binds_its_program_too(
+    compromised: CompromisedProgram, tmp_path: Path
+) -> None:
+    """What its own confinement allows, and the job may not any more, it can't do."""
+    (tmp_path / "file").write_text("x")
+    script = f"print(open({str(tmp_path / 'file')!r}).read())"
+
+    def reads(*, is_narrowed: bool) -> int:
+        image = os.open(tmp_path / "file", os.O_RDONLY)
+        own = compromised.but(identity=None).confinement
+        own = dataclasses.replace(own, read=(image,))
+        if is_narrowed:
+            confine.confine_job(compromised.program, own.extra)
+        argv = ["python", "-I", "-S", "-B", "-c", script]
+        with spawn.spawn(compromised.program, argv, confinement=own) as child:
+            return child.wait()
+
+    assert in_child(lambda: reads(is_narrowed=False)) == 0
+    assert in_child(lambda: reads(is_narrowed=True)) == 1
 
 
 def test_job_can_access_only_the_granted_files(qemu_img: int, tmp_path: Path) -> None:
@@ -283,7 +313,7 @@ def test_job_can_access_only_the_granted_files(qemu_img: int, tmp_path: Path) ->
             landlock.Rule(where=str(tmp_path / "read"), access=landlock.READ_BENEATH),
             landlock.Rule(where=str(tmp_path / "write"), access=landlock.PUBLISH_IN),
         ]
-        confine.confine_job(PreforkSlot(b""), qemu_img, rules)
+        confine.confine_job(qemu_img, rules)
         create = os.O_CREAT | os.O_WRONLY
         return {
             "read": errno_of(lambda: os.open(tmp_path / "read" / "file", os.O_RDONLY)),
@@ -306,3 +336,29 @@ def test_job_can_access_only_the_granted_files(qemu_img: int, tmp_path: Path) ->
         "another program": "EACCES",
         "the broker": "EPERM",
     }
+
+
+def test_inherited_descriptors_keep_their_numbers(compromised: CompromisedProgram) -> None:
+    """Whichever way they are numbered where they come from."""
+    script = "import os; print(*(os.pread(n, 9, 0).decode() for n in (3, 4, 5, 200, 699)))"
+
+    def act() -> str:
+        numbers = (5, 699, 3, 200, 4)
+        kept = os.dup(compromised.program), os.dup(0)
+        contents = []
+        for number in numbers:
+            memory = os.memfd_create("image")
+            os.write(memory, str(number).encode())
+            contents.append(memory)
+        moved = [os.dup(memory) for memory in contents]
+        while max(moved) < 1000:
+            moved.append(os.dup(moved[0]))
+        program = os.dup(kept[0])
+        for number, memory in zip(numbers, moved, strict=False):
+            os.dup2(os.open(f"/proc/self/fd/{memory}", os.O_RDONLY), number)
+        argv = ["python", "-I", "-S", "-B", "-c", script]
+        own = compromised.confinement
+        with spawn.spawn(program, argv, confinement=own, inherit=numbers) as child:
+            return output_of(child)
+
+    assert in_child(act).split() == ["3", "4", "5", "200", "699"]

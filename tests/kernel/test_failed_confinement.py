@@ -23,7 +23,6 @@ from convertd_daemon.sandbox import (
     identity,
     landlock,
     limits,
-    preforked,
     runtime,
     seccomp,
     spawn,
@@ -65,44 +64,19 @@ def failure(act: Callable[[], object]) -> Failed:
     return (*outcome, left)
 
 
-Start = Callable[..., Callable[[], object]]
-
-
-def start_now(
+def start(
     program: int,
     confinement: Confinement,
     *,
     argv: Sequence[str] = VERSION,
     inherit: tuple[int, ...] = (),
 ) -> Callable[[], object]:
-    """Give a call of spawn(), which forks."""
+    """Give a call of spawn()."""
     return lambda: spawn.spawn(program, argv, confinement=confinement, inherit=inherit)
 
 
-@pytest.fixture(params=["forked now", "who waited"])
-def start(request: pytest.FixtureRequest) -> Start:
-    """Give a maker of such calls, for either kind of process that may become the program."""
-
-    def make(
-        program: int,
-        confinement: Confinement,
-        *,
-        argv: Sequence[str] = VERSION,
-        inherit: tuple[int, ...] = (),
-    ) -> Callable[[], object]:
-        return lambda: spawn.spawn(
-            program,
-            argv,
-            confinement=confinement,
-            inherit=inherit,
-            child=preforked.fork(confinement.filter),
-        )
-
-    return make if request.param == "who waited" else start_now
-
-
 def test_program_is_not_started_without_the_right_to_change_uid(
-    qemu_img: int, confinement: Confinement, start: Start
+    qemu_img: int, confinement: Confinement
 ) -> None:
     """An unprivileged process can't take another identity, and does not go on with its own."""
 
@@ -115,7 +89,7 @@ def test_program_is_not_started_without_the_right_to_change_uid(
 
 
 def test_program_is_not_started_without_the_capability_to_keep(
-    qemu_img: int, confinement: Confinement, start: Start
+    qemu_img: int, confinement: Confinement
 ) -> None:
     """It is not silently left out."""
     own = dataclasses.replace(confinement, identity=None, keep_read_search=True)
@@ -138,7 +112,7 @@ def test_program_is_not_started_without_the_capability_to_keep(
     ids=["no filter", "a filter that the kernel refuses", "a filter that kills on the way"],
 )
 def test_program_is_not_started_without_a_working_seccomp_filter(
-    qemu_img: int, confinement: Confinement, program: bytes, expected: Failed, start: Start
+    qemu_img: int, confinement: Confinement, program: bytes, expected: Failed
 ) -> None:
     """Also a child that can't say why it died has not run the program."""
     changed = dataclasses.replace(confinement, filter=program)
@@ -146,7 +120,7 @@ def test_program_is_not_started_without_a_working_seccomp_filter(
 
 
 def test_program_is_not_started_over_the_landlock_layer_limit(
-    qemu_img: int, confinement: Confinement, start: Start
+    qemu_img: int, confinement: Confinement
 ) -> None:
     """Sixteen is the kernel's limit."""
 
@@ -162,7 +136,7 @@ def test_program_is_not_started_over_the_landlock_layer_limit(
 
 
 def test_program_is_not_started_without_landlock(
-    qemu_img: int, confinement: Confinement, monkeypatch: pytest.MonkeyPatch, start: Start
+    qemu_img: int, confinement: Confinement, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own error, for the operator."""
     monkeypatch.setattr(kernel_landlock, "abi", lambda: 0)
@@ -179,7 +153,7 @@ def test_program_is_not_started_without_landlock(
 
 @pytest.mark.parametrize("what", ["read", "write", "devices"])
 def test_program_is_not_started_with_an_inode_landlock_can_not_govern(
-    qemu_img: int, confinement: Confinement, what: str, start: Start
+    qemu_img: int, confinement: Confinement, what: str
 ) -> None:
     """A pipe where an image is due."""
     read_end, write_end = os.pipe()
@@ -191,11 +165,24 @@ def test_program_is_not_started_with_an_inode_landlock_can_not_govern(
 
 
 def test_program_is_not_started_with_a_closed_descriptor_to_inherit(
-    qemu_img: int, confinement: Confinement, start: Start
+    qemu_img: int, confinement: Confinement
 ) -> None:
     """Its number must not be anybody else's by accident."""
     call = start(qemu_img, confinement, inherit=(666,))
     assert in_child(lambda: failure(call)) == ("DESCRIPTORS", "EBADF", [])
+
+
+def test_program_is_not_started_where_its_own_number_is_taken(
+    qemu_img: int, confinement: Confinement
+) -> None:
+    """By what the child still needs: so many descriptors are open."""
+
+    def act() -> Failed:
+        limits.raise_descriptors()
+        program = os.dup2(qemu_img, limits.PROGRAM_DESCRIPTOR)
+        return failure(start(program, confinement))
+
+    assert in_child(act) == ("PREPARE", "EMFILE", [])
 
 
 @pytest.mark.parametrize("number", [-1, 0, 2, 700, 4000])
@@ -234,13 +221,13 @@ def test_program_is_not_started_with_a_closed_standard_descriptor(
 
     def act() -> Failed:
         os.close(standard)
-        return failure(start_now(qemu_img, confinement))
+        return failure(start(qemu_img, confinement))
 
     assert in_child(act) == ("PREPARE", "EBADF", [])
 
 
 def test_program_is_not_started_over_the_descriptor_limit(
-    qemu_img: int, confinement: Confinement, start: Start
+    qemu_img: int, confinement: Confinement
 ) -> None:
     """A hard limit on descriptors that is too low."""
 
@@ -248,7 +235,7 @@ def test_program_is_not_started_over_the_descriptor_limit(
         resource.setrlimit(resource.RLIMIT_NOFILE, (500, 500))
         return failure(start(qemu_img, confinement))
 
-    assert in_child(act) == ("DESCRIPTORS", "EINVAL", [])
+    assert in_child(act) == ("DESCRIPTORS", "EBADF", [])
 
 
 def test_program_is_not_started_without_free_descriptors(
@@ -265,7 +252,7 @@ def test_program_is_not_started_without_free_descriptors(
             taken.append(os.open("/dev/null", os.O_RDONLY))
         for descriptor in taken[-3:]:
             os.close(descriptor)
-        return failure(start_now(qemu_img, confinement))
+        return failure(start(qemu_img, confinement))
 
     assert in_child(act) == ("PREPARE", "EMFILE", [])
 
@@ -279,14 +266,14 @@ def test_program_is_not_started_if_fork_fails(qemu_img: int, confinement: Confin
         resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
         own = dataclasses.replace(confinement, identity=None)
         before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        outcome = failure(start_now(qemu_img, own))
+        outcome = failure(start(qemu_img, own))
         return outcome, signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
     assert in_child(act) == (("FORK", "EAGAIN", []), True)
 
 
 def test_program_is_not_started_if_its_parent_has_died(
-    qemu_img: int, confinement: Confinement, monkeypatch: pytest.MonkeyPatch, start: Start
+    qemu_img: int, confinement: Confinement, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PDEATHSIG was armed too late, so the child kills itself."""
     monkeypatch.setattr(os, "getppid", lambda: 1)
@@ -294,7 +281,7 @@ def test_program_is_not_started_if_its_parent_has_died(
 
 
 def test_child_ends_after_an_unexpected_error_before_exec(
-    qemu_img: int, confinement: Confinement, monkeypatch: pytest.MonkeyPatch, start: Start
+    qemu_img: int, confinement: Confinement, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The copy of the parent ends, and does not go on as a second parent."""
 
@@ -333,7 +320,7 @@ def data(tmp_path: Path) -> Iterator[Callable[[bytes, int], int]]:
     ids=["nothing", "a script", "a 32-bit program", "a header that is cut off"],
 )
 def test_file_that_is_not_a_program_is_refused(
-    data: Callable[[bytes, int], int], confinement: Confinement, content: bytes, start: Start
+    data: Callable[[bytes, int], int], confinement: Confinement, content: bytes
 ) -> None:
     """Found before anything is started."""
     program = data(content, 0o755)
@@ -356,16 +343,14 @@ def test_static_program_needs_no_loader(data: Callable[[bytes, int], int]) -> No
 
 
 def test_program_without_execute_permission_fails(
-    data: Callable[[bytes, int], int], confinement: Confinement, start: Start
+    data: Callable[[bytes, int], int], confinement: Confinement
 ) -> None:
     """The last step fails, and the child ends."""
     program = data(Path("/usr/bin/qemu-img").read_bytes(), 0o644)
     assert in_child(lambda: failure(start(program, confinement))) == ("EXEC", "EACCES", [])
 
 
-def test_argument_with_a_nul_byte_is_refused(
-    qemu_img: int, confinement: Confinement, start: Start
-) -> None:
+def test_argument_with_a_nul_byte_is_refused(qemu_img: int, confinement: Confinement) -> None:
     """It would be cut there."""
     call = start(qemu_img, confinement, argv=["qemu-img", "a\0b"])
     assert in_child(lambda: failure(call)) == ("EXEC", "0", [])

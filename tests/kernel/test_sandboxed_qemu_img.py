@@ -26,7 +26,6 @@ from convertd_daemon.sandbox import (
     limits,
     spawn,
 )
-from convertd_daemon.sandbox.prefork_slot import PreforkSlot
 from convertd_daemon.sandbox.spawn import Confinement, Identity
 
 WORKER = Identity(uid=1500, gid=1500)
@@ -201,7 +200,7 @@ def test_sandboxed_qemu_img_works_inside_a_job_of_a_narrowed_broker(
             landlock.Rule(where=images.source, access=landlock.READ),
             landlock.Rule(where=images.dest_directory, access=landlock.PUBLISH_IN),
         )
-        confine.confine_job(PreforkSlot(confinement.filter), qemu_img, rules)
+        confine.confine_job(qemu_img, rules)
         outcome = images.convert(qemu_img, confinement)
         name = f"/proc/self/fd/{images.dest}"
         os.link(name, "result", dst_dir_fd=images.dest_directory, follow_symlinks=True)

@@ -19,7 +19,7 @@ import pytest
 from harness import images, processes, waiting
 from harness.agent import conversion
 from harness.callers import ALICE
-from harness.daemon import FRONT, PREFORKED_CHILD, PREFORKED_JOB, QEMU_IMG, Daemon
+from harness.daemon import FRONT, PREFORKED_JOB, QEMU_IMG, Daemon
 from harness.fixtures import MakeDaemon
 from policies import IMAGES, LIBRARY, Grant, Policy
 
@@ -310,11 +310,7 @@ def test_finished_conversion_leaves_no_process_behind(
     expected = {daemon.pid, daemon.await_one(FRONT), running.job, running.qemu_img}
     waiting.until(
         lambda: (
-            {
-                one.pid
-                for one in processes.of_session(daemon.pid)
-                if one.name not in {PREFORKED_JOB, PREFORKED_CHILD}
-            }
+            {one.pid for one in processes.of_session(daemon.pid) if one.name != PREFORKED_JOB}
             == expected
         ),
         "the processes of the other conversion only",

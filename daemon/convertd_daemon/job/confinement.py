@@ -44,7 +44,7 @@ def to_roots(
                     fd = paths.open_root(root)
                     stack.callback(os.close, fd)
                     rules.append(landlock.Rule(where=fd, access=landlock.READ_BENEATH))
-        confine.confine_job(worker.slot, worker.program, rules)
+        confine.confine_job(worker.program, rules)
 
 
 def to_inodes(grant: values.ConvertGrant, ends: Endpoints, worker: Program) -> None:
@@ -54,7 +54,7 @@ def to_inodes(grant: values.ConvertGrant, ends: Endpoints, worker: Program) -> N
         OSError, SandboxError: Landlock refused; the job must not go on.
     """
     if _may_have_members(grant, ends.source):
-        confine.confine_job(worker.slot, worker.program, ends.rules())
+        confine.confine_job(worker.program, ends.rules())
 
 
 STAND_ALONE: Final = frozenset({"raw", "vdi", "vpc", "vhdx", "parallels", "luks", "dmg"})

@@ -7,7 +7,6 @@ rights, and without a daemon.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import socket
@@ -26,7 +25,6 @@ from convertd_daemon.job import (
 from convertd_daemon.job.qemu import execution
 from convertd_daemon.linux import getrandom, prctl
 from convertd_daemon.sandbox import forking, limits, seccomp
-from convertd_daemon.sandbox.prefork_slot import PreforkSlot
 from convertd_daemon.sandbox.setup import Setup
 
 if TYPE_CHECKING:
@@ -51,10 +49,10 @@ def run_forked(
         forking.unblock_signals()
         forking.die_with(broker)
         os.umask(0o077)
-        job, slot = (assigned, None) if assigned else _wait_for_assignment(assignments, setup)
+        job = assigned or _wait_for_assignment(assignments)
         assignments.close()
         prctl.set_name("convertd-job")
-        _work(lambda: job.grant, job_channel, setup, slot)
+        _work(lambda: job.grant, job_channel, setup)
     except context.Cancelled:
         log.info("job cancelled at its end")
     except channel.Closed:
@@ -72,26 +70,17 @@ def run_forked(
         logging.shutdown()
 
 
-def _wait_for_assignment(
-    assignments: channel.Channel, setup: Setup
-) -> tuple[messages.StartJob, PreforkSlot]:
-    """Wait for a job, with a preforked child that will become its first qemu-img.
+def _wait_for_assignment(assignments: channel.Channel) -> messages.StartJob:
+    """Wait for a job.
 
     Raises:
         channel.Closed: there will be none.
         context.Cancelled: SIGTERM came first.
     """
     prctl.set_name("convertd-idle")
-    slot = PreforkSlot(setup.seccomp)
-    # If the fork fails now, it is tried again when the child is needed.
-    with contextlib.suppress(OSError):
-        slot.fork()
-    try:
-        start, _ = assignments.receive(messages.StartJob)
-    except BaseException:
-        slot.close()
-        raise
-    return start, slot
+    start: messages.StartJob
+    start, _ = assignments.receive(messages.StartJob)
+    return start
 
 
 def main() -> int:
@@ -112,16 +101,12 @@ def _work(
     asked: Callable[[], values.Grant],
     job_channel: channel.Channel,
     setup: Setup,
-    slot: PreforkSlot | None = None,
 ) -> None:
-    """Do what is granted, and send how it ended, unless it was cancelled.
-
-    `slot` is the one that was made while the process waited.
-    """
+    """Do what is granted, and send how it ended, unless it was cancelled."""
     context.cancel_on_sigterm()
     try:
         grant = asked()
-        with execution.opened(setup, slot or PreforkSlot(setup.seccomp)) as worker:
+        with execution.opened(setup) as worker:
             if isinstance(grant, values.ConvertGrant):
                 job_context = context.JobContext(job_channel, grant.limits.duration_seconds)
                 passphrases = _secrets_of(grant.request, job_channel)

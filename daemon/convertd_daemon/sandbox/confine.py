@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from convertd_daemon.linux import prctl
 from convertd_daemon.linux.landlock import AccessFs
 from convertd_daemon.sandbox import landlock, runtime, seccomp
-from convertd_daemon.sandbox.prefork_slot import PreforkSlot
 
 
 def confine_front(private: int | str, compiled: bytes) -> None:
@@ -37,11 +36,12 @@ def confine_front(private: int | str, compiled: bytes) -> None:
     seccomp.load(compiled)
 
 
-def confine_job(slot: PreforkSlot, program: int, rules: Iterable[landlock.Rule]) -> None:
+def confine_job(program: int, rules: Iterable[landlock.Rule]) -> None:
     """Leave a job the inodes and directories of `rules`, and what qemu-img needs to start.
 
-    Layers of Landlock intersect: what a job may not do, none of its qemu-img may, nor the child in
-    its slot. So `rules` hold all that a later Confinement will name.
+    Layers of Landlock intersect: what a job may not do, none of its qemu-img may. So `rules` hold
+    all that a later Confinement will name. From a kernel's ABI 6 on, the job can then signal only
+    itself and what it starts from now on: no qemu-img may run meanwhile.
     `program` is qemu-img, open for reading. An inode of the job's that has no path (a pipe, a
     socket) needs no rule.
 
@@ -50,4 +50,4 @@ def confine_job(slot: PreforkSlot, program: int, rules: Iterable[landlock.Rule])
         OSError: a step was refused; the process may be half confined: exit.
         ValueError: there are several threads, or the program is no ELF file.
     """
-    slot.add_landlock_layer((*runtime.rules(program), *rules))
+    landlock.restrict((*runtime.rules(program), *rules))

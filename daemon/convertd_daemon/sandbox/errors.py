@@ -43,7 +43,7 @@ class CapabilityMissing(SandboxError):
 
 
 class Stage(enum.Enum):
-    """The steps into the sandbox; preforked.py has their order."""
+    """The steps into the sandbox; entry.py has their order."""
 
     PREPARE = "prepare"
     FORK = "fork"

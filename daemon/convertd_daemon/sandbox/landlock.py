@@ -68,8 +68,6 @@ def _and_before(before: Generation, added: Generation) -> Generation:
 _UP_TO: Final = tuple(itertools.accumulate(GENERATIONS, _and_before))
 """All that each version denies."""
 
-_ABI_OF_SCOPES: Final = 6
-
 # Below the ABI, who denies it instead. Nothing stands in for ABI 1: we refuse to start.
 STAND_INS: Final[Mapping[int, str]] = {
     2: "the kernel itself: before ABI 2 a Landlocked process can't link or rename across "
@@ -95,11 +93,10 @@ class Rule:
     optional: bool = False
 
 
-def ruleset(rules: Iterable[Rule], *, but: Scope = _NO_SCOPE, abi: int | None = None) -> int:
+def ruleset(rules: Iterable[Rule], *, abi: int | None = None) -> int:
     """Make a ruleset that denies all but `rules`; the caller closes the descriptor.
 
-    `but` are scopes that an earlier layer holds already. `abi` pretends that the kernel is older,
-    for tests; it never makes it newer.
+    `abi` pretends that the kernel is older, for tests; it never makes it newer.
 
     Raises:
         LandlockMissing: this kernel has none.
@@ -110,7 +107,7 @@ def ruleset(rules: Iterable[Rule], *, but: Scope = _NO_SCOPE, abi: int | None = 
     if known < 1:
         raise errors.LandlockMissing
     denied = _UP_TO[min(known, len(_UP_TO)) - 1]
-    made = landlock.create_ruleset(fs=denied.fs, net=denied.net, scope=denied.scope & ~but)
+    made = landlock.create_ruleset(fs=denied.fs, net=denied.net, scope=denied.scope)
     try:
         for rule in rules:
             _add(made, rule, denied.fs)
@@ -130,26 +127,6 @@ def enforce(made: int) -> None:
     _refuse_threads()
     prctl.set_no_new_privs()
     landlock.restrict_self(made)
-
-
-def keep_signals() -> Scope:
-    """Bind the calling process to signal itself and what it starts from now on, for ever.
-
-    Gives the scope that needs no other layer any more: none, where Landlock knows of no signals
-    (STAND_INS).
-
-    Raises:
-        OSError, ValueError: as enforce().
-    """
-    _refuse_threads()
-    if landlock.abi() < _ABI_OF_SCOPES:
-        return _NO_SCOPE
-    made = landlock.create_ruleset(fs=_NO_FS, net=_NO_NET, scope=Scope.SIGNAL)
-    try:
-        enforce(made)
-    finally:
-        os.close(made)
-    return Scope.SIGNAL
 
 
 def restrict(rules: Iterable[Rule], *, abi: int | None = None) -> None:

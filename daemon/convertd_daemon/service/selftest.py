@@ -19,7 +19,6 @@ from convertd_daemon import channel
 from convertd_daemon.job import context
 from convertd_daemon.job.qemu import execution, plan
 from convertd_daemon.sandbox import forking, limits
-from convertd_daemon.sandbox.prefork_slot import PreforkSlot
 from convertd_daemon.service.preflight import StartError
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ def _convert_in_child(
     forking.unblock_signals()
     forking.die_with(broker)
     try:
-        with execution.opened(setup, PreforkSlot(setup.seccomp)) as worker:
+        with execution.opened(setup) as worker:
             runner = execution.Runner(worker, context.JobContext(job_channel, LIMIT_S))
             job_channel.send(_convert_all(runner, directory))
     except conditions.ConvertError as error:

@@ -26,7 +26,6 @@ COMMAND: Final = programs.CONVERTD
 FRONT: Final = "convertd-front"
 JOB: Final = "convertd-job"
 PREFORKED_JOB: Final = "convertd-idle"
-PREFORKED_CHILD: Final = "convertd-child"  # of the preforked job; becomes its first qemu-img
 QEMU_IMG: Final = "qemu-img"
 
 LIVE: Final[set[Daemon]] = set()
@@ -114,7 +113,6 @@ class Daemon:
             )
         self.await_notice("READY=1")
         self.await_one(PREFORKED_JOB)
-        self.await_one(PREFORKED_CHILD)
 
     def await_notice(self, notice: str, deadline_s: float = waiting.DEADLINE_S) -> None:
         """Wait until it tells its manager something.
@@ -191,7 +189,6 @@ class Daemon:
         """
         waiting.until(lambda: not self._at_work(), "no job, and none that was not waited for")
         self.await_one(PREFORKED_JOB)
-        self.await_one(PREFORKED_CHILD)
 
     def _at_work(self) -> list[Process]:
         found = processes.of_session(self.pid)
@@ -199,7 +196,7 @@ class Daemon:
 
     def traced(self) -> tuple[int, ...]:
         """What to trace to see all jobs: the broker, which forks them, and what is forked ahead."""
-        return self.pid, self.await_one(PREFORKED_JOB), self.await_one(PREFORKED_CHILD)
+        return self.pid, self.await_one(PREFORKED_JOB)
 
     def await_logged(self, text: str) -> None:
         """Wait until the log has that text."""

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from convertd_daemon.job.context import JobContext
     from convertd_daemon.sandbox import limits
-    from convertd_daemon.sandbox.prefork_slot import PreforkSlot
     from convertd_daemon.sandbox.setup import Setup
 
 log = logging.getLogger(__name__)
@@ -40,14 +39,10 @@ TICK_S: Final = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """A set-up with the program opened: one and the same through a job, whatever is upgraded.
-
-    `slot` has the child that becomes the next qemu-img.
-    """
+    """A set-up with the program opened: one and the same through a job, whatever is upgraded."""
 
     setup: Setup
     program: int
-    slot: PreforkSlot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,14 +66,13 @@ class Outcome:
 
 
 @contextlib.contextmanager
-def opened(setup: Setup, slot: PreforkSlot) -> Iterator[Program]:
-    """Open the program for the length of a job, and close its slot at the end.
+def opened(setup: Setup) -> Iterator[Program]:
+    """Open the program for the length of a job.
 
     Raises:
         conditions.Unsupported: there is none, or it is a script, which can't be confined to itself.
     """
     with contextlib.ExitStack() as stack:
-        stack.callback(slot.close)
         try:
             program = os.open(setup.path, os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, program)
@@ -88,7 +82,7 @@ def opened(setup: Setup, slot: PreforkSlot) -> Iterator[Program]:
             raise conditions.Unsupported(
                 what="conversion", why=f"{setup.path}: {problem}"
             ) from error
-        yield Program(setup=setup, program=program, slot=slot)
+        yield Program(setup=setup, program=program)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,13 +117,12 @@ class Runner:
     """Runs qemu-img for one job: with its program and its context.
 
     `on_tick`, if there is one, is called as a program of `run` has begun, and then about once a
-    second; raising ends the run. It must not block. `asks` says that another run will follow.
+    second; raising ends the run. It must not block.
     """
 
     worker: Program
     context: JobContext
     on_tick: Callable[[], None] | None = None
-    asks: bool = False
 
     def run(
         self,
@@ -171,16 +164,8 @@ class Runner:
         )
         inherit = (*inodes.read, *inodes.write, *inodes.devices, *inodes.pipes)
         with spawn.spawn(
-            self.worker.program,
-            argv,
-            confinement=confinement,
-            inherit=inherit,
-            child=self.worker.slot.take(),
+            self.worker.program, argv, confinement=confinement, inherit=inherit
         ) as child:
-            if self.asks:
-                # The next run then need not wait for a fork.
-                with contextlib.suppress(OSError):
-                    self.worker.slot.fork()
             try:
                 yield RunningProgram(child, self.context, listener)
             except (conditions.Stalled, conditions.DurationExceeded) as error:
