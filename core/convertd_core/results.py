@@ -32,6 +32,8 @@ class Method(enum.StrEnum):
     """It shares the source's blocks."""
     QEMU_IMG = "qemu-img"
     """qemu-img reads the source and writes the result."""
+    COPY = "copy"
+    """The daemon itself copies a small raw source. No program runs."""
 
 
 class JobState(enum.StrEnum):

@@ -167,6 +167,8 @@ def test_nova_cache_mode_is_the_one_nova_selects(
 ) -> None:
     """From whether instances_path takes direct writes. The destination does, each time."""
     path = home / instances
+    source = images.converted(home / "a.raw", home / "a.qcow2", "qcow2")
+    os.chown(source, ALICE.uid, ALICE.gid)
     if instances != "missing":
         path.mkdir()
     if instances == "ramfs":
@@ -174,7 +176,7 @@ def test_nova_cache_mode_is_the_one_nova_selects(
     try:
         for directory in (path,) if path.exists() else ():
             os.chown(directory, ALICE.uid, ALICE.gid)
-        done = call(name, home / "a.raw", home / "b", "raw", "raw", path, False)
+        done = call(name, source, home / "b", "qcow2", "raw", path, False)
     finally:
         if instances == "ramfs":
             subprocess.run(["umount", str(path)], check=True)
@@ -231,7 +233,7 @@ eventlet = sys.modules["eventlet"] = types.ModuleType("eventlet")
 eventlet.patcher = types.SimpleNamespace(is_monkey_patched=lambda name: name == "thread")
 from convertd_client import ConvertError, nova
 path, dest, directory = sys.argv[1:]
-print(nova.convert_image(path, dest, "raw", "qcow2", directory, False).dest_cache.mode)
+print(nova.convert_image(path, dest, "raw", "qcow2", directory, False).method)
 print(nova.privileged_qemu_img_info(dest))
 try:
     nova.privileged_qemu_img_info("/etc/shadow")
@@ -247,9 +249,9 @@ def test_nova_under_eventlet_calls_the_daemon_from_a_child_process(
     arguments = [str(home / "a.raw"), str(home / "b"), str(home)]
     environment = {"CONVERTD_SOCKET": str(daemon.socket)}
     ran = ALICE.run([PYTHON, "-I", "-c", GREEN, *arguments], env=environment)
-    mode, info, refusal = ran.out.splitlines()
+    method, info, refusal = ran.out.splitlines()
     assert (ran.status, ran.err) == (0, "")
-    assert mode == "none"
+    assert method == "copy"
     assert json.loads(info)["format"] == "qcow2"
     assert refusal == "PermissionDenied PERMISSION_DENIED"
     assert images.identical(home / "a.raw", home / "b")

@@ -272,12 +272,43 @@ def test_destination_open_error_of_qemu_img_is_reported(
     daemon: Daemon, alice: Agent, source: Path, images_dir: Path
 ) -> None:
     """Of all that is said of opening, only the kernel's words go any further."""
-    alice.convert(conversion(source, images_dir / "first.qcow2")).result()
+    # With a cache mode, for a job copies what is small without qemu-img.
+    first = conversion(source, images_dir / "first.qcow2", cache_mode=pb.CACHE_MODE_WRITEBACK)
+    alice.convert(first).result()
     opened = re.findall(r" (/proc/self/fd/\d+)$", daemon.log, re.MULTILINE)[-1]
     fault = Fault(calls="openat", error="EIO", ends=WRITE_FAILED, about=Path(opened))
     dest = images_dir / "dest.qcow2"
-    check_reported(refused(daemon, fault, conversion(source, dest)), dest, "EIO")
+    request = conversion(source, dest, cache_mode=pb.CACHE_MODE_WRITEBACK)
+    check_reported(refused(daemon, fault, request), dest, "EIO")
     assert os.listdir(images_dir) == ["first.qcow2"]
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+@pytest.mark.parametrize(
+    "failing",
+    [
+        ("pread64", "EIO", READ_FAILED),
+        ("pwrite64", "EIO", WRITE_FAILED),
+        ("pwrite64", "ENOSPC", NO_SPACE),
+        ("pwrite64", "EDQUOT", QUOTA),
+    ],
+    ids=["read", "write", "full", "quota"],
+)
+def test_error_of_a_job_that_copies_a_small_image_is_reported(
+    daemon: Daemon,
+    source: Path,
+    images_dir: Path,
+    failing: tuple[str, str, tuple[str, str]],
+    image_format: str,
+) -> None:
+    """No program runs, so what fails is the job's own call."""
+    calls, error, ends = failing
+    dest = images_dir / f"dest.{image_format}"
+    about = source if calls == "pread64" else None
+    fault = Fault(calls=calls, error=error, ends=ends, about=about)
+    refusal = refused(daemon, fault, conversion(source, dest, dest_format=image_format))
+    check_reported(refusal, about or dest, error)
+    check_untouched(dest, overwrite=False)
 
 
 # --- a device -----------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ from harness.callers import ALICE
 from harness.daemon import QEMU_IMG, Daemon
 from policies import IMAGES, Grant, Policy, Root
 
+from convertd.v1 import convert_pb2 as pb
+
 POLICY: Final = Policy(
     limits={"stall": "5 min", "duration": "1 h", "memory": "256 MiB"},
     qemu_img="{scratch}/bin/qemu-img",
@@ -55,7 +57,11 @@ def convert_with(alice: Agent, directory: Path, behaviour: str, *, old: bool = T
     if old:
         dest.write_bytes(OLD)
         os.chown(dest, ALICE.uid, ALICE.gid)
-    return alice.convert(conversion(source, dest, dest_format="raw", overwrite=True))
+    # With a cache mode, for a job copies what is small without qemu-img.
+    request = conversion(
+        source, dest, dest_format="raw", overwrite=True, cache_mode=pb.CACHE_MODE_WRITEBACK
+    )
+    return alice.convert(request)
 
 
 def check_nothing_came_of_it(daemon: Daemon, directory: Path) -> None:

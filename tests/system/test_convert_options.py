@@ -236,7 +236,8 @@ def test_validation_returns_the_plan_and_writes_nothing(
     assert not result.published
     assert result.allocated_size_bytes == 0
     started = pb.ConvertResponse.FromString(call.messages[-2]).started
-    assert started.plan.dest_cache.mode == pb.CACHE_MODE_NONE
+    assert started.plan.method == pb.METHOD_COPY
+    assert started.plan.dest_cache.mode == pb.CACHE_MODE_WRITEBACK
     assert started.plan.available_bytes > 0
     assert os.listdir(images_dir) == []
 

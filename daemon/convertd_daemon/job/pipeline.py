@@ -18,6 +18,7 @@ from convertd_daemon.job import (
     endpoints,
     progress,
     secrets,
+    small_copy,
     stages,
 )
 from convertd_daemon.job.files import (
@@ -47,19 +48,21 @@ def convert(
         dest = stack.enter_context(endpoints.open_dest(grant, runner.worker.setup))
         confinement.to_roots(grant, source, dest, runner.worker)
         # 2. Ask qemu-img what the source is, and follow its backing chain.
-        links = backing_chain.follow(grant, source, dataclasses.replace(runner, asks=True), stack)
+        links = backing_chain.follow(grant, source, runner, stack)
         backing_chain.check_encryption(grant.request.source, links[0])
         both = endpoints.Endpoints(chain=links, dest=dest)
         confinement.to_inodes(grant, both, runner.worker)
-        # 3. Plan: share the blocks of a snapshot, if that is possible, or else run qemu-img.
+        # 3. Plan: share the blocks of a snapshot, or copy what is small, or run qemu-img.
         planned = plan.make(grant, both.members, both.try_out(request.dest.format))
         prospect = sharing.prepare(grant, both, runner, stack)
         whole = stack.enter_context(
             integrity.IntegrityCheck(grant, prospect.ends, passphrases, runner)
         )
         decision = sharing.choose(grant, planned, both, prospect, whole.runner())
+        decision = small_copy.choose(grant, decision)
         both = decision.ends
         planned = both.after_trial(grant, decision.plan)
+        decision = dataclasses.replace(decision, plan=planned)
         dest.check_room(planned, source.fd)
         context_.send(messages.Planned(plan=planned.told))
         if request.validate_only or dest.on_device:
@@ -74,12 +77,7 @@ def convert(
             with source_change.watched(both.sources, compare), whole.required():
                 # 4. Make the result, and ask meanwhile whether the file holds all of the image.
                 context_.progress(values.Phase.CONVERTING)
-                shared_bytes, warnings = 0, tuple[results.Warning, ...]()
-                if decision.layout is None:
-                    beside = whole.runner()
-                    warnings = conversion.convert(grant, planned, both, passphrases, beside)
-                else:
-                    shared_bytes = sharing.carry_out(grant, planned, decision.layout, context_)
+                shared_bytes, warnings = _make(grant, decision, passphrases, whole.runner())
                 # 5. Check.
                 after = values.Phase.VERIFYING if request.verify else values.Phase.FLUSHING
                 context_.progress(after, progress.ALL)
@@ -115,6 +113,22 @@ def inspect(grant: values.InspectGrant, runner: execution.Runner) -> None:
         confinement.to_roots(grant, source, None, runner.worker)
         image = backing_chain.describe(grant, source, runner, stack)
         runner.context.send(messages.Inspected(image=image))
+
+
+def _make(
+    grant: values.ConvertGrant,
+    decision: sharing.Decision,
+    passphrases: secrets.Secrets,
+    runner: execution.Runner,
+) -> tuple[int, tuple[results.Warning, ...]]:
+    """Make the result by the plan's method; gives how many bytes it shares, and warnings."""
+    planned, both = decision.plan, decision.ends
+    if decision.layout is not None:
+        return sharing.carry_out(grant, planned, decision.layout, runner.context), ()
+    if planned.method is results.Method.COPY:
+        small_copy.copy(grant, planned, both, runner.context)
+        return 0, ()
+    return 0, conversion.convert(grant, planned, both, passphrases, runner)
 
 
 def _result(

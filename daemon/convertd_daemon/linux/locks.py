@@ -1,4 +1,4 @@
-"""fcntl_locking(2), F_OFD_GETLK: query record locks on a range of bytes."""
+"""fcntl_locking(2), F_OFD_GETLK, F_OFD_SETLK: record locks on a range of bytes."""
 
 import fcntl
 import os
@@ -16,7 +16,29 @@ def is_locked(descriptor: int, first_byte: int, last_byte: int) -> bool:
     Raises:
         OSError: EBADF, the descriptor is O_PATH or not open.
     """
-    length = last_byte - first_byte + 1
-    query = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, first_byte, length, 0)
+    query = _range(fcntl.F_WRLCK, first_byte, last_byte)
     kind, *_ = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, query))
     return bool(kind != fcntl.F_UNLCK)
+
+
+def lock_for_reading(descriptor: int, first_byte: int, last_byte: int) -> None:
+    """Read-lock a range, for this open file description, until its last descriptor is closed.
+
+    Raises:
+        OSError: EAGAIN, another has a write lock on a part of it; EBADF, the descriptor is not open
+            for reading; ENOLCK, EOPNOTSUPP, the file system has no locks.
+    """
+    fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _range(fcntl.F_RDLCK, first_byte, last_byte))
+
+
+def unlock(descriptor: int, first_byte: int, last_byte: int) -> None:
+    """Give up all locks of this open file description on a range.
+
+    Raises:
+        OSError: EBADF, the descriptor is not open.
+    """
+    fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _range(fcntl.F_UNLCK, first_byte, last_byte))
+
+
+def _range(kind: int, first_byte: int, last_byte: int) -> bytes:
+    return struct.pack(_FLOCK, kind, os.SEEK_SET, first_byte, last_byte - first_byte + 1, 0)
