@@ -23,7 +23,7 @@ POLICY: Final = Policy(
     ]
 )
 
-SIZE_MIB: Final = int(os.environ.get("CONVERTD_TEST_IMAGE_MIB", "1024"))
+SIZE_MIB: Final = int(os.environ.get("CONVERTD_TEST_IMAGE_MIB", "384"))
 """The size of the image of real files, mostly sparse: a quarter of it is files at most."""
 
 CLIENTS: Final = ("convertctl", "python", "grpcurl")

@@ -92,4 +92,5 @@ def identical(one: Path, other: Path) -> bool:
 
 def real_files() -> tuple[Path, ...]:
     """Directories of real files that every machine has on which the tests run."""
-    return (Path(sysconfig.get_path("purelib")), Path("/usr/share/doc"))
+    packages = Path(sysconfig.get_path("purelib"))
+    return (packages / "grpc", packages / "hypothesis", Path(sysconfig.get_path("stdlib")))
