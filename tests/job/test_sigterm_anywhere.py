@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ import pytest
 import whole_job
 
 from convertd_core import values
+from convertd_daemon.job import context
 
 CUTS: Final = os.environ.get("CONVERTD_TEST_CUTS", "20")
 SEED: Final = int(os.environ.get("CONVERTD_TEST_SEED", "1"))
@@ -53,6 +55,13 @@ class Instants:
         """Those at which a function that is written in C returned for the first time."""
         return list(self._counts[2 : 2 + self._counts[1]])
 
+    @property
+    def at_its_end(self) -> list[int]:
+        """Those around the last call in which the job makes itself deaf to SIGTERM."""
+        ends_at = self._counts[MANY - 1]
+        assert ends_at > 0
+        return list(range(ends_at - 3, ends_at + 8))
+
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
         """Count in the processes that are forked in the block, and not in theirs."""
@@ -62,10 +71,12 @@ class Instants:
         finally:
             sys.setprofile(None)
 
-    def _event(self, _frame: object, event: str, argument: object) -> None:
+    def _event(self, frame: types.FrameType, event: str, argument: object) -> None:
         if os.getppid() != self._parent:
             return
         self._counts[0] += 1
+        if event == "call" and frame.f_code is context.ignore_sigterm.__code__:
+            self._counts[MANY - 1] = self.seen
         name = getattr(argument, "__qualname__", "")
         if event == "c_return" and name not in self._known:
             self._known.add(name)
@@ -82,7 +93,7 @@ def instants(events: Instants) -> list[int]:
     pick = random.Random(SEED)  # noqa: S311 - a test's, to be repeated
     part = events.seen / int(CUTS)
     spread = [int((number + pick.random()) * part) + 1 for number in range(int(CUTS))]
-    return events.firsts + spread
+    return events.firsts + spread + events.at_its_end
 
 
 @pytest.mark.timeout(7200 if CUTS == "all" else 900)
