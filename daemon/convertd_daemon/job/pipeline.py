@@ -61,6 +61,7 @@ def convert(
         decision = sharing.choose(grant, planned, both, prospect, whole.runner())
         decision = small_copy.choose(grant, decision)
         both = decision.ends
+        whole.examine(both)
         planned = both.after_trial(grant, decision.plan)
         decision = dataclasses.replace(decision, plan=planned)
         dest.check_room(planned, source.fd)

@@ -32,7 +32,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Self
 
-from convertd_core import conditions, values
+from convertd_core import conditions, results, values
 from convertd_daemon.job import damage, secrets, stages
 from convertd_daemon.job.qemu import conversion, execution, image_info, image_map
 from convertd_daemon.job.qemu import plan as plans
@@ -91,29 +91,14 @@ class IntegrityCheck:
         kept: secrets.Secrets,
         runner: execution.Runner,
     ) -> None:
-        self.warnings = [
-            damage.warning(link.source.place.path, damage.MARKED)
-            for link in ends.chain
-            if link.info.corrupt
-        ]
+        self.warnings = _marked(ends)
         self._asked_source = grant.request.source
         self._limits = grant.limits
         self._result = ends.dest.fd
         self._runner = runner
-        self._left = deque(
-            Question(
-                source=link.source,
-                node=node,
-                # Only the first may be encrypted.
-                secret=kept.source if link.info.encrypted else b"",
-                mapped=link.info.format in MAPPED,
-                dirty=link.info.dirty,
-                stretch=stretch,
-            )
-            for link, node in zip(ends.chain, ends.nodes(), strict=True)
-            if link.info.format in CHECKED | MAPPED
-            for stretch in _stretches(link.info)
-        )
+        self._kept = kept
+        self._ends = ends
+        self._left = deque(_questions(ends, kept))
         self._running = contextlib.ExitStack()
         self._asked: tuple[execution.RunningProgram, _Answer] | None = None
 
@@ -128,6 +113,19 @@ class IntegrityCheck:
     ) -> None:
         # What was raised goes along: the caller may have to be told before anything is waited for.
         self._running.__exit__(kind, value, traceback)
+
+    def examine(self, ends: Endpoints) -> None:
+        """Begin anew with the files of these ends, unless it is them that are examined.
+
+        Of the same images: in these files they may be in the page cache.
+        """
+        if ends is self._ends:
+            return
+        self._running.close()
+        self._asked = None
+        self._ends = ends
+        self._left = deque(_questions(ends, self._kept))
+        self.warnings = _marked(ends)
 
     def runner(self) -> execution.Runner:
         """A runner during whose runs this goes on."""
@@ -203,6 +201,31 @@ class IntegrityCheck:
             self._left.appendleft(replace(question, mapped=True))
         elif not answer.is_conclusive(outcome):
             self._left.appendleft(replace(question, mapped=True))
+
+
+def _marked(ends: Endpoints) -> list[results.Warning]:
+    """The warnings of images that say of themselves that they are corrupt."""
+    return [
+        damage.warning(link.source.place.path, damage.MARKED)
+        for link in ends.chain
+        if link.info.corrupt
+    ]
+
+
+def _questions(ends: Endpoints, kept: secrets.Secrets) -> Iterator[Question]:
+    """What is to be asked about a chain, in order."""
+    for link, node in zip(ends.chain, ends.nodes(), strict=True):
+        if link.info.format in CHECKED | MAPPED:
+            for stretch in _stretches(link.info):
+                yield Question(
+                    source=link.source,
+                    node=node,
+                    # Only the first may be encrypted.
+                    secret=kept.source if link.info.encrypted else b"",
+                    mapped=link.info.format in MAPPED,
+                    dirty=link.info.dirty,
+                    stretch=stretch,
+                )
 
 
 def _stretches(info: stages.ProbedImage) -> Iterator[plans.Stretch | None]:

@@ -45,8 +45,13 @@ def check(grant: values.ConvertGrant, opened: Endpoints) -> file_dest.FileDest:
             raise refusal(link.source.place, f"the image is {link.info.format}, {SHAREABLE}")
     if not isinstance(dest, file_dest.FileDest):
         raise refusal(dest.place, "the destination is no file")
+    block = os.fstatvfs(dest.fd).f_bsize
+    for link in opened.chain:
+        if link.info.cluster_size_bytes % block:
+            problem = f"the image's data is not aligned to blocks of {block} bytes"
+            raise refusal(link.source.place, problem)
     if grant.request.dest.format != "raw":
-        _check_writable(grant.request.dest, dest)
+        _check_writable(grant.request.dest, dest.place, block)
     return dest
 
 
@@ -59,11 +64,10 @@ def _check_request(request: values.ConvertRequest, dest: values.Place) -> None:
         raise refusal(dest, f"the result is to be {request.dest.format}, {SHAREABLE}")
 
 
-def _check_writable(asked: values.Destination, dest: file_dest.FileDest) -> None:
-    """Find out whether the writer of qcow2 can make what was asked for, on this file system."""
+def _check_writable(asked: values.Destination, dest: values.Place, block: int) -> None:
+    """Find out whether the writer of qcow2 can make what was asked for, in such blocks."""
     if problem := qcow2_writer.problem(asked):
-        raise refusal(dest.place, problem)
-    block = os.fstatvfs(dest.fd).f_bsize
+        raise refusal(dest, problem)
     if qcow2_writer.creation(asked).cluster_bytes % block:
         problem = f"the result's clusters are smaller than the file system's blocks ({block})"
-        raise refusal(dest.place, problem)
+        raise refusal(dest, problem)
