@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-from types import TracebackType
 from typing import Self
 
 
@@ -48,12 +47,7 @@ class ConfinedProgram:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with contextlib.ExitStack() as undo:
             for descriptor in (self.pidfd, self.stdout, self.stderr):
                 undo.callback(os.close, descriptor)
