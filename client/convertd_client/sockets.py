@@ -65,7 +65,7 @@ def diagnosis(path: str) -> errors.Unreachable:
         except PermissionError:
             return _not_permitted(path)
         except ConnectionRefusedError:
-            text = f"nobody listens on {path}: the daemon has stopped"
+            text = f"no process listens on {path}: the daemon has stopped"
             return _unreachable("CONNECTION_REFUSED", text, path)
         except OSError as error:
             text = f"the daemon at {path} does not answer: {error.strerror or error}"

@@ -56,7 +56,7 @@ def test_image_open_failure_of_qemu_img_is_reported_with_its_reason(area: Path, 
 def test_image_with_an_unreplayed_log_is_reported_as_such() -> None:
     """Its own hint names a descriptor of its own."""
     said = reasons.of_opening(REPLAY, PATH)
-    assert said == "its log has to be replayed first, by whoever may write it"
+    assert said == "its log must be replayed first, by a user who may write it"
 
 
 OPENING: Final = f"qemu-img: Could not open '{PATH}': "

@@ -65,7 +65,7 @@ def convert(
         planned = both.after_trial(grant, decision.plan)
         decision = dataclasses.replace(decision, plan=planned)
         dest.check_room(planned, source.fd)
-        context_.send(messages.Planned(plan=planned.told))
+        context_.send(messages.Planned(plan=planned.reported))
         if request.validate_only or dest.on_device:
             # A device is not written before it is known that the source is whole.
             whole.finish()

@@ -104,7 +104,7 @@ class PreforkedJob:
 
     def __init__(self, loop: Loop, setup: Setup, may_fork: Callable[[], bool]) -> None:
         """Begin with none. `may_fork` is asked before each fork."""
-        # Made here once, and not in each worker while somebody waits.
+        # Made here once, and not in each process during a request.
         codec.decoder_of(messages.StartJob)
         self._loop = loop
         self._setup = setup

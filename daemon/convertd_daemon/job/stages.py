@@ -53,8 +53,8 @@ class ChainMember:
     info: ProbedImage
 
     @property
-    def told(self) -> results.ImageMember:
-        """What its caller is told of it."""
+    def reported(self) -> results.ImageMember:
+        """What its caller gets of it."""
         return results.ImageMember(
             path=self.path,
             format=self.info.format,
@@ -85,7 +85,7 @@ class ConversionPlan(results.Plan):
     write_behind: bool = False
 
     @property
-    def told(self) -> results.Plan:
-        """What its caller is told of it."""
+    def reported(self) -> results.Plan:
+        """What its caller gets of it."""
         names = (item.name for item in dataclasses.fields(results.Plan))
         return results.Plan(**{name: getattr(self, name) for name in names})

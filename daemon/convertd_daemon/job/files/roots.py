@@ -102,7 +102,7 @@ def check_parents(root: values.Root, way: list[path_walk.Step]) -> None:
     is_block = root.kind is values.RootKind.BLOCK
     for found in writers.above(root.path, way, is_block=is_block):
         if beyond := found.beyond(root):
-            problem = f"{beyond}, whom the policy does not name"
+            problem = f"{beyond}, which the policy does not name"
             raise conditions.RootUnusable(root=root.path, problem=problem)
 
 

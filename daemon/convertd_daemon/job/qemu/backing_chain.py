@@ -112,7 +112,7 @@ def describe(
         compressed=contents.compressed,
         backing_filename=info.backing_name,
         backing_format=info.backing_format,
-        backing_chain=tuple(link.member.told for link in links[1:]),
+        backing_chain=tuple(link.member.reported for link in links[1:]),
         backing_chain_complete=not links[-1].info.backing_name,
         snapshots=contents.snapshots,
         bitmaps=contents.bitmaps,

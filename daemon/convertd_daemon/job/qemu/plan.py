@@ -92,7 +92,7 @@ def make(
         virtual_size_bytes=info.virtual_size_bytes,
         dest_cache=dest_cache,
         source_cache=source_cache,
-        chain=tuple(member.told for member in chain),
+        chain=tuple(member.reported for member in chain),
         compression=dest.compression,
         method=results.Method.QEMU_IMG,
         method_reason="",

@@ -27,7 +27,7 @@ VERSIONS: Final = (
 _REASONS: Final = tuple(
     (re.compile(pattern), phrase)
     for pattern, phrase in (
-        (REPLAY, "its log has to be replayed first, by whoever may write it"),
+        (REPLAY, "its log must be replayed first, by a user who may write it"),
         ("image is dirty, replaying journal not supported", "its journal has to be replayed"),
         # The names of features are the image's own to choose.
         (
