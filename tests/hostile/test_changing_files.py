@@ -259,7 +259,7 @@ def test_sticky_directory_race_never_replaces_a_file_of_another_user(
     out = shared / "out"
     ends: Counter[str] = Counter()
     with racing.taking_turns(shared, "out", (ALICE, "alices"), (BOB, "bobs")) as count:
-        for _ in range(ROUNDS * 4):
+        for _ in range(ROUNDS * 2):
             answer = simple_calls.overwrite(daemon, image, out)
             ends[answer.reason or answer.status] += 1
     print(count.changes, ends)  # noqa: T201 - the figures of a long run

@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,24 +19,19 @@ import pytest
 from harness.agent import conversion
 from harness.callers import ALICE, BOB
 from harness.daemon import Daemon
+from harness.fixtures import FillPolicy
 from harness.mounts import Mounts
 from hostile import program, simple_calls
 from hostile.program import Behaviour
+from policies import IMAGES, Grant, Policy
 
 from convertd.v1 import convert_pb2 as pb
 
-POLICY: Final = """
-qemu_img = "{scratch}/program/qemu-img"
-[limits]
-duration = "1 h"
-[roots.images]
-path = "{scratch}/images"
-access = "daemon"
-[[grants]]
-users = [1234]
-read = ["images"]
-write = ["images"]
-"""
+POLICY: Final = Policy(
+    limits={"duration": "1 h"},
+    qemu_img="{scratch}/program/qemu-img",
+    grants=[Grant(read=[IMAGES], write=[IMAGES])],
+)
 
 pytestmark = pytest.mark.skipif(
     not program.fits(), reason=f"needs {program.MACHINE}, this is {platform.machine()}"
@@ -62,7 +57,7 @@ def place(scratch: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def attacked(place: Path, scratch: Path, fill_in: Callable[[str], str]) -> Iterator[Daemon]:
+def attacked(place: Path, scratch: Path, fill_in: FillPolicy) -> Iterator[Daemon]:
     """A daemon that has started, and whose root is on a file system that shares blocks."""
     assert place.exists()
     with Mounts(scratch) as mounts:

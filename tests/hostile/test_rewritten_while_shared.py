@@ -19,19 +19,12 @@ from harness.daemon import PREFORKED_JOB, Daemon
 from harness.mounts import Mounts
 from harness.tracing import Tracer
 from hostile import simple_calls
+from policies import Grant, Policy, Root
 
 from convertd.v1 import convert_pb2 as pb
 
-POLICY: Final = """
-[roots.disks]
-path = "{scratch}"
-access = "daemon"
-mounts = true
-[[grants]]
-users = [1234]
-read = ["disks"]
-write = ["disks"]
-"""
+DISKS: Final = Root("disks", "{scratch}", mounts=True)
+POLICY: Final = Policy(grants=[Grant(read=[DISKS], write=[DISKS])])
 
 MIB: Final = images.MIB
 SIZE: Final = 4 * MIB
