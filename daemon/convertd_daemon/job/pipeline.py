@@ -91,20 +91,9 @@ def convert(
             context_.check()
         with context.defer_sigterm():
             replaced = dest.assign_name(grant)
-            allocated_bytes = os.fstat(dest.fd).st_blocks * 512
-            shared_bytes = min(shared_bytes, allocated_bytes)
             result = _result(planned, context_, (*whole.warnings, *warnings))
-            result = dataclasses.replace(
-                result,
-                published=True,
-                bytes_per_second=result.virtual_size_bytes / result.elapsed_seconds,
-                verified=request.verify,
-                replaced=replaced,
-                allocated_size_bytes=allocated_bytes,
-                shared_bytes=shared_bytes,
-                written_bytes=allocated_bytes - shared_bytes,
-            )
-            context_.send(messages.Succeeded(result=result))
+            result = dataclasses.replace(result, verified=request.verify, replaced=replaced)
+            context_.send(messages.Succeeded(result=_published(result, dest.fd, shared_bytes)))
 
 
 def inspect(grant: values.InspectGrant, runner: execution.Runner) -> None:
@@ -137,7 +126,7 @@ def _result(
     context_: context.JobContext,
     warnings: tuple[results.Warning, ...],
 ) -> results.ConvertResult:
-    """The outcome of a request with validate_only."""
+    """The outcome, as far as it is known before anything is published."""
     return results.ConvertResult(
         published=False,
         source_format=planned.source_format,
@@ -154,4 +143,18 @@ def _result(
         method=planned.method,
         shared_bytes=0,
         written_bytes=0,
+    )
+
+
+def _published(result: results.ConvertResult, fd: int, shared_bytes: int) -> results.ConvertResult:
+    """The outcome with what a published file takes. `shared_bytes` were put in by reference."""
+    allocated_bytes = os.fstat(fd).st_blocks * 512
+    shared_bytes = min(shared_bytes, allocated_bytes)
+    return dataclasses.replace(
+        result,
+        published=True,
+        bytes_per_second=result.virtual_size_bytes / result.elapsed_seconds,
+        allocated_size_bytes=allocated_bytes,
+        shared_bytes=shared_bytes,
+        written_bytes=allocated_bytes - shared_bytes,
     )
