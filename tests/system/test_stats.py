@@ -59,7 +59,7 @@ def test_stats_count_conversions_and_refusals(
         for item in told.conversions
     }
     assert counted == {
-        ("raw", "qcow2", "", pb.METHOD_QEMU_IMG): (2, 16 * MIB),
+        ("raw", "qcow2", "", pb.METHOD_COPY): (2, 16 * MIB),
         ("raw", "qcow2", "DEST_EXISTS", pb.METHOD_UNSPECIFIED): (1, 0),
     }
     assert [(item.reason, item.count) for item in told.refusals] == [("PERMISSION_DENIED", 3)]

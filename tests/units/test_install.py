@@ -79,7 +79,7 @@ def test_counters_file_is_written_for_node_exporter(machine: booted.Machine) -> 
     machine.run("convertctl", "info", "/etc/passwd", uid=ALICE, check=False)
     machine.run("systemctl", "stop", "convertd.service")
     text = machine.run("cat", "/var/lib/exporter/convertd.prom", uid=ALICE).stdout
-    labels = '{dest_format="qcow2",method="qemu-img",reason="",source_format="raw"}'
+    labels = '{dest_format="qcow2",method="copy",reason="",source_format="raw"}'
     assert f"convertd_conversion_bytes_total{labels} 1.048576e+06" in text
     assert f"convertd_conversion_seconds_count{labels} 1.0" in text
     assert 'convertd_refusals_total{reason="PERMISSION_DENIED"} 1.0' in text
