@@ -25,21 +25,21 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command, and give its exit status."""
     # For the tests' harness; what is measured is what is installed.
     os.environ.pop("PYTHONPATH", None)
-    asked = _parser().parse_args(arguments)
+    options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    return _measure(asked) if asked.command == "measure" else _render(asked)
+    return _measure(options) if options.command == "measure" else _render(options)
 
 
-def _measure(asked: argparse.Namespace) -> int:
-    save = functools.partial(results.write, path=asked.results)
-    measure.Measurement(_settings(asked), _choice(asked), save).run(asked.directory)
+def _measure(options: argparse.Namespace) -> int:
+    save = functools.partial(results.write, path=options.results)
+    measure.Measurement(_settings(options), _choice(options), save).run(options.directory)
     return 0
 
 
-def _render(asked: argparse.Namespace) -> int:
+def _render(options: argparse.Namespace) -> int:
     """Write the page. The status is 1 if something could not be measured."""
-    found = results.read(asked.results)
-    page.write(found, asked.page)
+    found = results.read(options.results)
+    page.write(found, options.page)
     sys.stdout.write(page.goals_table(goals.verdicts(found)) + "\n")
     failures = page.failures(found)
     for failure in failures:
@@ -77,18 +77,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _choice(asked: argparse.Namespace) -> measure.Choice:
+def _choice(options: argparse.Namespace) -> measure.Choice:
     return measure.Choice(
-        disks=tuple(DISKS[name] for name in asked.disks),
-        parts=tuple(asked.parts),
-        rows=tuple(asked.rows),
+        disks=tuple(DISKS[name] for name in options.disks),
+        parts=tuple(options.parts),
+        rows=tuple(options.rows),
     )
 
 
-def _settings(asked: argparse.Namespace) -> Settings:
-    chosen = settings.SMOKE if asked.smoke else settings.FULL
-    names = {field.name for field in dataclasses.fields(Settings)} & vars(asked).keys()
-    changed = {name: getattr(asked, name) for name in names if getattr(asked, name) is not None}
+def _settings(options: argparse.Namespace) -> Settings:
+    chosen = settings.SMOKE if options.smoke else settings.FULL
+    names = {field.name for field in dataclasses.fields(Settings)} & vars(options).keys()
+    changed = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if changed:
         listed = ", ".join(f"{name} = {value}" for name, value in sorted(changed.items()))
         changed["name"] = f"{chosen.name}, {listed}"

@@ -13,8 +13,7 @@ from harness.callers import ALICE, PYTHON, Caller
 from harness.daemon import Daemon
 
 from benchmarks.cases import Case
-from benchmarks.command_lines import Failed
-from convertd_daemon.sandbox import entry
+from benchmarks.command_lines import ENVIRONMENT, Failed
 
 ROOT: Final = Path(__file__).parents[1]
 NOVA: Final = ROOT / "build/nova/bin/python"
@@ -121,7 +120,7 @@ def nova_caller() -> Iterator[CallerProcess]:
         [NOVA, "-W", "ignore", NOVA_SCRIPT, str(ALICE.uid)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env=entry.ENVIRONMENT,
+        env=ENVIRONMENT,
         start_new_session=True,
     )
     process = CallerProcess(started, "caller of Nova")

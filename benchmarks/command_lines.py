@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks.cases import Case
-from convertd_daemon.sandbox import entry
+
+ENVIRONMENT: Final = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
+"""That of all programs that are measured."""
 
 Commands = list[list[str]]
 CommandLine = Callable[[Case, Path], Commands | None]
@@ -124,7 +126,7 @@ def run(commands: Sequence[Sequence[str]]) -> Took:
             argv,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            env=entry.ENVIRONMENT,
+            env=ENVIRONMENT,
         )
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)

@@ -90,7 +90,7 @@ def copying(results: Results) -> str:
     shown = [disk.name for disk in results.disks if disk.name in cases.PLAIN]
     head = ["conversion"]
     for disk in shown:
-        head += [f"{disk}: s", "÷ Nova's", "÷ the quickest other"]
+        head += [f"{disk}: s", "÷ Nova's", "÷ the fastest other"]
     rows = [
         [row.name, *(cell for disk in shown for cell in _copied(results, row.name, disk))]
         for row in cases.COPYING
@@ -105,8 +105,8 @@ def _copied(results: Results, row: str, disk: str) -> list[str]:
         best = figures.best_peer(results, case)
     except LookupError:
         return [_failed_or_none(results, case, CONVERTD), NONE, NONE]
-    quickest = f"{_ratio_to(results, case, best.contestant)} ({best.contestant})"
-    return [figures.number(_seconds(ours)), _ratio_to(results, case, NOVA_ARGV), quickest]
+    fastest = f"{_ratio_to(results, case, best.contestant)} ({best.contestant})"
+    return [figures.number(_seconds(ours)), _ratio_to(results, case, NOVA_ARGV), fastest]
 
 
 def _ratio_to(results: Results, case: str, base: str) -> str:
@@ -122,18 +122,22 @@ def _failed_or_none(results: Results, case: str, contestant: str) -> str:
     return "**failed**" if failed else NONE
 
 
-def everybody(results: Results, disk: str) -> str:
+def all_contestants(results: Results, disk: str) -> str:
     """All contestants' ratios to Nova's arguments in the cases of a disk."""
-    told = [case for case in results.cases if case.disk == disk]
+    shown_cases = [case for case in results.cases if case.disk == disk]
     names = [
         one.name
         for one in results.contestants
         if one.name != NOVA_ARGV
-        and any(entry.contestant == one.name for case in told for entry in _of(results, case.name))
+        and any(
+            entry.contestant == one.name
+            for case in shown_cases
+            for entry in _of(results, case.name)
+        )
     ]
     rows = [
         (case.row, case.source, *(_against_nova(results, case.name, name) for name in names))
-        for case in told
+        for case in shown_cases
     ]
     return table(("conversion", "source", *names), rows)
 

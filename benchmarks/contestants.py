@@ -30,7 +30,7 @@ RAN: Final = re.compile(r"run command=(qemu-img convert .*)$", re.MULTILINE)
 
 
 class Contestant(Protocol):
-    """Somebody who converts."""
+    """A program or service that converts."""
 
     @property
     def name(self) -> str:
@@ -126,7 +126,7 @@ class Convertd:
 
 
 class ConvertdCopying(Convertd):
-    """The same, told not to share blocks. It is measured only where that can't be done anyway."""
+    """The same with `reflink=never`, measured only where blocks can't be shared anyway."""
 
     name = CONVERTD_COPYING
     description = (
@@ -165,7 +165,7 @@ class Nova:
         return Took(seconds=seconds, cpu_s=usage.cpu_s(self.caller.process.pid) - before)
 
 
-def what_it_runs(verbose: Daemon, caller: CallerProcess, case: Case, dest: Path) -> list[str]:
+def qemu_arguments(verbose: Daemon, caller: CallerProcess, case: Case, dest: Path) -> list[str]:
     """Convert once, and return qemu-img's arguments, with paths instead of descriptors.
 
     Empty if the daemon ran no `qemu-img convert`.

@@ -26,7 +26,7 @@ from benchmarks import cases, fio, results
 from benchmarks.settings import Settings
 
 SPARE_MIB: Final = 2048
-"""Beside the images, for logs and maps of file systems."""
+"""Room for the file system's own log and maps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

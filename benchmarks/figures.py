@@ -62,7 +62,7 @@ def entry(results: Results, case: str, contestant: str) -> Entry:
 
 
 def peers(results: Results, case: str) -> list[Entry]:
-    """Those whom convertd is to be compared with in a case, the quickest first."""
+    """Those whom convertd is to be compared with in a case, the fastest first."""
     found = [
         one
         for one in results.entries
@@ -72,7 +72,7 @@ def peers(results: Results, case: str) -> list[Entry]:
 
 
 def best_peer(results: Results, case: str) -> Entry:
-    """The quickest of those whom convertd is to be compared with.
+    """The fastest of those whom convertd is to be compared with.
 
     Raises:
         LookupError: there is none.

@@ -45,7 +45,9 @@ def _first_answer(policy: str) -> float:
             subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=stderr) as started,
         ):
             try:
-                waiting.until(lambda: b"Listening on" in log.read_bytes(), "somebody listens")
+                waiting.until(
+                    lambda: b"Listening on" in log.read_bytes(), "systemd-socket-activate listens"
+                )
                 socket.chmod(0o666)
                 return float(caller.call("first"))
             finally:

@@ -59,7 +59,7 @@ class Choice:
     parts: tuple[str, ...] = PARTS
     rows: tuple[str, ...] = ()
 
-    def disks_of_interest(self) -> tuple[str, ...]:
+    def needed_disks(self) -> tuple[str, ...]:
         """The chosen disks on which anything is to be measured."""
         service = {cases.OWN} if set(self.parts) - {CONVERSIONS} else set()
         return tuple(disk for disk in self.disks if disk in service or self.rows_of(disk))
@@ -103,7 +103,7 @@ class Measurement:
         began, stolen_s = time.monotonic(), usage.stolen_s()
         with _home(directory) as home, callers.nova_caller() as nova:
             originals = Images(disks.own_directory(home), self._settings)
-            for name in self._choice.disks_of_interest():
+            for name in self._choice.needed_disks():
                 with (
                     self._noted(name),
                     disks.mounted(name, home, self._settings) as disk,
@@ -157,8 +157,8 @@ class Measurement:
             self._measure_service(setup)
 
     def _convert(self, setup: Setup, all_cases: Sequence[Case]) -> None:
-        argv = self._learn(setup, all_cases)
-        everybody: tuple[Contestant, ...] = (
+        argv = self._qemu_arguments(setup, all_cases)
+        participants: tuple[Contestant, ...] = (
             *(contestants.CommandLine(*pair) for pair in command_lines.COMMANDS.items()),
             contestants.Nova(setup.nova),
             contestants.SameArgv(argv),
@@ -167,23 +167,26 @@ class Measurement:
             fio.Fio(),
         )
         self._found.contestants = [
-            results.ContestantInfo(name=one.name, description=one.description) for one in everybody
+            results.ContestantInfo(name=one.name, description=one.description)
+            for one in participants
         ]
         for case in all_cases[:1]:
-            rounds.warm_up(case, everybody)
+            rounds.warm_up(case, participants)
         for case in all_cases:
             with self._noted(case.name):
                 self._found.cases.append(_case_info(case, argv.get(case.name, [])))
-                self._found.entries += rounds.convert(case, everybody, self._settings.idle_timeout)
+                self._found.entries += rounds.convert(
+                    case, participants, self._settings.idle_timeout
+                )
 
-    def _learn(self, setup: Setup, all_cases: Sequence[Case]) -> dict[str, list[str]]:
-        """Learn from a verbose daemon what qemu-img convertd runs for each case.
+    def _qemu_arguments(self, setup: Setup, all_cases: Sequence[Case]) -> dict[str, list[str]]:
+        """What arguments convertd gives qemu-img in each case: a verbose daemon logs them.
 
-        Of the cases in which qemu-img alone takes part with the same arguments.
+        Only for the cases in which qemu-img alone is measured with the same arguments.
         """
         log.info("asking convertd what it runs on %s", setup.disk.name)
         found: dict[str, list[str]] = {}
-        learnt = setup.disk.directory / "learnt"
+        dest = setup.disk.directory / "result"
         with (
             callers.daemon(setup.disk.directory, "--verbose") as verbose,
             callers.caller(verbose.socket) as caller,
@@ -192,8 +195,8 @@ class Measurement:
                 if not case.row.contestants or contestants.SAME_ARGV in case.row.contestants:
                     with self._noted(f"arguments of {case.name}"):
                         rounds.prepare(case)
-                        found[case.name] = contestants.what_it_runs(verbose, caller, case, learnt)
-                    learnt.unlink(missing_ok=True)
+                        found[case.name] = contestants.qemu_arguments(verbose, caller, case, dest)
+                    dest.unlink(missing_ok=True)
         return found
 
     def _measure_service(self, setup: Setup) -> None:
@@ -222,10 +225,7 @@ class Measurement:
 
     def _measure_throughput(self, setup: Setup) -> None:
         (tiny,) = _own_cases(setup, cases.TINY)
-        argv = self._learn(setup, [tiny])[tiny.name]
-        self._found.throughputs = throughput.measure(
-            setup.daemon, setup.nova, tiny, argv, setup.settings
-        )
+        self._found.throughputs = throughput.measure(setup.daemon, setup.nova, tiny, setup.settings)
 
     def _measure_steps(self, setup: Setup) -> None:
         (tiny,) = _own_cases(setup, cases.TINY)

@@ -16,7 +16,7 @@ TEMPLATE: Final = Path(__file__).with_name("page.md")
 
 
 def write(results: Results, page: Path) -> None:
-    """Write the page, and its plots into a directory beside it."""
+    """Write the page, and its plots into a directory next to it."""
     pictures = page.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
     draw(results, pictures)
@@ -33,7 +33,7 @@ def write(results: Results, page: Path) -> None:
         disks=tables.disks(results),
         sharing=comparisons.sharing(results),
         copying=comparisons.copying(results),
-        ratios=comparisons.everybody(results, cases.OWN),
+        ratios=comparisons.all_contestants(results, cases.OWN),
         argv=tables.argv(results),
         details=comparisons.details(results),
         latencies=tables.latencies(results),
@@ -65,7 +65,7 @@ def draw(results: Results, directory: Path) -> None:
 
 
 def failures(results: Results) -> list[str]:
-    """What could not be measured, and who failed, with the reasons."""
+    """What could not be measured, and which contestants failed, with the reasons."""
     failed = [
         f"{one.case}: {one.contestant}: {one.failure}" for one in results.entries if one.failure
     ]

@@ -30,14 +30,14 @@ mpl.rc("svg", fonttype="none", hashsalt="convertd")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """A conversion, and how long convertd and somebody else took, in seconds."""
+    """A conversion, and how long convertd and another contestant took, in seconds."""
 
     name: str
     ours_s: float
     theirs_s: float
 
     @property
-    def verdict(self) -> str:
+    def label(self) -> str:
         """The daemon's time, and how it compares, in words."""
         times, seconds = self.theirs_s / self.ours_s, f"{self.ours_s:.2g} s"
         if times >= FASTER:
@@ -68,7 +68,7 @@ def overview(pairs: Sequence[Pair], title: str, other: str, file: Path) -> None:
         label=other,
     )
     axes.bar_label(theirs, [f"{pair.theirs_s:.2g} s" for pair in pairs], padding=4)
-    axes.bar_label(ours, [pair.verdict for pair in pairs], padding=4, color=OURS, weight="bold")
+    axes.bar_label(ours, [pair.label for pair in pairs], padding=4, color=OURS, weight="bold")
     axes.margins(x=0.2)
     axes.set_title(title, loc="left", weight="bold")
     axes.xaxis.set_major_formatter("{x:g} s")
@@ -110,7 +110,8 @@ def _picture(height: float) -> tuple[Figure, Axes]:
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    if names:
+        axes.set_ylim(len(names) - 0.5, -0.5)
 
 
 def _write(figure: Figure, file: Path) -> None:

@@ -52,16 +52,16 @@ def convert(
 ) -> list[results.Entry]:
     """Run a case. Each round begins with another contestant.
 
-    Whoever fails, or has a wrong result, is left with the reason instead of figures.
+    A contestant that fails or has a wrong result gets no figures, but the reason.
     """
     device = usage.Device(case.source.path.parent)
-    everybody = [Turns(one, device) for one in contestants if takes_part(one, case)]
+    turns = [Turns(one, device) for one in contestants if takes_part(one, case)]
     for number in range(case.rounds):
-        shift = number % len(everybody)
-        for one in (*everybody[shift:], *everybody[:shift]):
+        shift = number % len(turns)
+        for one in (*turns[shift:], *turns[:shift]):
             if not one.failure:
                 one.take(case, idle_timeout_s)
-    return [one.entry(case) for one in everybody]
+    return [one.entry(case) for one in turns]
 
 
 def takes_part(contestant: Contestant, case: Case) -> bool:

@@ -27,20 +27,20 @@ Dests = list[list[Path]]
 
 
 def measure(
-    daemon: Daemon, nova: CallerProcess, case: Case, argv: list[str], settings: Settings
+    daemon: Daemon, nova: CallerProcess, case: Case, settings: Settings
 ) -> list[results.Throughput]:
     """Have each number of callers convert, by each contestant in turn, some rounds long."""
-    everybody: list[Callable[[Dests], results.Throughput]] = [
+    participants: list[Callable[[Dests], results.Throughput]] = [
         functools.partial(_convertd, daemon, case),
         functools.partial(_nova, nova, case),
-        functools.partial(_qemu_img, argv),
+        functools.partial(_qemu_img, case),
     ]
     found = []
     for number in settings.callers:
         dests = _dests(case, number, max(1, settings.calls // number))
         for one in range(settings.caller_rounds):
-            shift = one % len(everybody)
-            for convert in (*everybody[shift:], *everybody[:shift]):
+            shift = one % len(participants)
+            for convert in (*participants[shift:], *participants[:shift]):
                 idle.await_disks(case.source.path.parent, settings.idle_timeout)
                 try:
                     found.append(_complete(convert(dests), dests))
@@ -100,11 +100,13 @@ def _nova(nova: CallerProcess, case: Case, dests: Dests) -> results.Throughput:
     )
 
 
-def _qemu_img(argv: list[str], dests: Dests) -> results.Throughput:
+def _qemu_img(case: Case, dests: Dests) -> results.Throughput:
     seconds: list[float] = []
 
     def work(row: list[Path]) -> None:
-        seconds.extend(command_lines.run([[*argv[:-1], str(dest)]]).seconds for dest in row)
+        for dest in row:
+            commands = command_lines.nova_argv(case, dest) or []
+            seconds.append(command_lines.run(commands).seconds)
 
     threads = [threading.Thread(target=work, args=(row,)) for row in dests]
     began = time.monotonic()
@@ -113,7 +115,7 @@ def _qemu_img(argv: list[str], dests: Dests) -> results.Throughput:
     for thread in threads:
         thread.join()
     return results.Throughput(
-        contestant=contestants.SAME_ARGV,
+        contestant=contestants.NOVA_ARGV,
         callers=len(dests),
         seconds=seconds,
         total_s=time.monotonic() - began,

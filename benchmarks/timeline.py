@@ -32,7 +32,7 @@ class Mark:
 
 
 MARKS: Final = (
-    Mark("the job looks for the source", re.compile(r"openat2\(.*")),
+    Mark("the job opens the source", re.compile(r"openat2\(.*")),
     Mark("qemu-img is started", re.compile(r"execveat\(.*\"convert\".*")),
     Mark("qemu-img has ended", re.compile(r"exit_group\(.*")),
     Mark("the result is being flushed", re.compile(r"fsync\(.*")),
