@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Final
@@ -26,6 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     # For the tests' harness; what is measured is what is installed.
     os.environ.pop("PYTHONPATH", None)
     options = _parser().parse_args(arguments)
+    # Whatever was mounted and started is taken away then, too.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     return _measure(options) if options.command == "measure" else _render(options)
 

@@ -16,6 +16,8 @@ from typing import Any
 
 from convertd_client import Client, errors
 
+TIMEOUT_S = 600
+
 clients: list[Client] = []
 stopping = threading.Event()
 
@@ -38,7 +40,7 @@ def convert(socket: str, call: dict[str, Any], number: int = 0) -> dict[str, Any
     """Convert one image; returns how long it took, and the method."""
     one = client(socket, number)
     began = time.monotonic()
-    result = one.convert(call["source"], call["dest"], **call["options"])
+    result = one.convert(call["source"], call["dest"], timeout=TIMEOUT_S, **call["options"])
     return {"seconds": time.monotonic() - began, "method": result.method}
 
 

@@ -7,7 +7,9 @@ Its docstring goes into the page.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +18,11 @@ from typing import Final
 
 from benchmarks.cases import Case
 
-ENVIRONMENT: Final = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
-"""That of all programs that are measured."""
+ENVIRONMENT: Final = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "MALLOC_ARENA_MAX": "1"}
+"""That of all programs that are measured: convertd's qemu-img has the same."""
+
+TIMEOUT_S: Final = 600
+"""After which a program is killed that has not ended."""
 
 Commands = list[list[str]]
 CommandLine = Callable[[Case, Path], Commands | None]
@@ -117,7 +122,7 @@ def run(commands: Sequence[Sequence[str]]) -> Took:
     """Run commands one after the other.
 
     Raises:
-        Failed: one exited with a status other than 0.
+        Failed: one exited with a status other than 0, or not within TIMEOUT_S.
     """
     cpu_s = 0.0
     began = time.monotonic()
@@ -128,7 +133,12 @@ def run(commands: Sequence[Sequence[str]]) -> Took:
             stdout=subprocess.DEVNULL,
             env=ENVIRONMENT,
         )
-        _, status, used = os.wait4(process.pid, 0)
+        killer = threading.Timer(TIMEOUT_S, os.kill, (process.pid, signal.SIGKILL))
+        killer.start()
+        try:
+            _, status, used = os.wait4(process.pid, 0)
+        finally:
+            killer.cancel()
         process.returncode = os.waitstatus_to_exitcode(status)
         cpu_s += used.ru_utime + used.ru_stime
         if process.returncode:
