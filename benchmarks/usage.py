@@ -49,8 +49,8 @@ def cached_bytes(*paths: Path) -> int:
     names = [str(path) for path in paths if path.exists()]
     if not names:
         return 0
-    said = subprocess.run([*argv, *names], check=True, text=True, stdout=subprocess.PIPE).stdout
-    return sum(int(number) for number in said.split())
+    printed = subprocess.run([*argv, *names], check=True, text=True, stdout=subprocess.PIPE).stdout
+    return sum(int(number) for number in printed.split())
 
 
 def drop(path: Path) -> None:
