@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from convertd_core import values
 from convertd_daemon.job import progress
-from convertd_daemon.linux import ficlone
+from convertd_daemon.linux import ioctl
 
 if TYPE_CHECKING:
     from convertd_daemon.job.context import JobContext
@@ -61,7 +61,7 @@ class Placer:
         end = source + length
         while source < end:
             piece = min(CLONE_BYTES, end - source)
-            ficlone.ficlonerange(
+            ioctl.ficlonerange(
                 self._dest,
                 self._members[member],
                 dest_offset=dest,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from convertd_core import conditions, values
 from convertd_daemon.job.files import file_dest, paths, source_change, space
 from convertd_daemon.job.reflink import eligibility
-from convertd_daemon.linux import ficlone
+from convertd_daemon.linux import ioctl
 
 if TYPE_CHECKING:
     import contextlib
@@ -80,7 +80,7 @@ def _try_out(dest: int, source: Source, block: int) -> None:
     """Share one block with the result, and take it out again."""
     length = min(block, source.size_bytes)
     try:
-        ficlone.ficlonerange(dest, source.fd, dest_offset=0, source_offset=0, length=length)
+        ioctl.ficlonerange(dest, source.fd, dest_offset=0, source_offset=0, length=length)
     finally:
         os.ftruncate(dest, 0)
 
@@ -97,7 +97,7 @@ def _copied(
     qemu-img inherits the descriptor, and must not be able to write.
     """
     fd = file_dest.open_scratch(grant, dest, reader, stack)
-    ficlone.ficlone(fd, source.fd)
+    ioctl.ficlone(fd, source.fd)
     image = paths.reopen(fd, os.O_RDONLY)
     stack.callback(os.close, image)
     size = os.fstat(image).st_size
