@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import math
 import os
 import signal
 import subprocess
@@ -121,28 +122,22 @@ class TestWholeJob:
 
     @pytest.fixture(autouse=True)
     def buffered(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Have each trial end in favour of the page cache."""
+        """Have each trial end in favour of the page cache, and one made for smaller images."""
         monkeypatch.setattr(cache_modes, "GAIN", 0.0)
+        for module in (write_trial, write_behind):
+            monkeypatch.setattr(module, "LEAST_BYTES", 32 * MIB)
 
     @pytest.fixture
     def grant(self, area: Path) -> values.ConvertGrant:
-        """Leave to convert 320 MiB without a zero, that are on the disk alone."""
-        with (area / "in").open("wb") as file:
-            for _ in range(320):
-                file.write(os.urandom(MIB))
-            file.flush()
-            os.fsync(file.fileno())
-            write_behind.drop(file.fileno())
-        rules = grants.Rules(roots=(grants.files(area),))
-        return rules.convert(grants.request(area / "in", area / "out", dest_format="raw"))
+        """Leave to convert 64 MiB without a zero, that are on the disk alone."""
+        return to_convert(area, 64)
 
     @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
     def test_conversion_through_the_page_cache_leaves_it_to_others(
         self, area: Path, grant: values.ConvertGrant, image_format: str
     ) -> None:
         """Neither source nor result is in it at the end; and the reply has the trial's figures."""
-        request = grants.to(grant.request, format=image_format)
-        outcome = whole_job.run(dataclasses.replace(grant, request=request))
+        outcome = whole_job.run(in_format(grant, image_format))
         choice = outcome.published.dest_cache
         assert choice.mode is values.CacheMode.WRITEBACK
         assert choice.reason.startswith(
@@ -155,11 +150,9 @@ class TestWholeJob:
         compare = ["qemu-img", "compare", "-f", "raw", "-F", image_format, str(area / "in")]
         subprocess.run([*compare, str(area / "out")], check=True, capture_output=True)
 
-    def test_page_cache_stays_small_during_a_conversion(
-        self, area: Path, grant: values.ConvertGrant
-    ) -> None:
-        """Seen through a descriptor of the job's."""
-        most = 0
+    def test_page_cache_stays_small_during_a_conversion(self, area: Path) -> None:
+        """Seen through a descriptor of the job's: of 320 MiB, half at the most."""
+        grant, most = to_convert(area, 320), 0
         with whole_job.started(grant) as (job, line), contextlib.suppress(channel.Closed):
             while True:
                 event, _ = line.receive(*messages.FROM_JOB)
@@ -167,6 +160,26 @@ class TestWholeJob:
                     with contextlib.suppress(OSError):
                         most = max(most, resident_in(area, job.pid))
         assert 0 < most <= 150 * MIB
+
+    @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+    def test_result_is_whole_after_a_power_cut_that_follows_the_reply(
+        self, mounts: Mounts, image_format: str
+    ) -> None:
+        """A copy of the disk at that moment has all of it: what the disk has not, is lost."""
+        point = mounts.on_a_loop("ext4", "disk", 256)
+        grant = in_format(to_convert(point, 64), image_format)
+        choice = whole_job.run(grant).published.dest_cache
+        subprocess.run(["cp", point.with_name(".disk.ext4"), point.with_name("cut")], check=True)
+        assert choice.mode is values.CacheMode.WRITEBACK
+        after = point.with_name("after")
+        after.mkdir()
+        subprocess.run(["mount", "-o", "loop", point.with_name("cut"), after], check=True)
+        try:
+            compare = ["qemu-img", "compare", "-f", "raw", "-F", image_format]
+            ends = [str(after / "in"), str(after / "out")]
+            subprocess.run([*compare, *ends], check=True, capture_output=True)
+        finally:
+            subprocess.run(["umount", after], check=True)
 
     @pytest.mark.parametrize("mode", [values.CacheMode.WRITEBACK, values.CacheMode.NONE])
     def test_requested_cache_mode_is_used_without_a_trial(
@@ -178,7 +191,7 @@ class TestWholeJob:
         choice = outcome.published.dest_cache
         assert (choice.mode, choice.reason) == (mode, "asked for")
         with (area / "out").open("rb") as file:
-            stays = resident_bytes(file.fileno()) > 300 * MIB
+            stays = resident_bytes(file.fileno()) > 32 * MIB
         assert stays is (mode is values.CacheMode.WRITEBACK)
 
     def test_source_in_the_page_cache_is_converted_without_a_trial(
@@ -190,7 +203,25 @@ class TestWholeJob:
         assert outcome.published.source_cache.mode is values.CacheMode.WRITEBACK
         assert outcome.published.dest_cache.mode is values.CacheMode.NONE
         with (area / "in").open("rb") as file:
-            assert resident_bytes(file.fileno()) == 320 * MIB
+            assert resident_bytes(file.fileno()) > 60 * MIB
+
+
+def to_convert(directory: Path, size_mib: int) -> values.ConvertGrant:
+    """Leave to convert a raw image without a zero, that is on the disk alone, to another one."""
+    with (directory / "in").open("wb") as file:
+        for _ in range(size_mib):
+            file.write(os.urandom(MIB))
+        file.flush()
+        os.fsync(file.fileno())
+        write_behind.drop(file.fileno())
+    rules = grants.Rules(roots=(grants.files(directory, mounts=True),))
+    return rules.convert(grants.request(directory / "in", directory / "out"))
+
+
+def in_format(grant: values.ConvertGrant, image_format: str) -> values.ConvertGrant:
+    """The same, for a result in that format."""
+    request = grants.to(grant.request, format=image_format)
+    return dataclasses.replace(grant, request=request)
 
 
 def resident_in(area: Path, pid: int) -> int:
@@ -218,6 +249,17 @@ class TestTrial:
         assert rates.buffered_bytes_per_s > 0
         status = os.fstat(written)
         assert (status.st_size, status.st_blocks) == (0, 0)
+
+    @pytest.mark.parametrize(("gain", "rounds"), [(0.0, write_trial.ROUNDS), (math.inf, 1)])
+    def test_trial_ends_with_the_first_round_that_the_page_cache_loses(
+        self, written: int, monkeypatch: pytest.MonkeyPatch, gain: float, rounds: int
+    ) -> None:
+        """Mostly the first one: it is all that a conversion on such a disk pays."""
+        sizes: list[int] = []
+        monkeypatch.setattr(cache_modes, "GAIN", gain)
+        monkeypatch.setattr(os, "ftruncate", lambda _, size: sizes.append(size))
+        write_trial.write_rates(written)
+        assert len(sizes) == rounds + 1  # the last one empties the file
 
     def test_trial_on_a_file_with_data_is_an_error(self, written: int) -> None:
         """It would lose what it holds."""

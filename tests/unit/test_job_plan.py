@@ -334,14 +334,14 @@ class TestCacheMode:
         ("buffered", "mode", "reason"),
         [
             (
-                124 * MIB,
+                139 * MIB,
                 "none",
-                "takes direct writes: 100 MiB/s in a trial, 124 MiB/s through the page cache",
+                "takes direct writes: 100 MiB/s in a trial, 139 MiB/s through the page cache",
             ),
             (
-                125 * MIB,
+                140 * MIB,
                 "writeback",
-                "from the page cache: 125 MiB/s in a trial, 100 MiB/s past the page cache",
+                "from the page cache: 140 MiB/s in a trial, 100 MiB/s past the page cache",
             ),
         ],
     )
