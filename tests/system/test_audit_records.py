@@ -81,7 +81,7 @@ def test_each_request_writes_one_record(alone: Daemon, library: Path, images_dir
         "dest_format": "qcow2",
         "bytes": str(8 * 1024 * 1024),
         "allocated_bytes": str(dest.stat().st_blocks * 512),
-        "method": "qemu-img",
+        "method": "copy",
     }
     assert expected.items() <= done.items()
     assert {"pid", "comm", "job", "source_cache", "dest_cache", "seconds"} <= done.keys()
