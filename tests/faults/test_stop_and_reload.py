@@ -294,7 +294,7 @@ def test_repeated_reloads_leave_no_process_behind(daemon: Daemon, fill_in: FillP
     for _ in range(10):
         daemon.reload(fill_in(named))
     daemon.await_idle()
-    waiting.until(lambda: len(daemon.processes()) == 4, "broker, front, preforked job and child")
+    waiting.until(lambda: len(daemon.processes()) == 3, "broker, front and preforked job")
     assert "there is no user no-such-user" in daemon.log
 
 

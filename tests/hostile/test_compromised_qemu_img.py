@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from harness.agent import conversion
 from harness.callers import ALICE, BOB
 from harness.daemon import Daemon
 from harness.fixtures import FillPolicy
@@ -22,6 +23,8 @@ from hostile import program, simple_calls
 from hostile.program import Behaviour
 from hostile.secret import Secret
 from policies import IMAGES, Grant, Policy
+
+from convertd.v1 import convert_pb2 as pb
 
 POLICY: Final = Policy(
     limits={"duration": "1 h"},
@@ -222,8 +225,10 @@ def test_compromised_qemu_img_output_of_a_conversion_is_validated(
     run, expected = ENDS[name]
     program.write(place, info=said(), otherwise=run)
     out = image.with_suffix(".raw")
+    # With a cache mode, for a job copies what is small without qemu-img.
+    request = conversion(image, out, dest_format="raw", cache_mode=pb.CACHE_MODE_WRITEBACK)
     with attacked.limited(**LIMITS.get(expected, {})):
-        answer = simple_calls.convert(attacked, image, out, "raw")
+        answer = simple_calls.outcome_of(attacked.agent(ALICE).convert(request))
     assert answer.reason == expected
     assert b"shadow" not in answer.received
     assert b"Permission" not in answer.received
