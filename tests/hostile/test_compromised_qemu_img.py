@@ -273,7 +273,7 @@ EXAMINED: Final[dict[str, tuple[Behaviour, Behaviour, str]]] = {
     "a map without end": (
         MAPPED,
         Behaviour(out=b'{"data": true, "offset": 1, "length": 1},\n' * 512, repeats=True),
-        "DURATION_EXCEEDED",
+        "IMAGE_REFUSED",
     ),
 }
 
