@@ -344,6 +344,19 @@ class TestClones:
         assert failure.reason == "NO_SPACE"
         assert sorted(os.listdir(point)) == ["fill", "in"]
 
+    @pytest.mark.parametrize("kind", ["raw", "qcow2"])
+    def test_sharing_ends_when_the_time_of_the_job_is_over(self, disk: Path, kind: str) -> None:
+        """It is asked for after each piece."""
+
+        def act(steps: Steps) -> None:
+            assert steps.plan.method is results.Method.REFLINK
+            steps.runner.context.duration_s = 0.0
+            steps.convert()
+
+        failure = outcome_of(grant_in(disk, format=kind), act)
+        assert failure is not None
+        assert failure.reason == "DURATION_EXCEEDED"
+
     def test_image_larger_than_the_free_space_is_shared(self, disk: Path) -> None:
         """It needs no space of its own. A copy is refused."""
         free = os.statvfs(disk)

@@ -11,7 +11,7 @@ from typing import Any, Final
 import pytest
 from harness import images, waiting
 from harness.agent import Agent, conversion
-from harness.callers import ALICE
+from harness.callers import ALICE, CONVERTCTL
 from harness.daemon import Daemon
 from harness.mounts import Mounts
 from policies import Grant, Policy, Root
@@ -208,6 +208,18 @@ def test_image_with_many_stretches_is_shared(alice: Agent, here: Path) -> None:
         result = alice.convert(request).result()
         assert result.shared_bytes == shared_bytes(dest) == 16384 * BLOCK
         assert images.identical(here / "in.qcow2", dest)
+
+
+def test_chain_is_shared_without_a_daemon(here: Path) -> None:
+    """By the caller's own rights: the snapshot is the caller's, and no more than that."""
+    image, dest = chain(here), here / "out.qcow2"
+    for path in (here, *here.iterdir()):
+        os.chown(path, ALICE.uid, ALICE.gid)
+    ends = (str(image), str(dest), "-f", "qcow2", "-O", "qcow2")
+    ran = ALICE.run([CONVERTCTL, "convert", "--local", *ends, "--reflink", "always"])
+    assert ran.status == 0, ran.err
+    assert images.identical(image, dest)
+    assert shared_bytes(dest) >= DATA_BYTES
 
 
 # --- what is not ---------------------------------------------------------------------------------
