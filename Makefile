@@ -37,7 +37,8 @@ PYTEST_FLAGS :=
 WORKERS := 3
 
 # Passed on: make bench BENCH_FLAGS='--disks own xfs --rows files --large-rounds 5 --directory /srv';
-# `$(ENV)/bin/python -m benchmarks measure --help` lists them.
+# `$(ENV)/bin/python -m benchmarks measure --help` lists them. The page of a part of the measurements
+# is build/bench/partial.md.
 BENCH_FLAGS :=
 
 # Where the site is built.

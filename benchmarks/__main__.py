@@ -17,6 +17,7 @@ from benchmarks.settings import Settings
 
 RESULTS: Final = callers.ROOT / "build/bench/results.json"
 PAGE: Final = callers.ROOT / "docs/benchmarks.md"
+PARTIAL_PAGE: Final = RESULTS.with_name("partial.md")
 DIRECTORY: Final = Path("/var/tmp")  # noqa: S108 - a directory of ours is made in it
 
 DISKS: Final = {name.split()[0].lower(): name for name in cases.ROWS}
@@ -42,7 +43,9 @@ def _measure(options: argparse.Namespace) -> int:
 def _render(options: argparse.Namespace) -> int:
     """Write the page. The status is 1 if something could not be measured."""
     found = results.read(options.results)
-    page.write(found, options.page)
+    path = options.page or (PAGE if found.complete else PARTIAL_PAGE)
+    page.write(found, path)
+    sys.stderr.write(f"wrote {path}\n")
     sys.stdout.write(page.goals_table(goals.verdicts(found)) + "\n")
     failures = page.failures(found)
     for failure in failures:
@@ -74,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
         if field.type == "int":
             measuring.add_argument(f"--{field.name.replace('_', '-')}", type=int, metavar="N")
     rendering = commands.add_parser("render", help="make the page from the results")
-    rendering.add_argument("--page", type=Path, default=PAGE)
+    rendering.add_argument(
+        "--page", type=Path, help="default: docs/benchmarks.md, unless only a part was measured"
+    )
     for command in (measuring, rendering):
         command.add_argument("--results", type=Path, default=RESULTS)
     return parser

@@ -35,7 +35,7 @@ from benchmarks.cases import Case, Row
 from benchmarks.contestants import Contestant
 from benchmarks.images import Images
 from benchmarks.results import Results
-from benchmarks.settings import Settings
+from benchmarks.settings import FULL, Settings
 
 CONVERSIONS: Final = "conversions"
 MEMORY: Final = "memory"
@@ -58,6 +58,11 @@ class Choice:
     disks: tuple[str, ...] = cases.DEFAULT
     parts: tuple[str, ...] = PARTS
     rows: tuple[str, ...] = ()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it is all that the page shows."""
+        return not self.rows and {*self.disks} >= {*cases.DEFAULT} and {*self.parts} == {*PARTS}
 
     def needed_disks(self) -> tuple[str, ...]:
         """The chosen disks on which anything is to be measured."""
@@ -96,7 +101,11 @@ class Measurement:
         self._settings = settings
         self._choice = choice
         self._save = save
-        self._found = Results(settings=settings.name, machine=machine.describe())
+        self._found = Results(
+            settings=settings.name,
+            machine=machine.describe(),
+            complete=choice.is_complete and settings.name.startswith(FULL.name),
+        )
 
     def run(self, directory: Path) -> Results:
         """Run, with all files in a directory that is made in this one."""

@@ -113,12 +113,14 @@ class Machine(Value, frozen=True, kw_only=True):
 class Results(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """All results of a run, filled as it goes on.
 
+    `complete` is whether it was to measure all that the page shows, with images of full size.
     `stolen` is the share of CPU time that the host gave to others. `failures` are the parts that
     could not be measured, with the reason; a contestant's own are in its entries.
     """
 
     settings: str
     machine: Machine
+    complete: bool = True
     minutes: float = 0.0
     stolen: float = 0.0
     contestants: list[ContestantInfo] = []
