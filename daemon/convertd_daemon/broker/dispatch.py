@@ -177,8 +177,8 @@ class Row(Generic[B]):
 
 
 def _query(operation: messages.Operation) -> Callable[[object, audit.Caller], audit.RequestSummary]:
-    """What makes the summary of a request without further fields."""
-    return lambda _, caller: audit.RequestSummary(operation=operation, caller=caller)
+    """What makes the summary of a request that touches no image and no job."""
+    return lambda _, caller: audit.RequestSummary(operation=operation, caller=caller, is_query=True)
 
 
 ROWS: Final[Mapping[type[Any], Row[Any]]] = {

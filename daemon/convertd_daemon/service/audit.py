@@ -44,15 +44,10 @@ MESSAGE_IDS: Final = {
 """What packaging/systemd/convertd.catalog explains. They never change."""
 
 PRIORITIES: Final = {Outcome.DONE: 6, Outcome.REFUSED: 5, Outcome.FAILED: 4}
-"""info, notice, warning. Source: syslog(3)."""
+"""info, notice, warning. Source: syslog(3). A query that is done is debug, a bug is error."""
 
 LONGEST: Final = 4096
 """The most characters of a refused caller's text in one field: a path's length."""
-
-QUERIES: Final = frozenset(
-    {messages.Operation.LIST_JOBS, messages.Operation.GET_ACCESS, messages.Operation.GET_STATS}
-)
-"""Done, they touch no image: debug."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,10 +70,14 @@ NOBODY: Final = Caller(uid=None, gid=None, pid=None)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestSummary:
-    """The request and its caller; texts as the caller wrote them."""
+    """The request and its caller; texts as the caller wrote them.
+
+    A query touches no image and no job.
+    """
 
     operation: messages.Operation
     caller: Caller
+    is_query: bool = False
     job_id: str = ""
     label: str = ""
     source: str = ""
@@ -155,7 +154,7 @@ class Record:
         """Its syslog priority."""
         if self.reason == conditions.InternalError.reason:
             return 3
-        if self.outcome is Outcome.DONE and self.asked.operation in QUERIES:
+        if self.outcome is Outcome.DONE and self.asked.is_query:
             return 7
         return PRIORITIES[self.outcome]
 
