@@ -122,37 +122,23 @@ def reason(answer: object) -> str:
 # --- who it can act for --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "ask",
-    [
-        lambda call, number, path: messages.Request(
-            call=call, connection=number, body=conversion(path, path.with_suffix(".out"))
-        ),
-        lambda call, number, path: messages.Request(
-            call=call,
-            connection=number,
-            body=values.InspectRequest(source=values.Source(path=str(path))),
-        ),
-        lambda call, number, _: messages.Request(
-            call=call, connection=number, body=messages.ListJobs()
-        ),
-        lambda call, number, _: messages.Request(
-            call=call, connection=number, body=messages.CancelJob(job_id="1")
-        ),
-        lambda call, number, _: messages.Request(
-            call=call, connection=number, body=messages.GetAccess()
-        ),
-        lambda call, number, _: messages.Request(
-            call=call, connection=number, body=messages.GetStats()
-        ),
-    ],
-    ids=["Convert", "Inspect", "ListJobs", "CancelJob", "GetAccess", "GetStats"],
-)
+REQUESTS: Final[dict[type, Callable[[Path], messages.RequestBody]]] = {
+    values.ConvertRequest: lambda path: conversion(path, path.with_suffix(".out")),
+    values.InspectRequest: lambda path: values.InspectRequest(source=values.Source(path=str(path))),
+    messages.ListJobs: lambda _: messages.ListJobs(),
+    messages.CancelJob: lambda _: messages.CancelJob(job_id="1"),
+    messages.GetAccess: lambda _: messages.GetAccess(),
+    messages.GetStats: lambda _: messages.GetStats(),
+}
+"""One of each kind, about the image at a path."""
+
+
+@pytest.mark.parametrize("kind", get_args(messages.RequestBody), ids=lambda kind: kind.__name__)
 def test_compromised_front_can_not_act_for_a_caller_who_is_not_connected(
     broker: Daemon,
     front: CompromisedFront,
     image: Path,
-    ask: Callable[[int, int, Path], messages.Request],
+    kind: type,
 ) -> None:
     """Not over a connection that never was, and not over one that has ended."""
     with compromised_front.connected(broker, ALICE):
@@ -160,8 +146,10 @@ def test_compromised_front_can_not_act_for_a_caller_who_is_not_connected(
     waiting.until(
         lambda: reason_of_access(front, ended) == "UNKNOWN_CONNECTION", "the connection ended"
     )
+    body = REQUESTS[kind](image)
     for number in (ended, ended + 1, 0, -1, 2**64, 10**300):
-        assert reason(front.ask(ask(front.call(), number, image))) == "UNKNOWN_CONNECTION"
+        request = messages.Request(call=front.call(), connection=number, body=body)
+        assert reason(front.ask(request)) == "UNKNOWN_CONNECTION"
     assert not image.with_suffix(".out").exists()
 
 

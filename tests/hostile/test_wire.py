@@ -11,7 +11,7 @@ from typing import Final
 
 import pytest
 from harness import processes
-from harness.agent import Agent
+from harness.agent import METHODS, Agent
 from harness.callers import ALICE, BOB, MALLORY, SERVICE, Caller
 from harness.daemon import FRONT, Daemon
 from hostile import http2, simple_calls
@@ -165,9 +165,6 @@ def test_user_at_the_connection_limit_does_not_keep_other_users_out(daemon: Daem
             context.__exit__(None, None, None)
 
 
-METHODS: Final = ("Convert", "Inspect", "ListJobs", "CancelJob", "GetAccess", "GetStats")
-
-
 def checked(agent: Agent, method: str, data: bytes) -> str:
     """How a call with any bytes ended. A refusal has exactly one reason, and is no bug."""
     return simple_calls.outcome_of(agent.call(method, data)).status
@@ -210,7 +207,7 @@ def test_random_bytes_as_a_request_get_a_status_with_a_reason(
     pick = random.Random(SEED)  # noqa: S311 - a test's, to be repeated
     agent = daemon.agent(caller)
     for number in range(COUNT):
-        method = METHODS[number % len(METHODS)]
+        method = tuple(METHODS)[number % len(METHODS)]
         assert checked(agent, method, make(pick)) not in {"UNKNOWN", "INTERNAL", "UNAVAILABLE"}
 
 

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import pytest
 from harness import images
-from harness.agent import Agent, Refusal, conversion
+from harness.agent import METHODS, Agent, Refusal, conversion
 from harness.callers import ALICE, BOB, MALLORY, ROOT
 from harness.daemon import QEMU_IMG, Daemon
 from harness.mounts import Mounts
@@ -268,9 +268,7 @@ def test_destination_with_a_reserved_temporary_name_is_refused(
     assert (refusal.reason, refusal.fields) == ("BAD_PATH", ("dest.path",))
 
 
-@pytest.mark.parametrize(
-    "method", ["Convert", "Inspect", "ListJobs", "CancelJob", "GetAccess", "GetStats"]
-)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "data",
     [
@@ -281,11 +279,11 @@ def test_destination_with_a_reserved_temporary_name_is_refused(
 )
 def test_invalid_request_bytes_are_refused_by(alice: Agent, method: str, data: bytes) -> None:
     """With a reason, where gRPC would say UNKNOWN. A field that a message lacks is no mistake."""
-    has_no_first_field = method in {"ListJobs", "GetAccess", "GetStats"}
-    if has_no_first_field and data.startswith(b"\x0a\x04"):
-        data = b"\x0a\x05\x0a\x02\xc3\x28"
-    if method == "CancelJob":
+    first = METHODS[method].input_type.fields_by_number.get(1)
+    if first is not None and first.type == first.TYPE_STRING:
         data = data.removeprefix(b"\x0a\x04")
+    elif (first is None or first.message_type is None) and data.startswith(b"\x0a\x04"):
+        data = b"\x0a\x05\x0a\x02\xc3\x28"
     refusal = alice.call(method, data).refusal()
     assert (refusal.status, refusal.reason) == ("INVALID_ARGUMENT", "BAD_MESSAGE")
     assert refusal.fields == ("",)
@@ -326,7 +324,7 @@ def test_result_of_several_files_is_refused(alice: Agent, source: Path, images_d
 def test_connection_that_bypassed_the_broker_is_refused(daemon: Daemon) -> None:
     """Only root and the front can reach gRPC's own socket, and it doesn't help them."""
     with contextlib.closing(Agent(ROOT, daemon.private / "grpc.sock", daemon.log_path)) as agent:
-        for method in ("Convert", "Inspect", "ListJobs", "CancelJob", "GetAccess", "GetStats"):
+        for method in METHODS:
             refusal = agent.call(method, b"").refusal()
             check(refusal, "UNAUTHENTICATED", "UNKNOWN_CONNECTION")
 

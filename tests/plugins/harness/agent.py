@@ -29,6 +29,11 @@ SCRIPT: Final = Path(__file__).with_name("agent_script.py").read_text(encoding="
 
 DOMAIN: Final = "convertd"
 
+METHODS: Final = {
+    method.name: method for method in pb.DESCRIPTOR.services_by_name["ConvertService"].methods
+}
+"""The calls of the contract."""
+
 Reply = TypeVar("Reply", bound=Message)
 
 
