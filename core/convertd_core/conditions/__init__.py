@@ -5,7 +5,8 @@ its `reason` is its class's name in UPPER_SNAKE: what `google.rpc.ErrorInfo` car
 outsiders may rely on. `Failure` is a condition on its way through a channel.
 
 A new condition is a class in one of these modules and a line in docs/api.md: the client takes its
-own class from the condition's status. A class without a sentence is a kind of conditions.
+own class from the condition's status, or from its kind: convertd_client/errors.py names those that
+callers act on. A class without a sentence is such a kind.
 """
 
 from __future__ import annotations
