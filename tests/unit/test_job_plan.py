@@ -334,14 +334,14 @@ class TestCacheMode:
         ("buffered", "mode", "reason"),
         [
             (
-                139 * MIB,
+                149 * MIB,
                 "none",
-                "takes direct writes: 100 MiB/s in a trial, 139 MiB/s through the page cache",
+                "takes direct writes: 100 MiB/s in a trial, 149 MiB/s through the page cache",
             ),
             (
-                140 * MIB,
+                150 * MIB,
                 "writeback",
-                "from the page cache: 140 MiB/s in a trial, 100 MiB/s past the page cache",
+                "from the page cache: 150 MiB/s in a trial, 100 MiB/s past the page cache",
             ),
         ],
     )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 DIRECT_MODES: Final = frozenset({values.CacheMode.NONE, values.CacheMode.DIRECTSYNC})
 
-GAIN: Final = 1.4
+GAIN: Final = 1.5
 """How much more a disk must take through the page cache to be written so: copying takes processor
 time, of which qemu-img gets what others leave."""
 
