@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -240,7 +241,32 @@ def vmdk(here: Path) -> Path:
     return images.converted(raw(here), here / "in.vmdk", "vmdk")
 
 
+def repeated(here: Path) -> Path:
+    """A qcow2 of 64 MiB, all of which are one cluster of its file. Its reference counts say so."""
+    cluster, tables = BLOCK, 32
+    entries = cluster // 8
+    clusters = [*(1, 1, 1, 1), tables, tables * entries]
+    table, data = (number * cluster for number in (4, 5))
+    header = struct.pack(
+        *(">4sIQIIQIIQQIIQ", b"QFI\xfb", 3, 0, 0, 12, tables * entries * cluster),
+        *(0, tables, 3 * cluster, cluster, 1, 0, 0),
+    )
+    parts = (
+        header + struct.pack(">QQQII8x", 0, 0, 0, 6, 112),
+        struct.pack(">Q", 2 * cluster),
+        struct.pack(">6Q", *clusters),
+        struct.pack(">Q", table) * tables,
+        struct.pack(">Q", data) * entries,
+        bytes(range(1, 129)) * (cluster // 128),
+    )
+    image = here / "in.qcow2"
+    image.write_bytes(b"".join(part.ljust(cluster, b"\0") for part in parts))
+    check(image)
+    return image
+
+
 REASONS: Final = {
+    repeated: "the image uses parts of its file more than once",
     compressed: "the image has compressed data",
     tiny_clusters: f"the image's data is not aligned to blocks of {BLOCK} bytes",
     vmdk: "the image is vmdk, and only raw and qcow2 can share data",

@@ -62,7 +62,7 @@ def of_chain(
 
     Raises:
         conditions.ReflinkNotPossible: there is data that is no place in a file, or that is not
-            aligned to blocks; or there is no map.
+            aligned to blocks, or more than the files have; or there is no map.
         conditions.Stalled, conditions.DurationExceeded: as in a conversion.
         OSError: the list can't be written.
     """
@@ -89,6 +89,7 @@ class _Map(conversion.Observer):
         self._reader = image_map.Reader()
         self._end = 0
         self._data_bytes = 0
+        self._most_bytes = sum(source.size_bytes for source in taken.ends.sources)
         self._copied_bytes = 0
 
     def read(self, data: bytes) -> None:
@@ -147,6 +148,10 @@ class _Map(conversion.Observer):
             problem = f"the image's data is not aligned to blocks of {self._block} bytes"
             raise self.refused(problem, member)
         self._data_bytes += length
+        if self._data_bytes > self._most_bytes:
+            # Reference counts allow it: with 80 KiB of tables, a disk can be 16 GiB of one cluster.
+            # The list of its stretches would take 128 MiB, which may be on nobody's quota.
+            raise self.refused("the image uses parts of its file more than once", member)
         self._extents.add(entry.start, length, member, entry.offset)
 
     def _within_file(self, entry: image_map.Entry) -> int:
