@@ -23,6 +23,8 @@ from harness.callers import ALICE, PYTHON
 from harness.daemon import Daemon
 from policies import Grant, Policy, Root
 
+from convertd_daemon.job import small_copy
+
 ROOT: Final = Path(__file__).parents[2]
 NOVA: Final = ROOT / "build/nova/bin/python"
 DRIVE: Final = ROOT / "tests/nova/drive.py"
@@ -109,7 +111,10 @@ def home(daemon: Daemon, scratch: Path, library: Path) -> Iterator[Path]:
     """The sources, a directory that takes direct writes, and one that takes none."""
     assert daemon.is_running
     images_dir = scratch / "images"
-    shutil.copy(library / "small.raw", images_dir / "source-raw-False")
+    raw = images_dir / "source-raw-False"
+    shutil.copy(library / "small.raw", raw)
+    with raw.open("ab") as file:  # less would be copied without qemu-img, and without `none`
+        file.write(os.urandom(small_copy.MOST_BYTES))
     for image_format, locked in (("qcow2", False), ("qcow2", True), ("luks", True)):
         make_source(images_dir, image_format, locked=locked)
     for name in ("direct", "ramfs"):

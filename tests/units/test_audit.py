@@ -70,7 +70,7 @@ def test_conversion_writes_one_journal_record_with_all_fields(images: booted.Mac
         "CONVERTD_SOURCE_FORMAT": "raw",
         "CONVERTD_DEST": dest,
         "CONVERTD_DEST_FORMAT": "qcow2",
-        "CONVERTD_DEST_CACHE": "none",
+        "CONVERTD_DEST_CACHE": "writeback",
         "CONVERTD_BYTES": str(2**23),
     }
     assert {key: record.get(key) for key in expected} == expected
