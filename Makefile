@@ -22,12 +22,12 @@ TOOLS := build/tools
 SOURCES := pyproject.toml hatch_build.py LICENSE \
   $(shell find proto core daemon client -type f -not -name '*.pyc')
 
-# What the tests run: qemu-img, file systems of several kinds, and ways to watch and to hinder;
-# fio and nbdcopy (libnbd-bin) for the benchmarks. systemd-python is built against libsystemd;
-# lowdown makes the man pages.
-DEBIAN_PACKAGES := acl bindfs btrfs-progs e2fsprogs fio gcc groff-base iproute2 libnbd-bin \
-  libseccomp2 libsystemd-dev lowdown ntfs-3g pkg-config procps python3-dev python3-venv qemu-utils \
-  strace systemd systemd-container systemd-sysv util-linux xfsprogs
+# What the tests run: qemu-img, file systems of several kinds, and ways to watch and to hinder; fio,
+# nbdcopy (libnbd-bin) and libfuse3-dev for the benchmarks. systemd-python is built against
+# libsystemd; lowdown makes the man pages.
+DEBIAN_PACKAGES := acl bindfs btrfs-progs e2fsprogs fio gcc groff-base iproute2 libfuse3-dev \
+  libnbd-bin libseccomp2 libsystemd-dev lowdown ntfs-3g pkg-config procps python3-dev python3-venv \
+  qemu-utils strace systemd systemd-container systemd-sysv util-linux xfsprogs
 
 # Passed on: make test PYTEST_FLAGS='-k policy'
 PYTEST_FLAGS :=

@@ -58,6 +58,7 @@ def name(row: str, disk: str) -> str:
 OWN: Final = "own disk"
 MEMORY: Final = "memory disk"
 CACHED: Final = "cached disk"
+SLOW: Final = "slow disk"
 XFS: Final = "XFS"
 BTRFS: Final = "btrfs"
 """The disks. See disks.py."""
@@ -65,7 +66,7 @@ BTRFS: Final = "btrfs"
 DEFAULT: Final = (OWN, MEMORY, XFS, BTRFS)
 """Those that are measured unless others are named."""
 
-PLAIN: Final = (OWN, MEMORY, CACHED)
+PLAIN: Final = (OWN, MEMORY, CACHED, SLOW)
 """Where everything has to be copied."""
 
 SHARING: Final = (XFS, BTRFS)
@@ -165,6 +166,7 @@ ROWS: Final[Mapping[str, Sequence[Row]]] = {
     OWN: (*SMALL, *COPYING, *COMPRESSING),
     MEMORY: COPYING,
     CACHED: COPYING,
+    SLOW: COPYING,
     XFS: (*SHARED, *EXTENTS, *CLONED, *NOT_SHARED),
     BTRFS: (*SHARED, *EXTENTS, *CLONED),
 }

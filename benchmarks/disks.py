@@ -5,6 +5,7 @@
 | own disk | the file system of the directory that is named on the command line |
 | memory disk | ext4 on a loop device over a file in memory (tmpfs) |
 | cached disk | ext4 on a loop device over a file on the own disk, through its page cache |
+| slow disk | ext4 on a disk on which each request takes 1 ms and more, see slow_disk.py |
 | XFS, btrfs | on a loop device over a file on the own disk; files can share blocks there |
 
 XFS and btrfs are read and written past the page cache of the file below them: otherwise that one
@@ -22,7 +23,7 @@ from typing import Final
 
 from harness.mounts import Mounts
 
-from benchmarks import cases, fio, results
+from benchmarks import cases, fio, results, slow_disk
 from benchmarks.settings import Settings
 
 SPARE_MIB: Final = 2048
@@ -76,6 +77,12 @@ def mounted(name: str, home: Path, settings: Settings) -> Iterator[Disk]:
         elif name == cases.CACHED:
             directory = mounts.on_a_loop("ext4", "cached", size_mib)
             description = "a loop device over a file on the own disk, through the page cache"
+        elif name == cases.SLOW:
+            directory = stack.enter_context(slow_disk.mounted(home, size_mib))
+            description = (
+                f"each request takes {slow_disk.LATENCY_US} µs and its size at "
+                f"{slow_disk.RATE_MB} MB/s; all together {slow_disk.TOTAL_MB} MB/s"
+            )
         else:
             directory = mounts.on_a_loop(kind, kind, size_mib, direct_io=True)
             description = "a loop device over a file on the own disk, past the page cache"
