@@ -63,8 +63,11 @@ XFS: Final = "XFS"
 BTRFS: Final = "btrfs"
 """The disks. See disks.py."""
 
-DEFAULT: Final = (OWN, MEMORY, XFS, BTRFS)
+DEFAULT: Final = (OWN, SLOW, XFS, BTRFS)
 """Those that are measured unless others are named."""
+
+NEEDED: Final = frozenset({OWN, XFS, BTRFS})
+"""Those without which the page would be a part, beside one more of PLAIN."""
 
 PLAIN: Final = (OWN, MEMORY, CACHED, SLOW)
 """Where everything has to be copied."""

@@ -62,7 +62,9 @@ class Choice:
     @property
     def is_complete(self) -> bool:
         """Whether it is all that the page shows."""
-        return not self.rows and {*self.disks} >= {*cases.DEFAULT} and {*self.parts} == {*PARTS}
+        disks_, copying = {*self.disks}, {*self.disks} & {*cases.PLAIN}
+        has_disks = disks_ >= cases.NEEDED and len(copying) > 1
+        return has_disks and not self.rows and {*self.parts} == {*PARTS}
 
     def needed_disks(self) -> tuple[str, ...]:
         """The chosen disks on which anything is to be measured."""
