@@ -107,7 +107,7 @@ def test_benchmark_of_chosen_rows_measures_these_and_says_what_is_missing(
         "--disks",
         "own",
         "cached",
-        "slow",
+        "memory",
         "--parts",
         "conversions",
         "--rows",
@@ -124,7 +124,7 @@ def test_benchmark_of_chosen_rows_measures_these_and_says_what_is_missing(
     results = json.loads(found.read_text())
     assert results["failures"] == []
     measured = [(case["row"], case["disk"]) for case in results["cases"]]
-    disks = ("own disk", "cached disk", "slow disk")
+    disks = ("own disk", "cached disk", "memory disk")
     assert measured == [("random raw → raw", disk) for disk in disks]
     (cold_start,) = [line for line in made.stdout.splitlines() if "cold start" in line]
     assert "not measured" in cold_start
