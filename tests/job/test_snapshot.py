@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import failing
 import grants
 import pytest
 import refusals
@@ -87,6 +88,26 @@ def test_snapshot_is_closed_to_everybody_but_the_worker(disk: Path) -> None:
 
     for access in values.RootAccess.DAEMON, values.RootAccess.CALLER:
         assert prepared(disk, lambda: None, judge, access) == "2 closed"
+    assert sorted(os.listdir(disk)) == ["base", "in"]
+
+
+@pytest.mark.parametrize("access", [values.RootAccess.DAEMON, values.RootAccess.CALLER])
+def test_snapshot_has_no_name_where_each_new_file_gets_one(
+    disk: Path, access: values.RootAccess
+) -> None:
+    """A killed job would leave it, root's, which the sweep for the result's owner spares."""
+    for name in ("in", "base"):
+        os.chown(disk / name, grants.CALLER.uid, grants.CALLER.gid)
+    disk.chmod(0o1777)
+
+    def judge(prospect: sharing.Prospect) -> str:
+        assert not prospect.problem
+        assert [os.fstat(source.fd).st_nlink for source in prospect.ends.sources] == [0, 0]
+        return f"{len(os.listdir(disk))} names"
+
+    with failing.o_tmpfile("EOPNOTSUPP"):
+        # The two images', and that of the result.
+        assert prepared(disk, lambda: None, judge, access) == "3 names"
     assert sorted(os.listdir(disk)) == ["base", "in"]
 
 

@@ -183,18 +183,20 @@ def open_scratch(
 ) -> int:
     """Make a file of the job's own beside the result, in the same file system; empty.
 
-    `reader` may read it, and nobody but root may otherwise. It is root's, so that it is on nobody's
-    quota. `stack` closes the descriptor, and has it gone then.
+    With a `reader`, who may read it, it is root's, so that it is on nobody's quota. It has no name,
+    and goes when `stack` closes the descriptor.
 
     Raises:
-        OSError: it can't be made.
+        OSError: it can't be made, or keeps a name.
     """
     target = dest.target
     with credentials.acting_for(target.place.root, grant.peer):
         fd, temporary = _open_new(target)
-    stack.callback(os.close, fd)
-    if temporary:
-        stack.callback(_unlink, grant, target, temporary, fd)
+        stack.callback(os.close, fd)
+        if temporary:
+            # Now, while it is the caller's: what is root's, no sweep for the caller takes away, and
+            # in a sticky directory the caller's rights don't.
+            os.unlink(temporary, dir_fd=target.directory)
     if reader is not None:
         # A list that it inherited would let others read it.
         acl.remove(fd)
