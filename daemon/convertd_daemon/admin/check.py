@@ -163,6 +163,8 @@ def _problem_of(root: values.Root, seen: survey.Seen) -> str:
     if error == errno.ELOOP and root.kind is values.RootKind.BLOCK:
         # Names of devices are udev's links, and are followed.
         error = 0 if os.path.isdir(root.path) else errno.ENOTDIR
+    if error == errno.ENOENT and root.kind is values.RootKind.FILE:
+        return "does not exist: create it, then restart convertd.service"
     return _PROBLEMS.get(error, f"can't be opened: {os.strerror(error)}")
 
 
