@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ _ATTACK: Final = """
 import json, select, socket, sys, time
 order = json.loads(sys.stdin.readline())
 opening, calls = (bytes.fromhex(order[name]) for name in ("opening", "calls"))
-poll, socks, made, said, begun = select.poll(), {}, 0, 0, False
+poll, socks, made, said, begun, anew = select.poll(), {}, 0, 0, False, False
 PING, ACK = 6, 1
 poll.register(sys.stdin, select.POLLIN)
 def connect():
@@ -68,6 +69,9 @@ while True:
     if len(socks) == order["connections"] and not begun:
         print("begun", flush=True)
         begun = True
+    if begun and made > order["connections"] and not anew:
+        print("anew", flush=True)
+        anew = True
     for fd, events in poll.poll(50):
         if fd == sys.stdin.fileno():
             print(json.dumps({"made": made, "bytes": said}))
@@ -85,10 +89,17 @@ CONNECTIONS: Final = 124
 
 @dataclass(slots=True)
 class Done:
-    """What became of it, once it is over."""
+    """What became of it: the numbers once it is over."""
 
+    process: subprocess.Popen[bytes]
     connections: int = 0
     bytes: int = 0
+
+    @property
+    def has_connected_anew(self) -> bool:
+        """Whether a connection was ended, and another one made in its place."""
+        assert self.process.stdout is not None
+        return bool(select.select([self.process.stdout], [], [], 0)[0])
 
 
 @contextlib.contextmanager
@@ -108,16 +119,16 @@ def unread(
         "calls": b"".join(calls).hex(),
     }
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    done = Done()
     with caller.popen([PYTHON, "-I", "-c", _ATTACK], **pipes) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.write(json.dumps(order).encode() + b"\n")
         process.stdin.flush()
         assert process.stdout.readline() == b"begun\n"
+        done = Done(process)
         try:
             yield done
         finally:
             output, _ = process.communicate(b"end\n", timeout=waiting.DEADLINE_S)
-            told = json.loads(output)
+            told = json.loads(output.splitlines()[-1])
             done.connections, done.bytes = told["made"], told["bytes"]
