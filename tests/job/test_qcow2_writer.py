@@ -99,7 +99,7 @@ def check_clean(path: Path) -> None:
     assert found["image-end-offset"] >= path.stat().st_size
 
 
-def check_beside_qemu_img(directory: Path, source: Disk, asked: Creation) -> None:
+def assert_equals_what_qemu_img_writes(directory: Path, source: Disk, asked: Creation) -> None:
     """See that the result is as qemu-img's in all that can be asked of the two."""
     ours, theirs = directory / "ours.qcow2", directory / "theirs.qcow2"
     told = written(ours, source, asked)
@@ -131,7 +131,7 @@ def test_result_is_as_qemu_img_makes_it(
         cluster_bits=cluster_bytes.bit_length() - 1, refcount_order=refcount_bits.bit_length() - 1
     )
     stretches = ((0, 100 * KIB), (2 * MIB, 2 * MIB + BLOCK), (5 * MIB - BLOCK, BLOCK))
-    check_beside_qemu_img(tmp_path, disk(tmp_path / "raw", 8 * MIB, stretches), asked)
+    assert_equals_what_qemu_img_writes(tmp_path, disk(tmp_path / "raw", 8 * MIB, stretches), asked)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,9 @@ def test_result_is_as_qemu_img_makes_it(
 )
 def test_result_has_the_options_that_qemu_img_gives_it(tmp_path: Path, asked: Creation) -> None:
     """As `info` tells of them."""
-    check_beside_qemu_img(tmp_path, disk(tmp_path / "raw", MIB, [(BLOCK, BLOCK)]), asked)
+    assert_equals_what_qemu_img_writes(
+        tmp_path, disk(tmp_path / "raw", MIB, [(BLOCK, BLOCK)]), asked
+    )
 
 
 DISKS: Final[dict[str, tuple[int, tuple[tuple[int, int], ...]]]] = {
@@ -168,7 +170,9 @@ DISKS: Final[dict[str, tuple[int, tuple[tuple[int, int], ...]]]] = {
 def test_result_of_any_size_is_as_qemu_img_makes_it(tmp_path: Path, name: str) -> None:
     """With clusters of 64 KiB, where an L2 table is for 512 MiB."""
     size, stretches = DISKS[name]
-    check_beside_qemu_img(tmp_path, disk(tmp_path / "raw", size, stretches), Creation())
+    assert_equals_what_qemu_img_writes(
+        tmp_path, disk(tmp_path / "raw", size, stretches), Creation()
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -182,7 +186,7 @@ def test_random_disk_is_as_qemu_img_makes_it(tmp_path: Path, seed: int) -> None:
         (block * BLOCK, min(dice.randint(1, 100), following - block) * BLOCK)
         for block, following in itertools.pairwise(blocks)
     ]
-    check_beside_qemu_img(tmp_path, disk(tmp_path / "raw", size, stretches), asked)
+    assert_equals_what_qemu_img_writes(tmp_path, disk(tmp_path / "raw", size, stretches), asked)
 
 
 @pytest.mark.parametrize("cluster_bits", [9, 10, 12])

@@ -71,7 +71,7 @@ def examine(directory: Path, seed: int) -> str:
         return "not shared"
     converted(image, asked, directory / "theirs", values.Reflink.NEVER)
     check_identical(image, asked, directory / "ours")
-    check_beside(asked, directory / "ours", directory / "theirs", whole=image.whole)
+    assert_results_are_equal(asked, directory / "ours", directory / "theirs", whole=image.whole)
     return "shared, in whole clusters" if image.whole else "shared"
 
 
@@ -96,7 +96,9 @@ def check_identical(image: random_images.Image, asked: random_images.Result, des
     random_images.qemu_img("compare", *formats, image.path, dest)
 
 
-def check_beside(asked: random_images.Result, ours: Path, theirs: Path, *, whole: bool) -> None:
+def assert_results_are_equal(
+    asked: random_images.Result, ours: Path, theirs: Path, *, whole: bool
+) -> None:
     """See that a result is as qemu-img's, in all that does not depend on what is read."""
     if asked.format == "qcow2":
         found = answer("check", ours, asked.format)

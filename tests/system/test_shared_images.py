@@ -18,7 +18,7 @@ from harness.mounts import Mounts
 from policies import Grant, Policy, Root
 
 from convertd.v1 import convert_pb2 as pb
-from convertd_daemon.job.files import paths
+from convertd_daemon.job.files import image_locks
 
 DISKS: Final = Root("disks", "{scratch}", mounts=True)
 POLICY: Final = Policy(
@@ -359,7 +359,7 @@ def test_image_that_a_running_qemu_writes_is_refused(alice: Agent, here: Path, n
 def is_locked(path: Path) -> bool:
     """Whether a qemu says that it may write an image. Asked without a lock of our own."""
     with path.open("rb") as file:
-        return paths.is_being_written(file.fileno())
+        return image_locks.is_being_written(file.fileno())
 
 
 def test_image_that_is_cut_off_is_refused(alice: Agent, here: Path) -> None:

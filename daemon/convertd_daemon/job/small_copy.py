@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from convertd_core import conditions, results, values
 from convertd_daemon.job import stages
-from convertd_daemon.job.files import image_locks
+from convertd_daemon.job.files import data_ranges, image_locks
 from convertd_daemon.job.reflink import qcow2_writer
 from convertd_daemon.job.reflink.extents import Extent
 
@@ -105,7 +105,7 @@ def _is_small(fd: int) -> bool:
         OSError: it can't be asked.
     """
     data_bytes = 0
-    for number, (start, end) in enumerate(_stretches(fd, os.fstat(fd).st_size)):
+    for number, (start, end) in enumerate(data_ranges.data_ranges(fd, os.fstat(fd).st_size)):
         data_bytes += end - start
         if data_bytes > MOST_BYTES or number >= MOST_STRETCHES:
             return False
@@ -170,7 +170,7 @@ class _Reader:
         """What is not zero, in whole grains; the last may end with the file."""
         end = 0
         try:
-            for first, last in _stretches(self._source.fd, self._source.size_bytes):
+            for first, last in data_ranges.data_ranges(self._source.fd, self._source.size_bytes):
                 # Two stretches may share a grain.
                 start = max(end, first - first % self._grain)
                 end = min(last + -last % self._grain, self._source.size_bytes)
@@ -207,17 +207,3 @@ class _Reader:
         while rest:
             written = os.pwrite(dest, rest, to)
             rest, to = rest[written:], to + written
-
-
-def _stretches(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """Where a file has data: first byte, and the one after the last."""
-    end = 0
-    while end < size:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return
-            raise
-        end = os.lseek(fd, start, os.SEEK_HOLE)
-        yield start, end

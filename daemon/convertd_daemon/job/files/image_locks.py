@@ -34,6 +34,11 @@ def lock_for_reading(fd: int) -> bool:
     return not any(locks.is_locked(fd, byte, byte) for byte in opposite)
 
 
+def is_being_written(fd: int) -> bool:
+    """Whether a qemu says that it may write the image."""
+    return locks.is_locked(fd, WRITES, WRITES)
+
+
 def unlock(fd: int) -> None:
     """Give these locks up.
 

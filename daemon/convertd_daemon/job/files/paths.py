@@ -34,9 +34,6 @@ DEVICES: Final = "/dev"
 QEMU_LOCKS: Final = (100, 203)
 """The first and last byte on which qemu takes its image locks. Source: qemu block/file-posix.c."""
 
-QEMU_WRITES: Final = 101
-"""The byte that a writing qemu locks: 100, and the bit of BLK_PERM_WRITE."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
@@ -201,11 +198,6 @@ def check_unlocked(fd: int, place: values.Place) -> None:
 def is_in_use(fd: int) -> bool:
     """Whether a qemu has the image open, for reading or writing."""
     return locks.is_locked(fd, *QEMU_LOCKS)
-
-
-def is_being_written(fd: int) -> bool:
-    """Whether a qemu says that it may write the image."""
-    return locks.is_locked(fd, QEMU_WRITES, QEMU_WRITES)
 
 
 def open_beneath(place: values.Place, below: str, flags: int = 0) -> int:

@@ -14,9 +14,9 @@ import contextlib
 import os
 import signal
 import time
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final
 
-from convertd_daemon.linux import close_range, prctl, sync_file_range
+from convertd_daemon.linux import prctl, sync_file_range
 from convertd_daemon.sandbox import forking
 
 if TYPE_CHECKING:
@@ -39,10 +39,9 @@ def running(fd: int) -> Iterator[None]:
         OSError: no process is to be had.
     """
     parent = os.getpid()
+    # A signal that is handled in between, and ends the job, would leave an unknown child.
     with forking.signals_blocked():
-        pid = os.fork()
-        if pid == 0:
-            _run(fd, parent)
+        pid = forking.fork(lambda: _write_behind(fd, parent), keep=(fd,))
     try:
         yield
     finally:
@@ -55,20 +54,17 @@ def drop(fd: int) -> None:
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _run(fd: int, parent: int) -> NoReturn:
+def _write_behind(fd: int, parent: int) -> None:
     """In the child, with all signals blocked: go on until killed, or until a write fails.
 
     The job shares this open file description, and must be told of the error: so nothing here waits
     for writes, which would take that from it.
     """
-    try:
-        forking.die_with(parent)
-        close_range.close_all_but((fd,))
-        prctl.set_name(NAME)
+    forking.die_with(parent)
+    prctl.set_name(NAME)
+    with contextlib.suppress(OSError):
         while True:
             time.sleep(INTERVAL_S)
             # What the disk has taken meanwhile is clean, and can be dropped.
             drop(fd)
             sync_file_range.begin_write(fd)
-    finally:
-        os._exit(0)

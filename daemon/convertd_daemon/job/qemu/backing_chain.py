@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from convertd_core import conditions, results, validation, values
 from convertd_daemon.job import damage, stages
-from convertd_daemon.job.files import opened_source, paths
+from convertd_daemon.job.files import image_locks, opened_source, paths
 from convertd_daemon.job.qemu import image_info
 from convertd_daemon.policy import places
 
@@ -90,7 +90,7 @@ def describe(
     info, text = image_info.describe(top, stated, grant.read_formats, runner, shared=True)
     contents = image_info.contents(path, text)
     links = [ChainLink(source=top, info=info)]
-    warnings = [BEING_WRITTEN] if paths.is_being_written(top.fd) else []
+    warnings = [BEING_WRITTEN] if image_locks.is_being_written(top.fd) else []
     warnings += info.warnings
     try:
         while links[-1].info.backing_name:

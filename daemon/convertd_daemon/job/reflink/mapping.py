@@ -8,12 +8,11 @@ read.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
-import os
 from typing import TYPE_CHECKING, Final
 
 from convertd_core import conditions, values
+from convertd_daemon.job.files import data_ranges
 from convertd_daemon.job.qemu import conversion, execution, image_map
 from convertd_daemon.job.qemu import plan as plans
 from convertd_daemon.job.reflink import eligibility, placing
@@ -42,16 +41,7 @@ def of_file(source: Source) -> Iterator[Extent]:
     Raises:
         OSError: the file system can't tell.
     """
-    end = 0
-    while end < source.size_bytes:
-        try:
-            start = os.lseek(source.fd, end, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            # There is none behind.
-            return
-        end = os.lseek(source.fd, start, os.SEEK_HOLE)
+    for start, end in data_ranges.data_ranges(source.fd, source.size_bytes):
         yield Extent(start_bytes=start, length_bytes=end - start, member=0, offset_bytes=start)
 
 

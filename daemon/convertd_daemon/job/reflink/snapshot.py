@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from convertd_core import conditions, values
-from convertd_daemon.job.files import file_dest, paths, source_change, space
+from convertd_daemon.job.files import file_dest, image_locks, paths, source_change, space
 from convertd_daemon.job.reflink import eligibility
 from convertd_daemon.linux import ioctl
 
@@ -106,7 +106,7 @@ def _copied(
 
 def _check_unchanged(sources: tuple[Source, ...]) -> None:
     for source in sources:
-        if paths.is_being_written(source.fd):
+        if image_locks.is_being_written(source.fd):
             raise conditions.ImageInUse(path=source.place.path)
     source_change.check(sources[:1])
     for source in sources[1:]:
